@@ -1,0 +1,160 @@
+"""Data sets by name, held in memory as uint8, and their split into training, validation and test images."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as F
+
+from moco_dist import comms, fingerprint, image_folder, shapes
+from moco_dist.config import DataConfig
+from moco_dist.errors import DataError, MissingError
+from moco_dist.randomness import Purpose, permutation
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images with their classes: `pixels` uint8 (n, 3, size, size), `labels` int64 (n,), -1 where unknown."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: Tensor) -> Images:
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
+
+    def to(self, device: torch.device) -> Images:
+        """Return the same images on `device`."""
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def labelled(self) -> Images:
+        """Return the images whose class is known."""
+        known = self.labels >= 0
+        return self if bool(known.all()) else self[known]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a data set; `test` is empty where it has none."""
+
+    train: Images
+    validation: Images
+    test: Images
+    # Of the whole content, before it was split.
+    fingerprint: str
+
+    def to(self, device: torch.device) -> Splits:
+        """Return the same splits on `device`."""
+        return replace(
+            self,
+            train=self.train.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
+        )
+
+
+def load(config: DataConfig) -> Splits:
+    """Return the data set that `config` names, split; call it on all processes.
+
+    One process of each machine downloads or decodes while the others wait for it.
+    Raises MissingError or DataError, on all processes alike.
+    """
+    loaded = comms.together(lambda: _read(config) if comms.local_rank() == 0 else None)
+    train, test = comms.together(lambda: loaded or _read(config))
+    content = fingerprint.of_tensors(train.pixels, train.labels, test.pixels, test.labels)
+    comms.same_everywhere("the data set's fingerprint", content)
+    train, validation = _split(train, config)
+    return Splits(train, validation, test, content)
+
+
+def _read(config: DataConfig) -> tuple[Images, Images]:
+    if config.name == "shapes":
+        train = shapes.draw(config.shapes_train, config.size, seed=0)
+        test = shapes.draw(config.shapes_test, config.size, seed=0, first=config.shapes_train)
+        return Images(*train, shapes.CLASSES), Images(*test, shapes.CLASSES)
+    if config.name == "folder":
+        return _read_folder(config)
+    return _read_torchvision(config)
+
+
+def _read_folder(config: DataConfig) -> tuple[Images, Images]:
+    """Read DIR/train and DIR/test (or DIR/val) if there is a DIR/train, else DIR itself without a test set."""
+    root, size = Path(config.root).expanduser(), config.size
+    cache = Path(config.cache or _cache_folder()).expanduser()
+    parted = (root / "train").is_dir()
+    listing = image_folder.scan(root / "train" if parted else root, config.labels == "folders")
+    train = _images(image_folder.load(listing, size, cache), listing.labels, listing.classes)
+    tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
+    if not tests or not listing.classes:
+        return train, train[torch.arange(0)]
+    listing = image_folder.scan(tests[0], True, listing.classes)
+    return train, _images(image_folder.load(listing, size, cache), listing.labels, listing.classes)
+
+
+def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
+    return Images(pixels, torch.as_tensor(labels, dtype=torch.int64), tuple(classes))
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moco_dist")
+
+
+def _read_torchvision(config: DataConfig) -> tuple[Images, Images]:
+    root = Path(config.root).expanduser()
+    try:
+        if config.name == "stl10":
+            parts = [datasets.STL10(root, part, download=True) for part in ("train+unlabeled", "test")]
+            arrays = [(torch.from_numpy(part.data), part.labels) for part in parts]
+        else:
+            kind = datasets.CIFAR10 if config.name == "cifar10" else datasets.CIFAR100
+            cifars = [kind(root, train, download=True) for train in (True, False)]
+            arrays = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), part.targets) for part in cifars]
+            parts = cifars
+    except PermissionError as error:
+        raise MissingError(f"data.root={root}: can't be written ({error}); choose another folder") from error
+    except (OSError, RuntimeError) as error:
+        raise MissingError(
+            f"data.name={config.name}: not in data.root={root} and can't be downloaded ({error}); put the "
+            "unpacked archive there, or use data.name=folder with a folder of images"
+        ) from error
+    size = [config.size, config.size]
+    images = [
+        (F.resize(pixels, size, antialias=True) if pixels.shape[-1] != config.size else pixels, labels)
+        for pixels, labels in arrays
+    ]
+    train, test = (_images(p.contiguous(), labels, parts[0].classes) for p, labels in images)
+    return train, test
+
+
+def _split(images: Images, config: DataConfig) -> tuple[Images, Images]:
+    """Hold out a share of the labelled images (of all, if none has a label) for validation."""
+    order = permutation(len(images), config.split_seed, Purpose.SPLIT)
+    known = order[images.labels[order] >= 0] if images.classes else order
+    held_out = known[: round(config.validation * len(known))]
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[held_out] = False
+    train = order[kept[order]]
+    train = train[: config.limit or None].sort().values
+    if len(train) == 0:
+        raise DataError(
+            f"data.validation={config.validation} leaves none of {len(images)} images for training; lower it"
+        )
+    return images[train], images[held_out.sort().values]
+
+
+def require_labels(splits: Splits, config: DataConfig) -> None:
+    """Raise DataError if the data set has no classes to learn."""
+    if not splits.train.classes:
+        raise DataError(
+            f"data.name={config.name} at data.root={config.root} has no labels, and a probe needs them; "
+            "sort the images into one folder for each class"
+        )

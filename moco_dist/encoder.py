@@ -1,0 +1,134 @@
+"""The encoder: a torchvision ResNet and a projection head as two named parts, with grouped BatchNorm."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from moco_dist.config import EncoderConfig
+
+_STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+}
+
+
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm that normalises each consecutive block of `rows_per_group` rows of the batch by itself.
+
+    It is what `groups` processes with ordinary BatchNorm would compute, on any number of processes
+    (He et al. 2020, section 3.3, and the "split" BatchNorm of its authors' CIFAR demo).
+
+    A process holds `groups` of them. A forward pass in training takes whole groups, in order; several
+    passes (micro-batches) go round them. Each group keeps running statistics of its own in `group_mean`
+    and `group_var`, float (groups, channels): no process needs another's, and what a group has seen doesn't
+    depend on who computed it. Evaluation uses `running_mean` and `running_var`, which hold the mean over all
+    groups of all processes once `moco.average_statistics` has been called.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    group_mean: Tensor
+    group_var: Tensor
+
+    def __init__(self, channels: int, rows_per_group: int, groups: int) -> None:
+        super().__init__(channels)
+        self.rows_per_group = rows_per_group
+        self.next_group = 0
+        self.register_buffer("group_mean", torch.zeros(groups, channels), persistent=False)
+        self.register_buffer("group_var", torch.ones(groups, channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` (rows, channels, height, width) normalised."""
+        if not self.training:
+            return super().forward(x)
+        rows, groups = self.rows_per_group, len(self.group_mean)
+        assert len(x) % rows == 0, f"{len(x)} rows are not whole groups of {rows}"
+        momentum = 0.1 if self.momentum is None else self.momentum
+        parts = []
+        for part in x.split(rows):
+            mean, var = self.group_mean[self.next_group], self.group_var[self.next_group]
+            self.next_group = (self.next_group + 1) % groups
+            y = F.batch_norm(part, mean, var, self.weight, self.bias, True, momentum, self.eps)
+            parts.append(y)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Backbone(ResNet):
+    """torchvision's ResNet without its classifier, with `width` channels in the first stage (64 as published)."""
+
+    def __init__(self, config: EncoderConfig, norm_layer: Any) -> None:
+        block, stages = _STAGES[config.backbone]
+        self.width = config.width
+        super().__init__(block, stages, num_classes=1, norm_layer=norm_layer)
+        if config.stem == "cifar":
+            self.conv1 = nn.Conv2d(3, config.width, kernel_size=3, padding=1, bias=False)
+            self.maxpool = nn.Identity()  # type: ignore[assignment]
+        else:
+            self.conv1 = nn.Conv2d(3, config.width, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = norm_layer(config.width)
+        self.fc = nn.Identity()  # type: ignore[assignment]
+        self.num_features: int = self.inplanes
+
+    def _make_layer(
+        self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        if planes == 64:
+            self.inplanes = self.width
+        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+
+
+class Encoder(nn.Module):
+    """Backbone and projection head; the forward pass returns keys or queries, the backbone alone features."""
+
+    def __init__(self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        norm_layer = partial(GroupedBatchNorm, rows_per_group=rows_per_group, groups=groups)
+        self.backbone = Backbone(config, norm_layer)
+        features = self.backbone.num_features
+        last = nn.Linear(features, config.dim)
+        hidden = [nn.Linear(features, features), nn.ReLU(inplace=True)] if config.head == "mlp" else []
+        self.head = nn.Sequential(*hidden, last)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """Return unit vectors, at least float32 (rows, dim), of `views` (rows, 3, height, width)."""
+        out = self.head(self.backbone(views))
+        return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=1)
+
+    @property
+    def num_features(self) -> int:
+        """Length of the backbone's features."""
+        return self.backbone.num_features
+
+
+def build_encoder(config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1) -> Encoder:
+    """Return a new encoder in float32 on the CPU whose weights depend on `config` and `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Encoder(config, rows_per_group, groups)
+
+
+@torch.no_grad()
+def calibrate(encoder: Encoder, views: Tensor) -> None:
+    """Set the running statistics of an untrained encoder to those of `views` (rows, 3, height, width)."""
+    encoder.train()
+    for norm in batch_norms(encoder):
+        norm.rows_per_group, norm.momentum = len(views), 1.0
+    encoder.backbone(views)
+    for norm in batch_norms(encoder):
+        norm.running_mean.copy_(norm.group_mean.mean(0))
+        norm.running_var.copy_(norm.group_var.mean(0))
+    encoder.eval()
+
+
+def batch_norms(encoder: nn.Module) -> list[GroupedBatchNorm]:
+    """Return the grouped BatchNorm layers of an encoder, in order."""
+    return [module for module in encoder.modules() if isinstance(module, GroupedBatchNorm)]

@@ -1,0 +1,32 @@
+"""Backbone features of a whole set of images, computed by all processes together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moco_dist import comms, views
+from moco_dist.config import ViewsConfig
+from moco_dist.data import Images
+
+
+def share(size: int) -> Tensor:
+    """Return this process's share of range(`size`), int64; each number is in the share of one process only."""
+    return torch.arange(comms.rank(), size, comms.world_size())
+
+
+@torch.no_grad()
+def extract(backbone: nn.Module, images: Images, config: ViewsConfig, batch_size: int) -> Tensor:
+    """Return the features of the images' centre views, (len(images), features), in order, on every process.
+
+    The backbone must be in evaluation mode; the dtype of the features is its own.
+    """
+    assert not backbone.training, "features are taken in evaluation mode"
+    dtype = next(backbone.parameters()).dtype
+    size, processes = len(images), comms.world_size()
+    each = -(-size // processes)
+    rows = torch.arange(each) * processes + comms.rank()
+    rows = rows.clamp(max=max(size - 1, 0)).to(images.pixels.device)  # the last ones stand in for missing rows
+    parts = [backbone(views.center(images.pixels[part], config, dtype)) for part in rows.split(batch_size)]
+    gathered = comms.all_gather(torch.cat(parts))
+    return gathered.reshape(processes, each, -1).transpose(0, 1).flatten(0, 1)[:size]

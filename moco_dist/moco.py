@@ -1,0 +1,90 @@
+"""Momentum Contrast: query and key encoders, shuffled keys, InfoNCE, momentum update.
+
+He, Fan, Wu, Xie, Girshick: Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco_dist import comms
+from moco_dist.encoder import Encoder, batch_norms
+from moco_dist.key_queue import KeyQueue
+
+
+class MoCo(nn.Module):
+    """The two encoders and the queue: all state of the method besides the optimizer's."""
+
+    def __init__(self, encoder: Encoder, queue_size: int, dim: int) -> None:
+        super().__init__()
+        self.query_encoder = encoder
+        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.queue = KeyQueue(queue_size, dim)
+
+    @torch.no_grad()
+    def update_key_encoder(self, momentum: float) -> None:
+        """Move the key encoder's parameters to momentum * key + (1 - momentum) * query (equation 2)."""
+        keys, queries = list(self.key_encoder.parameters()), list(self.query_encoder.parameters())
+        torch._foreach_lerp_(keys, queries, 1 - momentum)
+
+
+@torch.no_grad()
+def shuffled_keys(
+    encoder: Callable[[Tensor], Tensor], pieces: list[Callable[[], Tensor]], unshuffle: Tensor
+) -> Tensor:
+    """Return the keys of the whole global batch in its order, float (batch_size, dim), on every process.
+
+    `pieces` give the views of this process's share of the permuted batch, piece by piece; one gather joins
+    the keys of all processes and `unshuffle`, int64 (batch_size,), undoes the permutation (section 3.3).
+    """
+    mine = torch.cat([encoder(piece()) for piece in pieces])
+    return comms.all_gather(mine)[unshuffle]
+
+
+def info_nce(
+    queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean InfoNCE loss (equation 1), a scalar, and the logits, (rows, 1 + filled), positive first.
+
+    `queries` and `positives` are unit vectors (rows, dim), `negatives` (filled, dim). Where `own`, bool
+    (rows, filled), is true, the negative is an older key of the query's own image and doesn't count.
+    """
+    positive = (queries * positives).sum(1, keepdim=True)
+    negative = queries @ negatives.T
+    if own is not None:
+        negative = negative.masked_fill(own, -torch.inf)
+    logits = torch.cat([positive, negative], dim=1) / temperature
+    target = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    return F.cross_entropy(logits, target), logits
+
+
+@torch.no_grad()
+def average_statistics(encoder: nn.Module) -> None:
+    """Set the running statistics that evaluation uses to the mean over all groups of all processes."""
+    for norm in batch_norms(encoder):
+        norm.running_mean.copy_(comms.all_gather(norm.group_mean).mean(0))
+        norm.running_var.copy_(comms.all_gather(norm.group_var).mean(0))
+
+
+def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics of every group of all processes, by name, float (bn_groups, channels)."""
+    return {
+        f"{number}.{name}": comms.all_gather(getattr(norm, name))
+        for number, norm in enumerate(batch_norms(encoder))
+        for name in ("group_mean", "group_var")
+    }
+
+
+@torch.no_grad()
+def restore_group_statistics(encoder: nn.Module, statistics: dict[str, Tensor]) -> None:
+    """Take this process's groups from what `group_statistics` returned, on any number of processes."""
+    for number, norm in enumerate(batch_norms(encoder)):
+        for name in ("group_mean", "group_var"):
+            mine = getattr(norm, name)
+            first = comms.rank() * len(mine)
+            mine.copy_(statistics[f"{number}.{name}"][first : first + len(mine)])

@@ -1,0 +1,120 @@
+"""Which rows of the data each step takes, and which of them are this process's queries and keys.
+
+A global batch is `batch_size` samples. Process r of N owns its rows [r B/N, (r + 1) B/N) as queries.
+ShuffleBN (He et al. 2020, section 3.3): the keys are encoded in a permuted order, so that a key shares its
+BatchNorm group with other samples than its query does. Every process draws the same permutation from
+(seed, step), so it simply takes the rows that the permutation gives it, and no image crosses the network.
+Streamed data would exchange crops instead (an all-to-all); that way in is `Step.key_rows` all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moco_dist.errors import ConfigError
+from moco_dist.randomness import Purpose, permutation
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one step."""
+
+    epoch: int
+    # Sample numbers of the global batch, int64 (batch_size,), the same on every process.
+    samples: Tensor
+    # Places in the global batch of this process's queries, int64 (local,), ascending.
+    query_rows: Tensor
+    # Places in the global batch of this process's keys, for each view that gives keys: int64 (local,).
+    key_rows: tuple[Tensor, ...]
+    # For each view that gives keys, what puts gathered keys back in order: keys[unshuffle], int64 (batch_size,).
+    unshuffle: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of all samples over a run, as a function of the step."""
+
+    num_samples: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.num_samples:
+            raise ConfigError(
+                f"batch_size={self.batch_size} is more than the {self.num_samples} training images; "
+                f"use batch_size={self.num_samples} or less"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; the samples left over are others in each epoch."""
+        return self.num_samples // self.batch_size
+
+    @property
+    def local_rows(self) -> slice:
+        """The rows of a global batch that this process owns."""
+        local = self.batch_size // self.world_size
+        return slice(self.rank * local, (self.rank + 1) * local)
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the order of the samples in an epoch, int64 (num_samples,)."""
+        return _order(self.num_samples, self.seed, epoch, self.device)
+
+    def step(self, step: int, key_views: int = 1) -> Step:
+        """Return the rows of step `step`, counted from 0 over the whole run."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        samples = self.order(epoch)[place * self.batch_size :][: self.batch_size]
+        shuffles = [
+            permutation(self.batch_size, self.seed, Purpose.SHUFFLE, step, view, device=self.device)
+            for view in range(key_views)
+        ]
+        return Step(
+            epoch=epoch,
+            samples=samples,
+            query_rows=torch.arange(self.batch_size, device=self.device)[self.local_rows],
+            key_rows=tuple(shuffle[self.local_rows] for shuffle in shuffles),
+            unshuffle=tuple(shuffle.argsort() for shuffle in shuffles),
+        )
+
+
+@lru_cache(maxsize=2)
+def _order(num_samples: int, seed: int, epoch: int, device: torch.device) -> Tensor:
+    return permutation(num_samples, seed, Purpose.ORDER, epoch, device=device)
+
+
+def check_batch(batch_size: int, world_size: int) -> None:
+    """Raise ConfigError unless a global batch can be shared out evenly, naming sizes that can."""
+    if batch_size % world_size:
+        lower = max(world_size, batch_size // world_size * world_size)
+        raise ConfigError(
+            f"batch_size={batch_size} can't be split over {world_size} processes; "
+            f"use a multiple of {world_size}, as {lower} or {lower + world_size}"
+        )
+
+
+def check_groups(bn_groups: int, world_size: int, micro_batches: int) -> None:
+    """Raise ConfigError unless BatchNorm groups can be shared out whole, naming the numbers that would do."""
+    if bn_groups % world_size:
+        fitting = [n for n in range(1, bn_groups + 1) if bn_groups % n == 0]
+        raise ConfigError(
+            f"bn_groups={bn_groups} can't be shared by {world_size} processes; "
+            f"start {_listed(fitting)} processes, or set bn_groups to a multiple of {world_size}"
+        )
+    local = bn_groups // world_size
+    if local % micro_batches:
+        fitting = [n for n in range(1, local + 1) if local % n == 0]
+        raise ConfigError(
+            f"runtime.micro_batches={micro_batches} can't share the {local} BatchNorm groups of a process; "
+            f"use {_listed(fitting)}"
+        )
+
+
+def _listed(numbers: list[int]) -> str:
+    return " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))

@@ -1,0 +1,112 @@
+"""Metrics of a run: `log(step, metrics)` writes metrics.jsonl always, the console, and W&B if asked; on process 0 only."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moco_dist.checkpoint import output_errors
+
+Metrics = Mapping[str, float]
+Sink = Callable[[int, Metrics], None]
+
+
+class Tracker:
+    """Hands each line of metrics to its sinks; a process without sinks tracks nothing."""
+
+    def __init__(self, sinks: list[Sink], progress: Progress | None = None) -> None:
+        self.sinks = sinks
+        self.progress = progress
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record `metrics`, by their names, as what holds after `step` steps."""
+        for sink in self.sinks:
+            sink(step, metrics)
+
+    def __enter__(self) -> Self:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.progress:
+            self.progress.stop()
+
+
+def json_lines(path: Path, step: int) -> Sink:
+    """Return a sink that appends one JSON object a line to `path`; lines after `step` are cut off first."""
+    with output_errors(path):
+        old = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in old if _step_of(line) <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        file = path.open("a", buffering=1)
+
+    def write(step: int, metrics: Metrics) -> None:
+        with output_errors(path):
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+
+    return write
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of metrics; one that a crash cut short counts as after everything."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def console_lines(console: Console, total_steps: int, start_step: int) -> tuple[Sink, Progress | None]:
+    """Return a sink for a person to read: a live bar in a terminal, one plain line each without."""
+    started = time.monotonic()
+    columns = (
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(compact=True),
+    )
+    bar = Progress(*columns, console=console) if console.is_terminal else None
+    task = bar.add_task("", total=total_steps, completed=start_step) if bar else None
+
+    def show(step: int, metrics: Metrics) -> None:
+        rate = metrics.get("train/images_per_second")
+        loss = metrics.get("train/loss")
+        if bar and task is not None and loss is not None:
+            speed = f" {rate:,.0f} img/s" if rate else ""
+            bar.update(task, completed=step, description=f"loss {loss:.3f}{speed}")
+        results = {k: v for k, v in metrics.items() if k.startswith(("knn/", "probe/", "control/", "test/"))}
+        if bar is None or results:
+            shown = results if bar else metrics
+            parts = [f"{_short(name)} {_text(name, value)}" for name, value in shown.items()]
+            left = _remaining(time.monotonic() - started, step - start_step, total_steps - step)
+            parts += [f"{left} left"] if left and not bar else []
+            console.print(f"step {step:,}/{total_steps:,}  " + "  ".join(parts), soft_wrap=True, highlight=False)
+
+    return show, bar
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("train/").replace("images_per_second", "img/s").replace("accuracy_", "")
+
+
+def _text(name: str, value: float) -> str:
+    if "top" in name or name == "queue/fill":
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if name.endswith("per_second") else f"{value:.4g}"
+
+
+def _remaining(seconds: float, done: int, left: int) -> str:
+    if done <= 0 or left <= 0:
+        return ""
+    minutes, seconds = divmod(round(seconds / done * left), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:.0f} h {minutes:02.0f} min" if hours else f"{minutes:.0f} min {seconds:02.0f} s"

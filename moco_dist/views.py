@@ -1,0 +1,312 @@
+"""The random views of a batch of images, on their device, with own parameters for every sample.
+
+`draw` says what happens to each sample, as a pure function of (seed, epoch, sample index, view);
+`apply` does it. The recipe is MoCo v2's (Chen et al. 2020, arXiv:2003.04297, footnote 1: SimCLR's
+views with a weaker jitter); `grayscale_before_jitter` gives MoCo v1's (He et al. 2020,
+arXiv:1911.05722, section 3.3). Laws and arithmetic are those of torchvision's transforms on float
+tensors. Shapes depend on no value and nothing is read back or copied from the host, so that a step
+can be captured as a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moco_dist.config import ViewsConfig
+from moco_dist.randomness import Key, Purpose, uniform
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The parameters of a batch of n views; every field has one row for each sample."""
+
+    # The crop, in pixels of the source image: int64.
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor  # bool
+    jitter: Tensor  # bool
+    # Factors of brightness, contrast and saturation, and the shift of the hue in turns: float64.
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    order: Tensor  # int64 (n, 4): the operation at each place, by the numbers BRIGHTNESS to HUE
+    grayscale: Tensor  # bool
+    blur: Tensor  # bool
+    sigma: Tensor  # float64, pixels of the view
+
+
+def _between(number: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * number
+
+
+def _factor(number: Tensor, strength: float) -> Tensor:
+    return _between(number, max(0.0, 1.0 - strength), 1.0 + strength)
+
+
+def _crop_sides(
+    config: ViewsConfig, numbers: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return height and width of the first of ten attempts that fits, and whether one does, (n,)."""
+    shares, ratios = numbers.chunk(2, dim=1)
+    area = height * width * _between(shares, config.scale_min, config.scale_max)
+    ratio = _between(ratios, math.log(config.ratio_min), math.log(config.ratio_max)).exp()
+    heights = (area / ratio).sqrt().round().long()
+    widths = (area * ratio).sqrt().round().long()
+    fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+    first = fits.long().argmax(dim=1, keepdim=True)
+    # Where none fits: the largest crop with the image's own ratio, clamped to the range.
+    largest_height = min(height, round(width / config.ratio_min))
+    largest_width = min(width, round(height * config.ratio_max))
+    heights = torch.where(fits, heights, largest_height).gather(1, first)
+    widths = torch.where(fits, widths, largest_width).gather(1, first)
+    return heights.squeeze(1), widths.squeeze(1), fits.gather(1, first).squeeze(1)
+
+
+def draw(
+    config: ViewsConfig,
+    seed: int,
+    epoch: Key,
+    index: Tensor,
+    view: int,
+    image_height: int,
+    image_width: int,
+) -> Draws:
+    """Return the parameters of view number `view` of the samples `index` (int64, (n,)).
+
+    `epoch` is a number, or an int64 tensor without dimensions. The crop is that of Inception
+    (Szegedy et al. 2015, arXiv:1409.4842, section 6) with torchvision's ten attempts, the other
+    laws are those of SimCLR's appendix A (Chen et al. 2020, arXiv:2002.05709) in torchvision.
+    """
+    slots = torch.arange(35, device=index.device)
+    numbers = uniform(seed, Purpose.VIEW, epoch, view, index[:, None], slots)
+    attempts, order, rest = numbers[:, :20], numbers[:, 20:24], numbers[:, 24:].unbind(1)
+    top, left, flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma = rest
+    height, width, fits = _crop_sides(config, attempts, image_height, image_width)
+    spare_height, spare_width = image_height - height, image_width - width
+    return Draws(
+        top=torch.where(fits, (top * (spare_height + 1)).long(), spare_height // 2),
+        left=torch.where(fits, (left * (spare_width + 1)).long(), spare_width // 2),
+        height=height,
+        width=width,
+        flip=flip < config.flip,
+        jitter=jitter < config.jitter,
+        brightness=_factor(brightness, config.brightness),
+        contrast=_factor(contrast, config.contrast),
+        saturation=_factor(saturation, config.saturation),
+        hue=_between(hue, -config.hue, config.hue),
+        order=order.argsort(dim=1),
+        grayscale=gray < config.grayscale,
+        blur=blur < config.blur,
+        sigma=_between(sigma, config.blur_sigma_min, config.blur_sigma_max),
+    )
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.reshape(-1, 1, 1, 1)
+
+
+def _select(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    """Return where(condition, chosen, other), exactly, for finite numbers.
+
+    `lerp` returns its end points as they are; on a CPU `where` takes 4 to 30 times as long.
+    """
+    return torch.lerp(other, chosen, condition.to(other.dtype))
+
+
+def _resize_weights(
+    start: Tensor, length: Tensor, flip: Tensor, source: int, size: int, dtype: torch.dtype
+) -> Tensor:
+    """Return matrices (n, size, source) that cut [start, start + length), resize and mirror it.
+
+    Antialiased bilinear: a triangle as wide as a target pixel, and at least as a source pixel.
+    """
+    target = torch.arange(size, dtype=torch.float64, device=start.device)
+    target = torch.where(flip[:, None], size - 1 - target, target)
+    scale = length[:, None].to(torch.float64) / size
+    center = start[:, None] + scale * (target + 0.5) - 0.5
+    # The whole part is taken off first: a float32 has the bits for the rest, not for the sum.
+    whole = center.floor()
+    pixel = torch.arange(source, dtype=dtype, device=start.device)
+    offset = pixel - whole[:, :, None].to(dtype)
+    offset -= (center - whole)[:, :, None].to(dtype)
+    support = scale.clamp(min=1.0)[:, :, None].to(dtype)
+    weights = (1 - offset.abs_().div_(support)).clamp_(min=0)
+    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+    weights *= inside[:, None, :].to(dtype)
+    return weights.div_(weights.sum(dim=2, keepdim=True))
+
+
+def crop_and_resize(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """Return each one's window of images (n, c, H, W), resized to (n, c, size, size) and mirrored.
+
+    Agrees with interpolate(antialias=True) of the window alone: nothing beyond its edge is read.
+    Two small products a sample, with the flip in the second's weights: no gather, no grid.
+    """
+    channels, height, width = images.shape[1:]
+    upright = torch.zeros_like(draws.flip)
+    rows = _resize_weights(draws.top, draws.height, upright, height, size, images.dtype)
+    columns = _resize_weights(draws.left, draws.width, draws.flip, width, size, images.dtype)
+    narrow = torch.bmm(images.flatten(1, 2), columns.mT)
+    return rows[:, None] @ narrow.reshape(-1, channels, height, size)
+
+
+def to_grayscale(images: Tensor) -> Tensor:
+    """Return the luma (n, 1, H, W) of images (n, 3, H, W), with torchvision's digits of BT.601."""
+    red, green, blue = images.chunk(3, dim=1)
+    return torch.add(torch.add(0.2989 * red, green, alpha=0.587), blue, alpha=0.114)
+
+
+def blend(images: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
+    """Return factor * images + (1 - factor) * reference, clamped to [0, 1]; `factor` is (n,).
+
+    A factor of 1 changes no bit of images in [0, 1].
+    """
+    return torch.lerp(reference, images, _column(factor).to(images.dtype)).clamp_(0, 1)
+
+
+def adjust_tone(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """Return images (n, 3, H, W) in [0, 1] with one of three operations for each sample.
+
+    BRIGHTNESS blends with black, CONTRAST with the mean of the gray image, SATURATION with the
+    gray image; `operation` is int64 (n,), `factor` float (n,). Formulas: torchvision's.
+    """
+    gray = to_grayscale(images)
+    reference = gray * _column(operation == SATURATION)
+    reference += gray.mean(dim=(1, 2, 3), keepdim=True) * _column(operation == CONTRAST)
+    return blend(images, reference, factor)
+
+
+def adjust_hue(images: Tensor, hue: Tensor) -> Tensor:
+    """Return images (n, 3, H, W) in [0, 1] with their hue turned by `hue` (n,), in turns.
+
+    HSV after Smith, Color gamut transform pairs, SIGGRAPH 1978. Turning leaves the largest and the
+    smallest channel values as they are, so value and saturation are never computed.
+    """
+    red, green, blue = images.unbind(1)
+    largest, smallest = images.amax(dim=1), images.amin(dim=1)
+    chroma = largest - smallest
+    divisor = chroma.clamp(min=torch.finfo(images.dtype).tiny)
+    sector = _select(
+        largest == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)
+    )
+    sector = _select(largest == red, (green - blue).div_(divisor), sector)
+    sector += (6 * hue).to(images.dtype)[:, None, None]
+    sector -= (sector / 6).floor_().mul_(6)
+    red, green, blue = (sector - 3).abs_() - 1, 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_()
+    channels = (torch.addcmul(smallest, chroma, x.clamp_(0, 1)) for x in (red, green, blue))
+    return torch.stack(list(channels), dim=1)
+
+
+def color_jitter(images: Tensor, draws: Draws) -> Tensor:
+    """Return images (n, 3, H, W) in [0, 1] with the four operations in each sample's own order.
+
+    Three blends, one turn of the hue and three blends do for all 24 orders: a blend is made before
+    or after the hue, and on the other side it has the factor 1. No jitter is the exact identity.
+    """
+    strengths = torch.stack([draws.brightness, draws.contrast, draws.saturation, draws.hue], dim=1)
+    strengths = strengths.gather(1, draws.order)
+    place = torch.arange(4, device=images.device)
+    place_of_hue = (draws.order == HUE).long().argmax(dim=1, keepdim=True)
+    jitter = draws.jitter[:, None]
+    before = torch.where(jitter & (place < place_of_hue), strengths, 1.0)
+    after = torch.where(jitter & (place > place_of_hue), strengths, 1.0)
+    for slot in (0, 1, 2):
+        images = adjust_tone(images, draws.order[:, slot], before[:, slot])
+    images = _select(_column(draws.jitter), adjust_hue(images, draws.hue), images)
+    for slot in (1, 2, 3):
+        images = adjust_tone(images, draws.order[:, slot], after[:, slot])
+    return images
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Return images (n, c, H, W) blurred by a Gaussian of `sigma` (n,) pixels, edges reflected.
+
+    The kernel is cut to `kernel_size` taps, an odd number, and normalised (SimCLR, appendix A).
+    """
+    radius = kernel_size // 2
+    assert radius < min(images.shape[2:]), f"{kernel_size} taps can't be reflected in the image"
+    tap = torch.arange(-radius, radius + 1, device=images.device)
+    taps = (-0.5 * (tap / sigma[:, None]) ** 2).softmax(dim=1).to(images.dtype)
+
+    def weights(size: int) -> Tensor:
+        pixel = torch.arange(size, device=images.device)
+        last = size - 1
+        read = last - (last - (pixel[:, None] + tap[:, None, None]).abs()).abs()
+        places = (read == pixel).to(images.dtype)  # (taps, size, size), the same for all samples
+        return (taps @ places.flatten(1)).reshape(-1, 1, size, size)
+
+    height, width = images.shape[2:]
+    return weights(height) @ images @ weights(width).mT
+
+
+def normalize(images: Tensor, config: ViewsConfig) -> Tensor:
+    """Return images (n, 3, H, W) less the channel's mean, over its standard deviation."""
+    # Filled on the device: a tensor made of a list would be copied there, and waited for.
+    mean = torch.cat([images.new_full((1, 1, 1), value) for value in config.mean])
+    std = torch.cat([images.new_full((1, 1, 1), value) for value in config.std])
+    return (images - mean).div_(std)
+
+
+def apply(
+    images: Tensor, draws: Draws, config: ViewsConfig, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the normalised views (n, 3, size, size) of uint8 images (n, 3, H, W).
+
+    All arithmetic is done in `dtype`, float32 or float64, also under autocast. The flip belongs to
+    the crop; it commutes with all that follows.
+    """
+    assert images.dtype == torch.uint8, f"images are uint8, got {images.dtype}"
+    gray = _column(draws.grayscale)
+    with torch.autocast(images.device.type, enabled=False):
+        views = crop_and_resize(images.to(dtype) / 255, draws, config.size)
+        if config.grayscale_before_jitter and config.grayscale > 0:
+            views = _select(gray, to_grayscale(views), views)
+        if config.jitter > 0:
+            views = color_jitter(views, draws)
+        if not config.grayscale_before_jitter and config.grayscale > 0:
+            views = _select(gray, to_grayscale(views), views)
+        if config.blur > 0:
+            # The odd number nearest to a tenth of the side: 23 for 224, as SimCLR has it.
+            blurred = gaussian_blur(views, draws.sigma, max(3, config.size // 20 * 2 + 1))
+            views = _select(_column(draws.blur), blurred, views)
+        return normalize(views, config)
+
+
+def center(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the evaluation view: the normalised centre (n, 3, size, size) of uint8 images.
+
+    Images whose shorter side is below `config.size` are enlarged until it is that long.
+    """
+    size = config.size
+    pixels = images.to(dtype) / 255
+    height, width = images.shape[2:]
+    shorter = min(height, width)
+    if shorter < size:
+        height, width = size * height // shorter, size * width // shorter
+        pixels = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return normalize(pixels[:, :, top : top + size, left : left + size], config)
+
+
+def make(
+    images: Tensor,
+    config: ViewsConfig,
+    seed: int,
+    epoch: Key,
+    index: Tensor,
+    view: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return view number `view` of uint8 images, (n, 3, size, size): `apply` of `draw`."""
+    draws = draw(config, seed, epoch, index, view, *images.shape[2:])
+    return apply(images, draws, config, dtype)
