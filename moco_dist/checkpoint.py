@@ -24,7 +24,8 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from moco_dist import comms
-from moco_dist.config import PretrainConfig, from_dict
+from moco_dist.config import PretrainConfig
+from moco_dist.config_files import from_dict
 from moco_dist.encoder import Encoder, build_encoder
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
 
@@ -76,7 +77,10 @@ def read(path: Path) -> Checkpoint:
     """Return the checkpoint in the folder `path`; raise MissingError or DataError if it is absent or damaged."""
     state = _verified_state(path)
     try:
-        tensors = {name: safetensors.load_file(path / f"{name}.safetensors") for name in ("model", "optimizer")}
+        tensors = {
+            name: safetensors.load_file(path / f"{name}.safetensors")
+            for name in ("model", "optimizer")
+        }
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: damaged checkpoint ({error}); use another one") from error
     return Checkpoint(path, state["step"], tensors["model"], tensors["optimizer"], state)
@@ -87,10 +91,14 @@ def find(path: Path) -> Checkpoint:
     if (path / "state.json").is_file():
         return read(path)
     if not path.exists():
-        raise MissingError(f"{path}: no such checkpoint or run directory; give a run that has been pretrained")
+        raise MissingError(
+            f"{path}: no such checkpoint or run directory; give a run that has been pretrained"
+        )
     checkpoint = newest(path)
     if checkpoint is None:
-        raise MissingError(f"{path}: no checkpoint in this folder; give a run directory or a checkpoint folder")
+        raise MissingError(
+            f"{path}: no checkpoint in this folder; give a run directory or a checkpoint folder"
+        )
     return checkpoint
 
 
@@ -102,10 +110,14 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Encoder, PretrainConfig]:
     try:
         config = from_dict(PretrainConfig, checkpoint.state["config"])
     except (ConfigError, KeyError) as error:
-        raise DataError(f"{checkpoint.path}: not a pretraining checkpoint of this version ({error})") from error
+        raise DataError(
+            f"{checkpoint.path}: not a pretraining checkpoint of this version ({error})"
+        ) from error
     encoder = build_encoder(config.encoder, config.seed)
     prefix = "query_encoder."
-    tensors = {k.removeprefix(prefix): v for k, v in checkpoint.model.items() if k.startswith(prefix)}
+    tensors = {
+        k.removeprefix(prefix): v for k, v in checkpoint.model.items() if k.startswith(prefix)
+    }
     load_tensors(encoder, tensors, checkpoint.path)
     return encoder.requires_grad_(False).eval(), config
 
@@ -134,7 +146,11 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path)
 def momentum_buffers(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """Return SGD's momentum of each parameter, under the parameter's name."""
     states = {name: optimizer.state.get(p, {}) for name, p in module.named_parameters()}
-    return {f"momentum.{k}": s["momentum_buffer"] for k, s in states.items() if s.get("momentum_buffer") is not None}
+    return {
+        f"momentum.{k}": s["momentum_buffer"]
+        for k, s in states.items()
+        if s.get("momentum_buffer") is not None
+    }
 
 
 def restore_momentum(
@@ -153,17 +169,26 @@ def output_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"{path}: can't be written ({reason}); free it, or choose output=FOLDER") from error
+        raise OutputError(
+            f"{path}: can't be written ({reason}); free it, or choose output=FOLDER"
+        ) from error
 
 
-def _write(path: Path, step: int, files: dict[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _write(
+    path: Path, step: int, files: dict[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with output_errors(path):
         temporary.mkdir(parents=True)
         manifest = {}
         for name, tensors in files.items():
-            content = safetensors.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-            manifest[f"{name}.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            content = safetensors.save(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            )
+            manifest[f"{name}.safetensors"] = {
+                "bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
             _write_through(temporary / f"{name}.safetensors", content)
         whole = {"format": FORMAT, "step": step, **state, "files": manifest}
         _write_through(temporary / "state.json", json.dumps(whole, indent=1).encode())
@@ -218,13 +243,22 @@ def _verified_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         if state["format"] != FORMAT:
-            raise DataError(f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; use its version")
+            raise DataError(
+                f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; use its version"
+            )
         for name, expected in state["files"].items():
             content = (path / name).read_bytes()
-            if len(content) != expected["bytes"] or hashlib.sha256(content).hexdigest() != expected["sha256"]:
-                raise DataError(f"{path / name}: damaged (its SHA-256 is not the one in state.json); use another one")
+            if (
+                len(content) != expected["bytes"]
+                or hashlib.sha256(content).hexdigest() != expected["sha256"]
+            ):
+                raise DataError(
+                    f"{path / name}: damaged (its SHA-256 is not the one in state.json); use another one"
+                )
     except FileNotFoundError as error:
-        raise MissingError(f"{error.filename}: missing from the checkpoint; use another one") from error
+        raise MissingError(
+            f"{error.filename}: missing from the checkpoint; use another one"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged checkpoint ({error!r}); use another one") from error
     return state

@@ -1,24 +1,15 @@
-"""The configuration of both runs as frozen dataclasses, and `load`, which fills them from YAML files and `a.b=c`.
+"""The configuration of both runs as frozen dataclasses: every key, its default, and the rules for its value.
 
-Nothing else knows that YAML exists. Nothing edits a configuration after `load`.
+`config_files.load` fills them; nothing edits a configuration after that.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
 
 from moco_dist.errors import ConfigError
-
-Schema = TypeVar("Schema")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -26,13 +17,14 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _at_least(key: str, value: float, least: float) -> None:
-    _require(value >= least, f"{key}={value} is too small; it must be at least {least}")
-
-
-def _within(key: str, value: float, low: float, high: float) -> None:
-    inside = low <= value <= high
-    _require(inside, f"{key}={value} is out of range; it must lie between {low} and {high}")
+def _check(group: str, config: Any, **ranges: tuple[float, float | None]) -> None:
+    """Raise ConfigError unless each named value lies in its range; None is no upper limit."""
+    for name, (low, high) in ranges.items():
+        key, value = group + name, getattr(config, name)
+        if high is None:
+            _require(value >= low, f"{key}={value} is too small; it must be at least {low}")
+        rule = f"it must lie between {low} and {high}"
+        _require(high is None or low <= value <= high, f"{key}={value} is out of range; {rule}")
 
 
 @dataclass(frozen=True)
@@ -58,11 +50,8 @@ class DataConfig:
     shapes_test: int = 2000
 
     def __post_init__(self) -> None:
-        _at_least("data.size", self.size, 8)
-        _within("data.validation", self.validation, 0.0, 0.9)
-        _at_least("data.limit", self.limit, 0)
-        _at_least("data.shapes_train", self.shapes_train, 10)
-        _at_least("data.shapes_test", self.shapes_test, 10)
+        _check("data.", self, size=(8, None), validation=(0, 0.9), limit=(0, None))
+        _check("data.", self, shapes_train=(10, None), shapes_test=(10, None))
 
 
 @dataclass(frozen=True)
@@ -96,22 +85,22 @@ class ViewsConfig:
     std: list[float] = field(default_factory=lambda: [0.2023, 0.1994, 0.2010])
 
     def __post_init__(self) -> None:
-        _at_least("views.size", self.size, 8)
-        for key in ("flip", "jitter", "grayscale", "blur"):
-            _within(f"views.{key}", getattr(self, key), 0.0, 1.0)
-        _within("views.scale_max", self.scale_max, 1e-3, 1.0)
-        _within("views.scale_min", self.scale_min, 1e-3, self.scale_max)
-        _within("views.ratio_max", self.ratio_max, 0.1, 10.0)
-        _within("views.ratio_min", self.ratio_min, 0.1, self.ratio_max)
-        for key in ("brightness", "contrast", "saturation"):
-            _at_least(f"views.{key}", getattr(self, key), 0.0)
-        _within("views.hue", self.hue, 0.0, 0.5)
-        _at_least("views.blur_sigma_max", self.blur_sigma_max, 1e-3)
-        _within("views.blur_sigma_min", self.blur_sigma_min, 1e-3, self.blur_sigma_max)
+        _check("views.", self, size=(8, None), hue=(0, 0.5))
+        _check("views.", self, flip=(0, 1), jitter=(0, 1), grayscale=(0, 1), blur=(0, 1))
+        _check("views.", self, brightness=(0, None), contrast=(0, None), saturation=(0, None))
+        _check("views.", self, scale_max=(0.001, 1), scale_min=(0.001, self.scale_max))
+        _check("views.", self, ratio_max=(0.1, 10), ratio_min=(0.1, self.ratio_max))
+        sigma_max = self.blur_sigma_max
+        _check("views.", self, blur_sigma_max=(0.001, None), blur_sigma_min=(0.001, sigma_max))
         for key in ("mean", "std"):
             values = getattr(self, key)
-            _require(len(values) == 3, f"views.{key}={values} is not one number for each channel; give three")
-        _require(min(self.std) > 0, f"views.std={self.std} is not positive; give three numbers above 0")
+            _require(
+                len(values) == 3,
+                f"views.{key}={values} is not one number for each channel; give three",
+            )
+        _require(
+            min(self.std) > 0, f"views.std={self.std} is not positive; give three numbers above 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,8 +118,7 @@ class EncoderConfig:
     dim: int = 128
 
     def __post_init__(self) -> None:
-        _at_least("encoder.width", self.width, 1)
-        _at_least("encoder.dim", self.dim, 2)
+        _check("encoder.", self, width=(1, None), dim=(2, None))
 
 
 @dataclass(frozen=True)
@@ -150,10 +138,16 @@ class MocoConfig:
     mask_own_keys: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("moco.queue_size", self.queue_size, 1)
-        _require(self.temperature > 0, f"moco.temperature={self.temperature} is not above 0; 0.1 or 0.2 is usual")
+        _check("moco.", self, queue_size=(1, None))
+        _require(
+            self.temperature > 0,
+            f"moco.temperature={self.temperature} is not above 0; 0.1 or 0.2 is usual",
+        )
         valid = 0 <= self.momentum < 1
-        _require(valid, f"moco.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.99 is usual")
+        _require(
+            valid,
+            f"moco.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.99 is usual",
+        )
 
 
 @dataclass(frozen=True)
@@ -173,12 +167,16 @@ class OptimConfig:
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr={self.lr} is not above 0; give a positive learning rate")
         valid = 0 <= self.momentum < 1
-        _require(valid, f"optim.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.9 is usual")
-        _at_least("optim.weight_decay", self.weight_decay, 0.0)
-        _at_least("optim.warmup_epochs", self.warmup_epochs, 0.0)
-        _within("optim.gamma", self.gamma, 0.0, 1.0)
+        _require(
+            valid,
+            f"optim.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.9 is usual",
+        )
+        _check("optim.", self, weight_decay=(0, None), warmup_epochs=(0, None), gamma=(0, 1))
         stepped = self.schedule != "step" or self.milestones
-        _require(bool(stepped), "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]")
+        _require(
+            bool(stepped),
+            "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
+        )
 
 
 @dataclass(frozen=True)
@@ -193,9 +191,10 @@ class KnnConfig:
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        _at_least("knn.every_epochs", self.every_epochs, 0)
-        _at_least("knn.k", self.k, 1)
-        _require(self.temperature > 0, f"knn.temperature={self.temperature} is not above 0; 0.1 is usual")
+        _check("knn.", self, every_epochs=(0, None), k=(1, None))
+        _require(
+            self.temperature > 0, f"knn.temperature={self.temperature} is not above 0; 0.1 is usual"
+        )
 
 
 @dataclass(frozen=True)
@@ -209,9 +208,7 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint.every_epochs", self.every_epochs, 0)
-        _at_least("checkpoint.every_steps", self.every_steps, 0)
-        _at_least("checkpoint.keep", self.keep, 2)
+        _check("checkpoint.", self, every_epochs=(0, None), every_steps=(0, None), keep=(2, None))
 
 
 @dataclass(frozen=True)
@@ -224,7 +221,7 @@ class TrackingConfig:
     project: str = "moco_dist"
 
     def __post_init__(self) -> None:
-        _at_least("tracking.every_steps", self.every_steps, 1)
+        _check("tracking.", self, every_steps=(1, None))
 
 
 @dataclass(frozen=True)
@@ -240,8 +237,7 @@ class RuntimeConfig:
     deterministic: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("runtime.micro_batches", self.micro_batches, 1)
-        _at_least("runtime.processes", self.processes, 0)
+        _check("runtime.", self, micro_batches=(1, None), processes=(0, None))
 
 
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -275,9 +271,9 @@ class PretrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        _check_run(self.name, self.epochs, self.stop_at_step)
-        _at_least("batch_size", self.batch_size, 2)
-        _at_least("bn_groups", self.bn_groups, 1)
+        _check_name(self.name)
+        _check("", self, epochs=(1, None), stop_at_step=(0, None))
+        _check("", self, batch_size=(2, None), bn_groups=(1, None))
         b, g = self.batch_size, self.bn_groups
         lower = max(g, b // g * g)
         _require(
@@ -327,16 +323,18 @@ class ProbeConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        _check_run(self.name or "probe", self.epochs, self.stop_at_step)
-        _at_least("batch_size", self.batch_size, 1)
-        _at_least("top_k", self.top_k, 1)
+        _check_name(self.name or "probe")
+        _check("", self, epochs=(1, None), stop_at_step=(0, None))
+        _check("", self, batch_size=(1, None), top_k=(1, None))
 
 
-def _check_run(name: str, epochs: int, stop_at_step: int) -> None:
-    plain = bool(name) and all(letter.isalnum() or letter in "-_.+" for letter in name) and name[0] != "."
-    _require(plain, f"name={name!r} is no folder name; use letters, digits, '-', '_', '+' and '.'")
-    _at_least("epochs", epochs, 1)
-    _at_least("stop_at_step", stop_at_step, 0)
+def _check_name(name: str) -> None:
+    plain = all(letter.isalnum() or letter in "-_.+" for letter in name) and name[:1] not in (
+        "",
+        ".",
+    )
+    rule = "use letters, digits, '-', '_', '+' and '.'"
+    _require(plain, f"name={name!r} is no folder name; {rule}")
 
 
 # Keys that may differ when a run is resumed: its length, what is logged, and the machine.
@@ -344,124 +342,3 @@ FREE_ON_RESUME = (
     *("name", "output", "encoder", "epochs", "stop_at_step", "data.root", "data.cache"),
     *("knn", "checkpoint", "tracking", "runtime"),
 )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return the configuration as nested plain dicts, lists and scalars."""
-    return dataclasses.asdict(config)
-
-
-def to_yaml(config: Any) -> str:
-    """Return the whole configuration as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
-
-
-def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
-    """Return the configuration that `to_dict` made `values` of; unknown keys are errors."""
-    return _to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dicts under their dotted keys."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves
-
-
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return 'key: old -> new' for each dotted key that a resumed run must not change and that differs."""
-    before, after = flat(old), flat(new)
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
-    ]
-
-
-def load(schema: type[Schema], arguments: list[str]) -> Schema:
-    """Return the configuration that the arguments give, applied left to right onto the defaults.
-
-    An argument is a YAML file or an override `a.b=c`. Raises ConfigError, with one sentence, for an
-    unknown key, a wrong type, a value out of range or a missing file.
-    """
-    config = OmegaConf.structured(schema)
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        try:
-            if equals and not Path(argument).is_file():
-                layer = OmegaConf.from_dotlist([argument])
-            else:
-                layer = OmegaConf.load(_yaml_file(argument, schema))
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-            raise ConfigError(f"{argument}: not valid YAML ({_one_line(error)}); mend its syntax") from error
-        if not OmegaConf.is_dict(layer):
-            raise ConfigError(f"{argument}: holds no 'key: value' lines; see --help for the keys")
-        try:
-            config = OmegaConf.merge(config, layer)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{argument}: {_explain(error, schema, layer, key)}") from error
-    return _to_object(config)
-
-
-def _to_object(config: Any) -> Any:
-    return OmegaConf.to_object(config)
-
-
-def _yaml_file(argument: str, schema: type[Any]) -> Path:
-    path = Path(argument)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise ConfigError(f"{argument}: no such file; the project's own are in configs/pretrain and configs/probe")
-        return path
-    near = _nearest(argument, _keys(schema))
-    hint = f"did you mean '{near}=...'?" if near else "see --help for the keys"
-    raise ConfigError(f"{argument}: neither a YAML file nor a key=value; {hint}")
-
-
-def _keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
-    """Return the type of each dotted key of a schema."""
-    keys: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(schema).items():
-        inner = _keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {}
-        keys |= inner or {prefix + name: kind}
-    return keys
-
-
-def _nearest(key: str, keys: dict[str, Any]) -> str | None:
-    last = key.rpartition(".")[2]
-    by_last = {known.rpartition(".")[2]: known for known in reversed(keys)}
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
-    close_last = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
-    return close[0] if close else by_last[close_last[0]] if close_last else None
-
-
-def _explain(error: OmegaConfBaseException, schema: type[Any], layer: Any, key: str) -> str:
-    key = error.full_key or key
-    keys = _keys(schema)
-    if isinstance(error, ConfigKeyError):
-        near = _nearest(key, keys)
-        siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        way_out = f"did you mean '{near}'?" if near else f"known there: {', '.join(siblings or keys)}"
-        return f"there is no key '{key}'; {way_out}"
-    name = key.partition("[")[0]
-    value = OmegaConf.select(layer, key) if "[" not in key else OmegaConf.select(layer, name)
-    if name not in keys:
-        inside = ", ".join(k for k in keys if k.startswith(name + "."))
-        return f"'{name}' is a group and takes no value; set one of {inside or ', '.join(keys)}"
-    return f"{name}={value} is not {_kind(keys[name])}"
-
-
-def _kind(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(typing.get_args(annotation))
-    if typing.get_origin(annotation) is list:
-        (item,) = typing.get_args(annotation)
-        return f"a list of {'whole numbers' if item is int else 'numbers'}, as [1,2,3]"
-    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return kinds[annotation]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

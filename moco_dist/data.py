@@ -110,17 +110,21 @@ def _cache_folder() -> Path:
 
 def _read_torchvision(config: DataConfig) -> tuple[Images, Images]:
     root = Path(config.root).expanduser()
+    parts: list[Any]
     try:
         if config.name == "stl10":
-            parts = [datasets.STL10(root, part, download=True) for part in ("train+unlabeled", "test")]
+            parts = [
+                datasets.STL10(root, part, download=True) for part in ("train+unlabeled", "test")
+            ]
             arrays = [(torch.from_numpy(part.data), part.labels) for part in parts]
         else:
             kind = datasets.CIFAR10 if config.name == "cifar10" else datasets.CIFAR100
-            cifars = [kind(root, train, download=True) for train in (True, False)]
-            arrays = [(torch.from_numpy(part.data).permute(0, 3, 1, 2), part.targets) for part in cifars]
-            parts = cifars
+            parts = [kind(root, train, download=True) for train in (True, False)]
+            arrays = [(torch.from_numpy(p.data).permute(0, 3, 1, 2), p.targets) for p in parts]
     except PermissionError as error:
-        raise MissingError(f"data.root={root}: can't be written ({error}); choose another folder") from error
+        raise MissingError(
+            f"data.root={root}: can't be written ({error}); choose another folder"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise MissingError(
             f"data.name={config.name}: not in data.root={root} and can't be downloaded ({error}); put the "
@@ -128,7 +132,10 @@ def _read_torchvision(config: DataConfig) -> tuple[Images, Images]:
         ) from error
     size = [config.size, config.size]
     images = [
-        (F.resize(pixels, size, antialias=True) if pixels.shape[-1] != config.size else pixels, labels)
+        (
+            F.resize(pixels, size, antialias=True) if pixels.shape[-1] != config.size else pixels,
+            labels,
+        )
         for pixels, labels in arrays
     ]
     train, test = (_images(p.contiguous(), labels, parts[0].classes) for p, labels in images)

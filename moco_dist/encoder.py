@@ -95,7 +95,9 @@ class Encoder(nn.Module):
         self.backbone = Backbone(config, norm_layer)
         features = self.backbone.num_features
         last = nn.Linear(features, config.dim)
-        hidden = [nn.Linear(features, features), nn.ReLU(inplace=True)] if config.head == "mlp" else []
+        hidden = (
+            [nn.Linear(features, features), nn.ReLU(inplace=True)] if config.head == "mlp" else []
+        )
         self.head = nn.Sequential(*hidden, last)
 
     def forward(self, views: Tensor) -> Tensor:
@@ -109,7 +111,9 @@ class Encoder(nn.Module):
         return self.backbone.num_features
 
 
-def build_encoder(config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1) -> Encoder:
+def build_encoder(
+    config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1
+) -> Encoder:
     """Return a new encoder in float32 on the CPU whose weights depend on `config` and `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -26,7 +26,12 @@ def extract(backbone: nn.Module, images: Images, config: ViewsConfig, batch_size
     size, processes = len(images), comms.world_size()
     each = -(-size // processes)
     rows = torch.arange(each) * processes + comms.rank()
-    rows = rows.clamp(max=max(size - 1, 0)).to(images.pixels.device)  # the last ones stand in for missing rows
-    parts = [backbone(views.center(images.pixels[part], config, dtype)) for part in rows.split(batch_size)]
+    rows = rows.clamp(max=max(size - 1, 0)).to(
+        images.pixels.device
+    )  # the last ones stand in for missing rows
+    parts = [
+        backbone(views.center(images.pixels[part], config, dtype))
+        for part in rows.split(batch_size)
+    ]
     gathered = comms.all_gather(torch.cat(parts))
     return gathered.reshape(processes, each, -1).transpose(0, 1).flatten(0, 1)[:size]

@@ -43,7 +43,9 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
     Raises MissingError for a folder that is absent or holds no image.
     """
     if not root.is_dir():
-        raise MissingError(f"{root}: no such folder; give the folder of the images as data.root=DIR")
+        raise MissingError(
+            f"{root}: no such folder; give the folder of the images as data.root=DIR"
+        )
     files = []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -99,7 +101,9 @@ def _read(path: Path, size: int) -> np.ndarray:
             rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
         return np.asarray(rgb)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); replace or remove this file") from error
+        raise DataError(
+            f"{path}: not a readable image ({error}); replace or remove this file"
+        ) from error
 
 
 def load(listing: Listing, size: int, cache: Path) -> Tensor:
@@ -125,11 +129,15 @@ def load(listing: Listing, size: int, cache: Path) -> Tensor:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        logger.warning("%s: can't keep the decoded images (%s); the next start decodes again", cache, error)
+        logger.warning(
+            "%s: can't keep the decoded images (%s); the next start decodes again", cache, error
+        )
     return pixels
 
 
 def _key(listing: Listing, size: int) -> str:
     stats = [(str(file.relative_to(listing.root)), file.stat()) for file in listing.files]
     rows = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    return hashlib.sha256(json.dumps([str(listing.root.resolve()), size, rows]).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        json.dumps([str(listing.root.resolve()), size, rows]).encode()
+    ).hexdigest()[:32]

@@ -21,7 +21,9 @@ def predict(
     predictions = []
     for chunk in F.normalize(queries, dim=1).split(1024):
         similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # the same votes, no overflow
+        weights = (
+            (similarity - similarity[:, :1]) / temperature
+        ).exp()  # the same votes, no overflow
         votes = weights.new_zeros(len(chunk), num_classes)
         votes.scatter_add_(1, bank_labels[nearest], weights)
         predictions.append(votes.argmax(1))

@@ -6,7 +6,7 @@ He, Fan, Wu, Xie, Girshick: Momentum Contrast for Unsupervised Visual Representa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,14 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key encoder's parameters to momentum * key + (1 - momentum) * query (equation 2)."""
-        keys, queries = list(self.key_encoder.parameters()), list(self.query_encoder.parameters())
+        keys: list[Tensor] = list(self.key_encoder.parameters())
+        queries: list[Tensor] = list(self.query_encoder.parameters())
         torch._foreach_lerp_(keys, queries, 1 - momentum)
 
 
 @torch.no_grad()
 def shuffled_keys(
-    encoder: Callable[[Tensor], Tensor], pieces: list[Callable[[], Tensor]], unshuffle: Tensor
+    encoder: Callable[[Tensor], Tensor], pieces: Sequence[Callable[[], Tensor]], unshuffle: Tensor
 ) -> Tensor:
     """Return the keys of the whole global batch in its order, float (batch_size, dim), on every process.
 
@@ -47,7 +48,11 @@ def shuffled_keys(
 
 
 def info_nce(
-    queries: Tensor, positives: Tensor, negatives: Tensor, temperature: float, own: Tensor | None = None
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the mean InfoNCE loss (equation 1), a scalar, and the logits, (rows, 1 + filled), positive first.
 

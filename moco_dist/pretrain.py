@@ -3,257 +3,71 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
-from typing import Any
 
-import torch
 from rich.table import Table
-from torch import Tensor
 
-from moco_dist import checkpoint, comms, data, features, knn, moco, runtime, schedule, views
-from moco_dist.config import PretrainConfig, to_dict
-from moco_dist.encoder import build_encoder
-from moco_dist.errors import ConfigError, UserError
-from moco_dist.plan import Plan, Step, check_batch, check_groups
-from moco_dist.runtime import Session, console, logger
-
-
-class Pretraining:
-    """A run in the making: its models, data and place. All state is in `moco`, `optimizer` and `step`."""
-
-    def __init__(self, config: PretrainConfig, session: Session, splits: data.Splits) -> None:
-        self.config, self.session = config, session
-        self.accelerator, device = session.accelerator, session.device
-        processes = comms.world_size()
-        check_batch(config.batch_size, processes)
-        check_groups(config.bn_groups, processes, config.runtime.micro_batches)
-        self.splits = splits.to(device)
-        self.plan = Plan(
-            num_samples=len(splits.train),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rank=comms.rank(),
-            world_size=processes,
-            device=device,
-        )
-        self.steps_per_epoch = self.plan.steps_per_epoch
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        encoder = build_encoder(
-            config.encoder,
-            config.seed,
-            rows_per_group=config.batch_size // config.bn_groups,
-            groups=config.bn_groups // processes,
-        )
-        self.moco = moco.MoCo(encoder, config.moco.queue_size, config.encoder.dim).to(device, self.dtype)
-        self.optimizer = torch.optim.SGD(
-            self.moco.query_encoder.parameters(),
-            lr=config.optim.lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-        )
-        # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue at each step.
-        self.query = self.accelerator.prepare(self.moco.query_encoder)
-        if processes > 1:  # DDP would overwrite each process's BatchNorm statistics with those of process 0
-            self.query.broadcast_buffers = False
-        self.step = 0
-        if session.resumed:
-            self.restore(session.resumed)
-
-    @property
-    def passes(self) -> list[tuple[int, int]]:
-        """The views of the queries and of their keys, for each pass over the batch."""
-        return [(0, 1), (1, 0)] if self.config.moco.symmetric else [(0, 1)]
-
-    def train_step(self) -> tuple[Tensor, list[Tensor]]:
-        """Do one step; return the mean loss of this process's rows and, pass by piece, the logits."""
-        config, network = self.config, self.moco
-        rows = self.plan.step(self.step, len(self.passes))
-        rate = schedule.learning_rate(config.optim, self.step, self.steps_per_epoch, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-        network.train()
-        keys = [self.keys(rows, number, view) for number, (_, view) in enumerate(self.passes)]
-        negatives, their_samples = network.queue.negatives()
-        pieces = [
-            (number, view, piece)
-            for number, (view, _) in enumerate(self.passes)
-            for piece in rows.query_rows.chunk(config.runtime.micro_batches)
-        ]
-        losses, all_logits = [], []
-        for number, view, piece in pieces:
-            last = piece is pieces[-1][2]
-            with nullcontext() if last else self.accelerator.no_sync(self.query):
-                samples = rows.samples[piece]
-                queries = self.query(self.views(samples, rows.epoch, view))
-                own = their_samples == samples[:, None] if config.moco.mask_own_keys else None
-                loss, logits = moco.info_nce(
-                    queries, keys[number][piece], negatives, config.moco.temperature, own
-                )
-                # The passes of the symmetric loss are added, as in the CIFAR demo of MoCo's authors.
-                self.accelerator.backward(loss / config.runtime.micro_batches)
-            losses.append(loss.detach())
-            all_logits.append(logits.detach())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        momentum = schedule.key_momentum(config.moco, self.step, self.total_steps)
-        network.update_key_encoder(momentum)
-        network.queue.enqueue(torch.cat(keys), rows.samples.repeat(len(keys)))
-        self.step += 1
-        return torch.stack(losses).mean(), all_logits
-
-    def keys(self, rows: Step, number: int, view: int) -> Tensor:
-        """Return the keys of the whole batch for pass `number`, (batch_size, dim), without gradients."""
-        mine = rows.samples[rows.key_rows[number]]
-        pieces = [
-            lambda piece=piece: self.views(piece, rows.epoch, view)
-            for piece in mine.chunk(self.config.runtime.micro_batches)
-        ]
-        with self.accelerator.autocast():
-            return moco.shuffled_keys(self.moco.key_encoder, pieces, rows.unshuffle[number])
-
-    def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
-        """Return view number `view` of the training images `samples`, (rows, 3, size, size)."""
-        pixels = self.splits.train.pixels[samples]
-        return views.make(pixels, self.config.views, self.config.seed, epoch, samples, view, self.dtype)
-
-    def knn_top1(self) -> float:
-        """Return the share of validation images that their nearest training images classify rightly."""
-        config, encoder = self.config, self.moco.query_encoder
-        moco.average_statistics(encoder)
-        encoder.eval()
-        parts = [self.splits.train.labelled(), self.splits.validation]
-        with self.accelerator.autocast():
-            bank, queries = (
-                features.extract(encoder.backbone, part, config.views, config.batch_size) for part in parts
-            )
-        mine = features.share(len(queries))
-        classes, (train, validation) = len(parts[0].classes), parts
-        predicted = knn.predict(queries[mine], bank, train.labels, classes, config.knn.k, config.knn.temperature)
-        right = comms.total((predicted == validation.labels[mine]).sum())
-        return float(right) / len(queries)
-
-    def save(self) -> None:
-        """Write a checkpoint of the state after `step` steps."""
-        config, network = self.config, self.moco
-        encoders = {"query": network.query_encoder, "key": network.key_encoder}
-        statistics: dict[str, Tensor] = {}
-        for name, encoder in encoders.items():
-            moco.average_statistics(encoder)
-            groups = moco.group_statistics(encoder)
-            statistics |= {f"statistics.{name}.{key}": value for key, value in groups.items()}
-        momentum = checkpoint.momentum_buffers(self.optimizer, network.query_encoder)
-        state = {
-            "epoch": self.step / self.steps_per_epoch,
-            "enqueued": network.queue.enqueued,
-            "data": self.splits.fingerprint,
-            "config": to_dict(config),
-        }
-        model = network.state_dict()
-        checkpoint.save(
-            self.session.directory, self.step, model, momentum | statistics, state, config.checkpoint.keep
-        )
-
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Take over the state of a checkpoint, whatever number of processes wrote it."""
-        if saved.state["data"] != self.splits.fingerprint:
-            raise ConfigError(
-                f"{saved.path}: was trained on other images (fingerprint {saved.state['data']}, "
-                f"now {self.splits.fingerprint}); give the same data, or name=... for a new run"
-            )
-        checkpoint.load_tensors(self.moco, saved.model, saved.path)
-        for name, encoder in (("query", self.moco.query_encoder), ("key", self.moco.key_encoder)):
-            prefix = f"statistics.{name}."
-            chosen = {k.removeprefix(prefix): v for k, v in saved.optimizer.items() if k.startswith(prefix)}
-            moco.restore_group_statistics(encoder, chosen)
-        checkpoint.restore_momentum(self.optimizer, self.moco.query_encoder, saved.optimizer)
-        self.moco.queue.enqueued = saved.state["enqueued"]
-        self.step = saved.step
-
-    def metrics(self, loss: Tensor, all_logits: list[Tensor], seconds: float, steps: int) -> dict[str, float]:
-        """Return the figures of the step just done, over all processes; `seconds` went by for `steps` steps."""
-        logits = torch.cat(all_logits)
-        positive, negative = logits[:, :1], logits[:, 1:]
-        rank = (negative >= positive).sum(1)
-        count = negative.isfinite().sum()
-        mean_negative = negative.masked_fill(~negative.isfinite(), 0).sum() / count.clamp(min=1)
-        figures = [loss, (rank < 1).double().mean(), (rank < 5).double().mean(), positive.mean(), mean_negative]
-        values = comms.mean(torch.stack([figure.double() for figure in figures])).tolist()
-        if not torch.isfinite(torch.tensor(values)).all():
-            raise UserError(
-                f"train/loss is {values[0]} at step {self.step}; lower optim.lr, and go on from the last "
-                "checkpoint, which is kept"
-            )
-        queue, temperature = self.moco.queue, self.config.moco.temperature
-        shown = {
-            "epoch": self.step / self.steps_per_epoch,
-            "train/loss": values[0],
-            "train/accuracy_top1": values[1],
-            "train/accuracy_top5": values[2],
-            "similarity/positive": values[3] * temperature,
-            "similarity/negative": values[4] * temperature,
-            "queue/fill": queue.filled / queue.size,
-            "train/lr": self.optimizer.param_groups[0]["lr"],
-        }
-        if not all_logits[0][0, 1:].numel():  # the first step has no negatives yet
-            del shown["similarity/negative"]
-        return shown | {"train/images_per_second": steps * self.config.batch_size / seconds}
+from moco_dist import comms, data, runtime
+from moco_dist.config import PretrainConfig
+from moco_dist.runtime import console, logger
+from moco_dist.tracking import Tracker
+from moco_dist.trainer import Trainer
 
 
 def run(config: PretrainConfig) -> None:
     """Pretrain from where the run directory stands to the end."""
     session = runtime.start(config)
     splits = data.load(config.data)
-    training = Pretraining(config, session, splits)
-    total = min(training.total_steps, config.stop_at_step or training.total_steps)
+    trainer = Trainer(config, session, splits)
+    total = min(trainer.total_steps, config.stop_at_step or trainer.total_steps)
     can_classify = bool(splits.train.classes) and len(splits.validation) > 0
-    announce(training, can_classify)
-    if training.step >= total:
+    announce(trainer, can_classify)
+    if trainer.step >= total:
         if comms.is_main():
-            console.print(f"{session.directory} is at step {training.step:,} of {total:,}: nothing is left to do.")
+            console.print(
+                f"{session.directory} is at step {trainer.step:,} of {total:,}: nothing is left to do."
+            )
         return
     with runtime.tracker(session, config, total) as tracker:
-        if training.step == 0 and config.knn.at_start and can_classify:
-            tracker.log(0, {"epoch": 0.0, "knn/top1": training.knn_top1()})
-        results = loop(training, total, tracker, can_classify)
-    if training.step == training.total_steps:
+        if trainer.step == 0 and config.knn.at_start and can_classify:
+            tracker.log(0, {"epoch": 0.0, "knn/top1": trainer.knn_top1()})
+        results = loop(trainer, total, tracker, can_classify)
+    if trainer.step == trainer.total_steps:
         runtime.finish(session, results)
-    summarize(training, results)
+    summarize(trainer, results)
 
 
-def loop(training: Pretraining, total: int, tracker: Any, can_classify: bool) -> dict[str, float]:
+def loop(trainer: Trainer, total: int, tracker: Tracker, can_classify: bool) -> dict[str, float]:
     """Train up to step `total`; return the last figures."""
-    config, per_epoch = training.config, training.steps_per_epoch
+    config, per_epoch = trainer.config, trainer.steps_per_epoch
     results: dict[str, float] = {}
-    since, logged = time.monotonic(), training.step
-    while training.step < total:
-        loss, logits = training.train_step()
-        step, last = training.step, training.step == total
+    since, logged = time.monotonic(), trainer.step
+    while trainer.step < total:
+        loss, logits = trainer.train_step()
+        step, last = trainer.step, trainer.step == total
         epoch_ends = step % per_epoch == 0
         if step == 1 or step % config.tracking.every_steps == 0 or last:
             seconds = time.monotonic() - since
-            results |= training.metrics(loss, logits, seconds, step - logged)
+            results |= trainer.metrics(loss, logits, seconds, step - logged)
             tracker.log(step, {k: v for k, v in results.items() if not k.startswith("knn/")})
             since, logged = time.monotonic(), step
         del loss, logits
         often = config.knn.every_epochs
         if often and can_classify and ((epoch_ends and step // per_epoch % often == 0) or last):
-            results["knn/top1"] = training.knn_top1()
+            results["knn/top1"] = trainer.knn_top1()
             tracker.log(step, {"epoch": step / per_epoch, "knn/top1": results["knn/top1"]})
             since, logged = time.monotonic(), step
         keep = config.checkpoint
         due = keep.every_epochs and epoch_ends and step // per_epoch % keep.every_epochs == 0
         if last or due or (keep.every_steps and step % keep.every_steps == 0):
-            training.save()
+            trainer.save()
             since, logged = time.monotonic(), step
     return results
 
 
-def announce(training: Pretraining, can_classify: bool) -> None:
+def announce(trainer: Trainer, can_classify: bool) -> None:
     """Print the banner and warn of settings that are legal and cost accuracy."""
-    config, splits, processes = training.config, training.splits, comms.world_size()
-    left_over = training.plan.num_samples - training.steps_per_epoch * config.batch_size
+    config, splits, processes = trainer.config, trainer.splits, comms.world_size()
+    left_over = trainer.plan.num_samples - trainer.steps_per_epoch * config.batch_size
     if config.bn_groups == 1:
         logger.warning(
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model the answer "
@@ -268,7 +82,11 @@ def announce(training: Pretraining, can_classify: bool) -> None:
             " (masked)" if config.moco.mask_own_keys else " as negatives",
             max(config.batch_size, len(splits.train) // 4),
         )
-    monitor = f"every {config.knn.every_epochs} epochs" if config.knn.every_epochs else "never (knn.every_epochs=0)"
+    monitor = (
+        f"every {config.knn.every_epochs} epochs"
+        if config.knn.every_epochs
+        else "never (knn.every_epochs=0)"
+    )
     rows = {
         "data": f"{config.data.name}: {len(splits.train):,} training and {len(splits.validation):,} "
         f"validation images, {len(splits.train.classes) or 'no'} classes",
@@ -278,25 +96,27 @@ def announce(training: Pretraining, can_classify: bool) -> None:
         f"{config.bn_groups} BatchNorm groups of {config.batch_size // config.bn_groups}, "
         f"{config.runtime.micro_batches} micro-batches",
         "queue": f"{config.moco.queue_size:,} keys, full after "
-        f"{-(-config.moco.queue_size // (config.batch_size * len(training.passes))):,} steps; the loss rises till then",
-        "steps": f"{training.steps_per_epoch:,} an epoch ({left_over} images left over, others each epoch), "
-        f"{training.total_steps:,} in {config.epochs} epochs",
+        f"{-(-config.moco.queue_size // (config.batch_size * len(trainer.passes))):,} steps; the loss rises till then",
+        "steps": f"{trainer.steps_per_epoch:,} an epoch ({left_over} images left over, others each epoch), "
+        f"{trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
-    runtime.banner(training.session, "pretrain", rows)
+    runtime.banner(trainer.session, "pretrain", rows)
 
 
-def summarize(training: Pretraining, results: dict[str, float]) -> None:
+def summarize(trainer: Trainer, results: dict[str, float]) -> None:
     """Print the last figures and what to do next."""
     if not comms.is_main():
         return
-    table = Table(title=f"{training.session.directory} after step {training.step:,} of {training.total_steps:,}")
+    table = Table(
+        title=f"{trainer.session.directory} after step {trainer.step:,} of {trainer.total_steps:,}"
+    )
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in results.items():
         table.add_row(name, f"{value:.4g}")
     console.print(table)
-    console.print(f"next: probe it with encoder={training.session.directory}", highlight=False)
+    console.print(f"next: probe it with encoder={trainer.session.directory}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ import accelerate
 import torch
 import torchvision
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 import moco_dist
-from moco_dist import checkpoint, comms, config, tracking
+from moco_dist import checkpoint, comms, config_files, tracking
 from moco_dist.checkpoint import output_errors
 from moco_dist.config import PretrainConfig, ProbeConfig
 from moco_dist.errors import ConfigError, UserError
@@ -44,13 +43,13 @@ def main(schema: type[Schema], run: Callable[[Schema], None], purpose: str | Non
     """Load the configuration from the command line, call `run`, and end with the exit state of what came of it."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(f"{purpose}\n\n{COMMANDS}\n{config.to_yaml(schema())}", end="")
+        print(f"{purpose}\n\n{COMMANDS}\n{config_files.to_yaml(schema())}", end="")
         return
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     status = 0
     try:
-        run(config.load(schema, arguments))
+        run(config_files.load(schema, arguments))
     except UserError as error:
         status = error.exit_status
         if os.environ.get("RANK", "0") == "0":  # all processes have the same error: comms.together
@@ -76,7 +75,8 @@ class Session:
     @property
     def device(self) -> torch.device:
         """The device of this process."""
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
 
 def start(settings: PretrainConfig | ProbeConfig) -> Session:
@@ -94,7 +94,7 @@ def start(settings: PretrainConfig | ProbeConfig) -> Session:
             f"runtime.processes={wanted} and {got} took part; start that many "
             f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {wanted} -m ...)"
         )
-    comms.same_everywhere("the configuration", config.to_yaml(settings))
+    comms.same_everywhere("the configuration", config_files.to_yaml(settings))
     if settings.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
@@ -110,15 +110,15 @@ def _open_directory(directory: Path, settings: PretrainConfig | ProbeConfig) -> 
         directory.mkdir(parents=True, exist_ok=True)
         old = directory / "config.yaml"
         if old.exists():
-            before = OmegaConf.to_container(OmegaConf.load(old))
-            assert isinstance(before, dict), f"{old} is not a mapping"
-            changed = config.changed_keys({str(k): v for k, v in before.items()}, config.to_dict(settings))
+            changed = config_files.changed_keys(
+                config_files.read_yaml(old), config_files.to_dict(settings)
+            )
             if changed:
                 raise ConfigError(
                     f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
                     "give it back to resume that run, or choose name=... for a new one"
                 )
-        replace(old, config.to_yaml(settings))
+        replace(old, config_files.to_yaml(settings))
         replace(directory / "environment.json", json.dumps(environment(), indent=1))
 
 
@@ -149,7 +149,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def tracker(session: Session, settings: PretrainConfig | ProbeConfig, total_steps: int) -> tracking.Tracker:
+def tracker(
+    session: Session, settings: PretrainConfig | ProbeConfig, total_steps: int
+) -> tracking.Tracker:
     """Return where metrics go: nowhere on processes other than the first."""
     if not comms.is_main():
         return tracking.Tracker([])
@@ -164,7 +166,11 @@ def banner(session: Session, title: str, rows: dict[str, str]) -> None:
     if not comms.is_main():
         return
     device = session.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads each"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads each"
+    )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     all_rows = {
         "run": str(session.directory),

@@ -36,7 +36,10 @@ class Tracker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.progress:
             self.progress.stop()
@@ -65,7 +68,9 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def console_lines(console: Console, total_steps: int, start_step: int) -> tuple[Sink, Progress | None]:
+def console_lines(
+    console: Console, total_steps: int, start_step: int
+) -> tuple[Sink, Progress | None]:
     """Return a sink for a person to read: a live bar in a terminal, one plain line each without."""
     started = time.monotonic()
     columns = (
@@ -83,19 +88,29 @@ def console_lines(console: Console, total_steps: int, start_step: int) -> tuple[
         if bar and task is not None and loss is not None:
             speed = f" {rate:,.0f} img/s" if rate else ""
             bar.update(task, completed=step, description=f"loss {loss:.3f}{speed}")
-        results = {k: v for k, v in metrics.items() if k.startswith(("knn/", "probe/", "control/", "test/"))}
+        results = {
+            k: v
+            for k, v in metrics.items()
+            if k.startswith(("knn/", "probe/", "control/", "test/"))
+        }
         if bar is None or results:
             shown = results if bar else metrics
             parts = [f"{_short(name)} {_text(name, value)}" for name, value in shown.items()]
             left = _remaining(time.monotonic() - started, step - start_step, total_steps - step)
             parts += [f"{left} left"] if left and not bar else []
-            console.print(f"step {step:,}/{total_steps:,}  " + "  ".join(parts), soft_wrap=True, highlight=False)
+            console.print(
+                f"step {step:,}/{total_steps:,}  " + "  ".join(parts),
+                soft_wrap=True,
+                highlight=False,
+            )
 
     return show, bar
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("train/").replace("images_per_second", "img/s").replace("accuracy_", "")
+    return (
+        name.removeprefix("train/").replace("images_per_second", "img/s").replace("accuracy_", "")
+    )
 
 
 def _text(name: str, value: float) -> str:

@@ -56,7 +56,7 @@ def _factor(number: Tensor, strength: float) -> Tensor:
 def _crop_sides(
     config: ViewsConfig, numbers: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return height and width of the first of ten attempts that fits, and whether one does, (n,)."""
+    """Return height and width of the first of ten attempts that fits, and whether one does."""
     shares, ratios = numbers.chunk(2, dim=1)
     area = height * width * _between(shares, config.scale_min, config.scale_max)
     ratio = _between(ratios, math.log(config.ratio_min), math.log(config.ratio_max)).exp()

@@ -1,0 +1,208 @@
+"""The linear probe of frozen encoders: its state, one step of it, its figures and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco_dist import checkpoint, comms, data, features, fingerprint, knn, schedule, views
+from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config_files import to_dict
+from moco_dist.encoder import Encoder, build_encoder, calibrate
+from moco_dist.errors import ConfigError
+from moco_dist.plan import Plan, check_batch
+from moco_dist.runtime import Session
+
+# The trained encoder, and a randomly initialised one that says what the architecture alone gives.
+TRAINED, CONTROL = "probe", "control"
+CALIBRATION_IMAGES = 512
+
+
+class Heads(nn.Module):
+    """One linear classifier for each encoder, trained side by side without touching each other."""
+
+    def __init__(self, names: list[str], num_features: int, num_classes: int) -> None:
+        super().__init__()
+        heads = {name: nn.Linear(num_features, num_classes) for name in names}
+        for head in heads.values():
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the logits (rows, classes) for the features (rows, features) of each encoder."""
+        return {name: head(inputs[name]) for name, head in self.heads.items()}
+
+
+class LinearProbe:
+    """A probe in the making. All state is in `heads`, `optimizer` and `step`; the encoders never change."""
+
+    def __init__(
+        self,
+        config: ProbeConfig,
+        session: Session,
+        splits: data.Splits,
+        encoder: Encoder,
+        pretrained: PretrainConfig,
+    ) -> None:
+        self.config, self.session, self.accelerator = config, session, session.accelerator
+        device = session.device
+        check_batch(config.batch_size, comms.world_size())
+        self.splits = splits.to(device)
+        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self.encoders = {TRAINED: encoder}
+        if config.control:
+            self.encoders[CONTROL] = build_encoder(pretrained.encoder, config.seed + 1)
+        for each in self.encoders.values():
+            each.requires_grad_(False).to(device, self.dtype)
+        if (
+            config.control
+        ):  # with statistics of real images its features are as large as a trained encoder's
+            some = self.splits.train.pixels[:CALIBRATION_IMAGES]
+            calibrate(self.encoders[CONTROL], views.center(some, config.views, self.dtype))
+        self.frozen = {name: fingerprint.of_module(each) for name, each in self.encoders.items()}
+        parts = {
+            "train": self.splits.train,
+            "validation": self.splits.validation,
+            "test": self.splits.test,
+        }
+        self.parts = {name: part for name, part in parts.items() if len(part)}
+        # The encoders are frozen: the features of unaugmented images are computed once.
+        self.features = {
+            (name, part): self.extract(each, images)
+            for name, each in self.encoders.items()
+            for part, images in self.parts.items()
+        }
+        self.plan = Plan(
+            num_samples=len(splits.train),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=comms.rank(),
+            world_size=comms.world_size(),
+            device=device,
+        )
+        self.total_steps = config.epochs * self.plan.steps_per_epoch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            heads = Heads(list(self.encoders), encoder.num_features, len(splits.train.classes))
+        self.heads = heads.to(device, self.dtype)
+        self.optimizer = torch.optim.SGD(
+            self.heads.parameters(),
+            lr=config.optim.lr,
+            momentum=config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
+        )
+        self.classify: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self.accelerator.prepare(
+            self.heads
+        )
+        self.step = 0
+        if session.resumed:
+            self.restore(session.resumed)
+
+    def extract(self, encoder: Encoder, images: data.Images) -> Tensor:
+        """Return the features of the unaugmented images, (len(images), features), on every process."""
+        with self.accelerator.autocast():
+            found = features.extract(
+                encoder.backbone, images, self.config.views, self.config.batch_size
+            )
+        return found.to(self.dtype)
+
+    @torch.no_grad()
+    def inputs(self, epoch: int, samples: Tensor) -> dict[str, Tensor]:
+        """Return the training features of each encoder for `samples`: of new views, or the ones computed once."""
+        if not self.config.augment:
+            return {name: self.features[name, "train"][samples] for name in self.encoders}
+        pixels = self.splits.train.pixels[samples]
+        made = views.make(
+            pixels, self.config.views, self.config.seed, epoch, samples, 0, self.dtype
+        )
+        with self.accelerator.autocast():
+            return {
+                name: each.backbone(made).to(self.dtype) for name, each in self.encoders.items()
+            }
+
+    def train_step(self) -> Tensor:
+        """Do one step of every head; return the trained encoder's loss, the mean over this process's rows."""
+        optim, per_epoch = self.config.optim, self.plan.steps_per_epoch
+        rows = self.plan.step(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(optim, self.step, per_epoch, self.total_steps)
+        samples = rows.samples[rows.query_rows]
+        labels = self.splits.train.labels[samples]
+        logits = self.classify(self.inputs(rows.epoch, samples))
+        losses = {name: F.cross_entropy(each, labels) for name, each in logits.items()}
+        self.accelerator.backward(torch.stack(list(losses.values())).sum())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return losses[TRAINED].detach()
+
+    @torch.no_grad()
+    def evaluate(self, name: str, part: str) -> dict[str, float]:
+        """Return loss, top-1 and top-k on a part of the data; each image counts once on any number of processes."""
+        images = self.parts[part]
+        mine = features.share(len(images)).to(self.session.device)
+        logits = self.heads.heads[name](self.features[name, part][mine])
+        labels = images.labels[mine]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        best = logits.topk(self.config.top_k, dim=1).indices == labels[:, None]
+        sums = torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()])
+        values = (comms.total(sums) / len(images)).tolist()
+        return dict(zip(("loss", "top1", f"top{self.config.top_k}"), values, strict=True))
+
+    def knn_top1(self, name: str, part: str) -> float:
+        """Return the share of a part's images that their nearest training images classify rightly."""
+        images, settings = self.parts[part], self.config.knn
+        mine = features.share(len(images)).to(self.session.device)
+        train = self.parts["train"]
+        predicted = knn.predict(
+            self.features[name, part][mine],
+            self.features[name, "train"],
+            train.labels,
+            len(train.classes),
+            settings.k,
+            settings.temperature,
+        )
+        return float(comms.total((predicted == images.labels[mine]).sum())) / len(images)
+
+    def check_frozen(self) -> None:
+        """Prove that no tensor of an encoder has moved since the probe began."""
+        for name, each in self.encoders.items():
+            now = fingerprint.of_module(each)
+            assert now == self.frozen[name], (
+                f"the {name} encoder moved: {self.frozen[name]} -> {now}"
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint of the classifiers after `step` steps."""
+        self.check_frozen()
+        momentum = checkpoint.momentum_buffers(self.optimizer, self.heads)
+        state = {
+            "epoch": self.step / self.plan.steps_per_epoch,
+            "encoder": self.frozen[TRAINED],
+            "classes": list(self.splits.train.classes),
+            "data": self.splits.fingerprint,
+            "config": to_dict(self.config),
+        }
+        model = self.heads.state_dict()
+        checkpoint.save(
+            self.session.directory, self.step, model, momentum, state, self.config.checkpoint.keep
+        )
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Take over the state of a checkpoint, whatever number of processes wrote it."""
+        now = {"encoder": self.frozen[TRAINED], "data": self.splits.fingerprint}
+        changed = [
+            f"{key} {saved.state[key]} -> {now[key]}" for key in now if saved.state[key] != now[key]
+        ]
+        if changed:
+            raise ConfigError(
+                f"{saved.path}: is the probe of another encoder or of other images ({'; '.join(changed)}); "
+                "give name=... for a new probe"
+            )
+        checkpoint.load_tensors(self.heads, saved.model, saved.path)
+        checkpoint.restore_momentum(self.optimizer, self.heads, saved.optimizer)
+        self.step = saved.step

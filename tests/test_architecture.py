@@ -1,0 +1,83 @@
+"""The cut of the package: who imports what, and files that can be read in one sitting."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moco_dist"
+FILES = sorted(PACKAGE.glob("*.py"))
+MAX_LINES = 300
+
+# What a file must not import, directly.
+FORBIDDEN = {
+    "config": {"torch", "accelerate"},
+    "config_files": {"torch", "accelerate"},
+    "comms": {"moco_dist.config", "moco_dist.moco", "moco_dist.encoder", "accelerate"},
+    "randomness": {"moco_dist", "accelerate"},
+    "plan": {"accelerate"},
+    "data": {"moco_dist.moco", "accelerate"},
+    "views": {"moco_dist.data", "moco_dist.moco"},
+    "encoder": {"moco_dist.moco", "moco_dist.comms"},
+    "key_queue": {"moco_dist.comms"},
+    "moco": {"accelerate", "moco_dist.config"},
+    "schedule": {"torch"},
+    "checkpoint": {"moco_dist.moco", "moco_dist.data"},
+    "knn": {"accelerate"},
+    "tracking": {"moco_dist.moco"},
+    "runtime": {"moco_dist.moco", "moco_dist.data"},
+    "pretrain": {"moco_dist.probe", "moco_dist.linear_probe"},
+    "trainer": {"moco_dist.probe", "moco_dist.linear_probe"},
+    "probe": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
+    "linear_probe": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules that a file imports, with the names taken from a package of ours as modules."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module}
+            if node.module == "moco_dist":
+                found |= {f"moco_dist.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
+    for module in imports(path):
+        for banned in FORBIDDEN.get(path.stem, ()):
+            assert module != banned, f"{path.name} imports {module}"
+            assert not module.startswith(banned + "."), f"{path.name} imports {module}"
+
+
+def test_only_comms_talks_to_other_processes() -> None:
+    users = [p.stem for p in FILES if any("torch.distributed" in m for m in imports(p))]
+    assert users == ["comms"]
+
+
+def test_config_reads_yaml_and_nobody_else_does() -> None:
+    users = [p.stem for p in FILES if imports(p) & {"yaml", "omegaconf", "omegaconf.errors"}]
+    assert users == ["config_files"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{path.name} has {lines} lines; cut it"
+
+
+def test_no_file_is_named_like_the_standard_library_or_like_a_drawer() -> None:
+    names = {path.stem for path in FILES}
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & {"utils", "common", "helpers", "base", "core", "misc"}
+
+
+def test_every_rule_is_about_a_file_that_exists() -> None:
+    assert FORBIDDEN.keys() <= {path.stem for path in FILES}

@@ -1,0 +1,133 @@
+"""Grouped BatchNorm is separate BatchNorm for each group; the encoder is torchvision's ResNet with a head."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from moco_dist import moco
+from moco_dist.config import EncoderConfig
+from moco_dist.encoder import GroupedBatchNorm, batch_norms, build_encoder
+
+
+def separate_norms(groups: int, channels: int) -> list[nn.BatchNorm2d]:
+    return [nn.BatchNorm2d(channels).double() for _ in range(groups)]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_norm_is_a_norm_for_each_group(
+    groups: int, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    rows, channels = 3, 5
+    grouped, separate = (
+        GroupedBatchNorm(channels, rows, groups).double(),
+        separate_norms(groups, channels),
+    )
+    for norm in (grouped, *separate):
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+        nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(2))
+    for _ in range(3):
+        x = torch.randn(rows * groups, channels, 4, 4, dtype=torch.float64) * 2 + 1
+        x = x.to(memory_format=memory_format).requires_grad_()
+        x_separate = x.detach().clone().requires_grad_()
+        y = grouped(x)
+        y_separate = torch.cat(
+            [n(p) for n, p in zip(separate, x_separate.split(rows), strict=True)]
+        )
+        weight = torch.randn_like(y)
+        (y * weight).sum().backward()
+        (y_separate * weight).sum().backward()
+        torch.testing.assert_close(y, y_separate, rtol=0, atol=1e-12)
+        torch.testing.assert_close(x.grad, x_separate.grad, rtol=0, atol=1e-12)
+    weight_gradients = [norm.weight.grad for norm in separate if norm.weight.grad is not None]
+    torch.testing.assert_close(grouped.weight.grad, torch.stack(weight_gradients).sum(0))
+    for number, norm in enumerate(separate):
+        torch.testing.assert_close(grouped.group_mean[number], norm.running_mean)
+        torch.testing.assert_close(grouped.group_var[number], norm.running_var)
+
+
+def test_evaluation_uses_the_mean_of_the_groups_statistics() -> None:
+    torch.manual_seed(0)
+    grouped, separate = GroupedBatchNorm(5, 3, 2).double(), separate_norms(2, 5)
+    x = torch.randn(6, 5, 4, 4, dtype=torch.float64)
+    grouped(x)
+    for norm, part in zip(separate, x.split(3), strict=True):
+        norm(part)
+    moco.average_statistics(grouped)
+    grouped.eval()
+    whole = nn.BatchNorm2d(5).double().eval()
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(norm, name) for norm in separate]).mean(0)
+        getattr(whole, name).copy_(mean)
+    torch.testing.assert_close(grouped(x), whole(x), rtol=0, atol=1e-14)
+
+
+def test_groups_taken_in_turn_are_the_groups_taken_at_once() -> None:
+    torch.manual_seed(0)
+    at_once, in_turn = GroupedBatchNorm(5, 3, 4), GroupedBatchNorm(5, 3, 4)
+    for _ in range(2):
+        x = torch.randn(12, 5, 4, 4)
+        y = torch.cat([in_turn(x[:3]), in_turn(x[3:9]), in_turn(x[9:])])
+        assert at_once(x).equal(y)
+    assert at_once.group_mean.equal(in_turn.group_mean)
+    assert at_once.group_var.equal(in_turn.group_var)
+
+
+def test_a_batch_that_is_no_whole_groups_is_refused() -> None:
+    with pytest.raises(AssertionError, match="7 rows are not whole groups of 3"):
+        GroupedBatchNorm(5, 3, 4)(torch.zeros(7, 5, 2, 2))
+
+
+@pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("resnet50", 2048)])
+def test_backbone_at_published_width_is_torchvisions(name: str, features: int) -> None:
+    config = dataclasses.replace(EncoderConfig(), backbone=name, stem="imagenet")  # type: ignore[arg-type]
+    encoder = build_encoder(config, seed=0).eval()
+    theirs = torchvision.models.get_model(name, weights=None)
+    theirs.fc = nn.Identity()
+    ours = encoder.backbone.state_dict()
+    assert [(k, v.shape) for k, v in ours.items()] == [
+        (k, v.shape) for k, v in theirs.state_dict().items()
+    ]
+    theirs.load_state_dict(ours)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(encoder.backbone(x), theirs.eval()(x))
+    assert encoder.num_features == features
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_width_scales_every_stage(width: int) -> None:
+    encoder = build_encoder(dataclasses.replace(EncoderConfig(), width=width), seed=0)
+    convolutions = {m.out_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)}
+    assert convolutions == {width, 2 * width, 4 * width, 8 * width}
+    features = encoder.eval().backbone(torch.zeros(1, 3, 32, 32))
+    assert features.shape == (1, 8 * width) == (1, encoder.num_features)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    config = EncoderConfig(width=4)
+    torch.manual_seed(1)
+    first = build_encoder(config, seed=5).state_dict()
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    second = build_encoder(config, seed=5).state_dict()
+    assert torch.random.get_rng_state().equal(before)
+    assert all(first[name].equal(second[name]) for name in first)
+    other = build_encoder(config, seed=6).state_dict()
+    assert not first["backbone.conv1.weight"].equal(other["backbone.conv1.weight"])
+
+
+@pytest.mark.parametrize(("head", "layers"), [("linear", 1), ("mlp", 2)])
+def test_head_gives_unit_vectors(head: str, layers: int) -> None:
+    config = EncoderConfig(width=4, head=head, dim=7)  # type: ignore[arg-type]
+    encoder = build_encoder(config, seed=0).eval()
+    assert sum(isinstance(m, nn.Linear) for m in encoder.head) == layers
+    queries = encoder(torch.randn(3, 3, 32, 32))
+    assert queries.shape == (3, 7)
+    torch.testing.assert_close(queries.norm(dim=1), torch.ones(3))
+    assert len(batch_norms(encoder)) == 20
