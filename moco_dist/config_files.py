@@ -70,7 +70,7 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
         key, equals, _ = argument.partition("=")
         try:
             if equals and not Path(argument).is_file():
-                layer = OmegaConf.from_dotlist([argument])
+                layer: Any = OmegaConf.from_dotlist([argument])
             else:
                 layer = OmegaConf.load(_yaml_file(argument, schema))
         except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

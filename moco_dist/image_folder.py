@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +129,8 @@ def load(listing: Listing, size: int, cache: Path) -> Tensor:
         save_file({"pixels": pixels}, temporary, {"fingerprint": fingerprint.of_tensors(pixels)})
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         logger.warning(
             "%s: can't keep the decoded images (%s); the next start decodes again", cache, error
         )

@@ -72,7 +72,7 @@ def console_lines(
     console: Console, total_steps: int, start_step: int
 ) -> tuple[Sink, Progress | None]:
     """Return a sink for a person to read: a live bar in a terminal, one plain line each without."""
-    started = time.monotonic()
+    began: list[float] = []  # time and step of the first line about training
     columns = (
         BarColumn(bar_width=None),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
@@ -96,7 +96,9 @@ def console_lines(
         if bar is None or results:
             shown = results if bar else metrics
             parts = [f"{_short(name)} {_text(name, value)}" for name, value in shown.items()]
-            left = _remaining(time.monotonic() - started, step - start_step, total_steps - step)
+            if loss is not None and not began:
+                began.extend((time.monotonic(), step))
+            left = _remaining(began, step, total_steps) if began else ""
             parts += [f"{left} left"] if left and not bar else []
             console.print(
                 f"step {step:,}/{total_steps:,}  " + "  ".join(parts),
@@ -119,9 +121,10 @@ def _text(name: str, value: float) -> str:
     return f"{value:,.0f}" if name.endswith("per_second") else f"{value:.4g}"
 
 
-def _remaining(seconds: float, done: int, left: int) -> str:
+def _remaining(began: list[float], step: int, total_steps: int) -> str:
+    done, left = step - began[1], total_steps - step
     if done <= 0 or left <= 0:
         return ""
-    minutes, seconds = divmod(round(seconds / done * left), 60)
+    minutes, seconds = divmod(round((time.monotonic() - began[0]) / done * left), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:.0f} h {minutes:02.0f} min" if hours else f"{minutes:.0f} min {seconds:02.0f} s"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Pretrains on images that the package draws itself, on two CPU processes, and probes the encoder.
+# Arguments override the pretraining's configuration, as in: bash launch/demo.sh name=mine seed=1
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" "."
+
+output=runs name=demo
+for argument in "$@"; do
+    case "$argument" in
+        output=*) output="${argument#*=}" ;;
+        name=*) name="${argument#*=}" ;;
+    esac
+done
+
+# Each of the two processes gets half the cores, four at most: the images are small.
+cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+threads=$((cores >= 8 ? 4 : cores > 2 ? cores / 2 : 1))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+export ACCELERATE_USE_CPU=true
+
+accelerate launch --config_file launch/two_cpus.yaml \
+    -m moco_dist.pretrain configs/pretrain/demo.yaml "$@"
+accelerate launch --config_file launch/two_cpus.yaml \
+    -m moco_dist.probe configs/probe/demo.yaml encoder="$output/$name" output="$output"
+
+echo "The pretraining is in $output/$name, its probe in $output/$name-probe."

@@ -1,0 +1,238 @@
+"""A checkpoint is whole or absent, holds no code, and says plainly what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moco_dist import checkpoint, comms, data, runtime
+from moco_dist.config import PretrainConfig
+from moco_dist.config_files import load
+from moco_dist.errors import DataError, MissingError, OutputError
+from moco_dist.trainer import Trainer
+from tests import processes
+
+MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(7)}
+
+
+def write(run: Path, *steps: int, keep: int = 5) -> None:
+    for step in steps:
+        momentum = {"momentum.weight": MODEL["weight"] * step}
+        checkpoint.save(run, step, MODEL, momentum, {"enqueued": 3}, keep)
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    write(tmp_path, 12)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.state["enqueued"]) == (12, 3)
+    assert found.path == tmp_path / "checkpoints" / "step_00000012"
+    assert all(found.model[name].equal(MODEL[name]) for name in MODEL)
+    assert found.optimizer["momentum.weight"].equal(MODEL["weight"] * 12)
+    names = {path.name for path in found.path.iterdir()}
+    assert names == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def test_the_newest_ones_are_kept_and_nothing_else_is_left_behind(tmp_path: Path) -> None:
+    write(tmp_path, 5, 90, 100, 1000, keep=2)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step_00000100", "step_00001000"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    checkpoint.save(tmp_path, 5, {"weight": torch.ones(1)}, {}, {}, keep=2)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.model["weight"].tolist() == [1]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
+def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    write(tmp_path, 10, 20)
+    path = tmp_path / "checkpoints" / "step_00000020" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "bit" else content[:-4])
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 10
+    assert "step_00000020" in caplog.text
+    assert "going back to the checkpoint before it" in caplog.text
+    with pytest.raises((DataError, MissingError)) as error:
+        checkpoint.find(path.parent) if damage != "gone" else checkpoint.read(path.parent)
+    assert str(path.parent) in str(error.value)
+
+
+def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    (tmp_path / "checkpoints" / ".step_00000020.123.tmp").mkdir()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.step == 10
+
+
+def test_a_missing_checkpoint_has_its_sentence(tmp_path: Path) -> None:
+    with pytest.raises(MissingError) as error:
+        checkpoint.find(tmp_path / "nowhere")
+    assert str(error.value) == (
+        f"{tmp_path / 'nowhere'}: no such checkpoint or run directory; give a run that has been pretrained"
+    )
+    with pytest.raises(MissingError) as error:
+        checkpoint.find(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}: no checkpoint in this folder; give a run directory or a checkpoint folder"
+    )
+    assert error.value.exit_status == 66
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    output = tmp_path_factory.mktemp("runs")
+    config = load(PretrainConfig, [*TINY, f"output={output}", "name=tiny"])
+    session = runtime.start(config)
+    trainer = Trainer(config, session, data.load(config.data))
+    for _ in range(2):
+        trainer.train_step()
+    trainer.save()
+    return output / "tiny"
+
+
+TINY = [
+    *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=32"),
+    *("data.shapes_train=60", "data.shapes_test=20", "data.size=16", "views.size=16"),
+    "runtime.device=cpu",
+]
+
+
+def test_an_encoder_is_loaded_tensor_by_tensor(pretrained: Path) -> None:
+    found = checkpoint.find(pretrained)
+    encoder, config = checkpoint.load_encoder(found)
+    assert config.encoder.width == 4
+    on_disk = load_file(found.path / "model.safetensors")
+    state = encoder.state_dict()
+    assert {f"query_encoder.{name}" for name in state} == {
+        n for n in on_disk if n.startswith("query")
+    }
+    assert all(state[name].equal(on_disk[f"query_encoder.{name}"]) for name in state)
+    assert not encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def tampered(pretrained: Path, folder: Path, **encoder: object) -> checkpoint.Checkpoint:
+    shutil.copytree(pretrained, folder)
+    found = checkpoint.find(folder)
+    found.state["config"]["encoder"] |= encoder
+    return found
+
+
+def test_a_checkpoint_of_another_architecture_lists_the_tensors(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    found = tampered(pretrained, tmp_path / "wide", width=8)
+    with pytest.raises(DataError) as error:
+        checkpoint.load_encoder(found)
+    assert str(error.value).startswith(
+        f"{found.path}: holds another architecture than its configuration says "
+        "(backbone.conv1.weight is (4, 3, 3, 3) and should be (8, 3, 3, 3); "
+        "backbone.bn1.weight is (4,) and should be (8,); "
+    )
+    assert str(error.value).endswith(" more); use the checkpoint of the matching run")
+    found = tampered(pretrained, tmp_path / "mlp", head="mlp")
+    with pytest.raises(DataError) as error:
+        checkpoint.load_encoder(found)
+    assert "head.2.weight is missing" in str(error.value)
+    assert "head.0.weight is (8, 32) and should be (32, 32)" in str(error.value)
+
+
+def test_a_strange_tensor_is_not_passed_over(pretrained: Path) -> None:
+    found = checkpoint.find(pretrained)
+    found.model["query_encoder.backbone.extra"] = torch.zeros(1)
+    with pytest.raises(DataError, match=r"backbone\.extra is not expected"):
+        checkpoint.load_encoder(found)
+
+
+def test_a_folder_without_write_permission_has_its_sentence(tmp_path: Path) -> None:
+    # A file in the place of the folder stops root too, which permissions don't.
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(OutputError) as error:
+        write(tmp_path, 3)
+    path = tmp_path / "checkpoints" / "step_00000003"
+    assert (
+        str(error.value)
+        == f"{path}: can't be written (Not a directory); free it, or choose output=FOLDER"
+    )
+    assert error.value.exit_status == 74
+
+
+def choose(run: Path) -> tuple[int, int]:
+    found = checkpoint.newest(run)
+    assert found is not None
+    return comms.rank(), found.step
+
+
+def fail_to_write(run: Path) -> str:
+    try:
+        write(run, 3)
+    except OutputError as error:
+        return str(error)
+    return "no error"
+
+
+def test_all_processes_choose_the_same_checkpoint_and_fail_together(tmp_path: Path) -> None:
+    write(tmp_path / "good", 10, 20)
+    assert processes.run(choose, 2, tmp_path / "good") == [(0, 20), (1, 20)]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "checkpoints").write_text("in the way")
+    first, second = processes.run(fail_to_write, 2, tmp_path / "bad")
+    assert first == second
+    assert "can't be written" in first
+
+
+def test_checkpoints_hold_no_pickle(pretrained: Path) -> None:
+    path = checkpoint.find(pretrained).path
+    state = json.loads((path / "state.json").read_text())
+    assert state["config"]["encoder"]["width"] == 4
+    for file in path.iterdir():
+        assert b"\x80\x04" not in file.read_bytes()[:2]
+        assert file.suffix in (".safetensors", ".json")
+        umask = os.umask(0)
+        os.umask(umask)
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_resuming_under_a_changed_configuration_names_the_keys(pretrained: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "moco_dist.pretrain",
+        *TINY,
+        f"output={pretrained.parent}",
+        "name=tiny",
+    ]
+    result = subprocess.run(
+        [*command, "optim.lr=0.5", "seed=3"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 78
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {pretrained} holds a run with another configuration (optim.lr: 0.03 -> 0.5; "
+        "seed: 0 -> 3); give it back to resume that run, or choose name=... for a new one"
+    )
+    assert "Traceback" not in result.stderr

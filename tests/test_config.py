@@ -1,0 +1,204 @@
+"""Every configuration loads, and every mistake has its one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config_files import changed_keys, flat, from_dict, load, read_yaml, to_dict, to_yaml
+from moco_dist.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PRETRAIN = sorted(CONFIGS.glob("pretrain/*.yaml"))
+PROBE = sorted(CONFIGS.glob("probe/*.yaml"))
+
+
+def refusal(*arguments: str, schema: type = PretrainConfig) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(schema, list(arguments))
+    assert error.value.exit_status == 78
+    return str(error.value)
+
+
+def test_the_promised_configurations_are_there() -> None:
+    names = {"paper", "cifar10", "cifar10_symmetric", "imagenet_v1", "imagenet_v2", "demo"}
+    assert {path.stem for path in PRETRAIN} == names
+    assert {path.stem for path in PROBE} == {"paper", "cifar10", "imagenet", "demo"}
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+def test_a_pretraining_configuration_loads_under_its_own_name(path: Path) -> None:
+    assert load(PretrainConfig, [str(path)]).name == path.stem
+
+
+@pytest.mark.parametrize("path", PROBE, ids=lambda path: path.stem)
+def test_a_probe_configuration_loads(path: Path) -> None:
+    assert load(ProbeConfig, [str(path), "encoder=runs/x"]).encoder == "runs/x"
+
+
+@pytest.mark.parametrize("path", [*PRETRAIN, *PROBE], ids=lambda p: f"{p.parent.stem}-{p.stem}")
+def test_a_header_gives_the_command_that_runs_the_file(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    command = f"-m moco_dist.{path.parent.stem} configs/{path.parent.stem}/{path.name}"
+    assert any(command in line for line in header)
+
+
+def test_published_settings_are_in_the_imagenet_files() -> None:
+    v1 = load(PretrainConfig, [str(CONFIGS / "pretrain/imagenet_v1.yaml")])
+    v2 = load(PretrainConfig, [str(CONFIGS / "pretrain/imagenet_v2.yaml")])
+    for config in (v1, v2):
+        assert (config.batch_size, config.bn_groups, config.optim.lr, config.epochs) == (
+            256,
+            8,
+            0.03,
+            200,
+        )
+        assert (config.moco.queue_size, config.moco.momentum) == (65536, 0.999)
+        assert (config.optim.weight_decay, config.encoder.backbone) == (1e-4, "resnet50")
+    assert (v1.moco.temperature, v1.encoder.head, v1.optim.milestones) == (
+        0.07,
+        "linear",
+        [120, 160],
+    )
+    assert (v2.moco.temperature, v2.encoder.head, v2.views.blur) == (0.2, "mlp", 0.5)
+
+
+def test_arguments_apply_from_left_to_right(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("epochs: 7\noptim:\n  lr: 1e-6\n  milestones: [1, 2]\n")
+    config = load(PretrainConfig, ["epochs=5", "seed=4", str(file), "optim.lr=3e-2"])
+    assert (config.epochs, config.seed, config.optim.lr) == (7, 4, 0.03)
+    assert config.optim.milestones == [1, 2]
+    assert config.optim.momentum == PretrainConfig().optim.momentum
+
+
+def test_a_configuration_survives_the_file_and_the_dictionary(tmp_path: Path) -> None:
+    config = load(PretrainConfig, [str(PRETRAIN[0]), "name=x", "views.hue=0.05"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(PretrainConfig, [str(tmp_path / "config.yaml")]) == config
+    assert from_dict(PretrainConfig, read_yaml(tmp_path / "config.yaml")) == config
+    assert from_dict(PretrainConfig, to_dict(config)) == config
+
+
+def test_a_configuration_cannot_be_edited() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(PretrainConfig, []).seed = 1  # type: ignore[misc]
+
+
+def test_resuming_may_change_the_length_the_logging_and_the_machine_only() -> None:
+    old = to_dict(load(PretrainConfig, []))
+    free = [
+        "epochs=9",
+        "tracking.every_steps=3",
+        "knn.k=5",
+        "runtime.micro_batches=2",
+        "data.root=x",
+    ]
+    assert changed_keys(old, to_dict(load(PretrainConfig, free))) == []
+    fixed = ["seed=1", "optim.lr=0.5", "bn_groups=4", "moco.queue_size=1000", "precision=bf16"]
+    assert changed_keys(old, to_dict(load(PretrainConfig, fixed))) == [
+        "bn_groups: 8 -> 4",
+        "moco.queue_size: 4096 -> 1000",
+        "optim.lr: 0.03 -> 0.5",
+        "precision: fp32 -> bf16",
+        "seed: 0 -> 1",
+    ]
+    assert "moco.momentum_schedule" in flat(old)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["moco.queu_size=1"],
+            "moco.queu_size=1: there is no key 'moco.queu_size'; did you mean 'moco.queue_size'?",
+        ),
+        (
+            ["queue_size=1"],
+            "queue_size=1: there is no key 'queue_size'; did you mean 'moco.queue_size'?",
+        ),
+        (
+            ["knn.neighbours=1"],
+            "knn.neighbours=1: there is no key 'knn.neighbours'; "
+            "known there: knn.every_epochs, knn.at_start, knn.k, knn.temperature",
+        ),
+        (["epochs=many"], "epochs=many: epochs=many is not a whole number"),
+        (["epochs=2.5"], "epochs=2.5: epochs=2.5 is not a whole number"),
+        (["optim.lr=high"], "optim.lr=high: optim.lr=high is not a number"),
+        (["moco.symmetric=7up"], "moco.symmetric=7up: moco.symmetric=7up is not true or false"),
+        (
+            ["optim.schedule=cosin"],
+            "optim.schedule=cosin: optim.schedule=cosin is not one of cosine, step, constant",
+        ),
+        (
+            ["optim.milestones=3"],
+            "optim.milestones=3: optim.milestones=3 is not a list of whole numbers, as [1,2,3]",
+        ),
+        (
+            ["knn=3"],
+            "knn=3: 'knn' is a group and takes no value; "
+            "set one of knn.every_epochs, knn.at_start, knn.k, knn.temperature",
+        ),
+        (
+            ["moco.momentum=1.5"],
+            "moco.momentum=1.5 is out of range; it must lie in [0, 1), 0.99 is usual",
+        ),
+        (["moco.temperature=0"], "moco.temperature=0.0 is not above 0; 0.1 or 0.2 is usual"),
+        (["views.hue=0.7"], "views.hue=0.7 is out of range; it must lie between 0 and 0.5"),
+        (["epochs=0"], "epochs=0 is too small; it must be at least 1"),
+        (
+            ["optim.schedule=step"],
+            "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
+        ),
+        (
+            ["batch_size=250"],
+            "batch_size=250 can't be cut into bn_groups=8 equal groups; use batch_size=248 or 256",
+        ),
+        (
+            ["batch_size=8"],
+            "bn_groups=8 leaves 1 image of batch_size=8 in a group; BatchNorm needs two or more, "
+            "use bn_groups=4 or fewer",
+        ),
+        (
+            ["moco.queue_size=100"],
+            "moco.queue_size=100 can't hold the 512 keys of one step; use 512 or more",
+        ),
+        (
+            ["moco.symmetric=true", "moco.queue_size=1000"],
+            "moco.queue_size=1000 can't hold the 1024 keys of one step; use 1024 or more",
+        ),
+        (
+            ["name=a/b"],
+            "name='a/b' is no folder name; use letters, digits, '-', '_', '+' and '.'",
+        ),
+        (
+            ["configs/pretrain/papers.yaml"],
+            "configs/pretrain/papers.yaml: no such file; "
+            "the project's own are in configs/pretrain and configs/probe",
+        ),
+        (["epoch"], "epoch: neither a YAML file nor a key=value; did you mean 'epochs=...'?"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_mistake_has_its_sentence(arguments: list[str], sentence: str) -> None:
+    assert refusal(*arguments) == sentence
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("optim:\n  learning_rate: 3\n")
+    assert refusal(str(file)) == (
+        f"{file}: there is no key 'optim.learning_rate'; known there: optim.lr, optim.momentum, "
+        "optim.weight_decay, optim.schedule, optim.milestones, optim.gamma, optim.warmup_epochs"
+    )
+    file.write_text("optim: [}")
+    assert refusal(str(file)).startswith(f"{file}: not valid YAML (")
+    file.write_text("- 1\n- 2\n")
+    assert refusal(str(file)) == f"{file}: holds no 'key: value' lines; see --help for the keys"
+
+
+def test_top_k_of_the_probe_must_be_positive() -> None:
+    assert refusal("top_k=0", schema=ProbeConfig) == "top_k=0 is too small; it must be at least 1"

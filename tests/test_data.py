@@ -1,0 +1,234 @@
+"""Data sets: what is an image, what is its class, what is held out, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from moco_dist import data, image_folder
+from moco_dist.config import DataConfig
+from moco_dist.errors import ConfigError, DataError, MissingError
+
+
+def write_image(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (12, 12)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+
+
+def folder(root: Path, cache: Path, **values: object) -> DataConfig:
+    return DataConfig(name="folder", root=str(root), size=8, cache=str(cache), **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    for number, name in enumerate(("cat", "dog", "emu")):
+        for i in range(10):
+            write_image(tmp_path / "set" / "train" / name / f"{i}.png", (80 * number, i, 7))
+            write_image(tmp_path / "set" / "test" / name / f"{i}.png", (80 * number, i, 9))
+    return tmp_path / "set"
+
+
+def test_class_folders_give_labels_and_the_parts_are_apart(labelled: Path, tmp_path: Path) -> None:
+    splits = data.load(folder(labelled, tmp_path / "cache", validation=0.2))
+    assert splits.train.classes == ("cat", "dog", "emu")
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (24, 6, 30)
+    for part in (splits.train, splits.validation, splits.test):
+        assert part.pixels.dtype == torch.uint8
+        assert part.pixels.shape[1:] == (3, 8, 8)
+        assert (part.pixels[:, 0, 4, 4] == 80 * part.labels).all()
+    seen = [
+        (int(i[0, 0, 0]), int(i[1, 0, 0]))
+        for i in (*splits.train.pixels, *splits.validation.pixels)
+    ]
+    assert sorted(seen) == [(80 * c, i) for c in range(3) for i in range(10)]
+    assert (splits.test.pixels[:, 2] == 9).all()
+
+
+def test_the_split_is_a_function_of_its_seed(labelled: Path, tmp_path: Path) -> None:
+    def validation(seed: int) -> torch.Tensor:
+        config = folder(labelled, tmp_path / "cache", validation=0.3, split_seed=seed)
+        return data.load(config).validation.pixels
+
+    assert validation(0).equal(validation(0))
+    assert not validation(0).equal(validation(1))
+
+
+def test_a_limit_takes_fewer_training_images_and_the_same_validation(
+    labelled: Path, tmp_path: Path
+) -> None:
+    whole = data.load(folder(labelled, tmp_path / "cache"))
+    few = data.load(folder(labelled, tmp_path / "cache", limit=5))
+    assert len(few.train) == 5
+    assert few.validation.pixels.equal(whole.validation.pixels)
+    assert few.fingerprint == whole.fingerprint
+
+
+@pytest.mark.parametrize(
+    "places", [["a.png", "b.PNG"], ["x/y/a.png", "x/b.png"], ["a.png", "x/b.png"]]
+)
+def test_flat_and_nested_folders_are_unlabelled_images(tmp_path: Path, places: list[str]) -> None:
+    for place in places:
+        write_image(tmp_path / "set" / place, (1, 2, 3))
+    write_image(tmp_path / "set" / ".hidden" / "c.png", (1, 2, 3))
+    (tmp_path / "set" / "notes.txt").write_text("no image")
+    splits = data.load(folder(tmp_path / "set", tmp_path / "cache", validation=0.0))
+    assert (len(splits.train), splits.train.classes) == (2, ())
+    assert (splits.train.labels == -1).all()
+
+
+def test_labels_none_ignores_class_folders(labelled: Path, tmp_path: Path) -> None:
+    config = folder(labelled, tmp_path / "cache", labels="none")
+    splits = data.load(config)
+    assert splits.train.classes == ()
+    with pytest.raises(DataError) as error:
+        data.require_labels(splits, config)
+    assert str(error.value) == (
+        f"data.name=folder at data.root={labelled} has no labels, and a probe needs them; "
+        "sort the images into one folder for each class"
+    )
+
+
+def test_large_images_are_cut_to_a_centred_square(tmp_path: Path) -> None:
+    image = np.zeros((40, 80, 3), dtype=np.uint8)
+    image[:, 20:60] = 255
+    path = tmp_path / "set" / "a.png"
+    path.parent.mkdir()
+    Image.fromarray(image).save(path)
+    pixels = image_folder.decode(image_folder.scan(path.parent, labelled=True), 8)
+    assert (pixels[:, :, :, 1:-1] == 255).all()
+    assert (pixels > 200).all()
+
+
+def test_decoded_images_are_kept_and_noticed_when_files_change(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = folder(labelled, tmp_path / "cache")
+    first = data.load(config)
+
+    def refuse(*_: object) -> torch.Tensor:
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "decode", refuse)
+        assert data.load(config).train.pixels.equal(first.train.pixels)
+    write_image(labelled / "train" / "cat" / "0.png", (255, 255, 255))
+    os.utime(labelled / "train" / "cat" / "0.png", (1, 1))
+    changed = data.load(config)
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_a_damaged_cache_is_named_and_decoded_again(
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = folder(labelled, tmp_path / "cache")
+    first = data.load(config)
+    for file in (tmp_path / "cache").iterdir():
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert data.load(config).fingerprint == first.fingerprint
+    assert "its content changed on disk; decoding the images again" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file in the way")
+    with caplog.at_level(logging.WARNING):
+        splits = data.load(folder(labelled, tmp_path / "cache"))
+    assert len(splits.train) == 27
+    assert "can't keep the decoded images" in caplog.text
+
+
+def test_a_missing_folder_has_its_sentence(tmp_path: Path) -> None:
+    with pytest.raises(MissingError) as error:
+        data.load(folder(tmp_path / "nowhere", tmp_path / "cache"))
+    assert str(error.value) == (
+        f"{tmp_path / 'nowhere'}: no such folder; give the folder of the images as data.root=DIR"
+    )
+    assert error.value.exit_status == 66
+
+
+def test_an_empty_folder_has_its_sentence(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    with pytest.raises(MissingError) as error:
+        data.load(folder(tmp_path / "set", tmp_path / "cache"))
+    assert str(error.value) == (
+        f"{tmp_path / 'set'}: no images in this folder; data.root needs files that end in "
+        ".jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp"
+    )
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_a_corrupt_image_is_named_with_its_path(
+    labelled: Path, tmp_path: Path, damage: str
+) -> None:
+    path = labelled / "train" / "dog" / "3.png"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[:2000], "text": b"<html>", "empty": b""}[damage])
+    with pytest.raises(DataError) as error:
+        data.load(folder(labelled, tmp_path / "cache"))
+    assert str(error.value).startswith(f"{path}: not a readable image (")
+    assert str(error.value).endswith("); replace or remove this file")
+    assert error.value.exit_status == 65
+
+
+def test_a_test_class_that_training_lacks_is_refused(labelled: Path, tmp_path: Path) -> None:
+    write_image(labelled / "test" / "fox" / "0.png", (0, 0, 0))
+    with pytest.raises(DataError) as error:
+        data.load(folder(labelled, tmp_path / "cache"))
+    assert str(error.value) == (
+        f"{labelled / 'test'}: class folder 'fox' is not among the 3 classes of the training images; "
+        "use the same class folders in both"
+    )
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_decoding(tmp_path: Path) -> None:
+    write_image(tmp_path / "set" / "a.png", (1, 2, 3))
+    listing = image_folder.scan(tmp_path / "set", labelled=True)
+    with pytest.raises(ConfigError, match=r"1 images of data\.size=1000000 need 3000 GB of memory"):
+        image_folder.decode(listing, 1_000_000)
+
+
+def test_a_download_that_fails_has_its_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
+    with pytest.raises(MissingError) as error:
+        data.load(DataConfig(name="cifar10", root=str(tmp_path)))
+    assert str(error.value) == (
+        f"data.name=cifar10: not in data.root={tmp_path} and can't be downloaded (no network); put the "
+        "unpacked archive there, or use data.name=folder with a folder of images"
+    )
+
+
+def test_cifar10_is_read_from_its_archive_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / datasets.CIFAR10.base_folder
+    base.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+    batch = {"data": pixels.reshape(20, -1), "labels": [i % 10 for i in range(20)]}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (base / name).write_bytes(pickle.dumps(batch))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    splits = data.load(DataConfig(name="cifar10", root=str(tmp_path), validation=0.1))
+    assert splits.test.pixels.equal(torch.from_numpy(pixels))
+    assert splits.test.labels.tolist() == batch["labels"]
+    assert (len(splits.train), len(splits.validation)) == (90, 10)
+    assert splits.train.classes == tuple("abcdefghij")
