@@ -1,8 +1,8 @@
-"""Checkpoints of both runs: save, find, verify, restore, prune; and `load_encoder`, for whoever uses one.
+"""Checkpoints of both runs: save, find, verify, restore, prune; and `load_encoder`, to use one.
 
-A checkpoint is a folder `step_00039000` with model.safetensors, optimizer.safetensors and state.json, which
-holds the size and SHA-256 of the others. It is written beside its place and renamed: it is whole or absent.
-No pickle, so one from a stranger can't run code.
+A checkpoint is a folder `step_00039000` with model.safetensors, optimizer.safetensors and
+state.json, which holds the size and SHA-256 of the others. It is written beside its place and
+renamed: it is whole or absent. No pickle, so one from a stranger can't run code.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def save(
 
 
 def newest(run: Path) -> Checkpoint | None:
-    """Return the newest checkpoint of a run that is whole, or None; damaged ones are named and passed over.
+    """Return the newest whole checkpoint of a run, or None; damaged ones are named and passed over.
 
     Call it on all processes: the first one chooses, and all return the same step.
     """
@@ -74,7 +74,7 @@ def newest(run: Path) -> Checkpoint | None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the checkpoint in the folder `path`; raise MissingError or DataError if it is absent or damaged."""
+    """Return the checkpoint in folder `path`; MissingError or DataError if absent or damaged."""
     state = _verified_state(path)
     try:
         tensors = {
@@ -87,7 +87,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def find(path: Path) -> Checkpoint:
-    """Return the checkpoint that `path` names: a checkpoint folder, or a run directory with one in it."""
+    """Return the checkpoint that `path` names: its folder, or a run directory with one in it."""
     if (path / "state.json").is_file():
         return read(path)
     if not path.exists():
@@ -103,9 +103,10 @@ def find(path: Path) -> Checkpoint:
 
 
 def load_encoder(checkpoint: Checkpoint) -> tuple[Encoder, PretrainConfig]:
-    """Return the query encoder of a pretraining checkpoint, frozen and in evaluation mode, and its configuration.
+    """Return the query encoder of a pretraining checkpoint, and its configuration.
 
-    Raises DataError unless every tensor of the encoder is there, and no other.
+    The encoder is frozen and in evaluation mode. Raises DataError unless every tensor of it is
+    there, and no other.
     """
     try:
         config = from_dict(PretrainConfig, checkpoint.state["config"])
@@ -124,7 +125,7 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Encoder, PretrainConfig]:
 
 @torch.no_grad()
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy `tensors` into the parameters and buffers of the same names; DataError unless names and shapes agree."""
+    """Copy `tensors` to the module's own by name; DataError unless names and shapes agree."""
     own = module.state_dict()
     faults = [f"{name} is missing" for name in own if name not in tensors]
     faults += [f"{name} is not expected" for name in tensors if name not in own]
@@ -244,7 +245,8 @@ def _verified_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         if state["format"] != FORMAT:
             raise DataError(
-                f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; use its version"
+                f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; "
+                "use its version"
             )
         for name, expected in state["files"].items():
             content = (path / name).read_bytes()
@@ -253,7 +255,8 @@ def _verified_state(path: Path) -> dict[str, Any]:
                 or hashlib.sha256(content).hexdigest() != expected["sha256"]
             ):
                 raise DataError(
-                    f"{path / name}: damaged (its SHA-256 is not the one in state.json); use another one"
+                    f"{path / name}: damaged (its SHA-256 is not the one in state.json); "
+                    "use another one"
                 )
     except FileNotFoundError as error:
         raise MissingError(

@@ -52,7 +52,7 @@ def shutdown() -> None:
 
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
-    """Return `x` of every process joined along dimension 0, in the order of ranks; shapes must be equal."""
+    """Return `x` of every process, of equal shapes, joined along dimension 0 in order of ranks."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -87,12 +87,13 @@ def same_everywhere(what: str, value: Any) -> None:
     if different:
         raise UserError(
             f"{what} is {values[0]} on process 0 and {values[different[0]]} on process "
-            f"{different[0]} (differs on {different}); start all processes with the same command and files"
+            f"{different[0]} (differs on {different}); start all processes with the same command "
+            "and files"
         )
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Return `work()`; a UserError on any process is raised on all, so that none waits for another."""
+    """Return `work()`; a UserError on any process is raised on all, so that none waits forever."""
     result: Result | None = None
     error: UserError | None = None
     try:

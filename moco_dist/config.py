@@ -1,4 +1,4 @@
-"""The configuration of both runs as frozen dataclasses: every key, its default, and the rules for its value.
+"""The configuration of both runs as frozen dataclasses: every key, its default and its rules.
 
 `config_files.load` fills them; nothing edits a configuration after that.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
 
 from moco_dist.errors import ConfigError
 
@@ -34,14 +33,14 @@ class DataConfig:
     name: Literal["cifar10", "cifar100", "stl10", "folder", "shapes"] = "shapes"
     # Folder of the data set; cifar10, cifar100 and stl10 are downloaded into it on the first use.
     root: str = "data"
-    # Images are held in memory as squares of this many pixels a side (shorter side resized, centre cut).
+    # Pixels a side of the squares held in memory (shorter side resized, centre cut).
     size: int = 32
     # Class of an image in `folder`: the name of its first-level folder, or none (unlabelled).
     labels: Literal["folders", "none"] = "folders"
     # Share of the training images that is held out for validation, drawn by split_seed.
     validation: float = 0.1
     split_seed: int = 0
-    # Use only so many training images (drawn by split_seed, after validation is held out); 0 means all.
+    # Use only so many training images (drawn by split_seed after validation is); 0 means all.
     limit: int = 0
     # Folder for decoded images; empty means moco_dist under the user's cache folder.
     cache: str = ""
@@ -181,9 +180,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class KnnConfig:
-    """The weighted nearest-neighbour classifier on backbone features (Wu et al. 2018, section 3.4)."""
+    """The weighted nearest-neighbour classifier on features (Wu et al. 2018, section 3.4)."""
 
-    # Epochs from one evaluation to the next; 0 is never. The last epoch is always evaluated otherwise.
+    # Epochs between evaluations, and the last epoch is always evaluated; 0 is never.
     every_epochs: int = 10
     # Also evaluate the encoder before its first step, as a control.
     at_start: bool = False
@@ -201,7 +200,7 @@ class KnnConfig:
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    # Epochs, and steps, from one checkpoint to the next; 0 is never. The end of the run always writes one.
+    # Epochs, and steps, between checkpoints; 0 is never. The end of the run always writes one.
     every_epochs: int = 1
     every_steps: int = 0
     # Newest checkpoints that stay.
@@ -258,7 +257,7 @@ class PretrainConfig:
     bn_groups: int = 8
     # bf16 is mixed precision; the queue, the loss and the weights stay fp32.
     precision: Precision = "fp32"
-    # End after this step, to be resumed later; 0 means the end of the last epoch. Schedules don't change.
+    # End after this step, to be resumed later; 0 means at the end. Schedules don't change.
     stop_at_step: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -278,17 +277,19 @@ class PretrainConfig:
         lower = max(g, b // g * g)
         _require(
             b % g == 0,
-            f"batch_size={b} can't be cut into bn_groups={g} equal groups; use batch_size={lower} or {lower + g}",
+            f"batch_size={b} can't be cut into bn_groups={g} equal groups; "
+            f"use batch_size={lower} or {lower + g}",
         )
         _require(
             b // g >= 2,
-            f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; BatchNorm needs two or more, "
-            f"use bn_groups={max(1, b // 2)} or fewer",
+            f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; "
+            f"BatchNorm needs two or more, use bn_groups={max(1, b // 2)} or fewer",
         )
         keys = b * (2 if self.moco.symmetric else 1)
         _require(
             self.moco.queue_size >= keys,
-            f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; use {keys} or more",
+            f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
+            f"use {keys} or more",
         )
 
 

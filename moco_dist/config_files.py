@@ -1,4 +1,4 @@
-"""Configurations in and out of YAML files and the command line; nothing else knows that YAML exists."""
+"""Configurations in and out of YAML files and the command line; nothing else knows of YAML."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Return the configuration that `to_dict` made `values` of; unknown keys are errors."""
-    return _to_object(schema, OmegaConf.merge(OmegaConf.structured(schema), values))
+    try:
+        return _to_object(schema, OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -49,7 +52,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return 'key: old -> new' for each dotted key that a resumed run must not change and that differs."""
+    """Return 'key: old -> new' for each dotted key that differs and a resumed run must keep."""
     before, after = flat(old), flat(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
@@ -97,7 +100,8 @@ def _yaml_file(argument: str, schema: type[Any]) -> Path:
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
             raise ConfigError(
-                f"{argument}: no such file; the project's own are in configs/pretrain and configs/probe"
+                f"{argument}: no such file; the project's own are in configs/pretrain "
+                "and configs/probe"
             )
         return path
     near = _nearest(argument, _keys(schema))

@@ -1,4 +1,4 @@
-"""Data sets by name, held in memory as uint8, and their split into training, validation and test images."""
+"""Data sets by name, in memory as uint8, and their split into training, validation and test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moco_dist.randomness import Purpose, permutation
 
 @dataclass(frozen=True)
 class Images:
-    """Images with their classes: `pixels` uint8 (n, 3, size, size), `labels` int64 (n,), -1 where unknown."""
+    """Images and classes: `pixels` uint8 (n, 3, size, size), `labels` int64 (n,), -1 if unknown."""
 
     pixels: Tensor
     labels: Tensor
@@ -87,7 +87,7 @@ def _read(config: DataConfig) -> tuple[Images, Images]:
 
 
 def _read_folder(config: DataConfig) -> tuple[Images, Images]:
-    """Read DIR/train and DIR/test (or DIR/val) if there is a DIR/train, else DIR itself without a test set."""
+    """Read DIR/train and DIR/test (or DIR/val); without a DIR/train, DIR alone and no test set."""
     root, size = Path(config.root).expanduser(), config.size
     cache = Path(config.cache or _cache_folder()).expanduser()
     parted = (root / "train").is_dir()
@@ -127,8 +127,8 @@ def _read_torchvision(config: DataConfig) -> tuple[Images, Images]:
         ) from error
     except (OSError, RuntimeError) as error:
         raise MissingError(
-            f"data.name={config.name}: not in data.root={root} and can't be downloaded ({error}); put the "
-            "unpacked archive there, or use data.name=folder with a folder of images"
+            f"data.name={config.name}: not in data.root={root} and can't be downloaded ({error}); "
+            "put the unpacked archive there, or use data.name=folder with a folder of images"
         ) from error
     size = [config.size, config.size]
     images = [
@@ -153,7 +153,8 @@ def _split(images: Images, config: DataConfig) -> tuple[Images, Images]:
     train = train[: config.limit or None].sort().values
     if len(train) == 0:
         raise DataError(
-            f"data.validation={config.validation} leaves none of {len(images)} images for training; lower it"
+            f"data.validation={config.validation} leaves none of {len(images)} images for "
+            "training; lower it"
         )
     return images[train], images[held_out.sort().values]
 
@@ -162,6 +163,6 @@ def require_labels(splits: Splits, config: DataConfig) -> None:
     """Raise DataError if the data set has no classes to learn."""
     if not splits.train.classes:
         raise DataError(
-            f"data.name={config.name} at data.root={config.root} has no labels, and a probe needs them; "
-            "sort the images into one folder for each class"
+            f"data.name={config.name} at data.root={config.root} has no labels, and a probe needs "
+            "them; sort the images into one folder for each class"
         )

@@ -1,4 +1,4 @@
-"""The encoder: a torchvision ResNet and a projection head as two named parts, with grouped BatchNorm."""
+"""The encoder: a torchvision ResNet and a projection head, two named parts; grouped BatchNorm."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 
 
 class GroupedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm that normalises each consecutive block of `rows_per_group` rows of the batch by itself.
+    """BatchNorm that normalises each block of `rows_per_group` rows of the batch by itself.
 
     It is what `groups` processes with ordinary BatchNorm would compute, on any number of processes
     (He et al. 2020, section 3.3, and the "split" BatchNorm of its authors' CIFAR demo).
 
-    A process holds `groups` of them. A forward pass in training takes whole groups, in order; several
-    passes (micro-batches) go round them. Each group keeps running statistics of its own in `group_mean`
-    and `group_var`, float (groups, channels): no process needs another's, and what a group has seen doesn't
-    depend on who computed it. Evaluation uses `running_mean` and `running_var`, which hold the mean over all
-    groups of all processes once `moco.average_statistics` has been called.
+    A process holds `groups` of them. A forward pass in training takes whole groups, in order;
+    several passes (micro-batches) go round them. Each group keeps running statistics of its own in
+    `group_mean` and `group_var`, float (groups, channels): no process needs another's, and what a
+    group has seen doesn't depend on who computed it. Evaluation uses `running_mean` and
+    `running_var`, which hold the mean over all groups of all processes once
+    `moco.average_statistics` has been called.
     """
 
     running_mean: Tensor
@@ -62,7 +63,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 
 
 class Backbone(ResNet):
-    """torchvision's ResNet without its classifier, with `width` channels in the first stage (64 as published)."""
+    """torchvision's ResNet without its classifier; `width` channels in stage 1 (published: 64)."""
 
     def __init__(self, config: EncoderConfig, norm_layer: Any) -> None:
         block, stages = _STAGES[config.backbone]
@@ -87,7 +88,7 @@ class Backbone(ResNet):
 
 
 class Encoder(nn.Module):
-    """Backbone and projection head; the forward pass returns keys or queries, the backbone alone features."""
+    """Backbone and head; `forward` returns keys or queries, the backbone alone features."""
 
     def __init__(self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class Encoder(nn.Module):
         self.head = nn.Sequential(*hidden, last)
 
     def forward(self, views: Tensor) -> Tensor:
-        """Return unit vectors, at least float32 (rows, dim), of `views` (rows, 3, height, width)."""
+        """Return unit vectors (rows, dim), float32 or more, of `views` (rows, 3, height, width)."""
         out = self.head(self.backbone(views))
         return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=1)
 
@@ -114,7 +115,7 @@ class Encoder(nn.Module):
 def build_encoder(
     config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1
 ) -> Encoder:
-    """Return a new encoder in float32 on the CPU whose weights depend on `config` and `seed` alone."""
+    """Return a new float32 encoder on the CPU; its weights depend on `config` and `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(config, rows_per_group, groups)
@@ -122,7 +123,7 @@ def build_encoder(
 
 @torch.no_grad()
 def calibrate(encoder: Encoder, views: Tensor) -> None:
-    """Set the running statistics of an untrained encoder to those of `views` (rows, 3, height, width)."""
+    """Set the running statistics of a new encoder to those of `views` (rows, 3, height, width)."""
     encoder.train()
     for norm in batch_norms(encoder):
         norm.rows_per_group, norm.momentum = len(views), 1.0

@@ -11,15 +11,16 @@ from moco_dist.data import Images
 
 
 def share(size: int) -> Tensor:
-    """Return this process's share of range(`size`), int64; each number is in the share of one process only."""
+    """Return this process's share of range(`size`), int64; each number is in one share only."""
     return torch.arange(comms.rank(), size, comms.world_size())
 
 
 @torch.no_grad()
 def extract(backbone: nn.Module, images: Images, config: ViewsConfig, batch_size: int) -> Tensor:
-    """Return the features of the images' centre views, (len(images), features), in order, on every process.
+    """Return the features of the images' centre views, (len(images), features), in order.
 
-    The backbone must be in evaluation mode; the dtype of the features is its own.
+    Every process gets them all. The backbone must be in evaluation mode; the dtype of the features
+    is its own.
     """
     assert not backbone.training, "features are taken in evaluation mode"
     dtype = next(backbone.parameters()).dtype

@@ -18,7 +18,7 @@ def of_tensors(*tensors: Tensor) -> str:
 
 
 def of_module(module: nn.Module) -> str:
-    """Return 16 hex digits that change if any parameter or buffer of the module does, or its name."""
+    """Return 16 hex digits that change if a parameter or buffer of the module does, or its name."""
     state = module.state_dict()
     names = torch.frombuffer(bytearray(" ".join(state).encode()), dtype=torch.uint8)
     return of_tensors(names, *state.values())

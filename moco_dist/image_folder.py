@@ -1,4 +1,4 @@
-"""Image folders: which files there are, what class each has, and their pixels, decoded once and cached on disk."""
+"""Image folders: their files, the class of each, and the pixels, decoded once, cached on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images below a folder, in a fixed order, and the class of each; `classes` is empty without labels."""
+    """The images below a folder in a fixed order, and their classes; no labels, no `classes`."""
 
     root: Path
     files: list[Path]
@@ -37,10 +37,11 @@ class Listing:
 
 
 def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> Listing:
-    """Return the images below `root`, at any depth, in the order of their names; hidden folders are left out.
+    """Return the images below `root`, at any depth, in the order of their names.
 
-    The class is the name of the first-level folder. With an image directly in `root`, or only one such
-    folder, there are no classes. `classes`, if given, are the only ones allowed.
+    Hidden folders are left out. The class is the name of the first-level folder. With an image
+    directly in `root`, or only one such folder, there are no classes. `classes`, if given, are the
+    only ones allowed.
     Raises MissingError for a folder that is absent or holds no image.
     """
     if not root.is_dir():
@@ -54,7 +55,8 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
         files += [Path(folder, name) for name in images]
     if not files:
         raise MissingError(
-            f"{root}: no images in this folder; data.root needs files that end in {', '.join(EXTENSIONS)}"
+            f"{root}: no images in this folder; data.root needs files that "
+            f"end in {', '.join(EXTENSIONS)}"
         )
     tops = [file.relative_to(root).parts[0] for file in files]
     names = sorted(set(tops))
@@ -64,8 +66,8 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
     unknown = sorted(set(names) - set(classes or names))
     if unknown:
         raise DataError(
-            f"{root}: class folder '{unknown[0]}' is not among the {len(classes or ())} classes of the "
-            "training images; use the same class folders in both"
+            f"{root}: class folder '{unknown[0]}' is not among the {len(classes or ())} classes of "
+            "the training images; use the same class folders in both"
         )
     number = {name: i for i, name in enumerate(classes or names)}
     return Listing(root, files, [number[top] for top in tops], classes or tuple(names))
@@ -80,8 +82,9 @@ def decode(listing: Listing, size: int) -> Tensor:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free:
         raise ConfigError(
-            f"{listing.root}: {len(listing.files)} images of data.size={size} need {needed / 1e9:.0f} GB of memory and "
-            f"{free / 1e9:.0f} GB are free; lower data.size or use fewer images (streaming is not built yet)"
+            f"{listing.root}: {len(listing.files)} images of data.size={size} need "
+            f"{needed / 1e9:.0f} GB of memory and {free / 1e9:.0f} GB are free; lower data.size or "
+            "use fewer images (streaming is not built yet)"
         )
     pixels = np.empty((len(listing.files), size, size, 3), dtype=np.uint8)
 
@@ -110,7 +113,8 @@ def _read(path: Path, size: int) -> np.ndarray:
 def load(listing: Listing, size: int, cache: Path) -> Tensor:
     """Return what `decode` returns, from `cache` if these very files were decoded before.
 
-    Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a warning.
+    Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a
+    warning.
     """
     path = cache / f"{_key(listing, size)}.safetensors"
     if path.exists():

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class KeyQueue(nn.Module):
-    """A ring of the newest `size` keys with the sample number of each (He et al. 2020, section 3.2).
+    """A ring of the newest `size` keys, each with its sample number (He et al. 2020, section 3.2).
 
-    Takes any number of keys up to `size` at a time. Slots that were never filled are not given out, so
-    random keys never stand among the negatives.
+    Takes any number of keys up to `size` at a time. Slots that were never filled are not given out,
+    so random keys never stand among the negatives.
     """
 
     keys: Tensor
@@ -35,7 +35,7 @@ class KeyQueue(nn.Module):
         return min(self.enqueued, self.size)
 
     def negatives(self) -> tuple[Tensor, Tensor]:
-        """Return the filled slots: keys, float (filled, dim), and sample numbers, int64 (filled,)."""
+        """Return the filled slots: keys, float (filled, dim), and samples, int64 (filled,)."""
         return self.keys[: self.filled], self.samples[: self.filled]
 
     @torch.no_grad()

@@ -13,8 +13,9 @@ def predict(
 ) -> Tensor:
     """Return the class of each query, int64 (rows,).
 
-    The `k` nearest of `bank` (n, features) by cosine similarity s vote for their class in `bank_labels`,
-    int64 (n,), with weight exp(s / temperature). Wu et al. 2018 (arXiv:1805.01978), section 3.4.
+    The `k` nearest of `bank` (n, features) by cosine similarity s vote for their class in
+    `bank_labels`, int64 (n,), with weight exp(s / temperature). Wu et al. 2018 (arXiv:1805.01978),
+    section 3.4.
     """
     bank = F.normalize(bank, dim=1)
     k = min(k, len(bank))

@@ -1,4 +1,4 @@
-"""The linear probe of frozen encoders: its state, one step of it, its figures and its checkpoints."""
+"""The linear probe of frozen encoders: its state, one step of it, its figures and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class Heads(nn.Module):
 
     def __init__(self, names: list[str], num_features: int, num_classes: int) -> None:
         super().__init__()
-        heads = {name: nn.Linear(num_features, num_classes) for name in names}
-        for head in heads.values():
+        self.heads = nn.ModuleDict()
+        for name in names:  # in turn: the first one's weights don't depend on the others
+            head = nn.Linear(num_features, num_classes)
             nn.init.normal_(head.weight, std=0.01)
             nn.init.zeros_(head.bias)
-        self.heads = nn.ModuleDict(heads)
+            self.heads[name] = head
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the logits (rows, classes) for the features (rows, features) of each encoder."""
@@ -38,7 +39,7 @@ class Heads(nn.Module):
 
 
 class LinearProbe:
-    """A probe in the making. All state is in `heads`, `optimizer` and `step`; the encoders never change."""
+    """A probe in the making: state is in `heads`, `optimizer` and `step`, encoders never change."""
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class LinearProbe:
             self.restore(session.resumed)
 
     def extract(self, encoder: Encoder, images: data.Images) -> Tensor:
-        """Return the features of the unaugmented images, (len(images), features), on every process."""
+        """Return the features of the unaugmented images, (len(images), features), everywhere."""
         with self.accelerator.autocast():
             found = features.extract(
                 encoder.backbone, images, self.config.views, self.config.batch_size
@@ -112,7 +113,7 @@ class LinearProbe:
 
     @torch.no_grad()
     def inputs(self, epoch: int, samples: Tensor) -> dict[str, Tensor]:
-        """Return the training features of each encoder for `samples`: of new views, or the ones computed once."""
+        """Return each encoder's training features of `samples`: of new views, or computed once."""
         if not self.config.augment:
             return {name: self.features[name, "train"][samples] for name in self.encoders}
         pixels = self.splits.train.pixels[samples]
@@ -125,7 +126,7 @@ class LinearProbe:
             }
 
     def train_step(self) -> Tensor:
-        """Do one step of every head; return the trained encoder's loss, the mean over this process's rows."""
+        """Do one step of every head; return the trained encoder's mean loss on this process."""
         optim, per_epoch = self.config.optim, self.plan.steps_per_epoch
         rows = self.plan.step(self.step)
         for group in self.optimizer.param_groups:
@@ -142,7 +143,7 @@ class LinearProbe:
 
     @torch.no_grad()
     def evaluate(self, name: str, part: str) -> dict[str, float]:
-        """Return loss, top-1 and top-k on a part of the data; each image counts once on any number of processes."""
+        """Return loss, top-1, top-k of a part; each image counts once, however many processes."""
         images = self.parts[part]
         mine = features.share(len(images)).to(self.session.device)
         logits = self.heads.heads[name](self.features[name, part][mine])
@@ -154,7 +155,7 @@ class LinearProbe:
         return dict(zip(("loss", "top1", f"top{self.config.top_k}"), values, strict=True))
 
     def knn_top1(self, name: str, part: str) -> float:
-        """Return the share of a part's images that their nearest training images classify rightly."""
+        """Return the share of a part's images that the nearest training images classify rightly."""
         images, settings = self.parts[part], self.config.knn
         mine = features.share(len(images)).to(self.session.device)
         train = self.parts["train"]
@@ -200,8 +201,8 @@ class LinearProbe:
         ]
         if changed:
             raise ConfigError(
-                f"{saved.path}: is the probe of another encoder or of other images ({'; '.join(changed)}); "
-                "give name=... for a new probe"
+                f"{saved.path}: is the probe of another encoder or of other images "
+                f"({'; '.join(changed)}); give name=... for a new probe"
             )
         checkpoint.load_tensors(self.heads, saved.model, saved.path)
         checkpoint.restore_momentum(self.optimizer, self.heads, saved.optimizer)

@@ -1,6 +1,7 @@
 """Momentum Contrast: query and key encoders, shuffled keys, InfoNCE, momentum update.
 
-He, Fan, Wu, Xie, Girshick: Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020.
+He, Fan, Wu, Xie, Girshick: Momentum Contrast for Unsupervised Visual Representation Learning,
+CVPR 2020.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
-        """Move the key encoder's parameters to momentum * key + (1 - momentum) * query (equation 2)."""
+        """Move the key parameters to momentum * key + (1 - momentum) * query (equation 2)."""
         keys: list[Tensor] = list(self.key_encoder.parameters())
         queries: list[Tensor] = list(self.query_encoder.parameters())
         torch._foreach_lerp_(keys, queries, 1 - momentum)
@@ -38,10 +39,11 @@ class MoCo(nn.Module):
 def shuffled_keys(
     encoder: Callable[[Tensor], Tensor], pieces: Sequence[Callable[[], Tensor]], unshuffle: Tensor
 ) -> Tensor:
-    """Return the keys of the whole global batch in its order, float (batch_size, dim), on every process.
+    """Return on every process the keys of the global batch in its order, float (batch_size, dim).
 
-    `pieces` give the views of this process's share of the permuted batch, piece by piece; one gather joins
-    the keys of all processes and `unshuffle`, int64 (batch_size,), undoes the permutation (section 3.3).
+    `pieces` give the views of this process's share of the permuted batch, piece by piece; one
+    gather joins the keys of all processes and `unshuffle`, int64 (batch_size,), undoes the
+    permutation (section 3.3).
     """
     mine = torch.cat([encoder(piece()) for piece in pieces])
     return comms.all_gather(mine)[unshuffle]
@@ -54,10 +56,11 @@ def info_nce(
     temperature: float,
     own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean InfoNCE loss (equation 1), a scalar, and the logits, (rows, 1 + filled), positive first.
+    """Return the mean InfoNCE loss (equation 1) and the logits, (rows, 1 + filled), positive first.
 
-    `queries` and `positives` are unit vectors (rows, dim), `negatives` (filled, dim). Where `own`, bool
-    (rows, filled), is true, the negative is an older key of the query's own image and doesn't count.
+    `queries` and `positives` are unit vectors (rows, dim), `negatives` (filled, dim). Where `own`,
+    bool (rows, filled), is true, the negative is an older key of the query's own image and doesn't
+    count.
     """
     positive = (queries * positives).sum(1, keepdim=True)
     negative = queries @ negatives.T
@@ -70,14 +73,14 @@ def info_nce(
 
 @torch.no_grad()
 def average_statistics(encoder: nn.Module) -> None:
-    """Set the running statistics that evaluation uses to the mean over all groups of all processes."""
+    """Set the statistics that evaluation uses to the mean over all groups of all processes."""
     for norm in batch_norms(encoder):
         norm.running_mean.copy_(comms.all_gather(norm.group_mean).mean(0))
         norm.running_var.copy_(comms.all_gather(norm.group_var).mean(0))
 
 
 def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of every group of all processes, by name, float (bn_groups, channels)."""
+    """Return the running statistics of all groups by name, float (bn_groups, channels)."""
     return {
         f"{number}.{name}": comms.all_gather(getattr(norm, name))
         for number, norm in enumerate(batch_norms(encoder))
@@ -87,7 +90,7 @@ def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_group_statistics(encoder: nn.Module, statistics: dict[str, Tensor]) -> None:
-    """Take this process's groups from what `group_statistics` returned, on any number of processes."""
+    """Take this process's share of what `group_statistics` returned, on any number of processes."""
     for number, norm in enumerate(batch_norms(encoder)):
         for name in ("group_mean", "group_var"):
             mine = getattr(norm, name)

@@ -1,10 +1,11 @@
 """Which rows of the data each step takes, and which of them are this process's queries and keys.
 
-A global batch is `batch_size` samples. Process r of N owns its rows [r B/N, (r + 1) B/N) as queries.
-ShuffleBN (He et al. 2020, section 3.3): the keys are encoded in a permuted order, so that a key shares its
-BatchNorm group with other samples than its query does. Every process draws the same permutation from
-(seed, step), so it simply takes the rows that the permutation gives it, and no image crosses the network.
-Streamed data would exchange crops instead (an all-to-all); that way in is `Step.key_rows` all the same.
+A global batch is `batch_size` samples. Process r of N owns its rows [r B/N, (r + 1) B/N) as
+queries. ShuffleBN (He et al. 2020, section 3.3): the keys are encoded in a permuted order, so that
+a key shares its BatchNorm group with other samples than its query does. Every process draws the
+same permutation from (seed, step), so it simply takes the rows that the permutation gives it, and
+no image crosses the network. Streamed data would exchange crops instead (an all-to-all); that way
+in is `Step.key_rows` all the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from moco_dist.errors import ConfigError
 from moco_dist.randomness import Purpose, permutation
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -28,9 +31,9 @@ class Step:
     samples: Tensor
     # Places in the global batch of this process's queries, int64 (local,), ascending.
     query_rows: Tensor
-    # Places in the global batch of this process's keys, for each view that gives keys: int64 (local,).
+    # Places in the global batch of this process's keys, int64 (local,), for each view with keys.
     key_rows: tuple[Tensor, ...]
-    # For each view that gives keys, what puts gathered keys back in order: keys[unshuffle], int64 (batch_size,).
+    # For each of those views, int64 (batch_size,): keys[unshuffle] puts gathered keys in order.
     unshuffle: tuple[Tensor, ...]
 
 
@@ -43,13 +46,13 @@ class Plan:
     seed: int
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     def __post_init__(self) -> None:
         if self.batch_size > self.num_samples:
             raise ConfigError(
-                f"batch_size={self.batch_size} is more than the {self.num_samples} training images; "
-                f"use batch_size={self.num_samples} or less"
+                f"batch_size={self.batch_size} is more than the {self.num_samples} training "
+                f"images; use batch_size={self.num_samples} or less"
             )
 
     @property
@@ -100,19 +103,20 @@ def check_batch(batch_size: int, world_size: int) -> None:
 
 
 def check_groups(bn_groups: int, world_size: int, micro_batches: int) -> None:
-    """Raise ConfigError unless BatchNorm groups can be shared out whole, naming the numbers that would do."""
+    """Raise ConfigError unless BatchNorm groups can be shared whole, naming numbers that can."""
     if bn_groups % world_size:
         fitting = [n for n in range(1, bn_groups + 1) if bn_groups % n == 0]
         raise ConfigError(
             f"bn_groups={bn_groups} can't be shared by {world_size} processes; "
-            f"start {_listed(fitting)} processes, or set bn_groups to a multiple of {world_size}"
+            f"the number of processes may be {_listed(fitting)}, "
+            f"or set bn_groups to a multiple of {world_size}"
         )
     local = bn_groups // world_size
     if local % micro_batches:
         fitting = [n for n in range(1, local + 1) if local % n == 0]
         raise ConfigError(
-            f"runtime.micro_batches={micro_batches} can't share the {local} BatchNorm groups of a process; "
-            f"use {_listed(fitting)}"
+            f"runtime.micro_batches={micro_batches} can't share the {local} BatchNorm groups of a "
+            f"process; use {_listed(fitting)}"
         )
 
 

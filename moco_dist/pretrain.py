@@ -23,9 +23,14 @@ def run(config: PretrainConfig) -> None:
     announce(trainer, can_classify)
     if trainer.step >= total:
         if comms.is_main():
+            place = f"step {trainer.step:,} of {total:,}"
             console.print(
-                f"{session.directory} is at step {trainer.step:,} of {total:,}: nothing is left to do."
+                f"{session.directory} is at {place}: nothing is left to do.", soft_wrap=True
             )
+        if trainer.step == trainer.total_steps and not session.finished:
+            runtime.finish(
+                session, {}
+            )  # the start before this one ended between its last two files
         return
     with runtime.tracker(session, config, total) as tracker:
         if trainer.step == 0 and config.knn.at_start and can_classify:
@@ -70,13 +75,13 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
     left_over = trainer.plan.num_samples - trainer.steps_per_epoch * config.batch_size
     if config.bn_groups == 1:
         logger.warning(
-            "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model the answer "
-            "(about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
+            "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
+            "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
     if config.moco.queue_size >= len(splits.train):
         logger.warning(
-            "moco.queue_size=%d is not below the %d training images: every image meets its own older keys%s; "
-            "use moco.queue_size=%d or less",
+            "moco.queue_size=%d is not below the %d training images: every image meets its own "
+            "older keys%s; use moco.queue_size=%d or less",
             config.moco.queue_size,
             len(splits.train),
             " (masked)" if config.moco.mask_own_keys else " as negatives",
@@ -88,17 +93,20 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
         else "never (knn.every_epochs=0)"
     )
     rows = {
-        "data": f"{config.data.name}: {len(splits.train):,} training and {len(splits.validation):,} "
-        f"validation images, {len(splits.train.classes) or 'no'} classes",
-        "encoder": f"{config.encoder.backbone}, width {config.encoder.width}, {config.encoder.stem} stem, "
-        f"{config.encoder.head} head to {config.encoder.dim}; {config.precision}",
+        "data": f"{config.data.name}: {len(splits.train):,} training and "
+        f"{len(splits.validation):,} validation images, "
+        f"{len(splits.train.classes) or 'no'} classes",
+        "encoder": f"{config.encoder.backbone}, width {config.encoder.width}, "
+        f"{config.encoder.stem} stem, {config.encoder.head} head to "
+        f"{config.encoder.dim}; {config.precision}",
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}, "
         f"{config.bn_groups} BatchNorm groups of {config.batch_size // config.bn_groups}, "
         f"{config.runtime.micro_batches} micro-batches",
         "queue": f"{config.moco.queue_size:,} keys, full after "
-        f"{-(-config.moco.queue_size // (config.batch_size * len(trainer.passes))):,} steps; the loss rises till then",
-        "steps": f"{trainer.steps_per_epoch:,} an epoch ({left_over} images left over, others each epoch), "
-        f"{trainer.total_steps:,} in {config.epochs} epochs",
+        f"{-(-config.moco.queue_size // (config.batch_size * len(trainer.passes))):,} "
+        "steps; the loss rises till then",
+        "steps": f"{trainer.steps_per_epoch:,} an epoch ({left_over} images left over, others each "
+        f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
     runtime.banner(trainer.session, "pretrain", rows)
@@ -116,7 +124,8 @@ def summarize(trainer: Trainer, results: dict[str, float]) -> None:
     for name, value in results.items():
         table.add_row(name, f"{value:.4g}")
     console.print(table)
-    console.print(f"next: probe it with encoder={trainer.session.directory}", highlight=False)
+    hint = f"next: probe it with encoder={trainer.session.directory}"
+    console.print(hint, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

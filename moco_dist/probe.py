@@ -1,4 +1,5 @@
-"""Measure a pretrained encoder: train a linear classifier on its frozen features, and on a random encoder's."""
+"""Measure a pretrained encoder: train a linear classifier on its frozen features, \
+and on a random encoder's."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def run(config: ProbeConfig) -> None:
     classes = len(splits.train.classes)
     if config.top_k > classes:
         raise ConfigError(
-            f"top_k={config.top_k} is more than the {classes} classes of {config.data.name}; use {classes} or less"
+            f"top_k={config.top_k} is more than the {classes} classes of {config.data.name}; "
+            f"use {classes} or less"
         )
     for key in ("size", "mean", "std"):
         ours, theirs = getattr(config.views, key), getattr(pretrained.views, key)
@@ -102,12 +104,14 @@ def announce(probe: LinearProbe, place: str) -> None:
     config, splits, processes = probe.config, probe.splits, comms.world_size()
     rows = {
         "encoder": place,
-        "data": f"{config.data.name}: {len(splits.train):,} training, {len(splits.validation):,} validation and "
-        f"{len(splits.test):,} test images, {len(splits.train.classes)} classes",
+        "data": f"{config.data.name}: {len(splits.train):,} training, "
+        f"{len(splits.validation):,} validation and {len(splits.test):,} test images, "
+        f"{len(splits.train.classes)} classes",
         "features": f"{probe.heads.heads[TRAINED].in_features}, "
         + ("new views in each epoch" if config.augment else "computed once, without augmentation"),
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}",
-        "steps": f"{probe.plan.steps_per_epoch:,} an epoch, {probe.total_steps:,} in {config.epochs} epochs",
+        "steps": f"{probe.plan.steps_per_epoch:,} an epoch, "
+        f"{probe.total_steps:,} in {config.epochs} epochs",
     }
     runtime.banner(probe.session, "probe", rows)
 

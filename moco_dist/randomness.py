@@ -1,4 +1,4 @@
-"""Random numbers as a function: hashes of (seed, purpose, epoch, index, ...) to uniforms and permutations.
+"""Random numbers as a function: (seed, purpose, epoch, index, ...) to uniforms, permutations.
 
 Nothing here has a state, so a number does not depend on the rank, the worker, the batch that it is
 computed in, or on what was drawn before it. That is what makes a run the same on any machine and a

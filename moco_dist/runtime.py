@@ -40,7 +40,7 @@ One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerat
 
 
 def main(schema: type[Schema], run: Callable[[Schema], None], purpose: str | None) -> None:
-    """Load the configuration from the command line, call `run`, and end with the exit state of what came of it."""
+    """Load the command line's configuration, call `run`, and exit with what came of it."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
         print(f"{purpose}\n\n{COMMANDS}\n{config_files.to_yaml(schema())}", end="")
@@ -92,7 +92,8 @@ def start(settings: PretrainConfig | ProbeConfig) -> Session:
     if wanted not in (0, got):
         raise ConfigError(
             f"runtime.processes={wanted} and {got} took part; start that many "
-            f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {wanted} -m ...)"
+            f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            f"--num_processes {wanted} -m ...)"
         )
     comms.same_everywhere("the configuration", config_files.to_yaml(settings))
     if settings.runtime.deterministic:

@@ -1,4 +1,4 @@
-"""Learning rate and momentum as pure functions of the step: nothing to save, nothing to step twice."""
+"""Learning rate and momentum as pure functions of the step: nothing to save or to step twice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def learning_rate(optim: OptimConfig, step: int, steps_per_epoch: int, total_ste
 
 
 def key_momentum(moco: MocoConfig, step: int, total_steps: int) -> float:
-    """Return the share of the key encoder that stays at step `step`; cosine ends at 1 (Grill et al. 2020)."""
+    """Return the share of the key encoder that stays; cosine ends at 1 (Grill et al. 2020)."""
     if moco.momentum_schedule == "constant":
         return moco.momentum
     return 1 - (1 - moco.momentum) * 0.5 * (1 + math.cos(math.pi * step / total_steps))

@@ -1,4 +1,4 @@
-"""Metrics of a run: `log(step, metrics)` writes metrics.jsonl always, the console, and W&B if asked; on process 0 only."""
+"""Metrics of a run, from process 0: `log` writes metrics.jsonl, the console, and W&B if asked."""
 
 from __future__ import annotations
 
@@ -46,22 +46,21 @@ class Tracker:
 
 
 def json_lines(path: Path, step: int) -> Sink:
-    """Return a sink that appends one JSON object a line to `path`; lines after `step` are cut off first."""
+    """Return a sink that appends JSON lines to `path`; those after `step` are cut off first."""
     with output_errors(path):
         old = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in old if _step_of(line) <= step]
         path.write_text("".join(line + "\n" for line in kept))
-        file = path.open("a", buffering=1)
 
     def write(step: int, metrics: Metrics) -> None:
-        with output_errors(path):
+        with output_errors(path), path.open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
 
     return write
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line of metrics; one that a crash cut short counts as after everything."""
+    """Return the step of a line of metrics; one that a crash cut short comes after everything."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -18,7 +18,7 @@ from moco_dist.runtime import Session
 
 
 class Trainer:
-    """A run in the making: its models, data and place. All state is in `moco`, `optimizer` and `step`."""
+    """A run in the making: models, data, place; all state is in `moco`, `optimizer` and `step`."""
 
     def __init__(self, config: PretrainConfig, session: Session, splits: data.Splits) -> None:
         self.config, self.session = config, session
@@ -53,7 +53,7 @@ class Trainer:
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
         )
-        # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue at each step.
+        # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue.
         self.query = self.accelerator.prepare(self.moco.query_encoder)
         if (
             processes > 1
@@ -69,7 +69,7 @@ class Trainer:
         return [(0, 1), (1, 0)] if self.config.moco.symmetric else [(0, 1)]
 
     def train_step(self) -> tuple[Tensor, list[Tensor]]:
-        """Do one step; return the mean loss of this process's rows and, pass by piece, the logits."""
+        """Do one step; return this process's mean loss and, pass by piece, the logits."""
         config, network = self.config, self.moco
         rows = self.plan.step(self.step, len(self.passes))
         rate = schedule.learning_rate(
@@ -95,7 +95,7 @@ class Trainer:
                 loss, logits = moco.info_nce(
                     queries, keys[number][piece], negatives, config.moco.temperature, own
                 )
-                # The passes of the symmetric loss are added, as in the CIFAR demo of MoCo's authors.
+                # The passes of the symmetric loss are added, as in the authors' CIFAR demo.
                 self.accelerator.backward(loss / config.runtime.micro_batches)
             losses.append(loss.detach())
             all_logits.append(logits.detach())
@@ -108,7 +108,7 @@ class Trainer:
         return torch.stack(losses).mean(), all_logits
 
     def keys(self, rows: Step, number: int, view: int) -> Tensor:
-        """Return the keys of the whole batch for pass `number`, (batch_size, dim), without gradients."""
+        """Return the whole batch's keys for pass `number`, (batch_size, dim), without gradients."""
         mine = rows.samples[rows.key_rows[number]]
         pieces = [
             partial(self.views, piece, rows.epoch, view)
@@ -125,7 +125,7 @@ class Trainer:
         )
 
     def knn_top1(self) -> float:
-        """Return the share of validation images that their nearest training images classify rightly."""
+        """Return the share of validation images that the nearest training images get right."""
         config, encoder = self.config, self.moco.query_encoder
         moco.average_statistics(encoder)
         encoder.eval()
@@ -192,7 +192,7 @@ class Trainer:
     def metrics(
         self, loss: Tensor, all_logits: list[Tensor], seconds: float, steps: int
     ) -> dict[str, float]:
-        """Return the figures of the step just done, over all processes; `seconds` went by for `steps` steps."""
+        """Return the last step's figures over all processes; `steps` steps took `seconds`."""
         logits = torch.cat(all_logits)
         positive, negative = logits[:, :1], logits[:, 1:]
         rank = (negative >= positive).sum(1)
@@ -208,8 +208,8 @@ class Trainer:
         values = comms.mean(torch.stack([figure.double() for figure in figures])).tolist()
         if not torch.isfinite(torch.tensor(values)).all():
             raise UserError(
-                f"train/loss is {values[0]} at step {self.step}; lower optim.lr, and go on from the last "
-                "checkpoint, which is kept"
+                f"train/loss is {values[0]} at step {self.step}; lower optim.lr, and go on from "
+                "the last checkpoint, which is kept"
             )
         queue, temperature = self.moco.queue, self.config.moco.temperature
         shown = {

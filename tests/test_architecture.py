@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
 FILES = sorted(PACKAGE.glob("*.py"))
-MAX_LINES = 300
+MAX_LINES = 350
 
 # What a file must not import, directly.
 FORBIDDEN = {
@@ -37,7 +37,7 @@ FORBIDDEN = {
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules that a file imports, with the names taken from a package of ours as modules."""
+    """Return the modules that a file imports; names taken from a package of ours are modules."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

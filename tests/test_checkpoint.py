@@ -92,7 +92,8 @@ def test_a_missing_checkpoint_has_its_sentence(tmp_path: Path) -> None:
     with pytest.raises(MissingError) as error:
         checkpoint.find(tmp_path / "nowhere")
     assert str(error.value) == (
-        f"{tmp_path / 'nowhere'}: no such checkpoint or run directory; give a run that has been pretrained"
+        f"{tmp_path / 'nowhere'}: no such checkpoint or run directory; "
+        "give a run that has been pretrained"
     )
     with pytest.raises(MissingError) as error:
         checkpoint.find(tmp_path)

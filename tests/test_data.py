@@ -1,4 +1,4 @@
-"""Data sets: what is an image, what is its class, what is held out, and what is said about bad ones."""
+"""Data sets: what is an image, what its class, what is held out, what is said about bad ones."""
 
 from __future__ import annotations
 
@@ -189,8 +189,8 @@ def test_a_test_class_that_training_lacks_is_refused(labelled: Path, tmp_path: P
     with pytest.raises(DataError) as error:
         data.load(folder(labelled, tmp_path / "cache"))
     assert str(error.value) == (
-        f"{labelled / 'test'}: class folder 'fox' is not among the 3 classes of the training images; "
-        "use the same class folders in both"
+        f"{labelled / 'test'}: class folder 'fox' is not among the 3 classes of the training "
+        "images; use the same class folders in both"
     )
 
 
@@ -211,8 +211,8 @@ def test_a_download_that_fails_has_its_sentence(
     with pytest.raises(MissingError) as error:
         data.load(DataConfig(name="cifar10", root=str(tmp_path)))
     assert str(error.value) == (
-        f"data.name=cifar10: not in data.root={tmp_path} and can't be downloaded (no network); put the "
-        "unpacked archive there, or use data.name=folder with a folder of images"
+        f"data.name=cifar10: not in data.root={tmp_path} and can't be downloaded (no network); "
+        "put the unpacked archive there, or use data.name=folder with a folder of images"
     )
 
 

@@ -1,4 +1,4 @@
-"""Grouped BatchNorm is separate BatchNorm for each group; the encoder is torchvision's ResNet with a head."""
+"""Grouped BatchNorm is one BatchNorm a group; the encoder is torchvision's ResNet with a head."""
 
 from __future__ import annotations
 

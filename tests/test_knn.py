@@ -20,7 +20,7 @@ def by_hand(
     similar = sorted(
         ((cosine(query.tolist(), row.tolist()), i) for i, row in enumerate(bank)), reverse=True
     )
-    votes = dict.fromkeys(labels.tolist(), 0.0)
+    votes: dict[int, float] = dict.fromkeys(labels.tolist(), 0.0)
     for similarity, i in similar[:k]:
         votes[int(labels[i])] += math.exp(similarity / temperature)
     return max(votes, key=lambda label: votes[label])

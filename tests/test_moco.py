@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -126,7 +127,7 @@ def test_cosine_rate_runs_from_the_full_rate_to_nothing() -> None:
     assert rates[0] == 0.6
     assert rates[50] == pytest.approx(0.3)
     assert rates[100] == pytest.approx(0)
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[25] == pytest.approx(0.6 * math.cos(math.pi / 8) ** 2)  # the half-angle form
 
 

@@ -1,4 +1,4 @@
-"""One config and one seed are one run: on any number of processes, in micro-batches, interrupted or not."""
+"""One config and one seed are one run: on N processes, in micro-batches, interrupted or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moco_dist.config_files import load
 from moco_dist.trainer import Trainer
 from tests import processes
 
-# float64, BatchNorm on, 8 groups, every augmentation on, more than one epoch, a queue that wraps unevenly.
+# float64, BatchNorm in 8 groups, every augmentation, several epochs, a queue that wraps unevenly.
 SMALL = [
     *("precision=fp64", "batch_size=32", "bn_groups=8", "epochs=4", "runtime.device=cpu"),
     *(
@@ -38,7 +38,7 @@ STEPS = 50
 
 
 def train(folder: str, overrides: list[str], until: int) -> dict[str, Any]:
-    """Train up to step `until` from where the run in `folder` stands; save; return losses and all state."""
+    """Train the run in `folder` on to step `until`; save; return losses and all state."""
     config = load(PretrainConfig, [*SMALL, f"output={folder}", *overrides])
     session = runtime.start(config)
     trainer = Trainer(config, session, data.load(config.data))
@@ -56,7 +56,7 @@ def train(folder: str, overrides: list[str], until: int) -> dict[str, Any]:
 
 
 def one(folder: Path, world_size: int, *overrides: str, until: int = STEPS) -> dict[str, Any]:
-    """Return rank 0's account of a run, after checking that every rank tells the same of the queue and the state."""
+    """Return rank 0's account of a run, once every rank tells the same of queue and state."""
     accounts = processes.run(train, world_size, str(folder), list(overrides), until)
     for rank, account in enumerate(accounts):
         assert account["queues"] == accounts[0]["queues"], (

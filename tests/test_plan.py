@@ -62,7 +62,7 @@ def test_a_key_meets_its_own_querys_group_as_often_as_chance_has_it() -> None:
 
 
 def shuffled_identity(world_size: int, step: int) -> tuple[list[float], list[float], int]:
-    """Send row numbers through ShuffleBN with an encoder that returns them, and one that counts them."""
+    """Send row numbers through ShuffleBN with an encoder that returns them, and one that counts."""
     rank = comms.rank()
     rows = on_rank(rank, world_size).step(step)
     seen: list[torch.Tensor] = []
@@ -109,7 +109,7 @@ def test_numbers_that_do_not_divide_are_refused_with_those_that_would() -> None:
     with pytest.raises(ConfigError) as error:
         check_groups(8, 3, 1)
     assert str(error.value) == (
-        "bn_groups=8 can't be shared by 3 processes; start 1, 2, 4 or 8 processes, "
+        "bn_groups=8 can't be shared by 3 processes; the number of processes may be 1, 2, 4 or 8, "
         "or set bn_groups to a multiple of 3"
     )
     with pytest.raises(ConfigError) as error:

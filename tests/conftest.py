@@ -1,0 +1,10 @@
+"""Tests run on one thread each: several processes of them share two cores."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"

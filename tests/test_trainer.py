@@ -1,0 +1,135 @@
+"""What a training step touches, and what it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from moco_dist import comms, data, moco, runtime
+from moco_dist.config import PretrainConfig
+from moco_dist.config_files import load
+from moco_dist.encoder import batch_norms
+from moco_dist.trainer import Trainer
+from tests import processes
+
+TINY = [
+    *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=40"),
+    *("data.shapes_train=100", "data.shapes_test=30", "data.size=16", "views.size=16"),
+    "runtime.device=cpu",
+]
+
+
+def build(output: Path | str, *overrides: str) -> Trainer:
+    config = load(PretrainConfig, [*TINY, f"output={output}", *overrides])
+    return Trainer(config, runtime.start(config), data.load(config.data))
+
+
+def test_only_the_query_encoder_is_trained(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in trainer.moco.query_encoder.parameters()}
+    for _ in range(3):
+        trainer.train_step()
+    assert all(p.grad is None for p in trainer.moco.key_encoder.parameters())
+    assert not trainer.moco.queue.keys.requires_grad
+
+
+def wrapped(output: str) -> tuple[list[str], float, float]:
+    trainer = build(output)
+    assert isinstance(trainer.query, DistributedDataParallel)
+    assert trainer.query.module is trainer.moco.query_encoder
+    norm = batch_norms(trainer.moco.query_encoder)[0]
+    norm.running_mean += comms.rank()  # a mark that DDP's broadcast of buffers would wipe out
+    for _ in range(3):
+        trainer.train_step()
+    names = [name for name, _ in trainer.query.named_parameters()]
+    return names, float(norm.running_mean[0]), float(norm.group_mean.sum())
+
+
+def test_ddp_wraps_the_query_encoder_alone_and_leaves_statistics_alone(tmp_path: Path) -> None:
+    (names, first, own_first), (_, second, own_second) = processes.run(wrapped, 2, str(tmp_path))
+    assert names
+    assert all(name.startswith(("module.backbone.", "module.head.")) for name in names)
+    assert (first, second) == (0, 1)
+    assert own_first != own_second
+
+
+def test_an_images_own_older_keys_are_no_negatives(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "moco.queue_size=200", "moco.mask_own_keys=true")
+    hits = 0
+    for _ in range(15):  # three epochs: each image stands in the queue up to three times
+        samples = trainer.plan.step(trainer.step).samples
+        _, older = trainer.moco.queue.negatives()
+        expected = older == samples[:, None]
+        _, (logits,) = trainer.train_step()
+        assert logits[:, 1:].isinf().equal(expected)
+        hits += int(expected.sum())
+    assert hits > 100
+
+
+def in_mixed_precision(output: str, symmetric: str) -> tuple[set[torch.dtype], ...]:
+    trainer = build(output, "precision=bf16", f"moco.symmetric={symmetric}")
+    inside: set[torch.dtype] = set()
+    trainer.moco.key_encoder.backbone.layer1.register_forward_hook(
+        lambda _module, _inputs, output: inside.add(output.dtype)
+    )
+    outside = {p.dtype for p in trainer.moco.parameters()}
+    for _ in range(4):
+        loss, logits = trainer.train_step()
+        assert loss.isfinite()
+        outside |= {loss.dtype, logits[0].dtype, trainer.moco.queue.keys.dtype}
+    norms = trainer.moco.queue.keys[: trainer.moco.queue.filled].norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+    return inside, outside
+
+
+@pytest.mark.parametrize("symmetric", ["false", "true"])
+def test_mixed_precision_keeps_keys_loss_and_weights_in_float32(
+    tmp_path: Path, symmetric: str
+) -> None:
+    inside, outside = processes.run(in_mixed_precision, 1, str(tmp_path), symmetric)[0]
+    assert inside == {torch.bfloat16}
+    assert outside == {torch.float32}
+
+
+def test_the_symmetric_loss_adds_both_directions_and_enqueues_both_views(tmp_path: Path) -> None:
+    trainer = build(tmp_path, "moco.symmetric=true", "precision=fp64")
+    trainer.train_step()
+    queue, samples = trainer.moco.queue, trainer.plan.step(0).samples
+    assert queue.filled == 32
+    assert queue.samples[:32].equal(samples.repeat(2))
+    # The same step by hand, without groups of processes or pieces: gradients of two losses, added.
+    by_hand = build(tmp_path, "moco.symmetric=true", "precision=fp64", "name=by_hand")
+    by_hand.train_step()
+    rows = by_hand.plan.step(1, 2)
+    network = by_hand.moco.train()
+    total = torch.zeros((), dtype=torch.float64)
+    negatives, their_samples = network.queue.negatives()
+    for number, (query_view, key_view) in enumerate([(0, 1), (1, 0)]):
+        with torch.no_grad():
+            keys = network.key_encoder(
+                by_hand.views(rows.samples[rows.key_rows[number]], 0, key_view)
+            )
+        keys = keys[rows.unshuffle[number]]
+        queries = network.query_encoder(by_hand.views(rows.samples, 0, query_view))
+        own = their_samples == rows.samples[:, None]
+        total += moco.info_nce(queries, keys, negatives, 0.1, own)[0].detach()
+    loss, _ = trainer.train_step()
+    assert float(loss) == pytest.approx(float(total) / 2, abs=1e-12)
+
+
+def accuracy(output: str) -> float:
+    trainer = build(output)
+    for _ in range(3):
+        trainer.train_step()
+    return trainer.knn_top1()
+
+
+def test_the_nearest_neighbour_monitor_counts_each_image_once(tmp_path: Path) -> None:
+    alone = processes.run(accuracy, 1, str(tmp_path / "1"))[0]
+    several = processes.run(accuracy, 4, str(tmp_path / "4"))
+    assert several == [alone] * 4
+    assert alone * 10 == pytest.approx(round(alone * 10))  # of 10 validation images
