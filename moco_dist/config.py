@@ -212,12 +212,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where metrics go besides metrics.jsonl and the console."""
+    """How often metrics go to metrics.jsonl and the console."""
 
     # Steps from one line of metrics to the next.
     every_steps: int = 10
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "moco_dist"
 
     def __post_init__(self) -> None:
         _check("tracking.", self, every_steps=(1, None))

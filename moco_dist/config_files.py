@@ -28,11 +28,6 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return what `to_yaml` wrote to `path`."""
-    return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
-
-
 def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Return the configuration that `to_dict` made `values` of; unknown keys are errors."""
     try:

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,31 +96,35 @@ def start(settings: PretrainConfig | ProbeConfig) -> Session:
             f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
             f"--num_processes {wanted} -m ...)"
         )
-    comms.same_everywhere("the configuration", config_files.to_yaml(settings))
+    checksum = f"{zlib.crc32(config_files.to_yaml(settings).encode()):08x}"
+    comms.same_everywhere("the checksum of the configuration", checksum)
     if settings.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # It would fill every new tensor first; nothing here reads one unwritten.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     directory = Path(settings.output).expanduser() / settings.name
-    comms.from_main(lambda: _open_directory(directory, settings))
+    resumed = checkpoint.newest(directory)
+    comms.from_main(lambda: _open_directory(directory, settings, resumed))
     finished = comms.from_main(lambda: (directory / "DONE").exists())
-    return Session(accelerator, directory, checkpoint.newest(directory), finished)
+    return Session(accelerator, directory, resumed, finished)
 
 
-def _open_directory(directory: Path, settings: PretrainConfig | ProbeConfig) -> None:
+def _open_directory(
+    directory: Path, settings: PretrainConfig | ProbeConfig, resumed: checkpoint.Checkpoint | None
+) -> None:
+    if resumed:
+        now = config_files.to_dict(settings)
+        changed = config_files.changed_keys(resumed.state["config"], now)
+        if changed:
+            raise ConfigError(
+                f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
+                "give it back to resume that run, or choose name=... for a new one"
+            )
     with output_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        old = directory / "config.yaml"
-        if old.exists():
-            changed = config_files.changed_keys(
-                config_files.read_yaml(old), config_files.to_dict(settings)
-            )
-            if changed:
-                raise ConfigError(
-                    f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
-                    "give it back to resume that run, or choose name=... for a new one"
-                )
-        replace(old, config_files.to_yaml(settings))
+        replace(directory / "config.yaml", config_files.to_yaml(settings))
         replace(directory / "environment.json", json.dumps(environment(), indent=1))
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a run, from process 0: `log` writes metrics.jsonl, the console, and W&B if asked."""
+"""Metrics of a run, from process 0: `log` writes metrics.jsonl and the console."""
 
 from __future__ import annotations
 

@@ -53,11 +53,10 @@ class Trainer:
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
         )
-        # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue.
+        # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
+        # at each step. It would also give each process the BatchNorm statistics of process 0.
         self.query = self.accelerator.prepare(self.moco.query_encoder)
-        if (
-            processes > 1
-        ):  # DDP would overwrite each process's BatchNorm statistics with those of process 0
+        if processes > 1:
             self.query.broadcast_buffers = False
         self.step = 0
         if session.resumed:
