@@ -24,7 +24,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from moco_dist import comms
-from moco_dist.config import PretrainConfig
+from moco_dist.config import EncoderConfig, ViewsConfig
 from moco_dist.config_files import from_dict
 from moco_dist.encoder import Encoder, build_encoder
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
@@ -102,25 +102,29 @@ def find(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def load_encoder(checkpoint: Checkpoint) -> tuple[Encoder, PretrainConfig]:
-    """Return the query encoder of a pretraining checkpoint, and its configuration.
+def load_encoder(checkpoint: Checkpoint) -> tuple[Encoder, EncoderConfig, ViewsConfig]:
+    """Return the query encoder of a pretraining checkpoint, and what it was built and trained with.
 
     The encoder is frozen and in evaluation mode. Raises DataError unless every tensor of it is
     there, and no other.
     """
-    try:
-        config = from_dict(PretrainConfig, checkpoint.state["config"])
-    except (ConfigError, KeyError) as error:
-        raise DataError(
-            f"{checkpoint.path}: not a pretraining checkpoint of this version ({error})"
-        ) from error
-    encoder = build_encoder(config.encoder, config.seed)
     prefix = "query_encoder."
     tensors = {
         k.removeprefix(prefix): v for k, v in checkpoint.model.items() if k.startswith(prefix)
     }
+    if not tensors:
+        raise DataError(
+            f"{checkpoint.path}: not a checkpoint of a pretraining, it holds "
+            f"{', '.join(list(checkpoint.model)[:3])}; give the run directory of a pretraining"
+        )
+    try:
+        config = from_dict(EncoderConfig, checkpoint.state["config"]["encoder"])
+        views = from_dict(ViewsConfig, checkpoint.state["config"]["views"])
+    except (ConfigError, KeyError) as error:
+        raise DataError(f"{checkpoint.path}: not readable by this version ({error})") from error
+    encoder = build_encoder(config, seed=0)
     load_tensors(encoder, tensors, checkpoint.path)
-    return encoder.requires_grad_(False).eval(), config
+    return encoder.requires_grad_(False).eval(), config, views
 
 
 @torch.no_grad()

@@ -38,12 +38,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait until every process has come here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -130,16 +130,18 @@ def _read_torchvision(config: DataConfig) -> tuple[Images, Images]:
             f"data.name={config.name}: not in data.root={root} and can't be downloaded ({error}); "
             "put the unpacked archive there, or use data.name=folder with a folder of images"
         ) from error
-    size = [config.size, config.size]
-    images = [
-        (
-            F.resize(pixels, size, antialias=True) if pixels.shape[-1] != config.size else pixels,
-            labels,
-        )
+    train, test = (
+        _images(_resized(pixels.contiguous(), config.size), labels, parts[0].classes)
         for pixels, labels in arrays
-    ]
-    train, test = (_images(p.contiguous(), labels, parts[0].classes) for p, labels in images)
+    )
     return train, test
+
+
+def _resized(pixels: Tensor, size: int) -> Tensor:
+    if pixels.shape[-1] == size:
+        return pixels
+    parts = pixels.split(1000)  # in floating point, which all of STL-10 at once would not fit into
+    return torch.cat([F.resize(part, [size, size], antialias=True) for part in parts])
 
 
 def _split(images: Images, config: DataConfig) -> tuple[Images, Images]:

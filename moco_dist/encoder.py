@@ -52,7 +52,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         rows, groups = self.rows_per_group, len(self.group_mean)
         assert len(x) % rows == 0, f"{len(x)} rows are not whole groups of {rows}"
-        momentum = 0.1 if self.momentum is None else self.momentum
+        momentum = self.momentum or 0.1
         parts = []
         for part in x.split(rows):
             mean, var = self.group_mean[self.next_group], self.group_var[self.next_group]
@@ -119,19 +119,6 @@ def build_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(config, rows_per_group, groups)
-
-
-@torch.no_grad()
-def calibrate(encoder: Encoder, views: Tensor) -> None:
-    """Set the running statistics of a new encoder to those of `views` (rows, 3, height, width)."""
-    encoder.train()
-    for norm in batch_norms(encoder):
-        norm.rows_per_group, norm.momentum = len(views), 1.0
-    encoder.backbone(views)
-    for norm in batch_norms(encoder):
-        norm.running_mean.copy_(norm.group_mean.mean(0))
-        norm.running_var.copy_(norm.group_var.mean(0))
-    encoder.eval()
 
 
 def batch_norms(encoder: nn.Module) -> list[GroupedBatchNorm]:

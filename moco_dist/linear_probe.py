@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_dist import checkpoint, comms, data, features, fingerprint, knn, schedule, views
-from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config import EncoderConfig, ProbeConfig
 from moco_dist.config_files import to_dict
-from moco_dist.encoder import Encoder, build_encoder, calibrate
+from moco_dist.encoder import Encoder, build_encoder
 from moco_dist.errors import ConfigError
 from moco_dist.plan import Plan, check_batch
 from moco_dist.runtime import Session
 
 # The trained encoder, and a randomly initialised one that says what the architecture alone gives.
 TRAINED, CONTROL = "probe", "control"
-CALIBRATION_IMAGES = 512
 
 
 class Heads(nn.Module):
@@ -47,7 +46,7 @@ class LinearProbe:
         session: Session,
         splits: data.Splits,
         encoder: Encoder,
-        pretrained: PretrainConfig,
+        architecture: EncoderConfig,
     ) -> None:
         self.config, self.session, self.accelerator = config, session, session.accelerator
         device = session.device
@@ -56,14 +55,9 @@ class LinearProbe:
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.encoders = {TRAINED: encoder}
         if config.control:
-            self.encoders[CONTROL] = build_encoder(pretrained.encoder, config.seed + 1)
+            self.encoders[CONTROL] = build_encoder(architecture, config.seed + 1)
         for each in self.encoders.values():
-            each.requires_grad_(False).to(device, self.dtype)
-        if (
-            config.control
-        ):  # with statistics of real images its features are as large as a trained encoder's
-            some = self.splits.train.pixels[:CALIBRATION_IMAGES]
-            calibrate(self.encoders[CONTROL], views.center(some, config.views, self.dtype))
+            each.requires_grad_(False).eval().to(device, self.dtype)
         self.frozen = {name: fingerprint.of_module(each) for name, each in self.encoders.items()}
         parts = {
             "train": self.splits.train,
@@ -77,6 +71,11 @@ class LinearProbe:
             for name, each in self.encoders.items()
             for part, images in self.parts.items()
         }
+        # Features of the control are scaled to the size of the trained ones: the same learning rate
+        # then suits both, and a scale is nothing that a linear classifier could not undo.
+        size = {name: self.features[name, "train"].square().mean().sqrt() for name in self.encoders}
+        self.scale = {name: size[TRAINED] / size[name] for name in self.encoders}
+        self.features = {key: self.scale[key[0]] * each for key, each in self.features.items()}
         self.plan = Plan(
             num_samples=len(splits.train),
             batch_size=config.batch_size,
@@ -121,9 +120,8 @@ class LinearProbe:
             pixels, self.config.views, self.config.seed, epoch, samples, 0, self.dtype
         )
         with self.accelerator.autocast():
-            return {
-                name: each.backbone(made).to(self.dtype) for name, each in self.encoders.items()
-            }
+            found = {name: each.backbone(made) for name, each in self.encoders.items()}
+        return {name: self.scale[name] * each.to(self.dtype) for name, each in found.items()}
 
     def train_step(self) -> Tensor:
         """Do one step of every head; return the trained encoder's mean loss on this process."""

@@ -10,8 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from moco_dist import checkpoint, comms, data, runtime
-from moco_dist.config import PretrainConfig, ProbeConfig
-from moco_dist.encoder import Encoder
+from moco_dist.config import ProbeConfig
 from moco_dist.errors import ConfigError
 from moco_dist.linear_probe import CONTROL, TRAINED, LinearProbe
 from moco_dist.runtime import console, logger
@@ -29,7 +28,8 @@ def run(config: ProbeConfig) -> None:
         source.parent.parent.name if source.name.startswith("step_") else source.resolve().name
     )
     config = dataclasses.replace(config, name=config.name or f"{run_name}-probe")
-    encoder, pretrained, place = comms.together(lambda: _open_encoder(source))
+    found = comms.together(lambda: checkpoint.find(source))
+    encoder, architecture, trained_views = comms.together(lambda: checkpoint.load_encoder(found))
     session = runtime.start(config)
     splits = data.load(config.data)
     data.require_labels(splits, config.data)
@@ -41,13 +41,13 @@ def run(config: ProbeConfig) -> None:
             f"use {classes} or less"
         )
     for key in ("size", "mean", "std"):
-        ours, theirs = getattr(config.views, key), getattr(pretrained.views, key)
+        ours, theirs = getattr(config.views, key), getattr(trained_views, key)
         if ours != theirs:
             logger.warning(
                 "views.%s=%s here and %s in pretraining; use the same", key, ours, theirs
             )
-    probe = LinearProbe(config, session, splits, encoder, pretrained)
-    announce(probe, place)
+    probe = LinearProbe(config, session, splits, encoder, architecture)
+    announce(probe, f"{found.path} (step {found.step:,})")
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
     with runtime.tracker(session, config, total) as tracker:
         loop(probe, total, tracker)
@@ -56,11 +56,6 @@ def run(config: ProbeConfig) -> None:
         results = final_results(probe)
         runtime.finish(session, results)
         summarize(probe, results)
-
-
-def _open_encoder(source: Path) -> tuple[Encoder, PretrainConfig, str]:
-    found = checkpoint.find(source)
-    return *checkpoint.load_encoder(found), f"{found.path} (step {found.step:,})"
 
 
 def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:

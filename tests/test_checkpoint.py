@@ -125,8 +125,8 @@ TINY = [
 
 def test_an_encoder_is_loaded_tensor_by_tensor(pretrained: Path) -> None:
     found = checkpoint.find(pretrained)
-    encoder, config = checkpoint.load_encoder(found)
-    assert config.encoder.width == 4
+    encoder, config, views = checkpoint.load_encoder(found)
+    assert (config.width, views.size) == (4, 16)
     on_disk = load_file(found.path / "model.safetensors")
     state = encoder.state_dict()
     assert {f"query_encoder.{name}" for name in state} == {

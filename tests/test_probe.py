@@ -52,7 +52,7 @@ def run(pretrained: str, output: str, *overrides: str) -> dict[str, Any]:
 def prepared(pretrained: Path, output: Path, *overrides: str) -> linear_probe.LinearProbe:
     arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", "name=prepared", *overrides]
     config = load(ProbeConfig, arguments)
-    encoder, theirs = checkpoint.load_encoder(checkpoint.find(pretrained))
+    encoder, theirs, _ = checkpoint.load_encoder(checkpoint.find(pretrained))
     session = runtime.start(config)
     return linear_probe.LinearProbe(config, session, data.load(config.data), encoder, theirs)
 
@@ -82,7 +82,7 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
     images = trial.parts["test"]
     assert len(images) == 37
     head = trial.heads.heads["probe"]
-    encoder, _ = checkpoint.load_encoder(checkpoint.find(pretrained))
+    encoder, _, _ = checkpoint.load_encoder(checkpoint.find(pretrained))
     encoder = encoder.double()
     loss, top1, top5 = 0.0, 0, 0
     mean = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64)[:, None, None]
@@ -156,7 +156,7 @@ def test_its_checkpoint_is_the_trained_classifier(pretrained: Path, tmp_path: Pa
     found = checkpoint.find(tmp_path / "tiny-probe")
     assert found.model["heads.probe.weight"].shape == (10, 32)
     assert found.state["classes"] == list(data.load(load(ProbeConfig, PROBE).data).train.classes)
-    with pytest.raises(DataError, match="not a pretraining checkpoint of this version"):
+    with pytest.raises(DataError, match="not a checkpoint of a pretraining, it holds heads"):
         checkpoint.load_encoder(found)
 
 
