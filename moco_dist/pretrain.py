@@ -28,9 +28,8 @@ def run(config: PretrainConfig) -> None:
                 f"{session.directory} is at {place}: nothing is left to do.", soft_wrap=True
             )
         if trainer.step == trainer.total_steps and not session.finished:
-            runtime.finish(
-                session, {}
-            )  # the start before this one ended between its last two files
+            # The start before this one ended between its last two files.
+            runtime.finish(session, {})
         return
     with runtime.tracker(session, config, total) as tracker:
         if trainer.step == 0 and config.knn.at_start and can_classify:
@@ -49,24 +48,30 @@ def loop(trainer: Trainer, total: int, tracker: Tracker, can_classify: bool) -> 
     while trainer.step < total:
         loss, logits = trainer.train_step()
         step, last = trainer.step, trainer.step == total
-        epoch_ends = step % per_epoch == 0
-        if step == 1 or step % config.tracking.every_steps == 0 or last:
+        ended = step // per_epoch if step % per_epoch == 0 else 0  # the epoch that ends here
+        classifies = can_classify and _due(config.knn.every_epochs, ended, last)
+        keep = config.checkpoint
+        saves = last or _due(keep.every_epochs, ended) or _due(keep.every_steps, step)
+        # Before a save too: the figures are checked, and a state with NaN in it is never saved.
+        if step == 1 or saves or _due(config.tracking.every_steps, step):
             seconds = time.monotonic() - since
             results |= trainer.metrics(loss, logits, seconds, step - logged)
             tracker.log(step, {k: v for k, v in results.items() if not k.startswith("knn/")})
             since, logged = time.monotonic(), step
         del loss, logits
-        often = config.knn.every_epochs
-        if often and can_classify and ((epoch_ends and step // per_epoch % often == 0) or last):
+        if classifies:
             results["knn/top1"] = trainer.knn_top1()
             tracker.log(step, {"epoch": step / per_epoch, "knn/top1": results["knn/top1"]})
-            since, logged = time.monotonic(), step
-        keep = config.checkpoint
-        due = keep.every_epochs and epoch_ends and step // per_epoch % keep.every_epochs == 0
-        if last or due or (keep.every_steps and step % keep.every_steps == 0):
+        if saves:
             trainer.save()
+        if classifies or saves:
             since, logged = time.monotonic(), step
     return results
+
+
+def _due(every: int, number: int, always: bool = False) -> bool:
+    """Return whether something is due at `number`, from 1, if it is every `every`; 0 is never."""
+    return every > 0 and (always or (number > 0 and number % every == 0))
 
 
 def announce(trainer: Trainer, can_classify: bool) -> None:

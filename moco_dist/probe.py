@@ -4,6 +4,7 @@ and on a random encoder's."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from moco_dist import checkpoint, comms, data, runtime
 from moco_dist.config import ProbeConfig
-from moco_dist.errors import ConfigError
+from moco_dist.errors import ConfigError, UserError
 from moco_dist.linear_probe import CONTROL, TRAINED, LinearProbe
 from moco_dist.runtime import console, logger
 from moco_dist.tracking import Tracker
@@ -69,6 +70,11 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
         epoch_ends = step % per_epoch == 0
         if epoch_ends or last:
             metrics = {"epoch": step / per_epoch, "train/loss": float(comms.mean(loss))}
+            if not math.isfinite(metrics["train/loss"]):
+                raise UserError(
+                    f"train/loss is {metrics['train/loss']} at step {step}; lower optim.lr="
+                    f"{config.optim.lr} and start again with name=..."
+                )
             metrics["train/images_per_second"] = (
                 (step - evaluated) * config.batch_size / (time.monotonic() - since)
             )
