@@ -27,9 +27,8 @@ def extract(backbone: nn.Module, images: Images, config: ViewsConfig, batch_size
     size, processes = len(images), comms.world_size()
     each = -(-size // processes)
     rows = torch.arange(each) * processes + comms.rank()
-    rows = rows.clamp(max=max(size - 1, 0)).to(
-        images.pixels.device
-    )  # the last ones stand in for missing rows
+    # Processes take equally many; the last image stands in for rows that there are not.
+    rows = rows.clamp(max=max(size - 1, 0)).to(images.pixels.device)
     parts = [
         backbone(views.center(images.pixels[part], config, dtype))
         for part in rows.split(batch_size)
