@@ -1,8 +1,8 @@
-"""Checkpoints of both runs: save, find, verify, restore, prune; and `load_encoder`, to use one.
+"""Reading checkpoints: find, verify, set aside, restore; and `load_encoder`, to use one.
 
 A checkpoint is a folder `step_00039000` with model.safetensors, optimizer.safetensors and
-state.json, which holds the size and SHA-256 of the others. It is written beside its place and
-renamed: it is whole or absent. No pickle, so one from a stranger can't run code.
+state.json, which holds the sizes and SHA-256 of all three; `saving.py` writes them. No pickle, so
+one from a stranger can't run code.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,22 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from moco_dist import comms
+from moco_dist import peers
 from moco_dist.config import EncoderConfig, ViewsConfig
 from moco_dist.config_files import from_dict
 from moco_dist.encoder import Encoder, build_encoder
-from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
+from moco_dist.errors import ConfigError, DataError, MissingError, UserError, output_errors
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+FILES = ("model.safetensors", "optimizer.safetensors")
+# state.json is some kilobytes; nothing larger is read into memory.
+_MAX_STATE = 2**24
+
+
+class OtherFormatError(DataError):
+    """A checkpoint of another version of this program; it is not damaged."""
 
 
 @dataclass(frozen=True)
@@ -45,56 +50,73 @@ class Checkpoint:
     # What else the run needs to go on, and its resolved configuration under "config".
     state: dict[str, Any]
 
-
-def save(
-    run: Path,
-    step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint of step `step` and remove all but the `keep` newest; return its folder.
-
-    Call it on all processes: the first one writes. Raises OutputError on all of them if it can't.
-    """
-    path = run / "checkpoints" / f"step_{step:08d}"
-    comms.from_main(lambda: _write(path, step, {"model": model, "optimizer": optimizer}, state))
-    comms.from_main(lambda: _prune(run, keep))
-    return path
+    def piece(self, name: str) -> Any:
+        """Return an entry of the state; DataError, naming it, if it is missing."""
+        if name not in self.state:
+            raise DataError(
+                f"{self.path}: '{name}' is missing from state.json, and the run can't go on the "
+                "same without it; use another checkpoint"
+            )
+        return self.state[name]
 
 
-def newest(run: Path) -> Checkpoint | None:
+def folder_of(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of step `step`."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def step_folders(run: Path) -> list[tuple[int, Path]]:
+    """Return the steps that have a checkpoint folder, whole or not, in order, and the folders."""
+    folders = (run / "checkpoints").glob("step_*")
+    steps = ((folder.name.removeprefix("step_"), folder) for folder in folders)
+    return sorted((int(step), folder) for step, folder in steps if step.isdecimal())
+
+
+def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run, or None; damaged ones are named and passed over.
 
-    Call it on all processes: the first one chooses, and all return the same step.
+    Call it on all processes: the first one chooses, and all return the same. With `set_aside`,
+    which only the writer of the run may ask for, damaged ones are renamed to damaged_step_...
+    Raises DataError if there are damaged ones only: to start again from nothing is not ours to say.
     """
-    step = comms.from_main(lambda: _newest_whole(run))
-    return None if step is None else read(run / "checkpoints" / f"step_{step:08d}")
+    folder = peers.from_main(lambda: _newest_whole(run, set_aside))
+    found = peers.together(lambda: None if folder is None else read(folder))
+    if found:
+        peers.same_everywhere(f"the content of {found.path.name}", found.state["sha256"])
+    return found
 
 
 def read(path: Path) -> Checkpoint:
     """Return the checkpoint in folder `path`; MissingError or DataError if absent or damaged."""
     state = _verified_state(path)
     try:
-        tensors = {
-            name: safetensors.load_file(path / f"{name}.safetensors")
-            for name in ("model", "optimizer")
-        }
+        model, optimizer = (safetensors.load_file(path / name) for name in FILES)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: damaged checkpoint ({error}); use another one") from error
-    return Checkpoint(path, state["step"], tensors["model"], tensors["optimizer"], state)
+    return Checkpoint(path, state["step"], model, optimizer, state)
 
 
 def find(path: Path) -> Checkpoint:
     """Return the checkpoint that `path` names: its folder, or a run directory with one in it."""
     if (path / "state.json").is_file():
         return read(path)
+    if path.is_file():
+        raise DataError(
+            f"{path}: a file, and a checkpoint is a folder; give the run directory of a "
+            "pretraining, or one of its checkpoints/step_... folders"
+        )
     if not path.exists():
         raise MissingError(
             f"{path}: no such checkpoint or run directory; give a run that has been pretrained"
         )
-    checkpoint = newest(path)
+    for _ in range(3):  # a run that goes on may remove the newest one before it is read
+        try:
+            checkpoint = newest(path)
+            break
+        except MissingError:
+            continue
+    else:
+        raise MissingError(f"{path}: its checkpoints vanish while they are read; try again")
     if checkpoint is None:
         raise MissingError(
             f"{path}: no checkpoint in this folder; give a run directory or a checkpoint folder"
@@ -118,25 +140,30 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Encoder, EncoderConfig, ViewsC
             f"{', '.join(list(checkpoint.model)[:3])}; give the run directory of a pretraining"
         )
     try:
-        config = from_dict(EncoderConfig, checkpoint.state["config"]["encoder"])
-        views = from_dict(ViewsConfig, checkpoint.state["config"]["views"])
-    except (ConfigError, KeyError) as error:
+        settings = checkpoint.piece("config")
+        config = from_dict(EncoderConfig, settings["encoder"])
+        views = from_dict(ViewsConfig, settings["views"])
+        with torch.device("meta"):  # takes no memory, whatever sizes a stranger wrote there
+            shapes = build_encoder(config, seed=0).state_dict()
+    except (ConfigError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise DataError(f"{checkpoint.path}: not readable by this version ({error})") from error
+    check_tensors(shapes, tensors, checkpoint.path)
     encoder = build_encoder(config, seed=0)
     load_tensors(encoder, tensors, checkpoint.path)
     return encoder.requires_grad_(False).eval(), config, views
 
 
-@torch.no_grad()
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy `tensors` to the module's own by name; DataError unless names and shapes agree."""
-    own = module.state_dict()
-    faults = [f"{name} is missing" for name in own if name not in tensors]
-    faults += [f"{name} is not expected" for name in tensors if name not in own]
+def check_tensors(
+    expected: Mapping[str, Tensor | torch.Size], tensors: Mapping[str, Tensor], source: Path
+) -> None:
+    """Raise DataError, naming tensors, unless names and shapes are the expected ones."""
+    shapes = {k: v.shape if isinstance(v, Tensor) else v for k, v in expected.items()}
+    faults = [f"{name} is missing" for name in shapes if name not in tensors]
+    faults += [f"{name} is not expected" for name in tensors if name not in shapes]
     faults += [
-        f"{name} is {tuple(tensors[name].shape)} and should be {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
+        f"{name} is {tuple(tensors[name].shape)} and should be {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
     ]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -144,6 +171,13 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path)
             f"{source}: holds another architecture than its configuration says "
             f"({'; '.join(faults[:5])}{more}); use the checkpoint of the matching run"
         )
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy `tensors` to the module's own by name; DataError unless names and shapes agree."""
+    own = module.state_dict()
+    check_tensors(own, tensors, source)
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 
@@ -158,6 +192,13 @@ def momentum_buffers(optimizer: torch.optim.Optimizer, module: nn.Module) -> dic
     }
 
 
+def momentum_shapes(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of what `momentum_buffers` returns after a step."""
+    if not optimizer.defaults["momentum"]:
+        return {}
+    return {f"momentum.{name}": p.shape for name, p in module.named_parameters()}
+
+
 def restore_momentum(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
@@ -167,105 +208,95 @@ def restore_momentum(
             optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, copy=True)
 
 
-@contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write into OutputError, one sentence that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(
-            f"{path}: can't be written ({reason}); free it, or choose output=FOLDER"
-        ) from error
-
-
-def _write(
-    path: Path, step: int, files: dict[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with output_errors(path):
-        temporary.mkdir(parents=True)
-        manifest = {}
-        for name, tensors in files.items():
-            content = safetensors.save(
-                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            )
-            manifest[f"{name}.safetensors"] = {
-                "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
-            }
-            _write_through(temporary / f"{name}.safetensors", content)
-        whole = {"format": FORMAT, "step": step, **state, "files": manifest}
-        _write_through(temporary / "state.json", json.dumps(whole, indent=1).encode())
-        _flush_folder(temporary)
-        if path.exists():  # the same step, saved by the start before this one
-            shutil.rmtree(path)
-        temporary.rename(path)  # the commit
-        _flush_folder(path.parent)
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _steps(run: Path) -> list[int]:
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].isdecimal())
-
-
-def _prune(run: Path, keep: int) -> None:
-    for step in _steps(run)[:-keep]:
-        folder = run / "checkpoints" / f"step_{step:08d}"
+def _newest_whole(run: Path, set_aside: bool) -> Path | None:
+    damaged: list[str] = []
+    for _, folder in reversed(step_folders(run)):
         try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            logger.warning("%s: old checkpoint can't be removed (%s)", folder, error)
-
-
-def _newest_whole(run: Path) -> int | None:
-    for step in reversed(_steps(run)):
-        try:
-            _verified_state(run / "checkpoints" / f"step_{step:08d}")
+            _verified_state(folder)
+        except OtherFormatError:
+            raise
         except (DataError, MissingError) as error:
             logger.warning("%s; going back to the checkpoint before it", error)
+            damaged.append(_set_aside(folder).name if set_aside else folder.name)
         else:
-            return step
+            return folder
+    damaged += sorted(folder.name for folder in (run / "checkpoints").glob("damaged_step_*"))
+    if damaged:
+        raise DataError(
+            f"{run}: has no whole checkpoint, only {', '.join(dict.fromkeys(damaged))}; bring one "
+            "back, remove these folders to start from nothing, or choose name=... for a new run"
+        )
     return None
 
 
+def _set_aside(folder: Path) -> Path:
+    target = folder.with_name(f"damaged_{folder.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"damaged_{folder.name}.{number}")
+    with output_errors(folder):
+        folder.rename(target)
+    logger.warning("%s: kept as %s", folder, target.name)
+    return target
+
+
 def _verified_state(path: Path) -> dict[str, Any]:
+    """Return the state of the checkpoint in `path` once every byte of it is proved."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state = _read_state(path / "state.json")
         if state["format"] != FORMAT:
-            raise DataError(
+            raise OtherFormatError(
                 f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; "
                 "use its version"
             )
-        for name, expected in state["files"].items():
-            content = (path / name).read_bytes()
-            if (
-                len(content) != expected["bytes"]
-                or hashlib.sha256(content).hexdigest() != expected["sha256"]
-            ):
-                raise DataError(
-                    f"{path / name}: damaged (its SHA-256 is not the one in state.json); "
-                    "use another one"
-                )
+        name = path.name
+        if name.startswith("step_") and name != folder_of(path, state["step"]).name:
+            raise DataError(f"{path}: holds step {state['step']}; give it back its name")
+        if sorted(state["files"]) != sorted(FILES):
+            raise DataError(f"{path}: lists other files than {', '.join(FILES)}; use another one")
+        for name in FILES:
+            _verify(path / name, **state["files"][name])
     except FileNotFoundError as error:
         raise MissingError(
             f"{error.filename}: missing from the checkpoint; use another one"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: damaged checkpoint ({error!r}); use another one") from error
     return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    _require_plain(path, _MAX_STATE)
+    text = path.read_bytes()
+    body, mark, end = text.rpartition(b'"sha256": "')
+    if end != hashlib.sha256(body + mark).hexdigest().encode() + b'"\n}\n':
+        if b'"sha256": "' not in text[-80:] and b'"format": 1,' in text[:20]:
+            raise OtherFormatError(
+                f"{path}: checkpoint format 1, this version reads {FORMAT}; use its version"
+            )
+        raise DataError(f"{path}: damaged (its SHA-256 is not the one at its end); use another one")
+    state: dict[str, Any] = json.loads(text)
+    return state
+
+
+def _verify(path: Path, bytes: int, sha256: str) -> None:
+    size = _require_plain(path, bytes)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if (size, found) != (bytes, sha256):
+        raise DataError(
+            f"{path}: damaged (its SHA-256 is not the one in state.json); use another one"
+        )
+
+
+def _require_plain(path: Path, most: int) -> int:
+    """Return the size of a file; DataError if it is a device, a pipe, or larger than `most`."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path}: not a plain file; use another checkpoint")
+    if found.st_size > most:
+        raise DataError(f"{path}: damaged ({found.st_size} bytes, not {most}); use another one")
+    return found.st_size

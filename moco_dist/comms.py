@@ -6,16 +6,16 @@ The only file that imports torch.distributed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+import re
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moco_dist.errors import UserError
-
-Result = TypeVar("Result")
+# Collectives that this process has entered: who has the fewest keeps the others waiting.
+calls = 0
 
 
 def world_size() -> int:
@@ -49,9 +49,24 @@ def all_gather(x: Tensor) -> Tensor:
     """Return `x` of every process, of equal shapes, joined along dimension 0 in order of ranks."""
     if world_size() == 1:
         return x
+    _count()
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def all_gather_with_note(x: Tensor, note: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `all_gather(x)`, and each process's `note`, int64 (k,), as (processes, k).
+
+    The bytes of the note travel in the same message, behind those of `x`.
+    """
+    if world_size() == 1:
+        return x, note[None]
+    message = torch.cat([x.flatten(), note.view(x.dtype)])
+    gathered = all_gather(message[None])
+    keys, notes = gathered[:, : x.numel()], gathered[:, x.numel() :]
+    return keys.reshape(-1, *x.shape[1:]), notes.contiguous().view(torch.int64)
 
 
 @torch.no_grad()
@@ -69,39 +84,44 @@ def gather_objects(value: Any) -> list[Any]:
     """Return the (small) `value` of every process, in the order of ranks."""
     if world_size() == 1:
         return [value]
+    _count()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def same_everywhere(what: str, value: Any) -> None:
-    """Raise UserError, naming the ranks, unless `value` is the same on every process."""
-    values = gather_objects(value)
-    different = [r for r, other in enumerate(values) if other != values[0]]
-    if different:
-        raise UserError(
-            f"{what} is {values[0]} on process 0 and {values[different[0]]} on process "
-            f"{different[0]} (differs on {different}); start all processes with the same command "
-            "and files"
-        )
+def _count() -> None:
+    global calls
+    calls += 1
 
 
-def together(work: Callable[[], Result]) -> Result:
-    """Return `work()`; a UserError on any process is raised on all, so that none waits forever."""
-    result: Result | None = None
-    error: UserError | None = None
-    try:
-        result = work()
-    except UserError as raised:
-        error = raised
-    for first in gather_objects(error):
-        if first is not None:
-            raise first
-    return result  # type: ignore[return-value]  # None only where work() returned it
+def lost_connection(error: BaseException) -> bool:
+    """Return whether an error is one that a collective raises if another process fails."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|socket|store"
+    return type(error) is RuntimeError and re.search(words, str(error), re.IGNORECASE) is not None
 
 
-def from_main(work: Callable[[], Result]) -> Result:
-    """Return on every process what `work()` gives on process 0, which alone calls it."""
-    mine = together(lambda: work() if is_main() else None)
-    first: Result = gather_objects(mine)[0]
-    return first
+class Board:
+    """Short texts that the processes leave for one another; it works while collectives hang.
+
+    It is the store by which the process group met: a key and a text each.
+    """
+
+    def __init__(self) -> None:
+        # A connection of its own: the threads of a process may not share one.
+        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store.set_timeout(timedelta(seconds=5))
+
+    def post(self, key: str, text: str) -> None:
+        """Leave `text` under `key` for all; RuntimeError if whoever keeps the store is gone."""
+        self._store.set(f"moco_dist/{key}", text)
+
+    def has(self, keys: list[str]) -> bool:
+        """Return whether there is a text under each of `keys`."""
+        return bool(self._store.check([f"moco_dist/{key}" for key in keys]))
+
+    def read(self, key: str) -> str | None:
+        """Return the text under `key`, or None."""
+        return self._store.get(f"moco_dist/{key}").decode() if self.has([key]) else None

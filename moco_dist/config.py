@@ -6,24 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from moco_dist.errors import ConfigError
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ConfigError(message)
-
-
-def _check(group: str, config: Any, **ranges: tuple[float, float | None]) -> None:
-    """Raise ConfigError unless each named value lies in its range; None is no upper limit."""
-    for name, (low, high) in ranges.items():
-        key, value = group + name, getattr(config, name)
-        if high is None:
-            _require(value >= low, f"{key}={value} is too small; it must be at least {low}")
-        rule = f"it must lie between {low} and {high}"
-        _require(high is None or low <= value <= high, f"{key}={value} is out of range; {rule}")
+from moco_dist.ranges import check, check_name, require
 
 
 @dataclass(frozen=True)
@@ -49,8 +34,8 @@ class DataConfig:
     shapes_test: int = 2000
 
     def __post_init__(self) -> None:
-        _check("data.", self, size=(8, None), validation=(0, 0.9), limit=(0, None))
-        _check("data.", self, shapes_train=(10, None), shapes_test=(10, None))
+        check("data.", self, size=(8, None), validation=(0, 0.9), limit=(0, None))
+        check("data.", self, shapes_train=(10, None), shapes_test=(10, None))
 
 
 @dataclass(frozen=True)
@@ -84,20 +69,20 @@ class ViewsConfig:
     std: list[float] = field(default_factory=lambda: [0.2023, 0.1994, 0.2010])
 
     def __post_init__(self) -> None:
-        _check("views.", self, size=(8, None), hue=(0, 0.5))
-        _check("views.", self, flip=(0, 1), jitter=(0, 1), grayscale=(0, 1), blur=(0, 1))
-        _check("views.", self, brightness=(0, None), contrast=(0, None), saturation=(0, None))
-        _check("views.", self, scale_max=(0.001, 1), scale_min=(0.001, self.scale_max))
-        _check("views.", self, ratio_max=(0.1, 10), ratio_min=(0.1, self.ratio_max))
+        check("views.", self, size=(8, None), hue=(0, 0.5))
+        check("views.", self, flip=(0, 1), jitter=(0, 1), grayscale=(0, 1), blur=(0, 1))
+        check("views.", self, brightness=(0, None), contrast=(0, None), saturation=(0, None))
+        check("views.", self, scale_max=(0.001, 1), scale_min=(0.001, self.scale_max))
+        check("views.", self, ratio_max=(0.1, 10), ratio_min=(0.1, self.ratio_max))
         sigma_max = self.blur_sigma_max
-        _check("views.", self, blur_sigma_max=(0.001, None), blur_sigma_min=(0.001, sigma_max))
+        check("views.", self, blur_sigma_max=(0.001, None), blur_sigma_min=(0.001, sigma_max))
         for key in ("mean", "std"):
             values = getattr(self, key)
-            _require(
+            require(
                 len(values) == 3,
                 f"views.{key}={values} is not one number for each channel; give three",
             )
-        _require(
+        require(
             min(self.std) > 0, f"views.std={self.std} is not positive; give three numbers above 0"
         )
 
@@ -117,7 +102,7 @@ class EncoderConfig:
     dim: int = 128
 
     def __post_init__(self) -> None:
-        _check("encoder.", self, width=(1, None), dim=(2, None))
+        check("encoder.", self, width=(1, None), dim=(2, None))
 
 
 @dataclass(frozen=True)
@@ -137,13 +122,13 @@ class MocoConfig:
     mask_own_keys: bool = True
 
     def __post_init__(self) -> None:
-        _check("moco.", self, queue_size=(1, None))
-        _require(
+        check("moco.", self, queue_size=(1, None))
+        require(
             self.temperature > 0,
             f"moco.temperature={self.temperature} is not above 0; 0.1 or 0.2 is usual",
         )
         valid = 0 <= self.momentum < 1
-        _require(
+        require(
             valid,
             f"moco.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.99 is usual",
         )
@@ -164,15 +149,15 @@ class OptimConfig:
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr={self.lr} is not above 0; give a positive learning rate")
+        require(self.lr > 0, f"optim.lr={self.lr} is not above 0; give a positive learning rate")
         valid = 0 <= self.momentum < 1
-        _require(
+        require(
             valid,
             f"optim.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.9 is usual",
         )
-        _check("optim.", self, weight_decay=(0, None), warmup_epochs=(0, None), gamma=(0, 1))
+        check("optim.", self, weight_decay=(0, None), warmup_epochs=(0, None), gamma=(0, 1))
         stepped = self.schedule != "step" or self.milestones
-        _require(
+        require(
             bool(stepped),
             "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
         )
@@ -190,24 +175,32 @@ class KnnConfig:
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        _check("knn.", self, every_epochs=(0, None), k=(1, None))
-        _require(
+        check("knn.", self, every_epochs=(0, None), k=(1, None))
+        require(
             self.temperature > 0, f"knn.temperature={self.temperature} is not above 0; 0.1 is usual"
         )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written and which ones stay."""
 
-    # Epochs, and steps, between checkpoints; 0 is never. The end of the run always writes one.
+    # Epochs, steps, and minutes between checkpoints; 0 is never. The end always writes one.
     every_epochs: int = 1
     every_steps: int = 0
+    every_minutes: float = 0.0
     # Newest checkpoints that stay.
-    keep: int = 2
+    keep_last: int = 2
+    # Checkpoints at multiples of so many steps stay for good; 0 is none.
+    keep_every: int = 0
+    # The one with the best kNN accuracy stays, and is written when it is found.
+    keep_best: bool = True
 
     def __post_init__(self) -> None:
-        _check("checkpoint.", self, every_epochs=(0, None), every_steps=(0, None), keep=(2, None))
+        check("checkpoint.", self, every_epochs=(0, None), every_steps=(0, None))
+        check("checkpoint.", self, every_minutes=(0, None), keep_every=(0, None))
+        # One may be damaged, or in the writing: there must be another one.
+        check("checkpoint.", self, keep_last=(2, None))
 
 
 @dataclass(frozen=True)
@@ -218,7 +211,7 @@ class TrackingConfig:
     every_steps: int = 10
 
     def __post_init__(self) -> None:
-        _check("tracking.", self, every_steps=(1, None))
+        check("tracking.", self, every_steps=(1, None))
 
 
 @dataclass(frozen=True)
@@ -232,9 +225,16 @@ class RuntimeConfig:
     processes: int = 0
     # Choose deterministic kernels, so that the same machine gives the same bits.
     deterministic: bool = True
+    # Save and stop before the run has taken so long; 0 is no limit. Slurm's end counts too.
+    max_hours: float = 0.0
+    # Seconds that a process may keep the others waiting in a collective before the run ends.
+    timeout_seconds: float = 300.0
+    # Seconds from a signal to the end, if the process is stuck; an unfinished save may last longer.
+    grace_seconds: float = 25.0
 
     def __post_init__(self) -> None:
-        _check("runtime.", self, micro_batches=(1, None), processes=(0, None))
+        check("runtime.", self, micro_batches=(1, None), processes=(0, None), max_hours=(0, None))
+        check("runtime.", self, timeout_seconds=(1, None), grace_seconds=(1, None))
 
 
 Precision = Literal["fp32", "bf16", "fp64"]
@@ -268,23 +268,23 @@ class PretrainConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
-        _check("", self, epochs=(1, None), stop_at_step=(0, None))
-        _check("", self, batch_size=(2, None), bn_groups=(1, None))
+        check_name(self.name)
+        check("", self, epochs=(1, None), stop_at_step=(0, None))
+        check("", self, batch_size=(2, None), bn_groups=(1, None))
         b, g = self.batch_size, self.bn_groups
         lower = max(g, b // g * g)
-        _require(
+        require(
             b % g == 0,
             f"batch_size={b} can't be cut into bn_groups={g} equal groups; "
             f"use batch_size={lower} or {lower + g}",
         )
-        _require(
+        require(
             b // g >= 2,
             f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; "
             f"BatchNorm needs two or more, use bn_groups={max(1, b // 2)} or fewer",
         )
         keys = b * (2 if self.moco.symmetric else 1)
-        _require(
+        require(
             self.moco.queue_size >= keys,
             f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
             f"use {keys} or more",
@@ -322,22 +322,14 @@ class ProbeConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        _check_name(self.name or "probe")
-        _check("", self, epochs=(1, None), stop_at_step=(0, None))
-        _check("", self, batch_size=(1, None), top_k=(1, None))
+        check_name(self.name or "probe")
+        check("", self, epochs=(1, None), stop_at_step=(0, None))
+        check("", self, batch_size=(1, None), top_k=(1, None))
 
 
-def _check_name(name: str) -> None:
-    plain = all(letter.isalnum() or letter in "-_.+" for letter in name) and name[:1] not in (
-        "",
-        ".",
-    )
-    rule = "use letters, digits, '-', '_', '+' and '.'"
-    _require(plain, f"name={name!r} is no folder name; {rule}")
-
-
-# Keys that may differ when a run is resumed: its length, what is logged, and the machine.
+# Keys, and groups (with a dot), that may differ when a run is resumed: its length, what is logged,
+# the machine, and the probe's path to its encoder. What other keys say has gone into the numbers.
 FREE_ON_RESUME = (
     *("name", "output", "encoder", "epochs", "stop_at_step", "data.root", "data.cache"),
-    *("knn", "checkpoint", "tracking", "runtime"),
+    *("knn.", "checkpoint.", "tracking.", "runtime."),
 )

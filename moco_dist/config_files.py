@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
+import os
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
 
 from moco_dist.config import FREE_ON_RESUME
 from moco_dist.errors import ConfigError
 
 Schema = TypeVar("Schema")
+
+# Bytes of a file or an override, and its nesting: both far above what any configuration needs.
+MAX_BYTES = 65536
+MAX_DEPTH = 16
+
+# OmegaConf's choice: what is checked must be what is loaded.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def shown(value: object, limit: int = 300) -> str:
+    """Return `value` for a message: on one line, printable, cut to 60 characters above `limit`."""
+    text = str(value)
+    cut = f"{text[:60]}... ({len(text)} characters)" if len(text) > limit else text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -31,9 +47,14 @@ def to_yaml(config: Any) -> str:
 def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Return the configuration that `to_dict` made `values` of; unknown keys are errors."""
     try:
+        for key, value in flat(values).items():
+            for item in value if isinstance(value, list) else [value]:
+                _check_text(key, item)
         return _to_object(schema, OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
+    except (OmegaConfBaseException, *_BROKEN) as error:
+        raise ConfigError(
+            f"the stored configuration can't be read ({_one_line(error)}); use another one"
+        ) from error
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -53,7 +74,8 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(free + ".") for free in FREE_ON_RESUME)
+        and key not in FREE_ON_RESUME
+        and not key.startswith(tuple(free for free in FREE_ON_RESUME if free.endswith(".")))
     ]
 
 
@@ -65,23 +87,35 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
     """
     config: Any = OmegaConf.structured(schema)
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
+        name = shown(argument)
+        override = bool(equals) and not os.path.isfile(argument)
+        text = value if override else _read(argument, schema)
         try:
-            if equals and not Path(argument).is_file():
-                layer: Any = OmegaConf.from_dotlist([argument])
-            else:
-                layer = OmegaConf.load(_yaml_file(argument, schema))
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+            if override:
+                _check_key(name, key, schema)
+            _check_yaml(name, text, root=None if override else yaml.MappingStartEvent)
+            layer: Any = (
+                OmegaConf.from_dotlist([argument])
+                if override
+                else OmegaConf.load(io.StringIO(text))
+            )
+        except (yaml.YAMLError, OmegaConfBaseException, *_BROKEN) as error:
             raise ConfigError(
-                f"{argument}: not valid YAML ({_one_line(error)}); mend its syntax"
+                f"{name}: not valid YAML ({_one_line(error)}); mend its syntax"
             ) from error
-        if not OmegaConf.is_dict(layer):
-            raise ConfigError(f"{argument}: holds no 'key: value' lines; see --help for the keys")
         try:
             config = OmegaConf.merge(config, layer)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{argument}: {_explain(error, schema, layer, key)}") from error
-    return _to_object(schema, config)
+        except (OmegaConfBaseException, *_BROKEN) as error:
+            raise ConfigError(f"{name}: {_explain(error, schema, layer, key)}") from error
+    try:
+        return _to_object(schema, config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_one_line(error)}; see --help for the keys") from error
+
+
+# What OmegaConf and the YAML library let through for text that is no configuration.
+_BROKEN = (OSError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, KeyError)
 
 
 def _to_object(schema: type[Schema], config: Any) -> Schema:
@@ -90,18 +124,80 @@ def _to_object(schema: type[Schema], config: Any) -> Schema:
     return found
 
 
-def _yaml_file(argument: str, schema: type[Any]) -> Path:
-    path = Path(argument)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise ConfigError(
-                f"{argument}: no such file; the project's own are in configs/pretrain "
-                "and configs/probe"
-            )
-        return path
-    near = _nearest(argument, _keys(schema))
-    hint = f"did you mean '{near}=...'?" if near else "see --help for the keys"
-    raise ConfigError(f"{argument}: neither a YAML file nor a key=value; {hint}")
+def _read(argument: str, schema: type[Any]) -> str:
+    """Return the text of a YAML file; `os.path`, because a name may be too long to ask for."""
+    name = shown(argument)
+    if not argument.endswith((".yaml", ".yml")) and not os.path.exists(argument):
+        near = _nearest(argument, _keys(schema))
+        hint = f"did you mean '{near}=...'?" if near else "see --help for the keys"
+        raise ConfigError(f"{name}: neither a YAML file nor a key=value; {hint}")
+    if not os.path.isfile(argument):
+        raise ConfigError(
+            f"{name}: no such file; the project's own are in configs/pretrain and configs/probe"
+        )
+    try:
+        with Path(argument).open("rb") as file:
+            return _within_limit(name, file.read(MAX_BYTES + 1)).decode()
+    except OSError as error:
+        raise ConfigError(f"{name}: can't be read ({error.strerror}); mend its rights") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not valid YAML ({error}); save it as UTF-8") from error
+
+
+def _within_limit(name: str, content: bytes) -> bytes:
+    if len(content) > MAX_BYTES:
+        raise ConfigError(
+            f"{name}: more than the {MAX_BYTES} bytes that a configuration may have; cut it"
+        )
+    return content
+
+
+def _check_yaml(name: str, text: str, root: type[yaml.Event] | None) -> None:
+    """Raise ConfigError for what a configuration never needs: a tag, an alias, deep nesting.
+
+    Reads the text event by event, so nothing is built of it and nothing grows. `root` is the event
+    that must begin its one document, if it is not empty.
+    """
+    _within_limit(name, text.encode(errors="surrogatepass"))
+    depth, begun = 0, False
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.NodeEvent):
+            if root and not begun and not isinstance(event, root):
+                raise ConfigError(f"{name}: holds no 'key: value' lines; see --help for the keys")
+            begun = True
+            if event.anchor:
+                raise ConfigError(
+                    f"{name}: the YAML anchor or alias '{shown(event.anchor)}' is not allowed; "
+                    "write the value out"
+                )
+            if tag := getattr(event, "tag", None):
+                raise ConfigError(
+                    f"{name}: the YAML tag '{shown(tag)}' is not allowed, values are plain; "
+                    "remove it, or put the text in quotes"
+                )
+        if isinstance(event, yaml.ScalarEvent):
+            _check_text(name, event.value)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{name}: nested more than {MAX_DEPTH} deep; see --help for the keys")
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Raise ConfigError for a text that OmegaConf would replace, with the environment's values."""
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{name}: '{shown(value)}' has a '${{', which is not replaced here; let the shell do "
+            "it, or write the value out"
+        )
+    if value == "???":
+        raise ConfigError(f"{name}: '???' is no value; give one")
+
+
+def _check_key(name: str, key: str, schema: type[Any]) -> None:
+    known = _keys(schema)
+    if key not in known and not any(full.startswith(key + ".") for full in known):
+        raise ConfigError(f"{name}: {_no_key(key, known)}")
 
 
 def _keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
@@ -121,22 +217,28 @@ def _nearest(key: str, keys: dict[str, Any]) -> str | None:
     return close[0] if close else by_last[close_last[0]] if close_last else None
 
 
-def _explain(error: OmegaConfBaseException, schema: type[Any], layer: Any, key: str) -> str:
-    key = error.full_key or key
+def _no_key(key: str, keys: dict[str, Any]) -> str:
+    near = _nearest(key, keys)
+    siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    way_out = f"did you mean '{near}'?" if near else f"known there: {', '.join(siblings or keys)}"
+    return f"there is no key '{shown(key)}'; {way_out}"
+
+
+def _explain(error: Exception, schema: type[Any], layer: Any, key: str) -> str:
     keys = _keys(schema)
-    if isinstance(error, ConfigKeyError):
-        near = _nearest(key, keys)
-        siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        way_out = (
-            f"did you mean '{near}'?" if near else f"known there: {', '.join(siblings or keys)}"
-        )
-        return f"there is no key '{key}'; {way_out}"
+    if not isinstance(error, OmegaConfBaseException):  # a mapping for a list, which has no key
+        lists = (k for k, kind in keys.items() if typing.get_origin(kind) is list)
+        key = next((k for k in lists if OmegaConf.is_dict(OmegaConf.select(layer, k))), key)
+    else:
+        key = str(error.full_key or key)
     name = key.partition("[")[0]
-    value = OmegaConf.select(layer, key) if "[" not in key else OmegaConf.select(layer, name)
+    if isinstance(error, ConfigKeyError) or not any((k + ".").startswith(name + ".") for k in keys):
+        return _no_key(key, keys)
     if name not in keys:
         inside = ", ".join(k for k in keys if k.startswith(name + "."))
         return f"'{name}' is a group and takes no value; set one of {inside or ', '.join(keys)}"
-    return f"{name}={value} is not {_kind(keys[name])}"
+    value = OmegaConf.select(layer, key if "[" not in key else name)
+    return f"{name}={shown(value)} is not {_kind(keys[name])}"
 
 
 def _kind(annotation: Any) -> str:
@@ -150,4 +252,6 @@ def _kind(annotation: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return shown(f"{error.problem} in line {error.problem_mark.line + 1}")
+    return shown(" ".join(str(error).split()))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,14 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as F
 
-from moco_dist import comms, fingerprint, image_folder, shapes
+from moco_dist import comms, fingerprint, image_folder, peers, shapes
 from moco_dist.config import DataConfig
+from moco_dist.config_files import shown
 from moco_dist.errors import DataError, MissingError
 from moco_dist.randomness import Purpose, permutation
+
+# Seconds that a download may stay silent: the system's own limit is minutes, or none.
+SILENCE = 20.0
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,10 @@ def load(config: DataConfig) -> Splits:
     One process of each machine downloads or decodes while the others wait for it.
     Raises MissingError or DataError, on all processes alike.
     """
-    loaded = comms.together(lambda: _read(config) if comms.local_rank() == 0 else None)
-    train, test = comms.together(lambda: loaded or _read(config))
+    loaded = peers.together(lambda: _read(config) if comms.local_rank() == 0 else None)
+    train, test = peers.together(lambda: loaded or _read(config))
     content = fingerprint.of_tensors(train.pixels, train.labels, test.pixels, test.labels)
-    comms.same_everywhere("the data set's fingerprint", content)
+    peers.same_everywhere("the data set's fingerprint", content)
     train, validation = _split(train, config)
     return Splits(train, validation, test, content)
 
@@ -86,11 +93,32 @@ def _read(config: DataConfig) -> tuple[Images, Images]:
     return _read_torchvision(config)
 
 
+def _root(config: DataConfig) -> Path:
+    root = Path(os.path.expanduser(config.root))
+    if os.path.isfile(root):
+        raise DataError(
+            f"data.root={shown(root)}: a file, and data.root needs a folder; unpack an archive, as "
+            "with tar --no-same-owner -xf FILE -C FOLDER, and give data.root=FOLDER"
+        )
+    return root
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Let connections fail that stay silent."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def _read_folder(config: DataConfig) -> tuple[Images, Images]:
     """Read DIR/train and DIR/test (or DIR/val); without a DIR/train, DIR alone and no test set."""
-    root, size = Path(config.root).expanduser(), config.size
-    cache = Path(config.cache or _cache_folder()).expanduser()
-    parted = (root / "train").is_dir()
+    root, size = _root(config), config.size
+    cache = Path(os.path.expanduser(config.cache or _cache_folder()))
+    parted = os.path.isdir(root / "train")
     listing = image_folder.scan(root / "train" if parted else root, config.labels == "folders")
     train = _images(image_folder.load(listing, size, cache), listing.labels, listing.classes)
     tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
@@ -109,29 +137,39 @@ def _cache_folder() -> Path:
 
 
 def _read_torchvision(config: DataConfig) -> tuple[Images, Images]:
-    root = Path(config.root).expanduser()
+    root = _root(config)
     parts: list[Any]
     try:
-        if config.name == "stl10":
-            parts = [
-                datasets.STL10(root, part, download=True) for part in ("train+unlabeled", "test")
-            ]
-            arrays = [(torch.from_numpy(part.data), part.labels) for part in parts]
-        else:
-            kind = datasets.CIFAR10 if config.name == "cifar10" else datasets.CIFAR100
-            parts = [kind(root, train, download=True) for train in (True, False)]
-            arrays = [(torch.from_numpy(p.data).permute(0, 3, 1, 2), p.targets) for p in parts]
+        # torchvision compares MD5 sums before it unpacks an archive, and before it unpickles.
+        with _impatient():
+            if config.name == "stl10":
+                parts = [
+                    datasets.STL10(root, p, download=True) for p in ("train+unlabeled", "test")
+                ]
+                arrays = [(torch.from_numpy(part.data), part.labels) for part in parts]
+            else:
+                kind = datasets.CIFAR10 if config.name == "cifar10" else datasets.CIFAR100
+                parts = [kind(root, train, download=True) for train in (True, False)]
+                arrays = [(torch.from_numpy(p.data).permute(0, 3, 1, 2), p.targets) for p in parts]
     except PermissionError as error:
         raise MissingError(
-            f"data.root={root}: can't be written ({error}); choose another folder"
+            f"data.root={shown(root)}: can't be written ({error.strerror}); choose another folder"
         ) from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise MissingError(
-            f"data.name={config.name}: not in data.root={root} and can't be downloaded ({error}); "
+            f"data.name={config.name}: not in data.root={shown(root)} and can't be downloaded "
+            f"({shown(getattr(error, 'strerror', None) or error)}); "
             "put the unpacked archive there, or use data.name=folder with a folder of images"
         ) from error
+    # STL-10 has a file of its classes' names, without an MD5 sum.
+    classes = getattr(parts[0], "classes", None) or ()
+    if len(classes) <= max(int(max(labels)) for _, labels in arrays):
+        raise DataError(
+            f"data.root={shown(root)}: {len(classes)} names for the classes of {config.name} are "
+            "too few; unpack its archive again"
+        )
     train, test = (
-        _images(_resized(pixels.contiguous(), config.size), labels, parts[0].classes)
+        _images(_resized(pixels.contiguous(), config.size), labels, classes)
         for pixels, labels in arrays
     )
     return train, test

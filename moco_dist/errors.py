@@ -1,12 +1,33 @@
-"""Errors that a user can mend: one sentence each, and an exit state after sysexits.h."""
+"""How a run ends before its end: one sentence each, and an exit state after sysexits.h."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+# Exit states after sysexits.h, and the word for each in status.json.
+STATES = {
+    0: "done",
+    65: "data",
+    66: "missing",
+    70: "internal",
+    73: "in use",
+    74: "output",
+    75: "stopped",
+    78: "configuration",
+    130: "interrupted",
+}
+
 
 class UserError(Exception):
-    """A mistake outside the program; its text has the value, the rule and the way out."""
+    """A reason to end that a user can act on; its text has the value, the rule and the way out."""
 
     exit_status = 70
+    # All processes raise it together, so the first one alone prints it.
+    shared = False
 
 
 class ConfigError(UserError):
@@ -31,3 +52,44 @@ class OutputError(UserError):
     """A file or folder that can't be written (EX_IOERR)."""
 
     exit_status = 74
+
+
+class InUseError(UserError):
+    """A run directory that another job is writing (EX_CANTCREAT)."""
+
+    exit_status = 73
+
+
+class PeerError(UserError):
+    """Another process of the run died, stalled or is out of step (EX_SOFTWARE)."""
+
+
+class NumbersError(UserError):
+    """A loss, gradient or key that is not finite, found before it reached any state."""
+
+    # What to write to not_finite.json: step, figures, samples.
+    details: Mapping[str, Any] = MappingProxyType({})
+
+
+class StoppedError(UserError):
+    """The run was asked to stop, by a signal, a file or a clock (EX_TEMPFAIL: resume it)."""
+
+    exit_status = 75
+
+
+class InterruptedRunError(StoppedError):
+    """The run was asked to stop by SIGINT, as Ctrl-C sends it."""
+
+    exit_status = 130
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to write into OutputError, one sentence that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(
+            f"{path}: can't be written ({reason}); free it, or choose output=FOLDER"
+        ) from error

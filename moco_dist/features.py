@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,11 +18,17 @@ def share(size: int) -> Tensor:
 
 
 @torch.no_grad()
-def extract(backbone: nn.Module, images: Images, config: ViewsConfig, batch_size: int) -> Tensor:
+def extract(
+    backbone: nn.Module,
+    images: Images,
+    config: ViewsConfig,
+    batch_size: int,
+    pause: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Return the features of the images' centre views, (len(images), features), in order.
 
-    Every process gets them all. The backbone must be in evaluation mode; the dtype of the features
-    is its own.
+    Every process gets them all, and calls `pause` equally often, before each batch. The backbone
+    must be in evaluation mode; the dtype of the features is its own.
     """
     assert not backbone.training, "features are taken in evaluation mode"
     dtype = next(backbone.parameters()).dtype
@@ -29,9 +37,9 @@ def extract(backbone: nn.Module, images: Images, config: ViewsConfig, batch_size
     rows = torch.arange(each) * processes + comms.rank()
     # Processes take equally many; the last image stands in for rows that there are not.
     rows = rows.clamp(max=max(size - 1, 0)).to(images.pixels.device)
-    parts = [
-        backbone(views.center(images.pixels[part], config, dtype))
-        for part in rows.split(batch_size)
-    ]
+    parts = []
+    for part in rows.split(batch_size):
+        pause()
+        parts.append(backbone(views.center(images.pixels[part], config, dtype)))
     gathered = comms.all_gather(torch.cat(parts))
     return gathered.reshape(processes, each, -1).transpose(0, 1).flatten(0, 1)[:size]

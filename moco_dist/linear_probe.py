@@ -8,11 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_dist import checkpoint, comms, data, features, fingerprint, knn, schedule, views
+from moco_dist import (
+    checkpoint,
+    comms,
+    data,
+    features,
+    fingerprint,
+    guard,
+    knn,
+    peers,
+    schedule,
+    views,
+)
 from moco_dist.config import EncoderConfig, ProbeConfig
 from moco_dist.config_files import to_dict
 from moco_dist.encoder import Encoder, build_encoder
-from moco_dist.errors import ConfigError
+from moco_dist.errors import ConfigError, NumbersError
 from moco_dist.plan import Plan, check_batch
 from moco_dist.runtime import Session
 
@@ -50,7 +61,7 @@ class LinearProbe:
     ) -> None:
         self.config, self.session, self.accelerator = config, session, session.accelerator
         device = session.device
-        check_batch(config.batch_size, comms.world_size())
+        peers.together(lambda: check_batch(config.batch_size, comms.world_size()))
         self.splits = splits.to(device)
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.encoders = {TRAINED: encoder}
@@ -76,13 +87,15 @@ class LinearProbe:
         size = {name: self.features[name, "train"].square().mean().sqrt() for name in self.encoders}
         self.scale = {name: size[TRAINED] / size[name] for name in self.encoders}
         self.features = {key: self.scale[key[0]] * each for key, each in self.features.items()}
-        self.plan = Plan(
-            num_samples=len(splits.train),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rank=comms.rank(),
-            world_size=comms.world_size(),
-            device=device,
+        self.plan = peers.together(
+            lambda: Plan(
+                num_samples=len(splits.train),
+                batch_size=config.batch_size,
+                seed=config.seed,
+                rank=comms.rank(),
+                world_size=comms.world_size(),
+                device=device,
+            )
         )
         self.total_steps = config.epochs * self.plan.steps_per_epoch
         with torch.random.fork_rng(devices=[]):
@@ -99,8 +112,8 @@ class LinearProbe:
             self.heads
         )
         self.step = 0
-        if session.resumed:
-            self.restore(session.resumed)
+        if saved := session.resumed:
+            peers.together(lambda: self.restore(saved))
 
     def extract(self, encoder: Encoder, images: data.Images) -> Tensor:
         """Return the features of the unaugmented images, (len(images), features), everywhere."""
@@ -126,6 +139,9 @@ class LinearProbe:
     def train_step(self) -> Tensor:
         """Do one step of every head; return the trained encoder's mean loss on this process."""
         optim, per_epoch = self.config.optim, self.plan.steps_per_epoch
+        # Steps on features that are there already are too short to ask each time.
+        if self.config.augment or self.step % 20 == 0:
+            self.session.pause("training")
         rows = self.plan.step(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate(optim, self.step, per_epoch, self.total_steps)
@@ -134,9 +150,19 @@ class LinearProbe:
         logits = self.classify(self.inputs(rows.epoch, samples))
         losses = {name: F.cross_entropy(each, labels) for name, each in logits.items()}
         self.accelerator.backward(torch.stack(list(losses.values())).sum())
+        if not guard.gradient_norm(self.heads).isfinite():  # the same on all processes
+            self.optimizer.zero_grad()
+            error = NumbersError(
+                f"train/loss or its gradient is not finite in step {self.step}; nothing of it was "
+                f"kept. Train anew with a lower optim.lr than {optim.lr:g} and name=..."
+            )
+            error.details = {"step": self.step, "samples": rows.samples.tolist()}
+            error.shared = True
+            raise error
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        peers.me.mark(self.step, "training")
         return losses[TRAINED].detach()
 
     @torch.no_grad()
@@ -175,8 +201,8 @@ class LinearProbe:
                 f"the {name} encoder moved: {self.frozen[name]} -> {now}"
             )
 
-    def save(self) -> None:
-        """Write a checkpoint of the classifiers after `step` steps."""
+    def save(self, wait: bool = False) -> None:
+        """Save the classifiers after `step` steps, in the background or at once."""
         self.check_frozen()
         momentum = checkpoint.momentum_buffers(self.optimizer, self.heads)
         state = {
@@ -186,22 +212,21 @@ class LinearProbe:
             "data": self.splits.fingerprint,
             "config": to_dict(self.config),
         }
-        model = self.heads.state_dict()
-        checkpoint.save(
-            self.session.directory, self.step, model, momentum, state, self.config.checkpoint.keep
-        )
+        self.session.save(self.step, self.heads.state_dict(), momentum, state, wait)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Take over the state of a checkpoint, whatever number of processes wrote it."""
         now = {"encoder": self.frozen[TRAINED], "data": self.splits.fingerprint}
-        changed = [
-            f"{key} {saved.state[key]} -> {now[key]}" for key in now if saved.state[key] != now[key]
-        ]
+        before = {key: saved.piece(key) for key in now}
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
         if changed:
             raise ConfigError(
                 f"{saved.path}: is the probe of another encoder or of other images "
                 f"({'; '.join(changed)}); give name=... for a new probe"
             )
+        momentum = checkpoint.momentum_shapes(self.optimizer, self.heads)
+        checkpoint.check_tensors(momentum, saved.optimizer, saved.path)
         checkpoint.load_tensors(self.heads, saved.model, saved.path)
         checkpoint.restore_momentum(self.optimizer, self.heads, saved.optimizer)
         self.step = saved.step
+        peers.me.mark(self.step, "starting")

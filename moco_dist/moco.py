@@ -37,16 +37,20 @@ class MoCo(nn.Module):
 
 @torch.no_grad()
 def shuffled_keys(
-    encoder: Callable[[Tensor], Tensor], pieces: Sequence[Callable[[], Tensor]], unshuffle: Tensor
-) -> Tensor:
+    encoder: Callable[[Tensor], Tensor],
+    pieces: Sequence[Callable[[], Tensor]],
+    unshuffle: Tensor,
+    note: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Return on every process the keys of the global batch in its order, float (batch_size, dim).
 
     `pieces` give the views of this process's share of the permuted batch, piece by piece; one
     gather joins the keys of all processes and `unshuffle`, int64 (batch_size,), undoes the
-    permutation (section 3.3).
+    permutation (section 3.3). The `note` of each process, int64 (k,), goes along: (processes, k).
     """
     mine = torch.cat([encoder(piece()) for piece in pieces])
-    return comms.all_gather(mine)[unshuffle]
+    keys, notes = comms.all_gather_with_note(mine, note)
+    return keys[unshuffle], notes
 
 
 def info_nce(
@@ -83,6 +87,15 @@ def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
     """Return the running statistics of all groups by name, float (bn_groups, channels)."""
     return {
         f"{number}.{name}": comms.all_gather(getattr(norm, name))
+        for number, norm in enumerate(batch_norms(encoder))
+        for name in ("group_mean", "group_var")
+    }
+
+
+def statistics_shapes(encoder: nn.Module, groups: int) -> dict[str, torch.Size]:
+    """Return the shapes of what `group_statistics` returns for `groups` groups in all."""
+    return {
+        f"{number}.{name}": torch.Size([groups, norm.num_features])
         for number, norm in enumerate(batch_norms(encoder))
         for name in ("group_mean", "group_var")
     }

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
+from typing import NoReturn
 
 from rich.table import Table
 
-from moco_dist import comms, data, runtime
+from moco_dist import command, comms, data, runtime
 from moco_dist.config import PretrainConfig
+from moco_dist.errors import NumbersError, StoppedError
 from moco_dist.runtime import console, logger
+from moco_dist.stopping import StopRequests
 from moco_dist.tracking import Tracker
 from moco_dist.trainer import Trainer
 
 
-def run(config: PretrainConfig) -> None:
-    """Pretrain from where the run directory stands to the end."""
-    session = runtime.start(config)
+def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
+    """Pretrain from where the run directory stands to the end, or to a request to stop."""
+    session = runtime.start(config, stop)
     splits = data.load(config.data)
     trainer = Trainer(config, session, splits)
     total = min(trainer.total_steps, config.stop_at_step or trainer.total_steps)
@@ -31,10 +34,13 @@ def run(config: PretrainConfig) -> None:
             # The start before this one ended between its last two files.
             runtime.finish(session, {})
         return
-    with runtime.tracker(session, config, total) as tracker:
-        if trainer.step == 0 and config.knn.at_start and can_classify:
-            tracker.log(0, {"epoch": 0.0, "knn/top1": trainer.knn_top1()})
-        results = loop(trainer, total, tracker, can_classify)
+    runtime.begin(session)
+    with runtime.tracker(session, total) as tracker:
+        try:
+            results = loop(trainer, total, tracker, can_classify)
+        except (StoppedError, NumbersError) as error:
+            # All processes are here, with the state after a whole step.
+            end_early(trainer, error)
     if trainer.step == trainer.total_steps:
         runtime.finish(session, results)
     summarize(trainer, results)
@@ -42,17 +48,23 @@ def run(config: PretrainConfig) -> None:
 
 def loop(trainer: Trainer, total: int, tracker: Tracker, can_classify: bool) -> dict[str, float]:
     """Train up to step `total`; return the last figures."""
-    config, per_epoch = trainer.config, trainer.steps_per_epoch
+    config, stop = trainer.config, trainer.session.stop
     results: dict[str, float] = {}
-    since, logged = time.monotonic(), trainer.step
+    slowest = 0.0
+    # An evaluation that a stop has cut short is made up for.
+    if can_classify and trainer.evaluated != trainer.step and evaluates(trainer, total):
+        results["knn/top1"] = evaluate(trainer, tracker)
+    since = saved = time.monotonic()
+    logged = trainer.step
     while trainer.step < total:
-        loss, logits = trainer.train_step()
+        minutes = config.checkpoint.every_minutes
+        began = time.monotonic()
+        loss, logits = trainer.train_step(0 < minutes < (began - saved) / 60)
+        slowest = max(slowest, time.monotonic() - began)
+        stop.needs = 2 * (slowest + trainer.session.saver.seconds)
         step, last = trainer.step, trainer.step == total
-        ended = step // per_epoch if step % per_epoch == 0 else 0  # the epoch that ends here
-        classifies = can_classify and _due(config.knn.every_epochs, ended, last)
-        keep = config.checkpoint
-        saves = last or _due(keep.every_epochs, ended) or _due(keep.every_steps, step)
-        # Before a save too: the figures are checked, and a state with NaN in it is never saved.
+        classifies = can_classify and evaluates(trainer, total)
+        saves = last or trainer.agreed.save or saves_at(trainer)
         if step == 1 or saves or _due(config.tracking.every_steps, step):
             seconds = time.monotonic() - since
             results |= trainer.metrics(loss, logits, seconds, step - logged)
@@ -60,13 +72,51 @@ def loop(trainer: Trainer, total: int, tracker: Tracker, can_classify: bool) -> 
             since, logged = time.monotonic(), step
         del loss, logits
         if classifies:
-            results["knn/top1"] = trainer.knn_top1()
-            tracker.log(step, {"epoch": step / per_epoch, "knn/top1": results["knn/top1"]})
+            results["knn/top1"] = evaluate(trainer, tracker)
+            best = trainer.best is not None and trainer.best["step"] == step
+            saves = saves or (best and config.checkpoint.keep_best)
         if saves:
-            trainer.save()
+            trainer.save(wait=last)
+            saved = time.monotonic()
         if classifies or saves:
             since, logged = time.monotonic(), step
     return results
+
+
+def evaluates(trainer: Trainer, total: int) -> bool:
+    """Return whether the kNN evaluation is due after the step that was done last."""
+    settings, step = trainer.config.knn, trainer.step
+    if step == 0:
+        return settings.at_start
+    ended = step // trainer.steps_per_epoch if step % trainer.steps_per_epoch == 0 else 0
+    return _due(settings.every_epochs, ended, step == total)
+
+
+def saves_at(trainer: Trainer) -> bool:
+    """Return whether a checkpoint is due after the step that was done last."""
+    settings, step = trainer.config.checkpoint, trainer.step
+    ended = step // trainer.steps_per_epoch if step % trainer.steps_per_epoch == 0 else 0
+    return _due(settings.every_epochs, ended) or _due(settings.every_steps, step)
+
+
+def evaluate(trainer: Trainer, tracker: Tracker) -> float:
+    """Return and log the kNN accuracy of the encoder as it is."""
+    step = trainer.step
+    accuracy = trainer.knn_top1()
+    tracker.log(step, {"epoch": step / trainer.steps_per_epoch, "knn/top1": accuracy})
+    trainer.evaluated = step
+    if step and (trainer.best is None or accuracy > trainer.best["knn_top1"]):
+        trainer.best = {"step": step, "knn_top1": accuracy}
+    return accuracy
+
+
+def end_early(trainer: Trainer, error: StoppedError | NumbersError) -> NoReturn:
+    """Save the state after the last whole step; raise `error` again, with where that is."""
+    step = trainer.step
+    if step:
+        trainer.save(wait=True)
+    place = f"saved after step {step:,} of {trainer.total_steps:,}" if step else "nothing to save"
+    runtime.end_early(trainer.session, error, place)
 
 
 def _due(every: int, number: int, always: bool = False) -> bool:
@@ -93,7 +143,7 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
             max(config.batch_size, len(splits.train) // 4),
         )
     monitor = (
-        f"every {config.knn.every_epochs} epochs"
+        "every " + _counted(config.knn.every_epochs, "epoch", "epochs")
         if config.knn.every_epochs
         else "never (knn.every_epochs=0)"
     )
@@ -106,7 +156,7 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
         f"{config.encoder.dim}; {config.precision}",
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}, "
         f"{config.bn_groups} BatchNorm groups of {config.batch_size // config.bn_groups}, "
-        f"{config.runtime.micro_batches} micro-batches",
+        + _counted(config.runtime.micro_batches, "micro-batch", "micro-batches"),
         "queue": f"{config.moco.queue_size:,} keys, full after "
         f"{-(-config.moco.queue_size // (config.batch_size * len(trainer.passes))):,} "
         "steps; the loss rises till then",
@@ -115,6 +165,10 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
     runtime.banner(trainer.session, "pretrain", rows)
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def summarize(trainer: Trainer, results: dict[str, float]) -> None:
@@ -134,4 +188,4 @@ def summarize(trainer: Trainer, results: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.main(PretrainConfig, run, __doc__)
+    command.main(PretrainConfig, run, __doc__)

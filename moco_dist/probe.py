@@ -4,22 +4,22 @@ and on a random encoder's."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from pathlib import Path
 
 from rich.table import Table
 
-from moco_dist import checkpoint, comms, data, runtime
+from moco_dist import checkpoint, command, comms, data, peers, runtime
 from moco_dist.config import ProbeConfig
-from moco_dist.errors import ConfigError, UserError
+from moco_dist.errors import ConfigError, NumbersError, StoppedError
 from moco_dist.linear_probe import CONTROL, TRAINED, LinearProbe
 from moco_dist.runtime import console, logger
+from moco_dist.stopping import StopRequests
 from moco_dist.tracking import Tracker
 
 
-def run(config: ProbeConfig) -> None:
-    """Probe an encoder from where the run directory stands to the end."""
+def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
+    """Probe an encoder from where the run directory stands to the end, or to a request to stop."""
     if not config.encoder:
         raise ConfigError(
             "encoder is empty; give encoder=runs/NAME, a run directory or a checkpoint folder"
@@ -29,18 +29,12 @@ def run(config: ProbeConfig) -> None:
         source.parent.parent.name if source.name.startswith("step_") else source.resolve().name
     )
     config = dataclasses.replace(config, name=config.name or f"{run_name}-probe")
-    found = comms.together(lambda: checkpoint.find(source))
-    encoder, architecture, trained_views = comms.together(lambda: checkpoint.load_encoder(found))
-    session = runtime.start(config)
+    found = peers.together(lambda: checkpoint.find(source))
+    encoder, architecture, trained_views = peers.together(lambda: checkpoint.load_encoder(found))
+    session = runtime.start(config, stop)
     splits = data.load(config.data)
-    data.require_labels(splits, config.data)
+    peers.together(lambda: _check_classes(splits, config))
     splits = dataclasses.replace(splits, train=splits.train.labelled())
-    classes = len(splits.train.classes)
-    if config.top_k > classes:
-        raise ConfigError(
-            f"top_k={config.top_k} is more than the {classes} classes of {config.data.name}; "
-            f"use {classes} or less"
-        )
     for key in ("size", "mean", "std"):
         ours, theirs = getattr(config.views, key), getattr(trained_views, key)
         if ours != theirs:
@@ -50,13 +44,30 @@ def run(config: ProbeConfig) -> None:
     probe = LinearProbe(config, session, splits, encoder, architecture)
     announce(probe, f"{found.path} (step {found.step:,})")
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
-    with runtime.tracker(session, config, total) as tracker:
-        loop(probe, total, tracker)
+    runtime.begin(session)
+    with runtime.tracker(session, total) as tracker:
+        try:
+            loop(probe, total, tracker)
+        except (StoppedError, NumbersError) as error:
+            if probe.step:
+                probe.save(wait=True)
+            place = f"saved after step {probe.step:,} of {probe.total_steps:,}"
+            runtime.end_early(session, error, place if probe.step else "nothing to save")
     probe.check_frozen()
     if probe.step == probe.total_steps:
         results = final_results(probe)
         runtime.finish(session, results)
         summarize(probe, results)
+
+
+def _check_classes(splits: data.Splits, config: ProbeConfig) -> None:
+    data.require_labels(splits, config.data)
+    classes = len(splits.train.classes)
+    if config.top_k > classes:
+        raise ConfigError(
+            f"top_k={config.top_k} is more than the {classes} classes of {config.data.name}; "
+            f"use {classes} or less"
+        )
 
 
 def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
@@ -70,11 +81,6 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
         epoch_ends = step % per_epoch == 0
         if epoch_ends or last:
             metrics = {"epoch": step / per_epoch, "train/loss": float(comms.mean(loss))}
-            if not math.isfinite(metrics["train/loss"]):
-                raise UserError(
-                    f"train/loss is {metrics['train/loss']} at step {step}; lower optim.lr="
-                    f"{config.optim.lr} and start again with name=..."
-                )
             metrics["train/images_per_second"] = (
                 (step - evaluated) * config.batch_size / (time.monotonic() - since)
             )
@@ -84,8 +90,9 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
             since, evaluated = time.monotonic(), step
         keep = config.checkpoint
         due = keep.every_epochs and epoch_ends and step // per_epoch % keep.every_epochs == 0
+        probe.session.stop.needs = 2 * probe.session.saver.seconds
         if last or due or (keep.every_steps and step % keep.every_steps == 0):
-            probe.save()
+            probe.save(wait=last)
 
 
 def final_results(probe: LinearProbe) -> dict[str, dict[str, dict[str, float]]]:
@@ -139,4 +146,4 @@ def summarize(probe: LinearProbe, results: dict[str, dict[str, dict[str, float]]
 
 
 if __name__ == "__main__":
-    runtime.main(ProbeConfig, run, __doc__)
+    command.main(ProbeConfig, run, __doc__)

@@ -1,4 +1,4 @@
-"""Start and end of a run: exit states, Accelerator, run directory, banner."""
+"""Start and end of a run: Accelerator, run directory, lock, banner, status."""
 
 from __future__ import annotations
 
@@ -6,60 +6,38 @@ import json
 import logging
 import os
 import platform
+import socket
 import sys
 import time
-import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn
 
 import accelerate
 import torch
 import torchvision
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import moco_dist
-from moco_dist import checkpoint, comms, config_files, tracking
-from moco_dist.checkpoint import output_errors
+from moco_dist import checkpoint, comms, config_files, peers, saving, stopping, tracking
 from moco_dist.config import PretrainConfig, ProbeConfig
-from moco_dist.errors import ConfigError, UserError
+from moco_dist.errors import STATES, ConfigError, NumbersError, StoppedError, output_errors
+from moco_dist.run_lock import RunLock
+from moco_dist.saving import Saver
+from moco_dist.stopping import StopRequests
 
-Schema = TypeVar("Schema")
 logger = logging.getLogger(__name__)
 
 console = Console()
 
-COMMANDS = """\
-  accelerate launch -m moco_dist.pretrain configs/pretrain/cifar10.yaml [file.yaml | key=value ...]
-  accelerate launch -m moco_dist.probe configs/probe/cifar10.yaml encoder=runs/cifar10 [...]
-One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu
---num_processes 2 -m. Files and overrides apply from left to right onto these defaults:
-"""
-
-
-def main(schema: type[Schema], run: Callable[[Schema], None], purpose: str | None) -> None:
-    """Load the command line's configuration, call `run`, and exit with what came of it."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(f"{purpose}\n\n{COMMANDS}\n{config_files.to_yaml(schema())}", end="")
-        return
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.captureWarnings(True)
-    status = 0
-    try:
-        run(config_files.load(schema, arguments))
-    except UserError as error:
-        status = error.exit_status
-        if os.environ.get("RANK", "0") == "0":  # all processes have the same error: comms.together
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        status = 130
-    finally:
-        comms.shutdown()
-    sys.exit(status)
+# The locks of this process.
+_held: dict[Path, RunLock] = {}
 
 
 @dataclass(frozen=True)
@@ -67,11 +45,14 @@ class Session:
     """What a run has besides its own state."""
 
     accelerator: Accelerator
+    settings: PretrainConfig | ProbeConfig
     # The run directory, runs/<name>.
     directory: Path
     # Where the newest whole checkpoint stands; None at the start of a new run.
     resumed: checkpoint.Checkpoint | None
     finished: bool
+    stop: StopRequests
+    saver: Saver
 
     @property
     def device(self) -> torch.device:
@@ -79,53 +60,167 @@ class Session:
         device: torch.device = self.accelerator.device
         return device
 
+    def close(self) -> None:
+        """Give the run directory free; a command does so at its end."""
+        self.stop.on_end(0, "")
 
-def start(settings: PretrainConfig | ProbeConfig) -> Session:
+    def stop_for(self, request: int) -> None:
+        """Raise on all processes what `request`, the one that all agree on, asks for."""
+        if request == stopping.FAILED:
+            peers.from_main(self.saver.finish)
+        elif request:
+            error = stopping.error(request, f"at step {peers.me.step}")
+            error.shared = True
+            raise error
+
+    def request(self) -> int:
+        """Return what this process was asked for, 0 for nothing."""
+        return stopping.FAILED if self.saver.failed else self.stop.poll()
+
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        wait: bool,
+    ) -> None:
+        """Save the state after `step` steps, in the background, or `wait` until it is on disk."""
+        self.stop.saving = wait
+        if comms.is_main():
+            self.saver.start(step, model, optimizer, state)
+        if wait:
+            peers.from_main(self.saver.finish)
+        self.stop.saving = False
+
+    def pause(self, doing: str) -> None:
+        """Raise StoppedError, on all processes alike, if one was asked to stop; a collective."""
+        peers.me.mark(peers.me.step, doing)
+        mine = torch.tensor([self.request()], device=self.device)
+        self.stop_for(int(comms.all_gather(mine).max()))
+
+
+def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
     """Join the processes, open the run directory and find where to go on; on all processes."""
+    stop = stop or StopRequests()
+    machine = settings.runtime
     accelerator = Accelerator(
-        cpu=settings.runtime.device == "cpu",
+        cpu=machine.device == "cpu",
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
+        ],
     )
     if not comms.is_main():
         logging.disable(logging.WARNING)
-    wanted, got = settings.runtime.processes, comms.world_size()
+    peers.me.join(machine.timeout_seconds)
+    wanted, got = machine.processes, comms.world_size()
     if wanted not in (0, got):
         raise ConfigError(
             f"runtime.processes={wanted} and {got} took part; start that many "
             f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
             f"--num_processes {wanted} -m ...)"
         )
-    checksum = f"{zlib.crc32(config_files.to_yaml(settings).encode()):08x}"
-    comms.same_everywhere("the checksum of the configuration", checksum)
-    if settings.runtime.deterministic:
+    peers.same_everywhere("the configuration", config_files.flat(config_files.to_dict(settings)))
+    if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill every new tensor first; nothing here reads one unwritten.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     directory = Path(settings.output).expanduser() / settings.name
-    resumed = checkpoint.newest(directory)
-    comms.from_main(lambda: _open_directory(directory, settings, resumed))
-    finished = comms.from_main(lambda: (directory / "DONE").exists())
-    return Session(accelerator, directory, resumed, finished)
+    lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
+    stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
+    resumed = checkpoint.newest(directory, set_aside=True)
+    peers.from_main(lambda: _require_same(directory, settings, resumed))
+    finished = peers.from_main(lambda: (directory / "DONE").exists())
+    saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
+    saver.step = resumed.step if resumed else -1
+    return Session(accelerator, settings, directory, resumed, finished, stop, saver)
 
 
-def _open_directory(
+def _take(directory: Path, stop: StopRequests) -> RunLock:
+    """Become the only writer of the run directory, until the run ends."""
+    with output_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    # A caller in Python may start several runs in a process, and a failed one left its lock behind.
+    if before := _held.pop(directory.resolve(), None):
+        before.release()
+    lock = _held[directory.resolve()] = RunLock(directory)
+
+    def end(status: int, text: str) -> None:
+        with suppress(OSError):
+            write_status(directory, STATES[status], status, text)
+        lock.release()
+
+    stop.on_end = end
+    saving.clean(directory)
+    return lock
+
+
+def _require_same(
     directory: Path, settings: PretrainConfig | ProbeConfig, resumed: checkpoint.Checkpoint | None
 ) -> None:
     if resumed:
         now = config_files.to_dict(settings)
-        changed = config_files.changed_keys(resumed.state["config"], now)
+        changed = config_files.changed_keys(resumed.piece("config"), now)
         if changed:
             raise ConfigError(
                 f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
                 "give it back to resume that run, or choose name=... for a new one"
             )
-    with output_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        replace(directory / "config.yaml", config_files.to_yaml(settings))
-        replace(directory / "environment.json", json.dumps(environment(), indent=1))
+
+
+def begin(session: Session) -> None:
+    """Note in the run directory what runs now; from here on a signal is obeyed between steps."""
+    session.stop.raise_at_once()
+    session.stop.at_once = False
+    peers.me.training = True
+
+    def write() -> None:
+        with output_errors(session.directory):
+            (session.directory / "DONE").unlink(missing_ok=True)
+            replace(session.directory / "config.yaml", config_files.to_yaml(session.settings))
+            replace(session.directory / "environment.json", json.dumps(environment(), indent=1))
+            write_status(session.directory, "running", None, "")
+
+    peers.from_main(write)
+
+
+def end_early(session: Session, error: StoppedError | NumbersError, place: str) -> NoReturn:
+    """Raise, on all processes, `error` with `place`, which says what is saved; note its details."""
+
+    def write() -> None:
+        with output_errors(session.directory):
+            (session.directory / "STOP").unlink(missing_ok=True)  # it has been obeyed
+            if isinstance(error, NumbersError):
+                text = json.dumps(dict(error.details), indent=1)
+                replace(session.directory / "not_finite.json", text + "\n")
+
+    peers.from_main(write)
+    go_on = "" if isinstance(error, NumbersError) else "; the same command goes on from there"
+    ended = type(error)(f"{error}: {place}{go_on}")
+    ended.shared = True
+    raise ended from error
+
+
+def write_status(directory: Path, state: str, status: int | None, reason: str) -> None:
+    """Write status.json: the state in a word, the exit state, where the run stands and why."""
+    path = directory / "status.json"
+    with suppress(OSError, ValueError):
+        if state == "done" and json.loads(path.read_text())["state"] == "done":
+            return  # nothing was left to do
+    content = {
+        "state": state,
+        "exit_status": status,
+        "step": peers.me.step,
+        "reason": reason,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    replace(path, json.dumps(content, indent=1) + "\n")
 
 
 def replace(path: Path, text: str) -> None:
@@ -155,14 +250,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def tracker(
-    session: Session, settings: PretrainConfig | ProbeConfig, total_steps: int
-) -> tracking.Tracker:
+def tracker(session: Session, total_steps: int) -> tracking.Tracker:
     """Return where metrics go: nowhere on processes other than the first."""
-    if not comms.is_main():
-        return tracking.Tracker([])
     step = session.resumed.step if session.resumed else 0
-    lines = tracking.json_lines(session.directory / "metrics.jsonl", step)
+    path = session.directory / "metrics.jsonl"
+    lines = peers.together(lambda: tracking.json_lines(path, step) if comms.is_main() else None)
+    if not lines:
+        return tracking.Tracker([])
     shown, bar = tracking.console_lines(console, total_steps, step)
     return tracking.Tracker([lines, shown], bar)
 
@@ -200,4 +294,4 @@ def finish(session: Session, results: dict[str, Any]) -> None:
         with output_errors(session.directory):
             replace(session.directory / "DONE", json.dumps(results, indent=1) + "\n")
 
-    comms.from_main(write)
+    peers.from_main(write)

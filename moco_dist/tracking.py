@@ -12,7 +12,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moco_dist.checkpoint import output_errors
+from moco_dist.errors import output_errors
 
 Metrics = Mapping[str, float]
 Sink = Callable[[int, Metrics], None]
@@ -47,10 +47,14 @@ class Tracker:
 
 def json_lines(path: Path, step: int) -> Sink:
     """Return a sink that appends JSON lines to `path`; those after `step` are cut off first."""
-    with output_errors(path):
-        old = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in old if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+    with output_errors(path), path.open("ab+") as file:
+        file.seek(0)
+        end = 0
+        for line in file:
+            if not line.endswith(b"\n") or _step_of(line) > step:
+                break
+            end += len(line)
+        file.truncate(end)  # one change of the file: a kill here loses no line that stays
 
     def write(step: int, metrics: Metrics) -> None:
         with output_errors(path), path.open("a") as file:
@@ -59,7 +63,7 @@ def json_lines(path: Path, step: int) -> Sink:
     return write
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """Return the step of a line of metrics; one that a crash cut short comes after everything."""
     try:
         return float(json.loads(line)["step"])

@@ -8,11 +8,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moco_dist import checkpoint, comms, data, features, knn, moco, schedule, views
+from moco_dist import (
+    checkpoint,
+    comms,
+    data,
+    features,
+    fingerprint,
+    guard,
+    knn,
+    moco,
+    peers,
+    schedule,
+    views,
+)
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import to_dict
 from moco_dist.encoder import build_encoder
-from moco_dist.errors import ConfigError, UserError
+from moco_dist.errors import ConfigError, NumbersError
 from moco_dist.plan import Plan, Step, check_batch, check_groups
 from moco_dist.runtime import Session
 
@@ -24,17 +36,8 @@ class Trainer:
         self.config, self.session = config, session
         self.accelerator, device = session.accelerator, session.device
         processes = comms.world_size()
-        check_batch(config.batch_size, processes)
-        check_groups(config.bn_groups, processes, config.runtime.micro_batches)
         self.splits = splits.to(device)
-        self.plan = Plan(
-            num_samples=len(splits.train),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rank=comms.rank(),
-            world_size=processes,
-            device=device,
-        )
+        self.plan = peers.together(self._plan)
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
@@ -53,33 +56,98 @@ class Trainer:
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
         )
+        # DDP would give all processes the weights of process 0 without a word.
+        weights = fingerprint.of_module(self.moco)
+        peers.same_everywhere("the fingerprint of the new model", weights)
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
         # at each step. It would also give each process the BatchNorm statistics of process 0.
         self.query = self.accelerator.prepare(self.moco.query_encoder)
         if processes > 1:
             self.query.broadcast_buffers = False
+        self.undo = guard.Undo(self.moco.query_encoder, self.moco.key_encoder)
         self.step = 0
-        if session.resumed:
-            self.restore(session.resumed)
+        # The step that was evaluated last, and step and accuracy of the best one.
+        self.evaluated = -1
+        self.best: dict[str, float] | None = None
+        self.gradient_norm = torch.zeros(())
+        self.agreed = guard.Agreement(stop=0, save=False)
+        if saved := session.resumed:
+            peers.together(lambda: self.restore(saved))
+
+    def _plan(self) -> Plan:
+        config, processes = self.config, comms.world_size()
+        check_batch(config.batch_size, processes)
+        check_groups(config.bn_groups, processes, config.runtime.micro_batches)
+        return Plan(
+            num_samples=len(self.splits.train),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=comms.rank(),
+            world_size=processes,
+            device=self.session.device,
+        )
 
     @property
     def passes(self) -> list[tuple[int, int]]:
         """The views of the queries and of their keys, for each pass over the batch."""
         return [(0, 1), (1, 0)] if self.config.moco.symmetric else [(0, 1)]
 
-    def train_step(self) -> tuple[Tensor, list[Tensor]]:
-        """Do one step; return this process's mean loss and, pass by piece, the logits."""
-        config, network = self.config, self.moco
+    def train_step(self, wants_save: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Do one step; return this process's mean loss and, pass by piece, the logits.
+
+        Raises, on all processes alike and with the state left as it was before the step:
+        StoppedError if one was asked to stop, NumbersError for what is not finite.
+        """
+        config, network, me = self.config, self.moco, peers.me
+        me.mark(self.step, "encoding keys")
         rows = self.plan.step(self.step, len(self.passes))
+        network.train()
+        self.undo.keep()
+        note = guard.note(self.step, rows.samples, self.session.request(), wants_save)
+        keys = []
+        for number, (_, view) in enumerate(self.passes):
+            encoded, notes = self.keys(rows, number, view, note)
+            keys.append(encoded)
+            if number == 0:
+                self.agreed = guard.agree(notes)
+                if self.agreed.stop:
+                    self.undo.restore()
+                    self.session.stop_for(self.agreed.stop)
+        me.mark(self.step, "encoding queries")
+        losses, all_logits = self.backward(rows, keys)
+        self.gradient_norm = guard.gradient_norm(network.query_encoder)
+        self.check_numbers(rows, keys, losses)
+
         rate = schedule.learning_rate(
             config.optim, self.step, self.steps_per_epoch, self.total_steps
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        momentum = schedule.key_momentum(config.moco, self.step, self.total_steps)
+        network.update_key_encoder(momentum)
+        network.queue.enqueue(torch.cat(keys), rows.samples.repeat(len(keys)))
+        self.step += 1
+        return torch.stack(losses).mean(), all_logits
 
-        network.train()
-        keys = [self.keys(rows, number, view) for number, (_, view) in enumerate(self.passes)]
-        negatives, their_samples = network.queue.negatives()
+    def keys(self, rows: Step, number: int, view: int, note: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the whole batch's keys for pass `number`, (batch_size, dim), without gradients.
+
+        And the notes of all processes, int64 (processes, fields), which come by the same gather.
+        """
+        mine = rows.samples[rows.key_rows[number]]
+        pieces = [
+            partial(self.views, piece, rows.epoch, view)
+            for piece in mine.chunk(self.config.runtime.micro_batches)
+        ]
+        with self.accelerator.autocast():
+            return moco.shuffled_keys(self.moco.key_encoder, pieces, rows.unshuffle[number], note)
+
+    def backward(self, rows: Step, keys: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute the gradients of a step; return losses and logits, pass by piece."""
+        config = self.config
+        negatives, their_samples = self.moco.queue.negatives()
         pieces = [
             (number, view, piece)
             for number, (view, _) in enumerate(self.passes)
@@ -98,23 +166,41 @@ class Trainer:
                 self.accelerator.backward(loss / config.runtime.micro_batches)
             losses.append(loss.detach())
             all_logits.append(logits.detach())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        momentum = schedule.key_momentum(config.moco, self.step, self.total_steps)
-        network.update_key_encoder(momentum)
-        network.queue.enqueue(torch.cat(keys), rows.samples.repeat(len(keys)))
-        self.step += 1
-        return torch.stack(losses).mean(), all_logits
+        return losses, all_logits
 
-    def keys(self, rows: Step, number: int, view: int) -> Tensor:
-        """Return the whole batch's keys for pass `number`, (batch_size, dim), without gradients."""
-        mine = rows.samples[rows.key_rows[number]]
-        pieces = [
-            partial(self.views, piece, rows.epoch, view)
-            for piece in mine.chunk(self.config.runtime.micro_batches)
-        ]
-        with self.accelerator.autocast():
-            return moco.shuffled_keys(self.moco.key_encoder, pieces, rows.unshuffle[number])
+    def check_numbers(self, rows: Step, keys: list[Tensor], losses: list[Tensor]) -> None:
+        """Raise NumbersError, with the state as before the step, unless all numbers are finite.
+
+        Keys and gradients are the same on all processes, and a loss that is not finite has
+        gradients that are not: all processes raise or none does.
+        """
+        figures = {"keys": torch.cat(keys), "gradient": self.gradient_norm}
+        if all(bool(figure.isfinite().all()) for figure in figures.values()):
+            return
+        self.undo.restore()
+        self.optimizer.zero_grad()
+        figures = {"keys": figures["keys"], "train/loss": torch.stack(losses), **figures}
+        bad = [name for name, figure in figures.items() if not figure.isfinite().all()]
+        # An image that isn't finite spoils its BatchNorm group: the views tell which one it is.
+        mine = rows.samples[torch.cat([rows.query_rows, *rows.key_rows])]
+        views = torch.cat([self.views(mine, rows.epoch, view).flatten(1) for view in (0, 1)], dim=1)
+        found = comms.gather_objects((bad, mine[~views.isfinite().all(1)].tolist()))
+        names = ", ".join(dict.fromkeys(name for bad, _ in found for name in bad))
+        spoiled = sorted({sample for _, samples in found for sample in samples})
+        whose = f"the images {spoiled} are not" if spoiled else "all its images are"
+        error = NumbersError(
+            f"{names} not finite in step {self.step} ({whose}; the batch is in "
+            f"not_finite.json); nothing of the step was kept. Look at its images, or train anew "
+            f"with a lower optim.lr than {self.config.optim.lr:g} and name=..."
+        )
+        error.shared = True
+        error.details = {
+            "step": self.step,
+            "not_finite": names.split(", "),
+            "images_not_finite": spoiled,
+            "samples": rows.samples.tolist(),
+        }
+        raise error
 
     def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
         """Return view number `view` of the training images `samples`, (rows, 3, size, size)."""
@@ -130,8 +216,9 @@ class Trainer:
         encoder.eval()
         parts = [self.splits.train.labelled(), self.splits.validation]
         with self.accelerator.autocast():
+            pause = partial(self.session.pause, "evaluating kNN")
             bank, queries = (
-                features.extract(encoder.backbone, part, config.views, config.batch_size)
+                features.extract(encoder.backbone, part, config.views, config.batch_size, pause)
                 for part in parts
             )
         mine = features.share(len(queries))
@@ -142,51 +229,57 @@ class Trainer:
         right = comms.total((predicted == validation.labels[mine]).sum())
         return float(right) / len(queries)
 
-    def save(self) -> None:
-        """Write a checkpoint of the state after `step` steps."""
-        config, network = self.config, self.moco
-        encoders = {"query": network.query_encoder, "key": network.key_encoder}
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint of the state after `step` steps, in the background or at once."""
+        session, config, network = self.session, self.config, self.moco
+        peers.me.mark(self.step, "saving")
         statistics: dict[str, Tensor] = {}
-        for name, encoder in encoders.items():
+        for name, encoder in (("query", network.query_encoder), ("key", network.key_encoder)):
             moco.average_statistics(encoder)
             groups = moco.group_statistics(encoder)
             statistics |= {f"statistics.{name}.{key}": value for key, value in groups.items()}
         momentum = checkpoint.momentum_buffers(self.optimizer, network.query_encoder)
+        model = network.state_dict()
+        checksum = fingerprint.checksum(*model.values(), *momentum.values())
+        peers.same_everywhere(f"the checksum of the state after step {self.step}", checksum)
         state = {
             "epoch": self.step / self.steps_per_epoch,
             "enqueued": network.queue.enqueued,
+            "evaluated": self.evaluated,
+            "best": self.best,
             "data": self.splits.fingerprint,
             "config": to_dict(config),
         }
-        model = network.state_dict()
-        checkpoint.save(
-            self.session.directory,
-            self.step,
-            model,
-            momentum | statistics,
-            state,
-            config.checkpoint.keep,
-        )
+        session.save(self.step, model, momentum | statistics, state, wait)
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Take over the state of a checkpoint, whatever number of processes wrote it."""
-        if saved.state["data"] != self.splits.fingerprint:
+        if saved.piece("data") != self.splits.fingerprint:
             raise ConfigError(
                 f"{saved.path}: was trained on other images (fingerprint {saved.state['data']}, "
                 f"now {self.splits.fingerprint}); give the same data, or name=... for a new run"
             )
-        checkpoint.load_tensors(self.moco, saved.model, saved.path)
-        for name, encoder in (("query", self.moco.query_encoder), ("key", self.moco.key_encoder)):
+        network = self.moco
+        encoders = {"query": network.query_encoder, "key": network.key_encoder}
+        expected = checkpoint.momentum_shapes(self.optimizer, network.query_encoder)
+        for name, encoder in encoders.items():
+            shapes = moco.statistics_shapes(encoder, self.config.bn_groups)
+            expected |= {f"statistics.{name}.{key}": shape for key, shape in shapes.items()}
+        checkpoint.check_tensors(expected, saved.optimizer, saved.path)
+        checkpoint.load_tensors(network, saved.model, saved.path)
+        for name, encoder in encoders.items():
             prefix = f"statistics.{name}."
-            chosen = {
+            own = {
                 k.removeprefix(prefix): v
                 for k, v in saved.optimizer.items()
                 if k.startswith(prefix)
             }
-            moco.restore_group_statistics(encoder, chosen)
-        checkpoint.restore_momentum(self.optimizer, self.moco.query_encoder, saved.optimizer)
-        self.moco.queue.enqueued = saved.state["enqueued"]
+            moco.restore_group_statistics(encoder, own)
+        checkpoint.restore_momentum(self.optimizer, network.query_encoder, saved.optimizer)
+        network.queue.enqueued = saved.piece("enqueued")
+        self.evaluated, self.best = saved.piece("evaluated"), saved.piece("best")
         self.step = saved.step
+        peers.me.mark(self.step, "starting")
 
     def metrics(
         self, loss: Tensor, all_logits: list[Tensor], seconds: float, steps: int
@@ -205,11 +298,6 @@ class Trainer:
             mean_negative,
         ]
         values = comms.mean(torch.stack([figure.double() for figure in figures])).tolist()
-        if not torch.isfinite(torch.tensor(values)).all():
-            raise UserError(
-                f"train/loss is {values[0]} at step {self.step}; lower optim.lr, and go on from "
-                "the last checkpoint, which is kept"
-            )
         queue, temperature = self.moco.queue, self.config.moco.temperature
         shown = {
             "epoch": self.step / self.steps_per_epoch,
@@ -220,6 +308,7 @@ class Trainer:
             "similarity/negative": values[4] * temperature,
             "queue/fill": queue.filled / queue.size,
             "train/lr": self.optimizer.param_groups[0]["lr"],
+            "train/gradient_norm": float(self.gradient_norm),
         }
         if not all_logits[0][0, 1:].numel():  # the first step has no negatives yet
             del shown["similarity/negative"]

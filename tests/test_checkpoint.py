@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moco_dist import checkpoint, comms, data, runtime
-from moco_dist.config import PretrainConfig
+from moco_dist import checkpoint, comms, data, peers, runtime, saving
+from moco_dist.config import CheckpointConfig, PretrainConfig
 from moco_dist.config_files import load
 from moco_dist.errors import DataError, MissingError, OutputError
 from moco_dist.trainer import Trainer
@@ -27,7 +27,8 @@ MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(7)}
 def write(run: Path, *steps: int, keep: int = 5) -> None:
     for step in steps:
         momentum = {"momentum.weight": MODEL["weight"] * step}
-        checkpoint.save(run, step, MODEL, momentum, {"enqueued": 3}, keep)
+        saving.write(run, step, MODEL, momentum, {"enqueued": 3})
+        saving.prune(run, CheckpointConfig(keep_last=keep), None)
 
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_the_newest_ones_are_kept_and_nothing_else_is_left_behind(tmp_path: Path
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    checkpoint.save(tmp_path, 5, {"weight": torch.ones(1)}, {}, {}, keep=2)
+    saving.write(tmp_path, 5, {"weight": torch.ones(1)}, {}, {})
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found.model["weight"].tolist() == [1]
@@ -112,7 +113,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = Trainer(config, session, data.load(config.data))
     for _ in range(2):
         trainer.train_step()
-    trainer.save()
+    trainer.save(wait=True)
+    session.close()
     return output / "tiny"
 
 
@@ -178,7 +180,7 @@ def test_a_folder_without_write_permission_has_its_sentence(tmp_path: Path) -> N
     path = tmp_path / "checkpoints" / "step_00000003"
     assert (
         str(error.value)
-        == f"{path}: can't be written (Not a directory); free it, or choose output=FOLDER"
+        == f"{path}: can't be written (File exists); free it, or choose output=FOLDER"
     )
     assert error.value.exit_status == 74
 
@@ -191,7 +193,7 @@ def choose(run: Path) -> tuple[int, int]:
 
 def fail_to_write(run: Path) -> str:
     try:
-        write(run, 3)
+        peers.from_main(lambda: write(run, 3))
     except OutputError as error:
         return str(error)
     return "no error"

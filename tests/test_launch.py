@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from moco_dist import checkpoint
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 TINY = [
@@ -60,7 +62,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_accelerate_launch_writes_the_run_directory(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "DONE"}
+    files = {"config.yaml", "environment.json", "metrics.jsonl", "status.json", ".lock"}
+    assert names == files | {"checkpoints", "DONE"}
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     steps = [line["step"] for line in lines(run) if "train/loss" in line]
     assert steps == [1, 2, 4, 5, 6, 8, 10]  # 90 images are 5 steps of 16 an epoch
@@ -244,6 +248,11 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path: Path) -> None:
         "pretrain", *tiny, "optim.lr=1e30", "checkpoint.every_steps=1", "knn.at_start=false"
     )
     assert result.returncode == 70
-    assert "error: train/loss is nan at step " in result.stderr
+    assert "is not finite after step 2: this state was not saved, and the checkpoint before it " in (
+        result.stderr
+    )
     assert "Traceback" not in result.stderr
-    assert list((tmp_path / "nan" / "checkpoints").iterdir())
+    found = checkpoint.newest(tmp_path / "nan")
+    assert found is not None
+    assert found.step == 1
+    assert all(tensor.isfinite().all() for tensor in found.model.values())

@@ -48,7 +48,8 @@ def train(folder: str, overrides: list[str], until: int) -> dict[str, Any]:
         losses.append(float(comms.mean(loss)))
         queue = trainer.moco.queue
         queues.append(fingerprint.of_tensors(queue.keys, queue.samples))
-    trainer.save()
+    trainer.save(wait=True)
+    session.close()
     state = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
     buffers = trainer.optimizer.state.values()
     state |= {f"momentum {i}": s["momentum_buffer"].clone() for i, s in enumerate(buffers)}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from moco_dist import checkpoint, data, linear_probe, probe, runtime
+from moco_dist import checkpoint, data, linear_probe, probe, runtime, saving
 from moco_dist.config import PretrainConfig, ProbeConfig
 from moco_dist.config_files import load
 from moco_dist.errors import ConfigError, DataError, MissingError
@@ -35,10 +35,12 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of five steps."""
     output = tmp_path_factory.mktemp("runs")
     config = load(PretrainConfig, [*PRETRAIN, f"output={output}", "name=tiny"])
-    trainer = Trainer(config, runtime.start(config), data.load(config.data))
+    session = runtime.start(config)
+    trainer = Trainer(config, session, data.load(config.data))
     for _ in range(5):
         trainer.train_step()
-    trainer.save()
+    trainer.save(wait=True)
+    session.close()
     return output / "tiny"
 
 
@@ -198,9 +200,7 @@ def test_a_probe_is_not_resumed_for_another_encoder(pretrained: Path, tmp_path: 
     shutil.copytree(pretrained, tmp_path / "other" / "tiny")
     found = checkpoint.find(tmp_path / "other" / "tiny")
     found.model["query_encoder.backbone.conv1.weight"] += 1
-    checkpoint.save(
-        tmp_path / "other" / "tiny", 6, found.model, found.optimizer, found.state, keep=2
-    )
+    saving.write(tmp_path / "other" / "tiny", 6, found.model, found.optimizer, found.state)
     message = refusal(f"encoder={tmp_path / 'other' / 'tiny'}", f"output={tmp_path}")
     assert "is the probe of another encoder or of other images (encoder " in message
     assert message.endswith("give name=... for a new probe")

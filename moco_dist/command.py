@@ -1,0 +1,81 @@
+"""A command of the package: from its arguments to its exit state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from moco_dist import comms, config_files, peers, stopping
+from moco_dist.errors import PeerError, UserError
+from moco_dist.stopping import StopRequests
+
+Schema = TypeVar("Schema")
+
+COMMANDS = """\
+  accelerate launch -m moco_dist.pretrain configs/pretrain/cifar10.yaml [file.yaml | key=value ...]
+  accelerate launch -m moco_dist.probe configs/probe/cifar10.yaml encoder=runs/cifar10 [...]
+One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu
+--num_processes 2 -m. Files and overrides apply from left to right onto these defaults:
+"""
+
+REPORT = "a fault of moco_dist or of the machine; the last checkpoint stands"
+
+
+def main(
+    schema: type[Schema], run: Callable[[Schema, StopRequests], None], purpose: str | None
+) -> None:
+    """Load the command line's configuration, call `run`, and exit with what came of it."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(f"{purpose}\n\n{COMMANDS}\n{config_files.to_yaml(schema())}", end="")
+        return
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
+    stop = StopRequests()
+    stop.listen()
+    try:
+        run(config_files.load(schema, arguments), stop)
+    except BaseException as error:
+        _end(error, stop)
+    stop.on_end(0, "")
+    comms.shutdown()
+    sys.exit(0)
+
+
+def _end(error: BaseException, stop: StopRequests) -> NoReturn:
+    """Say once, on one process, why the run ends, and leave with its exit state.
+
+    The process group is left as it is: to take leave of it could hang.
+    """
+    me = peers.me
+    if stop.at_once and stop.request and not isinstance(error, UserError):
+        # In the start a signal ends some processes before others, which lose the connection.
+        error = stopping.error(stop.request, "before the first step")
+        error.shared = True
+    elif comms.world_size() > 1 and comms.lost_connection(error):
+        error = PeerError(me.blame())
+    status, text, speaks = UserError.exit_status, str(error), True
+    if isinstance(error, UserError):
+        status = error.exit_status
+        lost = isinstance(error, PeerError) and not error.shared
+        if lost:
+            speaks = me.speaks()
+        elif error.shared or comms.world_size() == 1:  # before all have met, all do the same
+            speaks = os.environ.get("RANK", "0") == "0"
+        me.leave(None if lost or error.shared else text)
+    else:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        me.leave(text)
+        traceback.print_exception(error)
+        where = f"process {comms.rank()} (host {socket.gethostname()}, pid {os.getpid()})"
+        text = f"{where} failed at step {me.step}, {me.doing}: {text}; {REPORT}"
+    if speaks:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    stop.on_end(status, text)
+    sys.stdout.flush()
+    os._exit(status)

@@ -1,0 +1,72 @@
+"""What all processes agree on in each step: where they are, and whether to stop or to save.
+
+Each sends a note along with its keys, in the gather that every step has anyway, and reads all notes
+before the step has changed anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moco_dist.encoder import batch_norms
+from moco_dist.errors import PeerError
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the notes of one step come to: the greatest request to stop, and whether to save."""
+
+    stop: int
+    save: bool
+
+
+def note(step: int, samples: Tensor, stop: int, save: bool) -> Tensor:
+    """Return this process's note, int64 (5,): step, checksum and number of samples, requests."""
+    places = torch.arange(1, len(samples) + 1, device=samples.device)
+    checksum = (places * samples).sum()
+    others = torch.tensor([step, len(samples), stop, save], device=samples.device)
+    return torch.cat([others, checksum[None]])
+
+
+def agree(notes: Tensor) -> Agreement:
+    """Return what `notes`, int64 (processes, 5), come to; PeerError if a process is elsewhere."""
+    rows = notes.tolist()
+    for rank, row in enumerate(rows):
+        for place, what in ((0, "step"), (1, "a batch of"), (4, "samples with checksum")):
+            if row[place] != rows[0][place]:
+                error = PeerError(
+                    f"process {rank} is at {what} {row[place]} and process 0 at {what} "
+                    f"{rows[0][place]}, in step {rows[0][0]}; nothing was changed by it: start "
+                    "all processes with the same command, files and versions"
+                )
+                error.shared = True
+                raise error
+    return Agreement(max(row[2] for row in rows), any(row[3] for row in rows))
+
+
+class Undo:
+    """The BatchNorm statistics of encoders before a step, which a forward pass changes."""
+
+    def __init__(self, *encoders: nn.Module) -> None:
+        norms = [norm for encoder in encoders for norm in batch_norms(encoder)]
+        self._live: list[Tensor] = [t for norm in norms for t in (norm.group_mean, norm.group_var)]
+        self._kept = [torch.empty_like(tensor) for tensor in self._live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember the statistics as they are."""
+        torch._foreach_copy_(self._kept, self._live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the statistics as `keep` saw them."""
+        torch._foreach_copy_(self._live, self._kept)
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Return the Euclidean norm of all gradients, float (); the same on all processes."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,128 @@
+"""Requests to end a run before its end: signals, a file STOP in the run directory, a clock.
+
+A request is a number that the processes agree on between two steps (`guard.py`); nothing is done
+in a signal handler. Signals reach a thread through a pipe, so that a second signal, or the end of
+the time of grace, ends a process even where its main thread hangs in a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from moco_dist.errors import InterruptedRunError, PeerError, StoppedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Requests beside the numbers of signals. FAILED: a save in the background came to nothing.
+STOP_FILE, TIME_LIMIT, FAILED = 1001, 1002, 1003
+# Launchers and Slurm hand on a signal that the process has had already, within so many seconds.
+ECHO_SECONDS = 2.0
+# Seconds from one look at the run directory to the next.
+LOOK_SECONDS = 1.0
+
+
+def reason(request: int) -> str:
+    """Return what a request was, for a sentence: 'SIGTERM', 'the file STOP'."""
+    words = {STOP_FILE: "the file STOP", TIME_LIMIT: "the limit of time"}
+    return words.get(request) or signal.Signals(request).name
+
+
+def error(request: int, text: str) -> StoppedError:
+    """Return the error that ends a run on a request; `text` says where it stands."""
+    kind = InterruptedRunError if request == signal.SIGINT else StoppedError
+    return kind(f"stopped by {reason(request)} {text}")
+
+
+class StopRequests:
+    """What this process has been asked for; `poll` is cheap enough for each step."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.request = 0
+        self.grace = 25.0
+        # In the start of a run there is nothing to save: a signal ends it where it is.
+        self.at_once = True
+        # A save may outlast the time of grace.
+        self.saving = False
+        # Where to look for STOP; None on other processes than the first.
+        self.directory: Path | None = None
+        self.end: float | None = None
+        # Seconds that the way to the end takes: a step and a save, twice over.
+        self.needs = 0.0
+        # Called with the exit state and the sentence when the process ends, from any thread.
+        self.on_end: Callable[[int, str], None] = lambda status, text: None
+        self._first: float | None = None
+        self._looked = 0.0
+
+    def listen(self) -> None:
+        """Take over the signals of this process; call it in the main thread."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._in_main_thread)
+        threading.Thread(target=self._watch, args=[reader], daemon=True).start()
+
+    def limit(self, directory: Path | None, max_hours: float, grace: float) -> None:
+        """Set the time of grace, in seconds; with a run directory, look there and at the clock."""
+        self.directory, self.grace = directory, grace
+        ends = [self.began + 3600 * max_hours] if max_hours else []
+        if directory and (slurm := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
+            ends.append(time.monotonic() + int(slurm) - time.time())
+        self.end = min(ends, default=None) if directory else None
+
+    def poll(self) -> int:
+        """Return the request, 0 if there is none."""
+        now = time.monotonic()
+        if not self.request and self.end is not None and now + self.needs > self.end:
+            self.request = TIME_LIMIT
+        if not self.request and self.directory and now - self._looked > LOOK_SECONDS:
+            self._looked = now
+            if (self.directory / "STOP").exists():
+                self.request = STOP_FILE
+        return self.request
+
+    def raise_at_once(self) -> None:
+        """Raise StoppedError for a signal that came where its exception may have been lost."""
+        if self.at_once and self.request:
+            raise error(self.request, "before the first step")
+
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        self.request = self.request or number
+        self.raise_at_once()
+
+    def _watch(self, reader: int) -> None:
+        while True:
+            left = None if self._first is None else self._first + self.grace - time.monotonic()
+            if left is not None and left <= 0:
+                if not self.saving:
+                    name, status = reason(self.request), PeerError.exit_status
+                    self._end(
+                        status, f"still busy {self.grace:g} s after {name}, which is too long"
+                    )
+                left = 0.2
+            if select.select([reader], [], [], left)[0]:
+                for number in os.read(reader, 64):
+                    self._receive(number)
+
+    def _receive(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
+        self.request = self.request or number
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif now - self._first > ECHO_SECONDS:
+            self._end(InterruptedRunError.exit_status, "ended at once by a second signal")
+
+    def _end(self, status: int, text: str) -> None:
+        self.on_end(status, text)
+        text = f"error: {text}: nothing was saved since the last checkpoint, which stands\n"
+        os.write(2, text.encode())
+        os._exit(status)

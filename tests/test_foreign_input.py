@@ -1,0 +1,428 @@
+"""Folders, images, archives and configurations of strangers: a sentence, no code run, no memory."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from moco_dist import data, fingerprint, image_folder
+from moco_dist.config import DataConfig, PretrainConfig
+from moco_dist.config_files import from_dict, load, shown, to_dict
+from moco_dist.errors import ConfigError, DataError, MissingError
+
+PACKAGE = Path(__file__).parent.parent / "moco_dist"
+
+
+def write_image(path: Path, color: tuple[int, int, int] = (1, 2, 3)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 12), color).save(path)
+
+
+def names(listing: image_folder.Listing) -> list[str]:
+    return [str(file.relative_to(listing.root)) for file in listing.files]
+
+
+def bomb(width: int, height: int) -> bytes:
+    """Return a PNG of black pixels with a few bytes for each megabyte that it unpacks to."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    packer, packed = zlib.compressobj(1), []
+    for _ in range(min(height, 100)):
+        packed.append(packer.compress(bytes(1 + 3 * width)))
+    pixels = b"".join([*packed, packer.flush()])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_loop_of_links_ends_and_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "cat" / "0.png")
+    write_image(tmp_path / "dog" / "0.png")
+    (tmp_path / "cat" / "again").symlink_to(tmp_path)
+    (tmp_path / "dog" / "self").symlink_to(tmp_path / "dog")
+    (tmp_path / "dog" / "circle.png").symlink_to(tmp_path / "dog" / "circle.png")
+    listing = image_folder.scan(tmp_path, labelled=True)
+    assert names(listing) == ["cat/0.png", "dog/0.png"]
+    assert listing.classes == ("cat", "dog")
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"{tmp_path}: left out 1 links to nothing; the first is {tmp_path / 'dog' / 'circle.png'}",
+        f"{tmp_path}: left out 2 links to folders that are read already; "
+        f"the first is {tmp_path / 'cat' / 'again'}",
+    ]
+
+
+def test_links_among_siblings_cost_no_more_than_folders(tmp_path: Path) -> None:
+    for i in range(12):
+        write_image(tmp_path / "set" / f"{i:02}" / "0.png")
+        for j in range(12):
+            (tmp_path / "set" / f"{i:02}" / f"to{j}").symlink_to(tmp_path / "set" / f"{j:02}")
+    start = time.monotonic()
+    assert len(image_folder.scan(tmp_path / "set", labelled=True).files) == 12
+    assert time.monotonic() - start < 5
+
+
+def test_class_folders_that_are_links_hold_images(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write_image(tmp_path / "pool" / name / "0.png")
+    (tmp_path / "set").mkdir()
+    for name in ("dog", "cat"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "pool" / name)
+    (tmp_path / "set" / "cat" / "1.png").symlink_to(tmp_path / "pool" / "cat" / "0.png")
+    listing = image_folder.scan(tmp_path / "set", labelled=True)
+    assert (names(listing), listing.labels) == (["cat/0.png", "cat/1.png", "dog/0.png"], [0, 0, 1])
+
+
+def test_images_come_folder_by_folder_in_the_order_of_their_names(tmp_path: Path) -> None:
+    places = ["b.png", "z.png", "a/y.png", "a/b/c.png", "a-b/c.png", "c/a.png"]
+    for place in places:
+        write_image(tmp_path / place)
+    walked = [
+        str(Path(folder, name).relative_to(tmp_path))
+        for folder, _, found in sorted(os.walk(tmp_path))
+        for name in sorted(found)
+    ]
+    assert sorted(walked) == sorted(places)
+    expected = ["b.png", "z.png", "a/y.png", "a/b/c.png", "a-b/c.png", "c/a.png"]
+    assert names(image_folder.scan(tmp_path, labelled=True)) == expected
+
+
+def test_pipes_dangling_links_and_closed_folders_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(tmp_path / "cat" / "0.png")
+    write_image(tmp_path / "closed" / "0.png")
+    os.mkfifo(tmp_path / "cat" / "pipe.jpg")
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
+    scandir = os.scandir
+
+    def refuse(folder: str) -> object:
+        if folder.endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    listing = image_folder.scan(tmp_path, labelled=True)
+    assert image_folder.decode(listing, 8).shape == (1, 3, 8, 8)
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"pipes or devices; the first is {tmp_path / 'cat' / 'pipe.jpg'}" in said
+    assert f"links to nothing; the first is {tmp_path / 'cat' / 'gone.png'}" in said
+    assert (
+        f"folders that can't be read (Permission denied); the first is {tmp_path / 'closed'}"
+        in said
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"line\nbreak.png", b"\xff\xfe\x80.png", b"x" * 251 + b".png", b"\x1b[31mred.png"],
+    ids=["newline", "not UTF-8", "255 bytes", "escape"],
+)
+def test_any_file_name_is_read_cached_and_printable(tmp_path: Path, name: bytes) -> None:
+    root = tmp_path / "set"
+    write_image(root / "plain.png", (9, 9, 9))
+    target = os.path.join(os.fsencode(root), name)
+    os.rename(root / "plain.png", target)
+    for _ in range(2):
+        listing = image_folder.scan(root, labelled=True)
+        assert (image_folder.load(listing, 8, tmp_path / "cache") == 9).all()
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    Path(os.fsdecode(target)).write_bytes(b"no image")
+    with pytest.raises(DataError) as error:
+        image_folder.load(image_folder.scan(root, labelled=True), 8, tmp_path / "cache")
+    assert str(error.value).isprintable()
+    assert str(error.value).encode()
+
+
+def test_a_name_of_any_length_has_one_short_sentence() -> None:
+    long = "A" * 60_000
+    with pytest.raises(MissingError) as missing:
+        data.load(load(PretrainConfig, ["data.name=folder", f"data.root={long}"]).data)
+    assert str(missing.value) == (
+        f"{'A' * 60}... (60000 characters): no such folder; "
+        "give the folder of the images as data.root=DIR"
+    )
+    for argument in (long * 2, long * 2 + ".yaml", f"data.root={long * 2}"):
+        with pytest.raises(ConfigError) as refused:
+            load(PretrainConfig, [argument])
+        assert len(str(refused.value)) < 300
+    with pytest.raises(MissingError) as missing:
+        data.load(DataConfig(name="cifar10", root=long))
+    assert len(str(missing.value)) < 400
+
+
+# Run apart: the peak of memory is a figure of a whole process.
+BOMB = """
+import resource, sys
+from pathlib import Path
+from moco_dist import image_folder
+from moco_dist.errors import DataError
+listing = image_folder.scan(Path(sys.argv[1]), labelled=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    print(tuple(image_folder.decode(listing, 8).shape))
+except DataError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def decoded_apart(folder: Path, warnings: str) -> tuple[str, int]:
+    """Return what decoding a folder says, and by how many MiB the peak of memory rose."""
+    command = [sys.executable, "-W", warnings, "-c", BOMB, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    said, mebibytes = done.stdout.splitlines()
+    return said, int(mebibytes)
+
+
+@pytest.mark.parametrize("side", [80_000, 13_000])
+def test_an_image_that_unpacks_to_gigabytes_is_refused_undecoded(tmp_path: Path, side: int) -> None:
+    (tmp_path / "bomb.png").write_bytes(bomb(side, side))
+    said, mebibytes = decoded_apart(tmp_path, "ignore")
+    assert said.startswith(
+        f"{tmp_path / 'bomb.png'}: not a readable image (too large, 160,000,000 pixels are "
+        "allowed; scale it down:"
+    )
+    assert said.endswith("; replace or remove this file")
+    assert mebibytes < 64
+
+
+def test_a_photo_of_a_hundred_megapixels_is_read_without_a_warning(tmp_path: Path) -> None:
+    Image.new("L", (11648, 8736), 7).save(tmp_path / "photo.png", compress_level=1)
+    said, _ = decoded_apart(tmp_path, "error")
+    assert said == "(1, 3, 8, 8)"
+
+
+def test_postscript_behind_an_image_name_starts_no_interpreter(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    with pytest.raises(DataError, match="cannot identify image file"):
+        image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
+
+
+def test_all_unreadable_images_are_counted_and_five_are_named(tmp_path: Path) -> None:
+    for i in range(9):
+        write_image(tmp_path / f"{i}.png")
+    for i in (1, 2, 4, 5, 6, 7, 8):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(DataError) as error:
+        image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path}: 7 of 9 images are not readable: {tmp_path / '1.png'} (")
+    assert [f"{tmp_path / f'{i}.png'} (" in said for i in range(9)] == [
+        i in (1, 2, 4, 5, 6) for i in range(9)
+    ]
+    assert said.endswith("; replace or remove these files")
+
+
+def test_a_thousand_unreadable_images_are_not_all_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(1000):
+        (tmp_path / f"{i:03}.png").write_bytes(b"")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    tried = []
+
+    def read(path: Path, size: int) -> None:
+        tried.append(path)
+        time.sleep(0.001)
+        raise ValueError("bad")
+
+    monkeypatch.setattr(image_folder, "_read", read)
+    with pytest.raises(DataError, match="100 or more of 1000 images are not readable"):
+        image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
+    assert len(tried) < 500
+
+
+@pytest.mark.parametrize("kind", ["folder", "cifar10"])
+def test_an_archive_as_root_is_to_be_unpacked(tmp_path: Path, kind: str) -> None:
+    with tarfile.open(tmp_path / "set.tar", "w"):
+        pass
+    config = DataConfig(name=kind, root=str(tmp_path / "set.tar"))  # type: ignore[arg-type]
+    with pytest.raises(DataError) as error:
+        data.load(config)
+    assert str(error.value) == (
+        f"data.root={tmp_path / 'set.tar'}: a file, and data.root needs a folder; unpack an "
+        "archive, as with tar --no-same-owner -xf FILE -C FOLDER, and give data.root=FOLDER"
+    )
+
+
+class Planted:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize(
+    ("name", "archive", "batch"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1"),
+        ("cifar100", "cifar-100-python.tar.gz", "cifar-100-python/train"),
+        ("stl10", "stl10_binary.tar.gz", "stl10_binary/train_X.bin"),
+    ],
+)
+def test_planted_archives_are_not_unpacked_and_planted_pickles_not_read(
+    tmp_path: Path, name: str, archive: str, batch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, content = tmp_path / "set", pickle.dumps(Planted(tmp_path / "ran"))
+    (root / batch).parent.mkdir(parents=True)
+    (root / batch).write_bytes(content)
+    with tarfile.open(root / archive, "w:gz") as tar:
+        for place in ("../evil", str(tmp_path / "evil"), "inside", batch):
+            entry = tarfile.TarInfo(place)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    # A closed port stands for the network, so that no name server is asked.
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    start = time.monotonic()
+    with pytest.raises(MissingError, match="and can't be downloaded") as error:
+        data.load(DataConfig(name=name, root=str(root)))  # type: ignore[arg-type]
+    assert time.monotonic() - start < 20
+    assert "\n" not in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"set"}
+    assert not (root / "inside").exists()
+
+
+def test_a_planted_cache_of_another_shape_is_not_used(tmp_path: Path) -> None:
+    write_image(tmp_path / "set" / "0.png", (9, 9, 9))
+    listing = image_folder.scan(tmp_path / "set", labelled=True)
+    image_folder.load(listing, 8, tmp_path / "cache")
+    (cached,) = (tmp_path / "cache").iterdir()
+    other = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    for metadata in ({"fingerprint": fingerprint.of_tensors(other)}, None):
+        save_file({"pixels": other}, cached, metadata)
+        assert image_folder.load(listing, 8, tmp_path / "cache").shape == (1, 3, 8, 8)
+
+
+def refusal(text: str, file: Path) -> str:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(PretrainConfig, [str(file)])
+    assert str(error.value).isprintable()
+    assert str(error.value).startswith(f"{file}: ")
+    return str(error.value).removeprefix(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    "value", ["${oc.env:HUSH}", "a${oc.decode:x}", "${seed}", "${mine:1}", "${", "\\${oc.env:HUSH}"]
+)
+def test_nothing_in_a_value_is_replaced(
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUSH", "secret")
+    sentence = (
+        f"'{shown(value)}' has a '${{', which is not replaced here; let the shell do it, "
+        "or write the value out"
+    )
+    assert refusal(f"output: '{value}'\n", tmp_path / "a.yaml") == sentence
+    assert refusal(f"data:\n  root: '{value}'\n", tmp_path / "a.yaml") == sentence
+    assert refusal(f"views:\n  mean: ['{value}']\n", tmp_path / "a.yaml") == sentence
+    with pytest.raises(ConfigError) as error:
+        load(PretrainConfig, [f"output='{value}'"])
+    assert str(error.value) == f"output='{value}': {sentence}"
+    stored = to_dict(PretrainConfig()) | {"output": value}
+    with pytest.raises(ConfigError, match="is not replaced here"):
+        from_dict(PretrainConfig, stored)
+
+
+def test_text_within_text_is_not_read_as_yaml_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUSH", "secret")
+    hidden = """'output: "$\\x7boc.env:HUSH}"'\n"""
+    assert refusal(hidden, tmp_path / "a.yaml") == (
+        "holds no 'key: value' lines; see --help for the keys"
+    )
+
+
+def test_a_tag_runs_nothing(tmp_path: Path) -> None:
+    text = f"name: !!python/object/apply:os.mkdir ['{tmp_path / 'ran'}']\n"
+    assert refusal(text, tmp_path / "a.yaml") == (
+        "the YAML tag 'tag:yaml.org,2002:python/object/apply:os.mkdir' is not allowed, values are "
+        "plain; remove it, or put the text in quotes"
+    )
+    with pytest.raises(ConfigError, match="the YAML tag"):
+        load(PretrainConfig, [text.replace(": ", "=", 1)])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_aliases_depth_size_and_duplicates_have_their_sentences(tmp_path: Path) -> None:
+    laughs = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n"
+        for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    file = tmp_path / "a.yaml"
+    sentence = "the YAML anchor or alias 'a' is not allowed; write the value out"
+    assert refusal(laughs, file) == sentence
+    assert refusal("name: *a\n", file) == sentence
+    deep = "nested more than 16 deep; see --help for the keys"
+    assert refusal("name: " + "[" * 30_000, file) == deep
+    assert refusal("name: " + "{a: " * 10_000, file) == deep
+    assert refusal("- " * 10_000, file) == "holds no 'key: value' lines; see --help for the keys"
+    with pytest.raises(ConfigError, match=deep):
+        load(PretrainConfig, ["views.mean=" + "[" * 30_000])
+    assert refusal("# long\n" * 10_000, file) == (
+        "more than the 65536 bytes that a configuration may have; cut it"
+    )
+    assert "found duplicate key lr in line 3" in refusal("optim:\n  lr: 1\n  lr: 2\n", file)
+    assert refusal("output: ???\n", file) == "'???' is no value; give one"
+
+
+FORBIDDEN_CALLS = {
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "os.system", "os.popen"),
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "marshal.loads"),
+    *("eval", "exec", "compile", "__import__"),
+}
+
+
+def unsafe_calls(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            shell = any(keyword.arg == "shell" for keyword in node.keywords)
+            found += [ast.unparse(node.func)] * (ast.unparse(node.func) in FORBIDDEN_CALLS or shell)
+        elif isinstance(node, ast.ImportFrom):
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name for name in imported if name in FORBIDDEN_CALLS]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("**/*.py")), ids=lambda path: path.stem)
+def test_no_file_calls_what_runs_the_code_of_its_input(path: Path) -> None:
+    assert unsafe_calls(path.read_text()) == []
+
+
+def test_each_call_that_runs_code_would_be_found() -> None:
+    for name in FORBIDDEN_CALLS:
+        assert unsafe_calls(f"{name}(x)") == [name]
+    assert unsafe_calls("subprocess.run(x, shell=True)") == ["subprocess.run"]
+    assert unsafe_calls("from torch import load") == ["torch.load"]
+    assert unsafe_calls("module.eval(); safetensors.load(x)") == []
