@@ -146,7 +146,8 @@ def load_encoder(checkpoint: Checkpoint) -> tuple[Encoder, EncoderConfig, ViewsC
         with torch.device("meta"):  # takes no memory, whatever sizes a stranger wrote there
             shapes = build_encoder(config, seed=0).state_dict()
     except (ConfigError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise DataError(f"{checkpoint.path}: not readable by this version ({error})") from error
+        reason = str(error).splitlines()[0][:200]
+        raise DataError(f"{checkpoint.path}: not readable by this version ({reason})") from error
     check_tensors(shapes, tensors, checkpoint.path)
     encoder = build_encoder(config, seed=0)
     load_tensors(encoder, tensors, checkpoint.path)

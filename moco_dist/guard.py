@@ -48,22 +48,32 @@ def agree(notes: Tensor) -> Agreement:
 
 
 class Undo:
-    """The BatchNorm statistics of encoders before a step, which a forward pass changes."""
+    """The BatchNorm statistics of encoders before a step, which a forward pass changes.
 
+    It moves them into one tensor, of which the layers then hold views: one copy keeps them all.
+    """
+
+    @torch.no_grad()
     def __init__(self, *encoders: nn.Module) -> None:
         norms = [norm for encoder in encoders for norm in batch_norms(encoder)]
-        self._live: list[Tensor] = [t for norm in norms for t in (norm.group_mean, norm.group_var)]
-        self._kept = [torch.empty_like(tensor) for tensor in self._live]
+        owned = [(norm, name) for norm in norms for name in ("group_mean", "group_var")]
+        self._live = torch.cat([getattr(norm, name).flatten() for norm, name in owned])
+        self._kept = self._live.clone()
+        offset = 0
+        for norm, name in owned:
+            old = getattr(norm, name)
+            setattr(norm, name, self._live[offset : offset + old.numel()].view_as(old))
+            offset += old.numel()
 
     @torch.no_grad()
     def keep(self) -> None:
         """Remember the statistics as they are."""
-        torch._foreach_copy_(self._kept, self._live)
+        self._kept.copy_(self._live)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put back the statistics as `keep` saw them."""
-        torch._foreach_copy_(self._live, self._kept)
+        self._live.copy_(self._kept)
 
 
 def gradient_norm(module: nn.Module) -> Tensor:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from tests.faults import kills
+from tests.faults import costs, damage, disk, elastic, hostile, kills, locks
 
-FAULTS = [*kills.FAULTS]
+FAULTS = [
+    *kills.FAULTS,
+    *elastic.FAULTS,
+    *damage.FAULTS,
+    *disk.FAULTS,
+    *locks.FAULTS,
+    *hostile.FAULTS,
+    *costs.FAULTS,
+]

@@ -6,6 +6,7 @@ python -m tests.faults [--all] [--seed N] [--repeat N] [--only WORD ...]
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
 from rich.console import Console
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=1, help="with the seeds after that one too")
     parser.add_argument("--only", nargs="+", default=[""], help="faults with a word in their name")
     arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # what the jobs print is in files of their own
     console = Console(width=None if sys.stdout.isatty() else 150)
     chosen = [fault for fault in FAULTS if any(word in fault.name for word in arguments.only)]
     good = [

@@ -203,4 +203,3 @@ def alive(pid: int) -> bool:
 
 
 KILL, TERM, INT, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-

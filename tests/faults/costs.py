@@ -1,0 +1,132 @@
+"""What the protection costs: the guard of a step, and a save in the background."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from moco_dist import comms, data, guard, runtime, saving
+from moco_dist.config import CheckpointConfig, EncoderConfig, PretrainConfig
+from moco_dist.config_files import load
+from moco_dist.encoder import build_encoder
+from moco_dist.moco import MoCo, group_statistics
+from moco_dist.trainer import Trainer
+from tests import processes
+from tests.faults.table import Fault, Outcome
+
+# The encoder of the demo; its steps are the shortest that anyone would train.
+SMALL = [
+    *("batch_size=64", "bn_groups=8", "encoder.width=8", "encoder.dim=64", "moco.queue_size=1024"),
+    *("data.shapes_train=2000", "data.shapes_test=10", "data.size=32", "runtime.device=cpu"),
+]
+
+
+def guard_of_a_step(folder: Path, times: int, random: Random) -> Outcome:
+    """Measure the parts of the guard within real steps, on one and on two processes."""
+    parts = []
+    for count in (1, 2):
+        step, cost = processes.run(measure_guard, count, str(folder / str(count)), times)[0]
+        limit = max(0.0005, 0.01 * step)
+        assert cost <= limit, f"{1e3 * cost:.2f} ms of {1e3 * step:.0f} ms, limit {1e3 * limit}"
+        parts.append(f"{1e3 * cost:.2f} ms of {1e3 * step:.0f} ms on {count}")
+    return Outcome(times, f"median a step: {'; '.join(parts)} process(es)")
+
+
+def measure_guard(output: str, steps: int) -> tuple[float, float]:
+    """Return the median seconds of a step, and of what the guard does in it."""
+    config = load(PretrainConfig, [*SMALL, f"output={output}"])
+    trainer = Trainer(config, runtime.start(config), data.load(config.data))
+    clocks: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments)
+            clocks.append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    trainer.undo.keep = timed(trainer.undo.keep)  # type: ignore[method-assign]
+    trainer.check_numbers = timed(trainer.check_numbers)  # type: ignore[method-assign]
+    for name in ("note", "agree", "gradient_norm"):
+        setattr(guard, name, timed(getattr(guard, name)))
+    # What the note adds to the gather of the keys: with and without it, in turn.
+    mine = config.batch_size // comms.world_size()
+    keys, note = torch.randn(mine, config.encoder.dim), torch.zeros(5, dtype=torch.int64)
+    whole, costs = [], []
+    for number in range(steps + 5):
+        clocks.clear()
+        began = time.perf_counter()
+        trainer.train_step()
+        taken, cost = time.perf_counter() - began, sum(clocks)
+        gathers = [
+            timed_once(lambda: comms.all_gather(keys)),
+            timed_once(lambda: comms.all_gather_with_note(keys, note)),
+        ]
+        if number >= 5:
+            whole.append(taken)
+            costs.append((cost, gathers[1] - gathers[0]))
+    own, extra = (statistics.median(column) for column in zip(*costs, strict=True))
+    return statistics.median(whole), own + max(0.0, extra)
+
+
+def timed_once(work: Callable[[], Any]) -> float:
+    """Return the seconds that `work()` takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def background(folder: Path, times: int, random: Random) -> Outcome:
+    """Compare what a save in the background costs a loop with the stall of one that is waited for.
+
+    The state is of ResNet-50 size. The loop's steps are matrix products on one thread: what it
+    loses to the copy, and to the writing beside it, is its own time less the usual one.
+    """
+    torch.set_num_threads(1)
+    network = MoCo(build_encoder(EncoderConfig("resnet50", stem="imagenet"), 0), 65536, 128)
+    model = network.state_dict()
+    momentum = {f"momentum.{k}": p.detach() for k, p in network.query_encoder.named_parameters()}
+    statistic = group_statistics(network.query_encoder)
+    size = sum(t.nbytes for part in (model, momentum, statistic) for t in part.values())
+    saver = saving.Saver(folder, CheckpointConfig(keep_last=2))
+    work = torch.randn(512, 512)
+
+    def steps(number: int) -> float:
+        return timed_once(lambda: [work @ work for _ in range(number)])
+
+    each = min(steps(50) / 50 for _ in range(5))
+    saver.start(0, model, momentum | statistic, {})  # the first one also makes room for the copy
+    saver.finish()
+    stalls, costs, copies = [], [], []
+    for number in range(1, times + 1):
+        began = time.perf_counter()
+        saver.start(2 * number, model, momentum | statistic, {})
+        saver.finish()
+        stalls.append(time.perf_counter() - began)
+        usual = steps(int(1.5 * stalls[-1] / each))
+        began = time.perf_counter()
+        saver.start(2 * number + 1, model, momentum | statistic, {})
+        copies.append(time.perf_counter() - began)
+        steps(int(1.5 * stalls[-1] / each))
+        costs.append(time.perf_counter() - began - usual)
+        saver.finish()
+    stall, cost, copy = (statistics.median(each) for each in (stalls, costs, copies))
+    share = statistics.median(c / s for c, s in zip(costs, stalls, strict=True))
+    text = f"{size / 1e6:.0f} MB: stall of a save {stall:.2f} s, in the background {cost:.2f} s "
+    text += f"({share:.1%}; copy alone {copy:.2f} s)"
+    assert share < 0.05, text
+    return Outcome(times, text)
+
+
+FAULTS = [
+    Fault("cost of the guard", 60, 200, guard_of_a_step),
+    Fault("cost of a save in the background", 0, 5, background),
+]
