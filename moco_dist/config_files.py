@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from moco_dist.config import FREE_ON_RESUME
-from moco_dist.errors import ConfigError
+from moco_dist.errors import ConfigError, shown
 
 Schema = TypeVar("Schema")
 
@@ -25,13 +25,6 @@ MAX_DEPTH = 16
 
 # OmegaConf's choice: what is checked must be what is loaded.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def shown(value: object, limit: int = 300) -> str:
-    """Return `value` for a message: on one line, printable, cut to 60 characters above `limit`."""
-    text = str(value)
-    cut = f"{text[:60]}... ({len(text)} characters)" if len(text) > limit else text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

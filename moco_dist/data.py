@@ -17,8 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from moco_dist import comms, fingerprint, image_folder, peers, shapes
 from moco_dist.config import DataConfig
-from moco_dist.config_files import shown
-from moco_dist.errors import DataError, MissingError
+from moco_dist.errors import DataError, MissingError, shown
 from moco_dist.randomness import Purpose, permutation
 
 # Seconds that a download may stay silent: the system's own limit is minutes, or none.

@@ -83,6 +83,13 @@ class InterruptedRunError(StoppedError):
     exit_status = 130
 
 
+def shown(value: object, limit: int = 300) -> str:
+    """Return `value` for a message: on one line, printable, cut to 60 characters above `limit`."""
+    text = str(value)
+    cut = f"{text[:60]}... ({len(text)} characters)" if len(text) > limit else text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
     """Turn a failure to write into OutputError, one sentence that names `path`."""

@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moco_dist import fingerprint
-from moco_dist.config_files import shown
-from moco_dist.errors import ConfigError, DataError, MissingError
+from moco_dist.errors import ConfigError, DataError, MissingError, shown
 
 logger = logging.getLogger(__name__)
 

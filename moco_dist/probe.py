@@ -32,6 +32,8 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     found = peers.together(lambda: checkpoint.find(source))
     encoder, architecture, trained_views = peers.together(lambda: checkpoint.load_encoder(found))
     session = runtime.start(config, stop)
+    # Each process looked for itself, and a pretraining may be going on.
+    peers.same_everywhere("the checkpoint of the encoder", f"{found.path} {found.state['sha256']}")
     splits = data.load(config.data)
     peers.together(lambda: _check_classes(splits, config))
     splits = dataclasses.replace(splits, train=splits.train.labelled())

@@ -122,6 +122,13 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
             f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
             f"--num_processes {wanted} -m ...)"
         )
+    asked, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.mixed_precision
+    if asked not in ("no", ours):
+        logger.warning(
+            "the launcher's mixed precision %s is not used, the configuration's precision=%s is",
+            asked,
+            settings.precision,
+        )
     peers.same_everywhere("the configuration", config_files.flat(config_files.to_dict(settings)))
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -154,20 +155,21 @@ def only_error(job: Job, *parts: str) -> None:
 
 
 # What makes one process another, the step that finds it, and what is said of it.
+_STATE = "the checksum of the state after step 6 differs between the processes: it is "
 DIFFERENCES = {
     "seed": (0, "the configuration differs between the processes: seed is "),
-    "rate": (0, "the configuration differs between the processes: optim.lr is "),
     "pixel": (0, "the data set's fingerprint differs between the processes: it is "),
     "weight": (0, "the fingerprint of the new model differs between the processes: it is "),
     "samples": (3, " samples with checksum "),
+    "query": (6, _STATE),
     "behind": (3, " is at step 2"),
     "longer": (3, " a batch of 9"),
-    "double": (3, "16"),
-    "half": (3, "4"),
-    "query": (6, "the checksum of the state after step 6 differs between the processes: it is "),
-    "key": (6, "the checksum of the state after step 6 differs between the processes: it is "),
-    "queue": (6, "the checksum of the state after step 6 differs between the processes: it is "),
-    "momentum": (6, "the checksum of the state after step 6 differs between the processes: it is "),
+    "double": (3, " a batch of 16"),
+    "half": (3, " a batch of 4"),
+    "rate": (0, "the configuration differs between the processes: optim.lr is "),
+    "key": (6, _STATE),
+    "queue": (6, _STATE),
+    "momentum": (6, _STATE),
 }
 
 
@@ -210,8 +212,7 @@ def _other_rows(change: Callable[[Plan, Step], Step]) -> None:
         found = rows(self, step, key_views)
         return change(self, found) if step == 3 else found
 
-    rows_of = patched
-    Plan.step = rows_of  # type: ignore[method-assign]
+    Plan.step = patched  # type: ignore[method-assign]
 
 
 def _in_step(step: int, act: Callable[[Trainer], object]) -> None:
@@ -260,29 +261,169 @@ _PLANTS: dict[str, Callable[[], None]] = {
 
 
 def different(folder: Path, times: int, random: Random) -> Outcome:
-    """Give one process another configuration, data, model, batch or state."""
+    """Give one process another configuration, data set, model, batch or state; none may count."""
     slowest = 0.0
     for number in range(times):
         what = list(DIFFERENCES)[number % len(DIFFERENCES)]
         step, said = DIFFERENCES[what]
         whom = random.randrange(PROCESSES)
         arguments = [*SMALL, "checkpoint.every_steps=2", "checkpoint.keep_last=9"]
-        plant = partial(_differ, whom, what)
         output = folder / f"run{number}"
+        plant = partial(_differ, whom, what)
         with Job(output, *arguments, processes=PROCESSES, plant=plant) as job:
+            job.until(lambda job=job, step=step: step <= last_step(job.run) and job.errors())
             began = time.monotonic()
-            if step:
-                job.until_step(step)
-                began = time.monotonic()
             states = job.wait(SOON)
             slowest = max(slowest, time.monotonic() - began)
-            print(what, whom, states, time.monotonic() - began, job.text()[-1500:])
-    return Outcome(times, f"{slowest:.1f}")
+            assert set(states) == {70}, f"{what}: {states}\n{job.text()}"
+            # Of two that differ, process 0 is the one that the others are compared with.
+            named = re.compile(rf"process [0-9, ]*\b{whom}\b")
+            only_error(job, said)
+            assert named.search(job.errors()[0]), f"process {whom} is not named\n{job.text()}"
+            assert last_step(job.run) == step, f"{what}: a step was counted\n{job.text()}"
+            kept = {saved for saved, _ in checkpoint.step_folders(job.run)}
+            assert kept <= {2, 4} & set(range(step)), f"{what}: {kept}\n{job.text()}"
+            assert step < 6 or 2 in kept, f"{what}: {kept}\n{job.text()}"
+            whole = checkpoint.newest(job.run)
+            assert (whole.step if whole else 0) == max(kept, default=0), job.text()
+    return Outcome(times, f"found before it counted; all ended in {slowest:.1f} s at most")
+
+
+def _spoil(whom: int, what: str, step: int, sample: int, rank: int) -> None:
+    if rank == whom:
+        _SPOILS[what](step, sample)
+
+
+def _spoil_image(step: int, sample: int) -> None:
+    make = views.make
+
+    def patched(
+        images: Tensor, config: Any, seed: int, epoch: Any, index: Tensor, *others: Any
+    ) -> Tensor:
+        made = make(images, config, seed, epoch, index, *others)
+        # An image is in one step of an epoch.
+        if epoch == step // (IMAGES // 8):
+            made[index == sample, 1, 2, 3] = torch.nan
+        return made
+
+    views.make = patched  # type: ignore[assignment]
+
+
+def _spoil_loss(by: Callable[[Tensor], Tensor], step: int, sample: int) -> None:
+    info_nce = moco.info_nce
+
+    def patched(*arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, logits = info_nce(*arguments)
+        return by(loss) if peers.me.step == step else loss, logits
+
+    moco.info_nce = patched
+
+
+def _spoil_gradient(step: int, sample: int) -> None:
+    def spoiled(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[sample % gradient.numel()] = torch.nan
+        return gradient
+
+    def act(self: Trainer) -> None:
+        parameters = list(self.moco.query_encoder.parameters())
+        parameters[sample % len(parameters)].register_hook(spoiled)
+
+    _in_step(step, act)
+
+
+_SPOILS: dict[str, Callable[[int, int], None]] = {
+    "image": _spoil_image,
+    # The gradients of a sum with infinity are finite.
+    "loss alone": partial(_spoil_loss, lambda loss: loss + torch.inf),
+    "gradient": _spoil_gradient,
+    "loss": partial(_spoil_loss, lambda loss: loss * torch.inf),
+}
+_NAMED = {"image": "gradient", "loss alone": "train/loss", "gradient": "gradient"} | {
+    "loss": "train/loss"
+}
+
+
+def spoiled(folder: Path, times: int, random: Random) -> Outcome:
+    """Put a number that is not finite into one process; nothing of it may reach the state."""
+    slowest, step = 0.0, 0
+    expected_files: Any = None
+    with undisturbed(folder / "reference", *SMALL, processes=PROCESSES) as expected:
+        for number in range(times):
+            what = list(_SPOILS)[number % len(_SPOILS)]
+            if number % len(_SPOILS) == 0:
+                step = random.randint(1, STEPS - 1)
+                stop = f"stop_at_step={step}"
+                output = folder / f"stop{number}"
+                with undisturbed(output, *SMALL, stop, processes=PROCESSES) as found:
+                    expected_files = found["content"]["files"]
+            whom = random.randrange(PROCESSES)
+            samples = Plan(IMAGES, 8, 0).step(step).samples.tolist()
+            sample = samples[2 * whom + random.randrange(2)]
+            output = folder / f"run{number}"
+            plant = partial(_spoil, whom, what, step, sample)
+            with Job(output, *SMALL, processes=PROCESSES, plant=plant) as job:
+                job.until(lambda job=job, step=step: last_step(job.run) >= step)
+                began = time.monotonic()
+                states = job.wait(SOON)
+                slowest = max(slowest, time.monotonic() - began)
+                assert set(states) == {70}, f"{what}: {states}\n{job.text()}"
+                whose = f"the images [{sample}] are not" if what == "image" else "all its images"
+                only_error(job, _NAMED[what], f"not finite in step {step} (", whose)
+                assert f"saved after step {step} of {STEPS}" in job.errors()[0], job.text()
+                _check_spoiled(job.run, step, samples, [sample] if what == "image" else [])
+                found = account(job.run)
+                assert found["step"] == step, f"{what}: {found}\n{job.text()}"
+                same = found["content"]["files"] == expected_files
+                assert same, f"{what}: the state after step {step} is another one\n{job.text()}"
+            with Job(output, *SMALL, processes=PROCESSES) as job:
+                assert set(job.wait()) == {0}, job.text()
+                assert account(job.run) == expected, f"{what}: another run\n{job.text()}"
+    outcome = f"one sentence, state as before the step, resumed; ended in {slowest:.1f} s at most"
+    return Outcome(times, outcome, 0)
+
+
+def _check_spoiled(run: Path, step: int, samples: list[int], images: list[int]) -> None:
+    noted = json.loads((run / "not_finite.json").read_text())
+    noted.pop("not_finite")
+    assert noted == {"step": step, "images_not_finite": images, "samples": samples}, noted
+    found = checkpoint.newest(run)
+    assert found
+    for name, tensor in (found.model | found.optimizer).items():
+        assert tensor.isfinite().all(), f"{name} is not finite in {found.path}"
+
+
+def hung(folder: Path, times: int, random: Random) -> Outcome:
+    """Send SIGTERM to all while one hangs for ever; all must be gone after the time of grace."""
+    grace, slowest, worst = 3, 0.0, 0
+    for number in range(times):
+        step, sign = random.randint(1, STEPS - 1), folder / f"sign{number}"
+        plant = partial(_hang, 1, random.choice(list(PLACES)), step, sign)
+        output = folder / f"run{number}"
+        arguments = [*SMALL, f"runtime.grace_seconds={grace}"]
+        with Job(output, *arguments, processes=PROCESSES, plant=plant) as job:
+            job.until(sign.exists)
+            began = time.monotonic()
+            job.send(TERM)
+            states = job.wait(grace + 3)
+            slowest = max(slowest, time.monotonic() - began)
+            assert set(states) == {70}, f"{states}\n{job.text()}"
+            # Process 0 may have noticed first that another one has ended.
+            assert status(job.run)["exit_status"] == 70, status(job.run)
+            kept = max((saved for saved, _ in checkpoint.step_folders(job.run)), default=0)
+            whole = checkpoint.newest(job.run)
+            assert (whole.step if whole else 0) == kept, job.text()
+            assert step - kept <= INTERVAL, f"{kept} was kept at {step}\n{job.text()}"
+            worst = max(worst, step - kept)
+        shutil.rmtree(output)
+    return Outcome(times, f"all ended {slowest:.1f} s after the signal, grace {grace} s", worst)
 
 
 FAULTS = [
-    Fault("one of four processes killed in a collective", 2, 10, killed),
-    Fault("one of four stopped with SIGSTOP", 1, 6, stopped),
-    Fault("one of four raises before, during, after the first collective", 3, 12, raised),
-    Fault("one of four has another config, data, batch or model", len(DIFFERENCES), 26, different),
+    Fault("one of four processes killed in a collective", 1, 8, killed),
+    Fault("one of four stopped with SIGSTOP", 1, 5, stopped),
+    Fault("one of four raises before, during, after the first collective", 3, 9, raised),
+    Fault("one of four has another config, data, model, batch or state", 5, 26, different),
+    Fault("a number that is not finite in one of four", 2, 8, spoiled),
+    Fault("hung collective and a signal", 1, 5, hung),
 ]

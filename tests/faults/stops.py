@@ -28,7 +28,6 @@ from tests.faults.jobs import (
     TINY,
     USR1,
     Job,
-    Plant,
     account,
     alive,
     in_save,
@@ -139,6 +138,7 @@ def end_of(job: Job, asked: float, kind: str, within: float = LIMIT) -> float:
     gone(pids, job.text())
     stands(job.run, kind, job.text())
     assert len(job.errors()) == 1, f"{kind}: not one sentence\n{job.text()}"
+    job.log.unlink()  # the next start has its own
     return seconds
 
 
@@ -186,7 +186,7 @@ def stopped_again_and_again(
     """
     slowest, number = 0.0, 0
     with undisturbed(folder / "reference", *arguments, processes=2) as expected:
-        for number, kinds in enumerate(chains(times, random), start=1):  # noqa: B007
+        for number, kinds in enumerate(chains(times, random), start=1):
             output = folder / f"stopped{number}"
             for place, kind in enumerate(kinds):
                 slowest = max(slowest, story(output, kind, random, place))
@@ -242,6 +242,7 @@ def in_the_start(folder: Path, times: int, random: Random) -> Outcome:
                 assert (found.step if found else 0) == before, f"{kind}: lost\n{job.text()}"
                 words = {"stopped", "interrupted"}
                 assert not (job.run / "status.json").exists() or status(job.run)["state"] in words
+            job.log.unlink(missing_ok=True)
             return seconds
 
     outcome = told(*stopped_again_and_again(folder, times, random, LONG, story))
@@ -390,7 +391,7 @@ def twice(folder: Path, times: int, random: Random) -> Outcome:
                 job.until_step(random.randint(6, 40))
                 slow.touch()
                 job.send(INT)
-                job.until(lambda run=job.run: in_save(run))
+                job.until(partial(in_save, job.run))
                 time.sleep(2.5)
                 kept, done = checkpoint.newest(job.run), last_step(job.run)
                 assert kept, job.text()
@@ -403,7 +404,8 @@ def twice(folder: Path, times: int, random: Random) -> Outcome:
                 assert "ended at once by a second signal" in job.text(), job.text()
                 assert status(job.run)["state"] == "interrupted", job.text()
                 found = checkpoint.newest(job.run)
-                assert found and found.step == kept.step, f"saved after all\n{job.text()}"
+                assert found, job.text()
+                assert found.step == kept.step, f"saved after all\n{job.text()}"
                 slowest, most = max(slowest, seconds), max(most, done - kept.step)
             slow.unlink()
             ends_like(expected, output, *TINY)
@@ -438,13 +440,14 @@ def killed_in_the_last_save(folder: Path, times: int, random: Random) -> Outcome
                 job.until_step(random.randint(6, 40))
                 slow.touch()
                 job.send(TERM)
-                job.until(lambda run=job.run: in_save(run))
+                job.until(partial(in_save, job.run))
                 time.sleep(random.uniform(0, 1.8))
                 job.send(KILL)
                 job.wait(10)
                 done, found = last_step(job.run), checkpoint.newest(job.run)
                 assert in_save(job.run), f"the save was over\n{job.text()}"
-                assert found and 0 < done - found.step <= 7, f"{done}: {found}\n{job.text()}"
+                assert found, job.text()
+                assert done - found.step <= 7, f"{done}: {found.step}\n{job.text()}"
                 most = max(most, done - found.step)
             slow.unlink()
             ends_like(expected, output, *TINY)
@@ -452,7 +455,7 @@ def killed_in_the_last_save(folder: Path, times: int, random: Random) -> Outcome
 
 
 def of_a_probe(folder: Path, times: int, random: Random) -> Outcome:
-    """Stop a probe in the training of its heads; its results must be those of an undisturbed one."""
+    """Stop a probe in the training of its heads: the same results as undisturbed."""
     with Job(folder / "encoder", *TINY) as job:
         assert job.wait(60) == [0], job.text()
         source = job.run
@@ -483,8 +486,10 @@ def of_a_probe(folder: Path, times: int, random: Random) -> Outcome:
                 assert seconds <= LIMIT, f"{kind}: ended after {seconds:.1f} s\n{job.text()}"
                 found, said, done = checkpoint.newest(job.run), status(job.run), last_step(job.run)
                 # The heads log once in an epoch, of five steps.
-                assert found and done <= found.step < done + 5, f"{done}: {found}\n{job.text()}"
-                assert said["step"] == found.step and kind in said["reason"], f"{said}"
+                assert found, job.text()
+                assert done <= found.step < done + 5, f"{done}: {found.step}\n{job.text()}"
+                assert said["step"] == found.step, f"{said}\n{job.text()}"
+                assert kind in said["reason"], f"{said}\n{job.text()}"
                 assert not (job.run / "STOP").exists(), job.text()
                 slowest = max(slowest, seconds)
         assert to_the_end(output) == expected, "another probe"
