@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from rich.table import Table
 
-from moco_dist import command, comms, data, runtime
+from moco_dist import command, comms, data, peers, runtime
 from moco_dist.config import PretrainConfig
 from moco_dist.errors import NumbersError, StoppedError
 from moco_dist.runtime import console, logger
@@ -24,7 +24,8 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
     total = min(trainer.total_steps, config.stop_at_step or trainer.total_steps)
     can_classify = bool(splits.train.classes) and len(splits.validation) > 0
     announce(trainer, can_classify)
-    if trainer.step >= total:
+    left = trainer.step < total or (not session.finished and owes(trainer, total, can_classify))
+    if not left:
         if comms.is_main():
             place = f"step {trainer.step:,} of {total:,}"
             console.print(
@@ -51,9 +52,10 @@ def loop(trainer: Trainer, total: int, tracker: Tracker, can_classify: bool) -> 
     config, stop = trainer.config, trainer.session.stop
     results: dict[str, float] = {}
     slowest = 0.0
-    # An evaluation that a stop has cut short is made up for.
-    if can_classify and trainer.evaluated != trainer.step and evaluates(trainer, total):
+    if owes(trainer, total, can_classify):
         results["knn/top1"] = evaluate(trainer, tracker)
+        if trainer.step:
+            trainer.save(wait=trainer.step >= total)
     since = saved = time.monotonic()
     logged = trainer.step
     while trainer.step < total:
@@ -92,6 +94,11 @@ def evaluates(trainer: Trainer, total: int) -> bool:
     return _due(settings.every_epochs, ended, step == total)
 
 
+def owes(trainer: Trainer, total: int, can_classify: bool) -> bool:
+    """Return whether the evaluation after the last step is missing, as a stop cut it short."""
+    return can_classify and trainer.evaluated != trainer.step and evaluates(trainer, total)
+
+
 def saves_at(trainer: Trainer) -> bool:
     """Return whether a checkpoint is due after the step that was done last."""
     settings, step = trainer.config.checkpoint, trainer.step
@@ -102,6 +109,7 @@ def saves_at(trainer: Trainer) -> bool:
 def evaluate(trainer: Trainer, tracker: Tracker) -> float:
     """Return and log the kNN accuracy of the encoder as it is."""
     step = trainer.step
+    peers.me.mark(step, "evaluating kNN")
     accuracy = trainer.knn_top1()
     tracker.log(step, {"epoch": step / trainer.steps_per_epoch, "knn/top1": accuracy})
     trainer.evaluated = step

@@ -143,7 +143,8 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
     peers.from_main(lambda: _require_same(directory, settings, resumed))
     finished = peers.from_main(lambda: (directory / "DONE").exists())
     saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
-    saver.step = resumed.step if resumed else -1
+    if resumed:
+        saver.place = resumed.step, resumed.state.get("evaluated")
     return Session(accelerator, settings, directory, resumed, finished, stop, saver)
 
 
@@ -261,7 +262,9 @@ def tracker(session: Session, total_steps: int) -> tracking.Tracker:
     """Return where metrics go: nowhere on processes other than the first."""
     step = session.resumed.step if session.resumed else 0
     path = session.directory / "metrics.jsonl"
-    lines = peers.together(lambda: tracking.json_lines(path, step) if comms.is_main() else None)
+    # A run that starts anew has no lines yet: that of step 0 neither.
+    kept = step if session.resumed else -1
+    lines = peers.together(lambda: tracking.json_lines(path, kept) if comms.is_main() else None)
     if not lines:
         return tracking.Tracker([])
     shown, bar = tracking.console_lines(console, total_steps, step)

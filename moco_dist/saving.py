@@ -54,8 +54,8 @@ class Saver:
         self, run: Path, settings: CheckpointConfig, unless: Callable[[], None] = lambda: None
     ) -> None:
         self.run, self.settings, self._unless = run, settings, unless
-        # The newest step that is on disk, or on its way.
-        self.step = -1
+        # The newest state that is on disk, or on its way: its step, and the one evaluated last.
+        self.place: tuple[int, int | None] = (-1, None)
         # Seconds that the slowest save took.
         self.seconds = 0.0
         self._error: UserError | None = None
@@ -84,7 +84,8 @@ class Saver:
         A save that is still being written is waited for.
         """
         self._join()
-        if self.failed or step == self.step:
+        place = step, state.get("evaluated")
+        if self.failed or place == self.place:
             return
         files = {
             name: {key: self._copy(f"{name}.{key}", tensor) for key, tensor in tensors.items()}
@@ -92,7 +93,7 @@ class Saver:
         }
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.step = step
+        self.place = place
         self._thread = threading.Thread(target=self._work, args=(step, files, dict(state)))
         self._thread.start()
 

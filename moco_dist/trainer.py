@@ -24,7 +24,7 @@ from moco_dist import (
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import to_dict
 from moco_dist.encoder import build_encoder
-from moco_dist.errors import ConfigError, NumbersError
+from moco_dist.errors import ConfigError, NumbersError, UserError
 from moco_dist.plan import Plan, Step, check_batch, check_groups
 from moco_dist.runtime import Session
 
@@ -65,6 +65,8 @@ class Trainer:
         if processes > 1:
             self.query.broadcast_buffers = False
         self.undo = guard.Undo(self.moco.query_encoder, self.moco.key_encoder)
+        if processes > 1:
+            self._settle_buckets()
         self.step = 0
         # The step that was evaluated last, and step and accuracy of the best one.
         self.evaluated = -1
@@ -86,6 +88,22 @@ class Trainer:
             world_size=processes,
             device=self.session.device,
         )
+
+    def _settle_buckets(self) -> None:
+        """Do a backward pass that changes nothing: after its first one DDP lays out anew its sums.
+
+        With three processes or more the layout decides in which order they are added, and the first
+        step of a start that resumes would have other bits than the same step in the middle of one.
+        """
+        config = self.config
+        rows = config.batch_size // comms.world_size() // config.runtime.micro_batches
+        shape = rows, 3, config.views.size, config.views.size
+        self.undo.keep()
+        for _ in range(config.runtime.micro_batches):  # once round the BatchNorm groups
+            images = torch.zeros(shape, dtype=self.dtype, device=self.session.device)
+            self.accelerator.backward(self.query(images).sum())
+        self.undo.restore()
+        self.optimizer.zero_grad()
 
     @property
     def passes(self) -> list[tuple[int, int]]:
@@ -137,6 +155,13 @@ class Trainer:
         And the notes of all processes, int64 (processes, fields), which come by the same gather.
         """
         mine = rows.samples[rows.key_rows[number]]
+        size = max(len(rows.samples), len(mine) * comms.world_size())
+        if size != self.config.batch_size:  # a gather of unequal messages would kill the others
+            raise UserError(
+                f"process {comms.rank()} is at a batch of {size} in step {self.step} and "
+                f"batch_size={self.config.batch_size}; nothing was changed by it: start all "
+                "processes with the same command, files and versions"
+            )
         pieces = [
             partial(self.views, piece, rows.epoch, view)
             for piece in mine.chunk(self.config.runtime.micro_batches)
@@ -162,6 +187,8 @@ class Trainer:
                 loss, logits = moco.info_nce(
                     queries, keys[number][piece], negatives, config.moco.temperature, own
                 )
+                # One times a finite loss is the loss; another shows in the gradient, on all.
+                loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
                 # The passes of the symmetric loss are added, as in the authors' CIFAR demo.
                 self.accelerator.backward(loss / config.runtime.micro_batches)
             losses.append(loss.detach())
@@ -171,8 +198,8 @@ class Trainer:
     def check_numbers(self, rows: Step, keys: list[Tensor], losses: list[Tensor]) -> None:
         """Raise NumbersError, with the state as before the step, unless all numbers are finite.
 
-        Keys and gradients are the same on all processes, and a loss that is not finite has
-        gradients that are not: all processes raise or none does.
+        Keys and gradients are the same on all processes, and `backward` gives a loss that is not
+        finite gradients that are not: all processes raise or none does.
         """
         figures = {"keys": torch.cat(keys), "gradient": self.gradient_norm}
         if all(bool(figure.isfinite().all()) for figure in figures.values()):

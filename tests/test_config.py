@@ -201,3 +201,16 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
 
 def test_top_k_of_the_probe_must_be_positive() -> None:
     assert refusal("top_k=0", schema=ProbeConfig) == "top_k=0 is too small; it must be at least 1"
+
+
+def test_a_resumed_run_may_change_its_machine_and_length_and_not_its_numbers() -> None:
+    old = to_dict(PretrainConfig())
+    changed = ["encoder.width=32", "moco.queue_size=999", "runtime.micro_batches=2", "epochs=300"]
+    changed += ["knn.k=7", "checkpoint.keep_last=5", "data.root=elsewhere", "name=other"]
+    new = to_dict(load(PretrainConfig, changed))
+    assert changed_keys(old, new) == [
+        "encoder.width: 64 -> 32",
+        "moco.queue_size: 4096 -> 999",
+    ]
+    probe = [load(ProbeConfig, [f"encoder={path}"]) for path in ("runs/a", "runs/b")]
+    assert changed_keys(*map(to_dict, probe)) == []

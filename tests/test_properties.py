@@ -186,7 +186,7 @@ def test_any_override_loads_or_is_refused_in_one_line() -> None:
     assert any(loaded)
 
 
-@some
+@many
 @given(ANY_TEXT)
 def test_any_argument_loads_or_is_refused_in_one_line(text: str) -> None:
     assume("/" not in text)
@@ -274,7 +274,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 NAMED = st.dictionaries(PLAIN.filter(lambda name: name != "__metadata__"), tensors(), max_size=4)
 
 
-@some
+@many
 @given(NAMED, NAMED, st.integers(0, 10**9))
 def test_a_checkpoint_gives_every_bit_back(
     model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], step: int
