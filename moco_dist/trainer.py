@@ -155,12 +155,13 @@ class Trainer:
         And the notes of all processes, int64 (processes, fields), which come by the same gather.
         """
         mine = rows.samples[rows.key_rows[number]]
-        size = max(len(rows.samples), len(mine) * comms.world_size())
-        if size != self.config.batch_size:  # a gather of unequal messages would kill the others
+        size = self.config.batch_size
+        others = {len(rows.samples), len(mine) * comms.world_size()} - {size}
+        if others:  # a gather of unequal messages would kill the other processes
             raise UserError(
-                f"process {comms.rank()} is at a batch of {size} in step {self.step} and "
-                f"batch_size={self.config.batch_size}; nothing was changed by it: start all "
-                "processes with the same command, files and versions"
+                f"process {comms.rank()} is at a batch of {max(others)} in step {self.step} and "
+                f"batch_size={size}; nothing was changed by it: start all processes with the same "
+                "command, files and versions"
             )
         pieces = [
             partial(self.views, piece, rows.epoch, view)
