@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from moco_dist import data, fingerprint, image_folder
 from moco_dist.config import DataConfig, PretrainConfig
-from moco_dist.config_files import from_dict, load, shown, to_dict
-from moco_dist.errors import ConfigError, DataError, MissingError
+from moco_dist.config_files import from_dict, load, to_dict
+from moco_dist.errors import ConfigError, DataError, MissingError, shown
 
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
 

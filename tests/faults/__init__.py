@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from tests.faults import costs, damage, disk, elastic, hostile, kills, locks
+from tests.faults import costs, damage, disk, elastic, hostile, kills, locks, lost, stops
 
 FAULTS = [
     *kills.FAULTS,
+    *stops.FAULTS,
     *elastic.FAULTS,
     *damage.FAULTS,
     *disk.FAULTS,
+    *lost.FAULTS,
     *locks.FAULTS,
     *hostile.FAULTS,
     *costs.FAULTS,

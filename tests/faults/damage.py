@@ -60,7 +60,7 @@ def wounds() -> dict[str, Callable[[Path], Any]]:
         ways[f"{name} of step {OLDER}"] = partial(older, [name])
         ways[f"{name} is a folder"] = partial(put, name, Path.mkdir)
         ways[f"{name} is a pipe"] = partial(put, name, os.mkfifo)
-    ways["empty folder"] = lambda folder: [(folder / name).unlink() for name in FILES]
+    ways["empty folder"] = empty
     ways["model and optimizer swapped"] = swap
     ways[f"everything of step {OLDER}"] = partial(older, FILES)
     for key, value in (("enqueued", 1), ("step", 41), ("files", {}), ("evaluated", 39)):
@@ -69,6 +69,12 @@ def wounds() -> dict[str, Callable[[Path], Any]]:
         (folder / "state.json").read_text().replace('"lr": 0.03', '"lr": 0.01')
     )
     return ways
+
+
+def empty(folder: Path) -> None:
+    """Remove all files."""
+    for name in FILES:
+        (folder / name).unlink()
 
 
 def cut(name: str, share: float, folder: Path) -> None:

@@ -166,7 +166,7 @@ DIFFERENCES = {
     "weight": (0, "the fingerprint of the new model differs between the processes: it is "),
     "samples": (3, " samples with checksum "),
     "query": (6, _STATE),
-    "behind": (3, " is at step 2"),
+    "behind": (3, " at step 2"),
     "longer": (3, " a batch of 9"),
     "double": (3, " a batch of 16"),
     "half": (3, " a batch of "),
@@ -429,6 +429,6 @@ FAULTS = [
     Fault("one of four stopped with SIGSTOP", 1, 5, stopped),
     Fault("one of four raises before, during, after the first collective", 3, 9, raised),
     Fault("one of four has another config, data, model, batch or state", 5, 26, different),
-    Fault("a number that is not finite in one of four", 2, 8, spoiled),
+    Fault("a number that is not finite in one of four", 1, 8, spoiled),
     Fault("hung collective and a signal", 1, 5, hung),
 ]
