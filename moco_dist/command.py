@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
 from moco_dist import comms, config_files, peers, stopping
-from moco_dist.errors import PeerError, UserError
+from moco_dist.errors import PeerError, StoppedError, UserError
 from moco_dist.stopping import StopRequests
 
 Schema = TypeVar("Schema")
@@ -53,29 +53,31 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
     The process group is left as it is: to take leave of it could hang.
     """
     me = peers.me
-    if stop.at_once and stop.request and not isinstance(error, UserError):
-        # In the start a signal ends some processes before others, which lose the connection.
+    if stop.request and not me.training and not (isinstance(error, UserError) and error.shared):
+        # In the start a signal ends some processes before others, which then miss them.
         error = stopping.error(stop.request, "before the first step")
-        error.shared = True
     elif comms.world_size() > 1 and comms.lost_connection(error):
         error = PeerError(me.blame())
     status, text, speaks = UserError.exit_status, str(error), True
+    first = os.environ.get("RANK", "0") == "0"
     if isinstance(error, UserError):
         status = error.exit_status
         lost = isinstance(error, PeerError) and not error.shared
         if lost:
             speaks = me.speaks()
-        elif error.shared or comms.world_size() == 1:  # before all have met, all do the same
-            speaks = os.environ.get("RANK", "0") == "0"
-        me.leave(None if lost or error.shared else text)
+        # Before all have met, and of signals, the first process says what all of them see.
+        elif error.shared or comms.world_size() == 1 or isinstance(error, StoppedError):
+            speaks = first
+        me.leave(None if lost or error.shared else text, speaks)
     else:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        me.leave(text)
+        me.leave(text, speaks)
         traceback.print_exception(error)
         where = f"process {comms.rank()} (host {socket.gethostname()}, pid {os.getpid()})"
         text = f"{where} failed at step {me.step}, {me.doing}: {text}; {REPORT}"
     if speaks:
         print(f"error: {text}", file=sys.stderr, flush=True)
+    stop.flush()
     stop.on_end(status, text)
     sys.stdout.flush()
     os._exit(status)

@@ -99,7 +99,7 @@ def lost_connection(error: BaseException) -> bool:
     """Return whether an error is one that a collective raises if another process fails."""
     if isinstance(error, dist.DistError):
         return True
-    words = r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|socket|store"
+    words = r"gloo|nccl|connection (closed|reset|refused)|timed out waiting|broken pipe"
     return type(error) is RuntimeError and re.search(words, str(error), re.IGNORECASE) is not None
 
 

@@ -6,6 +6,7 @@ before the step has changed anything.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,11 @@ class Undo:
         self._live.copy_(self._kept)
 
 
-def gradient_norm(module: nn.Module) -> Tensor:
-    """Return the Euclidean norm of all gradients, float (); the same on all processes."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+def norms(parameters: Sequence[nn.Parameter], *others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Euclidean norm of all gradients, and of all `others`; float () each.
+
+    After the gradients have been averaged they are the same on all processes.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    each = torch.stack(torch._foreach_norm([*gradients, *others]))
+    return each[: len(gradients)].norm(), each[len(gradients) :].norm()

@@ -150,7 +150,9 @@ class LinearProbe:
         logits = self.classify(self.inputs(rows.epoch, samples))
         losses = {name: F.cross_entropy(each, labels) for name, each in logits.items()}
         self.accelerator.backward(torch.stack(list(losses.values())).sum())
-        if not guard.gradient_norm(self.heads).isfinite():  # the same on all processes
+        if not guard.norms(list(self.heads.parameters()))[
+            0
+        ].isfinite():  # the same on all processes
             self.optimizer.zero_grad()
             error = NumbersError(
                 f"train/loss or its gradient is not finite in step {self.step}; nothing of it was "

@@ -56,12 +56,16 @@ class Peers:
         self._marks += 1
         self._moved = time.monotonic()
 
-    def leave(self, reason: str | None) -> None:
-        """Tell the others that this process ends: by an error of its own, or None for theirs."""
+    def leave(self, reason: str | None, speaks: bool) -> None:
+        """Tell the others that this process ends: by an error of its own, or None for theirs.
+
+        And whether it `speaks` of it to the user, which the others then need not.
+        """
         if self._board:
-            key = "left" if reason is None else "fault"
+            if speaks and reason:
+                reason = "!" + reason
             with suppress(RuntimeError):
-                self._board.post(f"{key}/{comms.rank()}", reason or "")
+                self._board.post(f"{'fault' if reason else 'left'}/{comms.rank()}", reason or "")
 
     def meet(self) -> None:
         """Wait for all processes, however long their work takes, as long as they are alive."""
@@ -120,7 +124,8 @@ class Peers:
         if self._board:
             with suppress(RuntimeError):
                 if reason := self._board.read(f"fault/{rank}"):
-                    self._told = True
+                    self._told = reason.startswith("!")
+                    reason = reason.removeprefix("!")
                     return self._sentence(rank, self._read_beat(rank), f"failed: {reason}")
         if (what := self._gone(beat)) and not self._has_left(rank):
             return self._sentence(rank, beat, what)
@@ -236,7 +241,10 @@ def from_main(work: Callable[[], Result]) -> Result:
     return first
 
 
-def same_everywhere(what: str, value: Any) -> None:
+SAME_COMMAND = "start all of them with the same command and files"
+
+
+def same_everywhere(what: str, value: Any, way_out: str = SAME_COMMAND) -> None:
     """Raise UserError, naming values and processes, unless `value` is the same on every process.
 
     Of dicts, the keys that differ are named.
@@ -252,8 +260,7 @@ def same_everywhere(what: str, value: Any) -> None:
         parts = [f"it is {_shared([each for _, each in values])}"]
     hosts = ", ".join(f"{rank} on {host}" for rank, (host, _) in enumerate(values))
     error = UserError(
-        f"{what} differs between the processes: {'; '.join(parts)} (process {hosts}); "
-        "start all of them with the same command and files"
+        f"{what} differs between the processes: {'; '.join(parts)} (process {hosts}); {way_out}"
     )
     error.shared = True
     raise error

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -145,6 +146,8 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
     saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
     if resumed:
         saver.place = resumed.step, resumed.state.get("evaluated")
+    # Where another process has failed, a save in flight can still be brought to its end.
+    stop.flush = partial(saver.join, machine.grace_seconds)
     return Session(accelerator, settings, directory, resumed, finished, stop, saver)
 
 
@@ -184,6 +187,10 @@ def begin(session: Session) -> None:
     """Note in the run directory what runs now; from here on a signal is obeyed between steps."""
     session.stop.raise_at_once()
     session.stop.at_once = False
+    try:
+        session.pause("starting")
+    except StoppedError as error:
+        end_early(session, error, "nothing was begun")
     peers.me.training = True
 
     def write() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -83,7 +84,7 @@ class Saver:
 
         A save that is still being written is waited for.
         """
-        self._join()
+        self.join()
         place = step, state.get("evaluated")
         if self.failed or place == self.place:
             return
@@ -99,13 +100,15 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for the save in flight; raise UserError if it, or one before it, failed."""
-        self._join()
+        self.join()
         if self._error:
             raise self._error
 
-    def _join(self) -> None:
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(1)
+    def join(self, seconds: float = math.inf) -> None:
+        """Wait for the save in flight, but no longer than so many seconds."""
+        end = time.monotonic() + seconds
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < end:
+            self._thread.join(0.5)
             peers.me.mark(peers.me.step, "waiting for a save")
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:

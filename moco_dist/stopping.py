@@ -23,6 +23,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE, TIME_LIMIT, FAILED = 1001, 1002, 1003
 # Launchers and Slurm hand on a signal that the process has had already, within so many seconds.
 ECHO_SECONDS = 2.0
+# Seconds that leaving takes beside a step and a save.
+MARGIN_SECONDS = 1.0
 # Seconds from one look at the run directory to the next.
 LOOK_SECONDS = 1.0
 
@@ -55,6 +57,8 @@ class StopRequests:
         self.end: float | None = None
         # Seconds that the way to the end takes: a step and a save, twice over.
         self.needs = 0.0
+        # Called before an end by an error: lets what is half done be finished, for a time.
+        self.flush: Callable[[], None] = lambda: None
         # Called with the exit state and the sentence when the process ends, from any thread.
         self.on_end: Callable[[int, str], None] = lambda status, text: None
         self._first: float | None = None
@@ -80,7 +84,11 @@ class StopRequests:
     def poll(self) -> int:
         """Return the request, 0 if there is none."""
         now = time.monotonic()
-        if not self.request and self.end is not None and now + self.needs > self.end:
+        if (
+            not self.request
+            and self.end is not None
+            and now + self.needs + MARGIN_SECONDS > self.end
+        ):
             self.request = TIME_LIMIT
         if not self.request and self.directory and now - self._looked > LOOK_SECONDS:
             self._looked = now

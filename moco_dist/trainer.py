@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from moco_dist import (
     fingerprint,
     guard,
     knn,
+    metrics,
     moco,
     peers,
     schedule,
@@ -64,6 +66,7 @@ class Trainer:
         self.query = self.accelerator.prepare(self.moco.query_encoder)
         if processes > 1:
             self.query.broadcast_buffers = False
+        self.parameters = list(self.moco.query_encoder.parameters())
         self.undo = guard.Undo(self.moco.query_encoder, self.moco.key_encoder)
         if processes > 1:
             self._settle_buckets()
@@ -133,8 +136,10 @@ class Trainer:
                     self.session.stop_for(self.agreed.stop)
         me.mark(self.step, "encoding queries")
         losses, all_logits = self.backward(rows, keys)
-        self.gradient_norm = guard.gradient_norm(network.query_encoder)
-        self.check_numbers(rows, keys, losses)
+        self.gradient_norm, keys_norm = guard.norms(self.parameters, *keys)
+        # Either is not finite if a number in it isn't.
+        if not (self.gradient_norm + keys_norm).isfinite():
+            self.refuse_numbers(rows, keys, losses)
 
         rate = schedule.learning_rate(
             config.optim, self.step, self.steps_per_epoch, self.total_steps
@@ -196,18 +201,19 @@ class Trainer:
             all_logits.append(logits.detach())
         return losses, all_logits
 
-    def check_numbers(self, rows: Step, keys: list[Tensor], losses: list[Tensor]) -> None:
-        """Raise NumbersError, with the state as before the step, unless all numbers are finite.
+    def refuse_numbers(self, rows: Step, keys: list[Tensor], losses: list[Tensor]) -> NoReturn:
+        """Raise NumbersError for numbers that are not finite, with the state as before the step.
 
         Keys and gradients are the same on all processes, and `backward` gives a loss that is not
-        finite gradients that are not: all processes raise or none does.
+        finite gradients that are not: all processes are here or none is.
         """
-        figures = {"keys": torch.cat(keys), "gradient": self.gradient_norm}
-        if all(bool(figure.isfinite().all()) for figure in figures.values()):
-            return
         self.undo.restore()
         self.optimizer.zero_grad()
-        figures = {"keys": figures["keys"], "train/loss": torch.stack(losses), **figures}
+        figures = {
+            "keys": torch.cat(keys),
+            "train/loss": torch.stack(losses),
+            "gradient": self.gradient_norm,
+        }
         bad = [name for name, figure in figures.items() if not figure.isfinite().all()]
         # An image that isn't finite spoils its BatchNorm group: the views tell which one it is.
         mine = rows.samples[torch.cat([rows.query_rows, *rows.key_rows])]
@@ -269,7 +275,9 @@ class Trainer:
         momentum = checkpoint.momentum_buffers(self.optimizer, network.query_encoder)
         model = network.state_dict()
         checksum = fingerprint.checksum(*model.values(), *momentum.values())
-        peers.same_everywhere(f"the checksum of the state after step {self.step}", checksum)
+        way_out = "a machine has miscalculated: go on without it, from the last checkpoint"
+        what = f"the checksum of the state after step {self.step}"
+        peers.same_everywhere(what, checksum, way_out)
         state = {
             "epoch": self.step / self.steps_per_epoch,
             "enqueued": network.queue.enqueued,
@@ -313,31 +321,12 @@ class Trainer:
         self, loss: Tensor, all_logits: list[Tensor], seconds: float, steps: int
     ) -> dict[str, float]:
         """Return the last step's figures over all processes; `steps` steps took `seconds`."""
-        logits = torch.cat(all_logits)
-        positive, negative = logits[:, :1], logits[:, 1:]
-        rank = (negative >= positive).sum(1)
-        count = negative.isfinite().sum()
-        mean_negative = negative.masked_fill(~negative.isfinite(), 0).sum() / count.clamp(min=1)
-        figures = [
-            loss,
-            (rank < 1).double().mean(),
-            (rank < 5).double().mean(),
-            positive.mean(),
-            mean_negative,
-        ]
-        values = comms.mean(torch.stack([figure.double() for figure in figures])).tolist()
-        queue, temperature = self.moco.queue, self.config.moco.temperature
-        shown = {
+        queue = self.moco.queue
+        return {
             "epoch": self.step / self.steps_per_epoch,
-            "train/loss": values[0],
-            "train/accuracy_top1": values[1],
-            "train/accuracy_top5": values[2],
-            "similarity/positive": values[3] * temperature,
-            "similarity/negative": values[4] * temperature,
+            **metrics.of_step(loss, torch.cat(all_logits), self.config.moco.temperature),
             "queue/fill": queue.filled / queue.size,
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/gradient_norm": float(self.gradient_norm),
+            "train/images_per_second": steps * self.config.batch_size / seconds,
         }
-        if not all_logits[0][0, 1:].numel():  # the first step has no negatives yet
-            del shown["similarity/negative"]
-        return shown | {"train/images_per_second": steps * self.config.batch_size / seconds}

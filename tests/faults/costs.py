@@ -54,8 +54,7 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
         return call
 
     trainer.undo.keep = timed(trainer.undo.keep)  # type: ignore[method-assign]
-    trainer.check_numbers = timed(trainer.check_numbers)  # type: ignore[method-assign]
-    for name in ("note", "agree", "gradient_norm"):
+    for name in ("note", "agree", "norms"):
         setattr(guard, name, timed(getattr(guard, name)))
     # What the note adds to the gather of the keys: with and without it, in turn.
     mine = config.batch_size // comms.world_size()
@@ -127,6 +126,6 @@ def background(folder: Path, times: int, random: Random) -> Outcome:
 
 
 FAULTS = [
-    Fault("cost of the guard", 60, 200, guard_of_a_step),
+    Fault("cost of the guard", 30, 200, guard_of_a_step),
     Fault("cost of a save in the background", 0, 5, background),
 ]

@@ -26,7 +26,7 @@ INTERVAL = 5
 def storm(folder: Path, times: int, random: Random) -> Outcome:
     """Kill runs of two processes until `times` kills are done; each must end as if there were none.
 
-    Every third kill waits for a save and comes in it.
+    Every other kill waits for a save and comes in it.
     """
     kills = in_saves = worst = runs = 0
     slowest = 0.0
@@ -39,7 +39,7 @@ def storm(folder: Path, times: int, random: Random) -> Outcome:
                 with Job(output, *TINY, processes=2) as job:
                     before = saved(job.run)
                     if kills < times and before < STEPS - 2 * INTERVAL:
-                        in_a_save = kills % 3 == 0
+                        in_a_save = kills % 2 == 0
                         reach(job, before, in_a_save, random)
                         whom = random.choice([(0,), (1,), (0, 1)])
                         job.send(KILL, *whom)
@@ -90,4 +90,4 @@ def reach(job: Job, before: int, in_a_save: bool, random: Random) -> None:
         time.sleep(random.uniform(0, 0.1))
 
 
-FAULTS = [Fault("SIGKILL of one process or all", 12, 100, storm)]
+FAULTS = [Fault("SIGKILL of one process or all", 9, 100, storm)]

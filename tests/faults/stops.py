@@ -499,10 +499,10 @@ def of_a_probe(folder: Path, times: int, random: Random) -> Outcome:
 FAULTS = [
     Fault("stop in training: SIGTERM, SIGINT, SIGUSR1, STOP", 4, 40, in_training),
     Fault("the same in the start", 4, 12, in_the_start),
-    Fault("the same in an evaluation", 4, 8, in_an_evaluation),
-    Fault("the same in a save", 4, 8, in_a_save),
+    Fault("the same in an evaluation", 1, 8, in_an_evaluation),
+    Fault("the same in a save", 1, 8, in_a_save),
     Fault("the same under torchrun and accelerate launch", 0, 8, by_a_launcher),
-    Fault("the same of a probe", 4, 4, of_a_probe),
+    Fault("the same of a probe", 1, 4, of_a_probe),
     Fault("max_hours, Slurm's end of a job", 2, 4, by_the_clock),
     Fault("a second SIGINT, in a save", 1, 3, twice),
     Fault("the same signal twice in 0.3 s", 1, 4, echoed),
