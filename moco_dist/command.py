@@ -43,6 +43,7 @@ def main(
     except BaseException as error:
         _end(error, stop)
     stop.on_end(0, "")
+    peers.me.part()
     comms.shutdown()
     sys.exit(0)
 
@@ -76,7 +77,8 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
         where = f"process {comms.rank()} (host {socket.gethostname()}, pid {os.getpid()})"
         text = f"{where} failed at step {me.step}, {me.doing}: {text}; {REPORT}"
     if speaks:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        prefix = "" if isinstance(error, StoppedError) else "error: "
+        print(f"{prefix}{text}", file=sys.stderr, flush=True)
     stop.flush()
     stop.on_end(status, text)
     sys.stdout.flush()

@@ -78,17 +78,28 @@ def info_nce(
 @torch.no_grad()
 def average_statistics(encoder: nn.Module) -> None:
     """Set the statistics that evaluation uses to the mean over all groups of all processes."""
-    for norm in batch_norms(encoder):
-        norm.running_mean.copy_(comms.all_gather(norm.group_mean).mean(0))
-        norm.running_var.copy_(comms.all_gather(norm.group_var).mean(0))
+    groups = group_statistics(encoder)
+    for number, norm in enumerate(batch_norms(encoder)):
+        norm.running_mean.copy_(groups[f"{number}.group_mean"].mean(0))
+        norm.running_var.copy_(groups[f"{number}.group_var"].mean(0))
 
 
+@torch.no_grad()
 def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of all groups by name, float (bn_groups, channels)."""
-    return {
-        f"{number}.{name}": comms.all_gather(getattr(norm, name))
+    """Return the running statistics of all groups by name, float (bn_groups, channels).
+
+    One gather brings them all.
+    """
+    local = {
+        f"{number}.{name}": getattr(norm, name)
         for number, norm in enumerate(batch_norms(encoder))
         for name in ("group_mean", "group_var")
+    }
+    gathered = comms.all_gather(torch.cat([each.flatten() for each in local.values()])[None])
+    parts = gathered.split([each.numel() for each in local.values()], dim=1)
+    return {
+        name: part.reshape(-1, each.shape[1])
+        for (name, each), part in zip(local.items(), parts, strict=True)
     }
 
 

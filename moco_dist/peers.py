@@ -41,6 +41,8 @@ class Peers:
         # The process that `blame` found, and whether it has told the user itself.
         self._blamed, self._told = -1, False
         self._board: comms.Board | None = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def join(self, timeout: float) -> None:
         """Begin to give signs of life; `timeout` is the longest stall, in seconds."""
@@ -48,7 +50,15 @@ class Peers:
         if comms.world_size() > 1 and self._board is None:
             self._board = comms.Board()
             self._beat(self._board)
-            threading.Thread(target=self._keep_beating, args=[comms.Board()], daemon=True).start()
+            board = comms.Board()
+            self._thread = threading.Thread(target=self._keep_beating, args=[board], daemon=True)
+            self._thread.start()
+
+    def part(self) -> None:
+        """Give no more signs of life: a thread of ours must not outlive the interpreter."""
+        self._ended.set()
+        if self._thread:
+            self._thread.join()
 
     def mark(self, step: int, doing: str) -> None:
         """Note where this process is: `step` steps are done, and it is `doing` something now."""
@@ -193,8 +203,7 @@ class Peers:
         board.post(f"beat/{comms.rank()}", json.dumps(sign))
 
     def _keep_beating(self, board: comms.Board) -> None:
-        while True:
-            time.sleep(BEAT_SECONDS)
+        while not self._ended.wait(BEAT_SECONDS):
             with suppress(RuntimeError):
                 self._beat(board)
             # A collective that doesn't end by itself, as one of NCCL may not, must not hold us.

@@ -110,8 +110,10 @@ class Job:
         return self.log.read_text() if self.log.exists() else ""
 
     def errors(self) -> list[str]:
-        """Return the lines that tell the user of an error."""
-        return [line for line in self.text().splitlines() if line.startswith("error: ")]
+        """Return the lines that tell the user why the run ended."""
+        return [
+            line for line in self.text().splitlines() if line.startswith(("error: ", "stopped by "))
+        ]
 
     def __enter__(self) -> Job:
         return self
