@@ -161,6 +161,7 @@ class LinearProbe:
             error.details = {"step": self.step, "samples": rows.samples.tolist()}
             error.shared = True
             raise error
+        self.session.saver.copied()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

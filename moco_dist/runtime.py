@@ -86,7 +86,10 @@ class Session:
         state: Mapping[str, Any],
         wait: bool,
     ) -> None:
-        """Save the state after `step` steps, in the background, or `wait` until it is on disk."""
+        """Save the state after `step` steps, in the background, or `wait` until it is on disk.
+
+        In the background, `saver.copied` tells when the tensors may change.
+        """
         self.stop.saving = wait
         if comms.is_main():
             self.saver.start(step, model, optimizer, state)

@@ -62,6 +62,8 @@ class Saver:
         self._error: UserError | None = None
         self._thread: threading.Thread | None = None
         self._copies: dict[str, Tensor] = {}
+        self._copied = threading.Event()
+        self._copied.set()
 
     @property
     def failed(self) -> bool:
@@ -80,23 +82,24 @@ class Saver:
         optimizer: Mapping[str, Tensor],
         state: Mapping[str, Any],
     ) -> None:
-        """Save the state after `step` steps in the background; return once it is copied.
+        """Save the state after `step` steps in the background; return at once.
 
-        A save that is still being written is waited for.
+        The tensors must not change until `copied` has returned. A save that is still being written
+        is waited for.
         """
         self.join()
         place = step, state.get("evaluated")
         if self.failed or place == self.place:
             return
-        files = {
-            name: {key: self._copy(f"{name}.{key}", tensor) for key, tensor in tensors.items()}
-            for name, tensors in (("model", model), ("optimizer", optimizer))
-        }
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         self.place = place
+        self._copied.clear()
+        files = {"model": dict(model), "optimizer": dict(optimizer)}
         self._thread = threading.Thread(target=self._work, args=(step, files, dict(state)))
         self._thread.start()
+
+    def copied(self) -> None:
+        """Wait until the state of the save in flight has been copied, and may change."""
+        self._copied.wait()
 
     def finish(self) -> None:
         """Wait for the save in flight; raise UserError if it, or one before it, failed."""
@@ -124,7 +127,16 @@ class Saver:
     ) -> None:
         began = time.monotonic()
         try:
-            write(self.run, step, files["model"], files["optimizer"], state, self._unless)
+            try:
+                copies = {
+                    part: {name: self._copy(f"{part}.{name}", t) for name, t in tensors.items()}
+                    for part, tensors in files.items()
+                }
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+            finally:
+                self._copied.set()
+            write(self.run, step, copies["model"], copies["optimizer"], state, self._unless)
             prune(self.run, self.settings, (state.get("best") or {}).get("step"))
         except UserError as error:
             self._error = error

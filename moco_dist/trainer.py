@@ -140,6 +140,7 @@ class Trainer:
         # Either is not finite if a number in it isn't.
         if not (self.gradient_norm + keys_norm).isfinite():
             self.refuse_numbers(rows, keys, losses)
+        self.session.saver.copied()  # a save of the state before this step, which ends here
 
         rate = schedule.learning_rate(
             config.optim, self.step, self.steps_per_epoch, self.total_steps

@@ -55,6 +55,7 @@ def test_the_snapshot_is_of_the_moment_of_the_call(
     weight = torch.zeros(4)
     saver.start(1, {"weight": weight}, {}, {})
     assert saver.busy
+    saver.copied()
     weight += 1  # training goes on
     go.set()
     saver.finish()

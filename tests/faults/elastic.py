@@ -14,7 +14,8 @@ from tests.faults.jobs import STEPS, TERM, TINY, Job, account, metrics, undistur
 from tests.faults.table import Fault, Outcome
 
 TOLERANCE = 1e-10
-EXACT = [*TINY, "precision=fp64"]
+# Four rows in a BatchNorm group: statistics of two would blow up differences of rounding.
+EXACT = [*TINY, "precision=fp64", "batch_size=16", "data.shapes_train=100", "moco.queue_size=40"]
 
 
 def changing(folder: Path, times: int, random: Random) -> Outcome:
