@@ -505,6 +505,6 @@ FAULTS = [
     Fault("the same of a probe", 1, 4, of_a_probe),
     Fault("max_hours, Slurm's end of a job", 2, 4, by_the_clock),
     Fault("a second SIGINT, in a save", 1, 3, twice),
-    Fault("the same signal twice in 0.3 s", 1, 4, echoed),
+    Fault("the same signal twice in 0.3 s", 0, 4, echoed),
     Fault("SIGKILL in the save of a SIGTERM", 1, 5, killed_in_the_last_save),
 ]
