@@ -90,7 +90,7 @@ class Session:
 
         In the background, `saver.copied` tells when the tensors may change.
         """
-        self.stop.saving = wait
+        self.stop.saving = wait or comms.is_main()  # the save before this one may take long
         if comms.is_main():
             self.saver.start(step, model, optimizer, state)
         if wait:
@@ -274,7 +274,10 @@ def tracker(session: Session, total_steps: int) -> tracking.Tracker:
     path = session.directory / "metrics.jsonl"
     # A run that starts anew has no lines yet: that of step 0 neither.
     kept = step if session.resumed else -1
-    lines = peers.together(lambda: tracking.json_lines(path, kept) if comms.is_main() else None)
+    evaluated = session.resumed is None or session.resumed.state.get("evaluated") == step
+    lines = peers.together(
+        lambda: tracking.json_lines(path, kept, evaluated) if comms.is_main() else None
+    )
     if not lines:
         return tracking.Tracker([])
     shown, bar = tracking.console_lines(console, total_steps, step)

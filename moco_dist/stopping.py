@@ -25,6 +25,8 @@ STOP_FILE, TIME_LIMIT, FAILED = 1001, 1002, 1003
 ECHO_SECONDS = 2.0
 # Seconds that leaving takes beside a step and a save.
 MARGIN_SECONDS = 1.0
+# Seconds that a signal leaves to the start of a run, in which there is nothing to save.
+START_SECONDS = 1.0
 # Seconds from one look at the run directory to the next.
 LOOK_SECONDS = 1.0
 
@@ -107,6 +109,13 @@ class StopRequests:
 
     def _watch(self, reader: int) -> None:
         while True:
+            if self._first is not None and self.at_once:
+                # The main thread may wait for a process that has ended, where no exception gets in.
+                if time.monotonic() > self._first + START_SECONDS:
+                    ended = error(self.request, "before the first step")
+                    self._leave(ended.exit_status, str(ended), str(ended))
+                select.select([], [], [], 0.1)
+                continue
             left = None if self._first is None else self._first + self.grace - time.monotonic()
             if left is not None and left <= 0:
                 if not self.saving:
@@ -130,7 +139,10 @@ class StopRequests:
             self._end(InterruptedRunError.exit_status, "ended at once by a second signal")
 
     def _end(self, status: int, text: str) -> None:
+        shown = f"error: {text}: nothing was saved since the last checkpoint, which stands"
+        self._leave(status, text, shown)
+
+    def _leave(self, status: int, text: str, shown: str) -> None:
         self.on_end(status, text)
-        text = f"error: {text}: nothing was saved since the last checkpoint, which stands\n"
-        os.write(2, text.encode())
+        os.write(2, f"{shown}\n".encode())
         os._exit(status)
