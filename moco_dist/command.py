@@ -39,8 +39,11 @@ def main(
     stop = StopRequests()
     stop.listen()
     try:
-        run(config_files.load(schema, arguments), stop)
-    except BaseException as error:
+        try:
+            run(config_files.load(schema, arguments), stop)
+        except BaseException as error:
+            _end(error, stop)
+    except BaseException as error:  # a signal that came on the way out, which happens once
         _end(error, stop)
     stop.on_end(0, "")
     peers.me.part()

@@ -64,6 +64,7 @@ class StopRequests:
         # Called with the exit state and the sentence when the process ends, from any thread.
         self.on_end: Callable[[int, str], None] = lambda status, text: None
         self._first: float | None = None
+        self._raised = False
         self._looked = 0.0
 
     def listen(self) -> None:
@@ -105,7 +106,9 @@ class StopRequests:
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         self.request = self.request or number
-        self.raise_at_once()
+        if not self._raised:
+            self._raised = True
+            self.raise_at_once()
 
     def _watch(self, reader: int) -> None:
         while True:

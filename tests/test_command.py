@@ -1,0 +1,36 @@
+"""A command ends once, with its own exit state, also where a signal comes on the way out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+# Fails, and is sent SIGTERM as soon as the way out begins.
+SCRIPT = """
+import os, signal
+from moco_dist import command
+from moco_dist.config import PretrainConfig
+
+end = command._end
+
+def signalled(error, stop):
+    if not isinstance(error, command.StoppedError):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+    end(error, stop)
+
+command._end = signalled
+
+def run(config, stop):
+    raise RuntimeError("lost another process")
+
+command.main(PretrainConfig, run, None)
+"""
+
+
+def test_a_signal_on_the_way_out_is_no_traceback() -> None:
+    command = [sys.executable, "-c", SCRIPT]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 75, result
+    assert result.stderr == "stopped by SIGTERM before the first step\n"
