@@ -63,6 +63,10 @@ def holder(run: Path, script: str = HOLD) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+# Seconds on a busy machine; an owner elsewhere is waited for three times as long.
+AT_ONCE = run_lock.STALE / 3
+
+
 def taken(run: Path) -> float:
     """Take and release `run` here; return the seconds that taking it took."""
     begin = time.monotonic()
@@ -91,7 +95,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(run_lock, "STALE", 0.6)
+    monkeypatch.setattr(run_lock, "STALE", 2.0)
 
 
 @pytest.mark.parametrize("flock", ["", WITHOUT_FLOCK], ids=["flock", "no flock"])
@@ -116,7 +120,7 @@ def test_a_second_lock_in_the_same_process_is_refused(tmp_path: Path) -> None:
     lock.check()
     lock.release()
     lock.release()
-    assert taken(tmp_path) < 1
+    assert taken(tmp_path) < AT_ONCE
 
 
 @pytest.mark.parametrize("flock", ["", WITHOUT_FLOCK], ids=["flock", "no flock"])
@@ -129,7 +133,7 @@ def test_it_is_free_at_once_when_the_owner_was_killed(
         owner.kill()
         os.waitid(os.P_PID, owner.pid, os.WEXITED | os.WNOWAIT)  # a zombie is gone, too
         assert (tmp_path / ".lock").read_text().strip()
-        assert taken(tmp_path) < 1.5
+        assert taken(tmp_path) < AT_ONCE
 
 
 def test_it_is_free_at_once_after_a_release_and_the_file_stays(tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_it_is_free_at_once_after_a_release_and_the_file_stays(tmp_path: Path) -
         owner.communicate("")
         assert owner.returncode == 0
     assert (tmp_path / ".lock").read_bytes() == b""
-    assert taken(tmp_path) < 1
+    assert taken(tmp_path) < AT_ONCE
 
 
 def test_one_of_two_that_start_at_the_same_moment_gets_it(tmp_path: Path) -> None:
@@ -195,7 +199,7 @@ sys.stdin.read()
             owner.kill()
             owner.wait()
             os.kill(child, 0)
-            assert taken(tmp_path) < 1
+            assert taken(tmp_path) < AT_ONCE
         finally:
             os.kill(child, signal.SIGKILL)
 
@@ -223,17 +227,19 @@ def test_another_machine_that_is_silent_is_taken_over_and_named(
 ) -> None:
     record(tmp_path)
     with caplog.at_level(logging.WARNING):
-        assert 0.6 <= taken(tmp_path) < 2
+        assert 2 <= taken(tmp_path) < 15
     (message,) = caplog.messages
     assert message.startswith(f"{tmp_path}: taken over from process 2231 on elsewhere")
 
 
-@pytest.mark.usefixtures("soon")
-def test_another_machine_that_releases_it_meanwhile_is_not_waited_for(tmp_path: Path) -> None:
+def test_another_machine_that_releases_it_meanwhile_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.1)
     record(tmp_path)
     timer = threading.Timer(0.15, (tmp_path / ".lock").write_text, [""])
     timer.start()
-    assert taken(tmp_path) < 0.5
+    assert taken(tmp_path) < AT_ONCE
     timer.join()
 
 
@@ -318,7 +324,7 @@ def test_a_file_removed_between_opening_and_locking_is_not_what_is_locked(
 )
 def test_a_damaged_record_is_nobodys(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".lock").write_bytes(content)
-    assert taken(tmp_path) < 2
+    assert taken(tmp_path) < AT_ONCE
 
 
 @pytest.mark.parametrize("changes", [{"job": "\x1b[2J"}, {"pid": 0}, {"since": 10**300}])
@@ -326,7 +332,7 @@ def test_a_record_with_impossible_values_is_nobodys(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     record(tmp_path, **changes)
-    assert taken(tmp_path) < 2
+    assert taken(tmp_path) < AT_ONCE
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "folder", "pipe"])
