@@ -150,9 +150,8 @@ class LinearProbe:
         logits = self.classify(self.inputs(rows.epoch, samples))
         losses = {name: F.cross_entropy(each, labels) for name, each in logits.items()}
         self.accelerator.backward(torch.stack(list(losses.values())).sum())
-        if not guard.norms(list(self.heads.parameters()))[
-            0
-        ].isfinite():  # the same on all processes
+        gradient_norm, _ = guard.norms(list(self.heads.parameters()))
+        if not gradient_norm.isfinite():  # the same on all processes
             self.optimizer.zero_grad()
             error = NumbersError(
                 f"train/loss or its gradient is not finite in step {self.step}; nothing of it was "

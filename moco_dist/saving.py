@@ -120,7 +120,7 @@ class Saver:
         if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._copies[name] = kept
-        return kept.copy_(tensor.detach(), non_blocking=True)
+        return kept.copy_(tensor.detach())
 
     def _work(
         self, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
@@ -132,8 +132,6 @@ class Saver:
                     part: {name: self._copy(f"{part}.{name}", t) for name, t in tensors.items()}
                     for part, tensors in files.items()
                 }
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
             finally:
                 self._copied.set()
             write(self.run, step, copies["model"], copies["optimizer"], state, self._unless)
