@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 # Exit states after sysexits.h, and the word for each in status.json.
 STATES = {
@@ -26,8 +26,12 @@ class UserError(Exception):
     """A reason to end that a user can act on; its text has the value, the rule and the way out."""
 
     exit_status = 70
-    # All processes raise it together, so the first one alone prints it.
     shared = False
+
+    def on_all(self) -> Self:
+        """Return the error marked as one that all processes raise, which the first one prints."""
+        self.shared = True
+        return self
 
 
 class ConfigError(UserError):

@@ -38,13 +38,11 @@ def agree(notes: Tensor) -> Agreement:
     for rank, row in enumerate(rows):
         for place, what in ((0, "step"), (1, "a batch of"), (4, "samples with checksum")):
             if row[place] != rows[0][place]:
-                error = PeerError(
+                raise PeerError(
                     f"process {rank} is at {what} {row[place]} and process 0 at {what} "
                     f"{rows[0][place]}, in step {rows[0][0]}; nothing was changed by it: start "
                     "all processes with the same command, files and versions"
-                )
-                error.shared = True
-                raise error
+                ).on_all()
     return Agreement(max(row[2] for row in rows), any(row[3] for row in rows))
 
 

@@ -158,8 +158,7 @@ class LinearProbe:
                 f"kept. Train anew with a lower optim.lr than {optim.lr:g} and name=..."
             )
             error.details = {"step": self.step, "samples": rows.samples.tolist()}
-            error.shared = True
-            raise error
+            raise error.on_all()
         self.session.saver.copied()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from moco_dist import comms
 from moco_dist.errors import PeerError, UserError
+from moco_dist.run_lock import BOOT
 
 Result = TypeVar("Result")
 
@@ -143,7 +144,7 @@ class Peers:
 
     def _gone(self, beat: Any) -> str | None:
         """Return what became of a process of this machine, None if it runs or is elsewhere."""
-        if not beat or (beat["host"], beat["boot"]) != (socket.gethostname(), _boot()):
+        if not beat or (beat["host"], beat["boot"]) != (socket.gethostname(), BOOT):
             return None
         try:
             state = Path(f"/proc/{beat['pid']}/stat").read_text().rpartition(")")[2].split()[0]
@@ -193,7 +194,7 @@ class Peers:
         sign = {
             "beats": self._beats,
             "host": socket.gethostname(),
-            "boot": _boot(),
+            "boot": BOOT,
             "pid": os.getpid(),
             "step": self.step,
             "doing": self.doing,
@@ -218,12 +219,6 @@ GO_ON = "all processes end, and the same command goes on from the last checkpoin
 me = Peers()
 
 
-def _boot() -> str:
-    with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
-
-
 def together(work: Callable[[], Result]) -> Result:
     """Return `work()`; a UserError on any process is raised on all, so that none waits forever.
 
@@ -234,8 +229,7 @@ def together(work: Callable[[], Result]) -> Result:
     try:
         result = work()
     except UserError as raised:
-        error = raised
-        error.shared = True
+        error = raised.on_all()
     me.meet()
     for first in comms.gather_objects(error):
         if first is not None:
@@ -268,11 +262,9 @@ def same_everywhere(what: str, value: Any, way_out: str = SAME_COMMAND) -> None:
     else:
         parts = [f"it is {_shared([each for _, each in values])}"]
     hosts = ", ".join(f"{rank} on {host}" for rank, (host, _) in enumerate(values))
-    error = UserError(
+    raise UserError(
         f"{what} differs between the processes: {'; '.join(parts)} (process {hosts}); {way_out}"
-    )
-    error.shared = True
-    raise error
+    ).on_all()
 
 
 def _shared(values: list[Any]) -> str:

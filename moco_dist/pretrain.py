@@ -90,8 +90,7 @@ def evaluates(trainer: Trainer, total: int) -> bool:
     settings, step = trainer.config.knn, trainer.step
     if step == 0:
         return settings.at_start
-    ended = step // trainer.steps_per_epoch if step % trainer.steps_per_epoch == 0 else 0
-    return _due(settings.every_epochs, ended, step == total)
+    return _due(settings.every_epochs, _ended_epoch(trainer), step == total)
 
 
 def owes(trainer: Trainer, total: int, can_classify: bool) -> bool:
@@ -102,8 +101,13 @@ def owes(trainer: Trainer, total: int, can_classify: bool) -> bool:
 def saves_at(trainer: Trainer) -> bool:
     """Return whether a checkpoint is due after the step that was done last."""
     settings, step = trainer.config.checkpoint, trainer.step
-    ended = step // trainer.steps_per_epoch if step % trainer.steps_per_epoch == 0 else 0
-    return _due(settings.every_epochs, ended) or _due(settings.every_steps, step)
+    return _due(settings.every_epochs, _ended_epoch(trainer)) or _due(settings.every_steps, step)
+
+
+def _ended_epoch(trainer: Trainer) -> int:
+    """Return the epoch, from 1, that the last step ended; 0 in the middle of one."""
+    epoch, inside = divmod(trainer.step, trainer.steps_per_epoch)
+    return 0 if inside else epoch
 
 
 def evaluate(trainer: Trainer, tracker: Tracker) -> float:

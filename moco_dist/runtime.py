@@ -6,9 +6,6 @@ import json
 import logging
 import os
 import platform
-import socket
-import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,16 +16,25 @@ from typing import Any, NoReturn
 
 import accelerate
 import torch
-import torchvision
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import moco_dist
-from moco_dist import checkpoint, comms, config_files, peers, saving, stopping, tracking
+from moco_dist import (
+    checkpoint,
+    comms,
+    config_files,
+    console_lines,
+    peers,
+    saving,
+    stopping,
+    tracking,
+)
 from moco_dist.config import PretrainConfig, ProbeConfig
 from moco_dist.errors import STATES, ConfigError, NumbersError, StoppedError, output_errors
+from moco_dist.run_directory import environment, replace, write_status
 from moco_dist.run_lock import RunLock
 from moco_dist.saving import Saver
 from moco_dist.stopping import StopRequests
@@ -70,9 +76,7 @@ class Session:
         if request == stopping.FAILED:
             peers.from_main(self.saver.finish)
         elif request:
-            error = stopping.error(request, f"at step {peers.me.step}")
-            error.shared = True
-            raise error
+            raise stopping.error(request, f"at step {peers.me.step}").on_all()
 
     def request(self) -> int:
         """Return what this process was asked for, 0 for nothing."""
@@ -198,10 +202,11 @@ def begin(session: Session) -> None:
 
     def write() -> None:
         with output_errors(session.directory):
-            (session.directory / "DONE").unlink(missing_ok=True)
-            replace(session.directory / "config.yaml", config_files.to_yaml(session.settings))
-            replace(session.directory / "environment.json", json.dumps(environment(), indent=1))
-            write_status(session.directory, "running", None, "")
+            run = session.directory
+            (run / "DONE").unlink(missing_ok=True)
+            replace(run / "config.yaml", config_files.to_yaml(session.settings))
+            replace(run / "environment.json", json.dumps(environment(), indent=1))
+            write_status(run, "running", None, "")
 
     peers.from_main(write)
 
@@ -218,54 +223,7 @@ def end_early(session: Session, error: StoppedError | NumbersError, place: str) 
 
     peers.from_main(write)
     go_on = "" if isinstance(error, NumbersError) else "; the same command goes on from there"
-    ended = type(error)(f"{error}: {place}{go_on}")
-    ended.shared = True
-    raise ended from error
-
-
-def write_status(directory: Path, state: str, status: int | None, reason: str) -> None:
-    """Write status.json: the state in a word, the exit state, where the run stands and why."""
-    path = directory / "status.json"
-    with suppress(OSError, ValueError):
-        if state == "done" and json.loads(path.read_text())["state"] == "done":
-            return  # nothing was left to do
-    content = {
-        "state": state,
-        "exit_status": status,
-        "step": peers.me.step,
-        "reason": reason,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-    }
-    replace(path, json.dumps(content, indent=1) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a small text file so that it is whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def environment() -> dict[str, Any]:
-    """Return what this start of the run ran on and with."""
-    cuda = torch.cuda.is_available()
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "arguments": sys.argv[1:],
-        "processes": comms.world_size(),
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "moco_dist": moco_dist.__version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "accelerate": accelerate.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-    }
+    raise type(error)(f"{error}: {place}{go_on}").on_all() from error
 
 
 def tracker(session: Session, total_steps: int) -> tracking.Tracker:
@@ -280,7 +238,7 @@ def tracker(session: Session, total_steps: int) -> tracking.Tracker:
     )
     if not lines:
         return tracking.Tracker([])
-    shown, bar = tracking.console_lines(console, total_steps, step)
+    shown, bar = console_lines.show(console, total_steps, step)
     return tracking.Tracker([lines, shown], bar)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moco_dist import peers
 from moco_dist.checkpoint import FORMAT, folder_of, step_folders
-from moco_dist.config import CheckpointConfig
+from moco_dist.config_operation import CheckpointConfig
 from moco_dist.errors import NumbersError, OutputError, UserError, output_errors
 
 logger = logging.getLogger(__name__)

@@ -228,14 +228,13 @@ class Trainer:
             f"not_finite.json); nothing of the step was kept. Look at its images, or train anew "
             f"with a lower optim.lr than {self.config.optim.lr:g} and name=..."
         )
-        error.shared = True
         error.details = {
             "step": self.step,
             "not_finite": names.split(", "),
             "images_not_finite": spoiled,
             "samples": rows.samples.tolist(),
         }
-        raise error
+        raise error.on_all()
 
     def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
         """Return view number `view` of the training images `samples`, (rows, 3, size, size)."""

@@ -15,6 +15,7 @@ MAX_LINES = 350
 # What a file must not import, directly.
 FORBIDDEN = {
     "config": {"torch", "accelerate"},
+    "config_operation": {"torch", "accelerate"},
     "config_files": {"torch", "accelerate"},
     "comms": {"moco_dist", "accelerate"},
     "peers": {"moco_dist.config", "moco_dist.moco", "moco_dist.encoder", "accelerate"},
@@ -34,6 +35,8 @@ FORBIDDEN = {
     "checkpoint": {"moco_dist.moco", "moco_dist.data"},
     "knn": {"accelerate"},
     "tracking": {"moco_dist.moco"},
+    "console_lines": {"torch", "accelerate"},
+    "run_directory": {"moco_dist.moco", "moco_dist.data"},
     "runtime": {"moco_dist.moco", "moco_dist.data"},
     "pretrain": {"moco_dist.probe", "moco_dist.linear_probe"},
     "trainer": {"moco_dist.probe", "moco_dist.linear_probe"},

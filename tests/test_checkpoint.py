@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from moco_dist import checkpoint, comms, data, peers, runtime, saving
-from moco_dist.config import CheckpointConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
 from moco_dist.config_files import load
+from moco_dist.config_operation import CheckpointConfig
 from moco_dist.errors import DataError, MissingError, OutputError
 from moco_dist.trainer import Trainer
 from tests import processes

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from moco_dist import checkpoint, comms, data, runtime, saving
-from moco_dist.config import CheckpointConfig, PretrainConfig
+from moco_dist.config import PretrainConfig
 from moco_dist.config_files import load
+from moco_dist.config_operation import CheckpointConfig
 from moco_dist.errors import DataError, NumbersError
 from moco_dist.trainer import Trainer
 from tests import processes

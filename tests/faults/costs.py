@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from moco_dist import comms, data, guard, runtime, saving
-from moco_dist.config import CheckpointConfig, EncoderConfig, PretrainConfig
+from moco_dist.config import EncoderConfig, PretrainConfig
 from moco_dist.config_files import load
+from moco_dist.config_operation import CheckpointConfig
 from moco_dist.encoder import build_encoder
 from moco_dist.moco import MoCo, group_statistics
 from moco_dist.trainer import Trainer
