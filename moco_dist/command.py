@@ -8,10 +8,12 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import NoReturn, TextIO, TypeVar
 
 from moco_dist import comms, config_files, peers, stopping
-from moco_dist.errors import PeerError, StoppedError, UserError
+from moco_dist.errors import PeerError, StoppedError, UserError, output_errors
+from moco_dist.run_directory import note_outcome
 from moco_dist.stopping import StopRequests
 
 Schema = TypeVar("Schema")
@@ -22,6 +24,10 @@ COMMANDS = """\
 One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu
 --num_processes 2 -m. Files and overrides apply from left to right onto these defaults:
 """
+
+# Names a folder for what each process but the first prints: process_3.log.
+LOGS = "MOCO_DIST_LOGS"
+_console: TextIO | None = None
 
 REPORT = "a fault of moco_dist or of the machine; the last checkpoint stands"
 
@@ -37,18 +43,38 @@ def main(
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
     stop = StopRequests()
-    stop.listen()
+    if _first():
+        stop.on_end = lambda status, text, again: note_outcome(status, peers.me.step, text, again)
     try:
         try:
+            stop.listen()
+            _redirect()
             run(config_files.load(schema, arguments), stop)
         except BaseException as error:
             _end(error, stop)
     except BaseException as error:  # a signal that came on the way out, which happens once
         _end(error, stop)
-    stop.on_end(0, "")
+    stop.on_end(0, "", False)
     peers.me.part()
     comms.shutdown()
     sys.exit(0)
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _redirect() -> None:
+    """Send what other processes than the first print into files, if the environment says where."""
+    global _console
+    if (folder := os.environ.get(LOGS)) and not _first():
+        with output_errors(Path(folder)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            path = Path(folder, f"process_{os.environ['RANK']}.log")
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        _console = os.fdopen(os.dup(2), "w")
+        for stream in (1, 2):
+            os.dup2(log, stream)
 
 
 def _end(error: BaseException, stop: StopRequests) -> NoReturn:
@@ -63,7 +89,7 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
     elif comms.world_size() > 1 and comms.lost_connection(error):
         error = PeerError(me.blame())
     status, text, speaks = UserError.exit_status, str(error), True
-    first = os.environ.get("RANK", "0") == "0"
+    again = error.again if isinstance(error, UserError) else True
     if isinstance(error, UserError):
         status = error.exit_status
         lost = isinstance(error, PeerError) and not error.shared
@@ -71,7 +97,7 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
             speaks = me.speaks()
         # Before all have met, and of signals, the first process says what all of them see.
         elif error.shared or comms.world_size() == 1 or isinstance(error, StoppedError):
-            speaks = first
+            speaks = _first()
         me.leave(None if lost or error.shared else text, speaks)
     else:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -81,8 +107,9 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
         text = f"{where} failed at step {me.step}, {me.doing}: {text}; {REPORT}"
     if speaks:
         prefix = "" if isinstance(error, StoppedError) else "error: "
-        print(f"{prefix}{text}", file=sys.stderr, flush=True)
+        for stream in filter(None, (sys.stderr, _console)):
+            print(f"{prefix}{text}", file=stream, flush=True)
     stop.flush()
-    stop.on_end(status, text)
+    stop.on_end(status, text, again)
     sys.stdout.flush()
     os._exit(status)

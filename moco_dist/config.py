@@ -7,6 +7,7 @@ What only says how a run is watched, saved and carried out is in `config_operati
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from moco_dist.config_operation import (
@@ -258,6 +259,13 @@ class ProbeConfig:
         check_name(self.name or "probe")
         check("", self, epochs=(1, None), stop_at_step=(0, None))
         check("", self, batch_size=(1, None), top_k=(1, None))
+
+    def run_name(self) -> str:
+        """Return the name of the run: the one given, or that of the encoder's run and -probe."""
+        source = Path(self.encoder).expanduser()
+        in_run = source.name.startswith("step_")
+        pretraining = source.parent.parent.name if in_run else source.resolve().name
+        return self.name or f"{pretraining}-probe"
 
 
 # Keys, and groups (with a dot), that may differ when a run is resumed: its length, what is logged,

@@ -66,7 +66,8 @@ class TrackingConfig:
 class RuntimeConfig:
     """The machine: nothing here changes the result beyond the order of floating-point sums."""
 
-    device: Literal["auto", "cpu"] = "auto"
+    # auto takes a GPU if there is one; cuda refuses to start without.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     # Pieces that each process cuts its share of the batch into, to save memory.
     micro_batches: int = 1
     # Processes that must take part; 0 accepts any number.

@@ -27,6 +27,8 @@ class UserError(Exception):
 
     exit_status = 70
     shared = False
+    # The same command, started again by a machine, is likely to go on.
+    again = False
 
     def on_all(self) -> Self:
         """Return the error marked as one that all processes raise, which the first one prints."""
@@ -67,6 +69,8 @@ class InUseError(UserError):
 class PeerError(UserError):
     """Another process of the run died, stalled or is out of step (EX_SOFTWARE)."""
 
+    again = True
+
 
 class NumbersError(UserError):
     """A loss, gradient or key that is not finite, found before it reached any state."""
@@ -79,12 +83,14 @@ class StoppedError(UserError):
     """The run was asked to stop, by a signal, a file or a clock (EX_TEMPFAIL: resume it)."""
 
     exit_status = 75
+    again = True
 
 
 class InterruptedRunError(StoppedError):
     """The run was asked to stop by SIGINT, as Ctrl-C sends it."""
 
     exit_status = 130
+    again = False
 
 
 def shown(value: object, limit: int = 300) -> str:

@@ -25,10 +25,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
             "encoder is empty; give encoder=runs/NAME, a run directory or a checkpoint folder"
         )
     source = Path(config.encoder).expanduser()
-    run_name = (
-        source.parent.parent.name if source.name.startswith("step_") else source.resolve().name
-    )
-    config = dataclasses.replace(config, name=config.name or f"{run_name}-probe")
+    config = dataclasses.replace(config, name=config.run_name())
     found = peers.together(lambda: checkpoint.find(source))
     encoder, architecture, trained_views = peers.together(lambda: checkpoint.load_encoder(found))
     session = runtime.start(config, stop)

@@ -1,41 +1,54 @@
-"""The small files of a run directory: how the run stands, and what it ran on and with."""
+"""How a run stands and how it ended, in small JSON files for people and job schedulers."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import socket
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import accelerate
-import torch
-import torchvision
+from moco_dist.errors import STATES
 
-import moco_dist
-from moco_dist import comms, peers
+# Names a file that also gets how the run ended: a start that is refused may write to no run.
+OUTCOME = "MOCO_DIST_OUTCOME"
 
 
-def write_status(directory: Path, state: str, status: int | None, reason: str) -> None:
-    """Write status.json: the state in a word, the exit state, where the run stands and why."""
+def write_status(
+    directory: Path, status: int | None, step: int, reason: str, again: bool = False
+) -> None:
+    """Write status.json: the state in a word, the exit state (None: it runs), the step and why.
+
+    `again` is whether the same command, started again by a machine, is likely to go on.
+    """
     path = directory / "status.json"
     with suppress(OSError, ValueError):
-        if state == "done" and json.loads(path.read_text())["state"] == "done":
+        if status == 0 and json.loads(path.read_text())["exit_status"] == 0:
             return  # nothing was left to do
+    replace(path, _content(status, step, reason, again))
+
+
+def note_outcome(status: int, step: int, reason: str, again: bool) -> None:
+    """Write the same to the file that the environment names, if it names one."""
+    if path := os.environ.get(OUTCOME):
+        with suppress(OSError):
+            replace(Path(path), _content(status, step, reason, again))
+
+
+def _content(status: int | None, step: int, reason: str, again: bool) -> str:
     content = {
-        "state": state,
+        "state": "running" if status is None else STATES[status],
         "exit_status": status,
-        "step": peers.me.step,
+        "step": step,
         "reason": reason,
+        "again": again,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
     }
-    replace(path, json.dumps(content, indent=1) + "\n")
+    return json.dumps(content, indent=1) + "\n"
 
 
 def replace(path: Path, text: str) -> None:
@@ -43,23 +56,3 @@ def replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
-
-
-def environment() -> dict[str, Any]:
-    """Return what this start of the run ran on and with."""
-    cuda = torch.cuda.is_available()
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "arguments": sys.argv[1:],
-        "processes": comms.world_size(),
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "moco_dist": moco_dist.__version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "accelerate": accelerate.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-    }

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import platform
+import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any, NoReturn
 
 import accelerate
 import torch
+import torchvision
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +36,8 @@ from moco_dist import (
     tracking,
 )
 from moco_dist.config import PretrainConfig, ProbeConfig
-from moco_dist.errors import STATES, ConfigError, NumbersError, StoppedError, output_errors
-from moco_dist.run_directory import environment, replace, write_status
+from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
+from moco_dist.run_directory import note_outcome, replace, write_status
 from moco_dist.run_lock import RunLock
 from moco_dist.saving import Saver
 from moco_dist.stopping import StopRequests
@@ -69,7 +72,7 @@ class Session:
 
     def close(self) -> None:
         """Give the run directory free; a command does so at its end."""
-        self.stop.on_end(0, "")
+        self.stop.on_end(0, "", False)
 
     def stop_for(self, request: int) -> None:
         """Raise on all processes what `request`, the one that all agree on, asks for."""
@@ -112,6 +115,13 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
     """Join the processes, open the run directory and find where to go on; on all processes."""
     stop = stop or StopRequests()
     machine = settings.runtime
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            f"runtime.device=cuda and PyTorch sees no GPU on {platform.node()} "
+            f"(CUDA_VISIBLE_DEVICES={visible}); look at its driver with nvidia-smi, take another "
+            "machine, or give runtime.device=cpu"
+        )
     accelerator = Accelerator(
         cpu=machine.device == "cpu",
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
@@ -167,9 +177,10 @@ def _take(directory: Path, stop: StopRequests) -> RunLock:
         before.release()
     lock = _held[directory.resolve()] = RunLock(directory)
 
-    def end(status: int, text: str) -> None:
+    def end(status: int, text: str, again: bool) -> None:
         with suppress(OSError):
-            write_status(directory, STATES[status], status, text)
+            write_status(directory, status, peers.me.step, text, again)
+        note_outcome(status, peers.me.step, text, again)
         lock.release()
 
     stop.on_end = end
@@ -206,7 +217,7 @@ def begin(session: Session) -> None:
             (run / "DONE").unlink(missing_ok=True)
             replace(run / "config.yaml", config_files.to_yaml(session.settings))
             replace(run / "environment.json", json.dumps(environment(), indent=1))
-            write_status(run, "running", None, "")
+            write_status(run, None, peers.me.step, "")
 
     peers.from_main(write)
 
@@ -223,7 +234,29 @@ def end_early(session: Session, error: StoppedError | NumbersError, place: str) 
 
     peers.from_main(write)
     go_on = "" if isinstance(error, NumbersError) else "; the same command goes on from there"
-    raise type(error)(f"{error}: {place}{go_on}").on_all() from error
+    ended = type(error)(f"{error}: {place}{go_on}")
+    ended.again = error.again
+    raise ended.on_all() from error
+
+
+def environment() -> dict[str, Any]:
+    """Return what this start of the run ran on and with."""
+    cuda = torch.cuda.is_available()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "arguments": sys.argv[1:],
+        "processes": comms.world_size(),
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "moco_dist": moco_dist.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "accelerate": accelerate.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+    }
 
 
 def tracker(session: Session, total_steps: int) -> tracking.Tracker:

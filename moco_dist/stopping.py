@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from moco_dist.errors import InterruptedRunError, PeerError, StoppedError
+from moco_dist.errors import InterruptedRunError, PeerError, StoppedError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Requests beside the numbers of signals. FAILED: a save in the background came to nothing.
@@ -40,7 +40,9 @@ def reason(request: int) -> str:
 def error(request: int, text: str) -> StoppedError:
     """Return the error that ends a run on a request; `text` says where it stands."""
     kind = InterruptedRunError if request == signal.SIGINT else StoppedError
-    return kind(f"stopped by {reason(request)} {text}")
+    stopped = kind(f"stopped by {reason(request)} {text}")
+    stopped.again = stopped.again and request != STOP_FILE  # which a person made
+    return stopped
 
 
 class StopRequests:
@@ -61,8 +63,9 @@ class StopRequests:
         self.needs = 0.0
         # Called before an end by an error: lets what is half done be finished, for a time.
         self.flush: Callable[[], None] = lambda: None
-        # Called with the exit state and the sentence when the process ends, from any thread.
-        self.on_end: Callable[[int, str], None] = lambda status, text: None
+        # Called when the process ends, from any thread, with the exit state, the sentence, and
+        # whether a machine may start the same command again.
+        self.on_end: Callable[[int, str, bool], None] = lambda status, text, again: None
         self._first: float | None = None
         self._raised = False
         self._looked = 0.0
@@ -116,16 +119,14 @@ class StopRequests:
                 # The main thread may wait for a process that has ended, where no exception gets in.
                 if time.monotonic() > self._first + START_SECONDS:
                     ended = error(self.request, "before the first step")
-                    self._leave(ended.exit_status, str(ended), str(ended))
+                    self._leave(ended, str(ended))
                 select.select([], [], [], 0.1)
                 continue
             left = None if self._first is None else self._first + self.grace - time.monotonic()
             if left is not None and left <= 0:
                 if not self.saving:
-                    name, status = reason(self.request), PeerError.exit_status
-                    self._end(
-                        status, f"still busy {self.grace:g} s after {name}, which is too long"
-                    )
+                    late = f"still busy {self.grace:g} s after {reason(self.request)}"
+                    self._end(PeerError(f"{late}, which is too long"))
                 left = 0.2
             if select.select([reader], [], [], left)[0]:
                 for number in os.read(reader, 64):
@@ -139,13 +140,13 @@ class StopRequests:
         if self._first is None:
             self._first = now
         elif now - self._first > ECHO_SECONDS:
-            self._end(InterruptedRunError.exit_status, "ended at once by a second signal")
+            self._end(InterruptedRunError("ended at once by a second signal"))
 
-    def _end(self, status: int, text: str) -> None:
-        shown = f"error: {text}: nothing was saved since the last checkpoint, which stands"
-        self._leave(status, text, shown)
+    def _end(self, error: UserError) -> None:
+        saved = "nothing was saved since the last checkpoint, which stands"
+        self._leave(error, f"error: {error}: {saved}")
 
-    def _leave(self, status: int, text: str, shown: str) -> None:
-        self.on_end(status, text)
+    def _leave(self, error: UserError, shown: str) -> None:
+        self.on_end(error.exit_status, str(error), error.again)
         os.write(2, f"{shown}\n".encode())
-        os._exit(status)
+        os._exit(error.exit_status)
