@@ -6,6 +6,7 @@ Any of them may be missing, cut short or of another version: what can't be read 
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -58,8 +59,8 @@ class Record:
     def step(self) -> int:
         """Return the number of steps done, as far as the files know."""
         at_end = self.status.get("step")
-        known = [at_end] if isinstance(at_end, int) else []
-        return max([*known, *(line["step"] for line in self.lines[-1:])], default=0)
+        logged: int = self.lines[-1]["step"] if self.lines else 0
+        return max(at_end, logged) if isinstance(at_end, int) else logged
 
     @property
     def total_steps(self) -> int:
@@ -84,9 +85,7 @@ class Record:
     @property
     def best_knn(self) -> tuple[int, float] | None:
         """Return step and accuracy of the best kNN; what was before the first step is no result."""
-        after = [
-            (step, value) for step, value in self.figures("knn/top1") if step and value == value
-        ]
+        after = [pair for pair in self.figures("knn/top1") if pair[0] and math.isfinite(pair[1])]
         return max(after, key=lambda pair: pair[1], default=None)
 
     def result(self, encoder: str, part: str, name: str) -> float | None:
@@ -136,18 +135,28 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def number(value: object) -> float | None:
-    """Return a number as it is, and None for anything else."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """Return a number as a float, NaN and infinity too, and None for anything else."""
+    with suppress(OverflowError):
+        return (
+            float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        )
+    return None
 
 
 def total_steps(config: dict[str, Any], lines: list[Line]) -> int:
     """Return epochs times the steps of one, which any line about an epoch gives; 0 before that."""
     for line in reversed(lines):
-        epoch, epochs = number(line.get("epoch")), number(config.get("epochs"))
-        if epoch and epochs and line["step"] and epoch * epochs > 0:
-            total = round(line["step"] / epoch) * int(epochs)
-            return min(total, int(number(config.get("stop_at_step")) or 0) or total)
+        if per_epoch := steps_per_epoch(line):
+            epochs, end = (number(config.get(key)) or 0 for key in ("epochs", "stop_at_step"))
+            total = per_epoch * epochs
+            return int(min(total, end or total)) if 0 <= total < math.inf else 0
     return 0
+
+
+def steps_per_epoch(line: Line) -> int:
+    """Return the steps of an epoch, of which a line has step and epoch; 0 if it tells nothing."""
+    epoch = number(line.get("epoch")) or 0
+    return round(line["step"] / epoch) if 1e-9 < epoch < math.inf else 0
 
 
 def text_of(value: object) -> str:
@@ -190,4 +199,7 @@ def _checkpoints(directory: Path) -> Checkpoints:
 
 def moment(seconds: float) -> str:
     """Return a point in time as a log shows it: month, day, hour and minute here."""
-    return time.strftime("%m-%d %H:%M", time.localtime(seconds))
+    try:
+        return time.strftime("%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # no time at all
+        return "??-?? ??:??"
