@@ -37,6 +37,19 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
+def stored(path: Path) -> dict[str, Any]:
+    """Return the leaves of a file that `to_yaml` wrote, under their dotted keys.
+
+    For a look at a run of any version: nothing is checked, and what can't be read gives nothing.
+    """
+    try:
+        text = _within_limit(path.name, path.read_bytes()).decode()
+        _check_yaml(path.name, text, root=yaml.MappingStartEvent)
+        return flat(yaml.load(text, Loader=_Loader))
+    except (ConfigError, yaml.YAMLError, *_BROKEN):
+        return {}
+
+
 def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Return the configuration that `to_dict` made `values` of; unknown keys are errors."""
     try:

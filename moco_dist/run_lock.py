@@ -18,6 +18,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from moco_dist.errors import InUseError, OutputError
 
@@ -160,15 +161,48 @@ class RunLock:
         return f"{self._directory} is in use by {who}; {way_out}"
 
     def _name(self, owner: _Record) -> str:
-        since, seen = _ago(owner.since), _ago(os.fstat(self._descriptor).st_mtime)
-        job = f"Slurm job {owner.job}, " if owner.job else ""
-        return f"process {owner.pid} on {owner.host} ({job}started {since}, seen {seen})"
+        return _name(owner, os.fstat(self._descriptor).st_mtime)
 
     def _close(self) -> None:
         _open.discard(self)
         descriptor, self._descriptor = self._descriptor, -1
         with suppress(OSError):  # not open, or a write that NFS had put off
             os.close(descriptor)
+
+
+class Owner(NamedTuple):
+    """Who holds a run directory, or held it and left no word."""
+
+    name: str
+    pid: int
+    alive: bool
+
+
+def owner(directory: Path) -> Owner | None:
+    """Return who the lock of a run directory names, None for nobody; for readers, it only looks."""
+    try:
+        descriptor = os.open(directory / ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        found, beat = _read(descriptor), os.fstat(descriptor).st_mtime
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    if found is None:
+        return None
+    if (found.host, found.boot) == (socket.gethostname()[:64], BOOT):
+        alive = _started(found.pid) in (0, found.started)
+    else:  # twice the time: the clock is another machine's
+        alive = time.time() - beat < 2 * STALE
+    return Owner(_name(found, beat), found.pid, alive)
+
+
+def _name(owner: _Record, seen: float) -> str:
+    job = f"Slurm job {owner.job}, " if owner.job else ""
+    ago = f"started {_ago(owner.since)}, seen {_ago(seen)}"
+    return f"process {owner.pid} on {owner.host} ({job}{ago})"
 
 
 def _read(descriptor: int) -> _Record | None:

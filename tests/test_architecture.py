@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +38,8 @@ FORBIDDEN = {
     "tracking": {"moco_dist.moco"},
     "console_lines": {"torch", "accelerate"},
     "run_directory": {"moco_dist.moco", "moco_dist.data"},
+    "run_record": {"torch", "accelerate", "rich"},
+    "report": {"torch", "accelerate"},
     "runtime": {"moco_dist.moco", "moco_dist.data"},
     "pretrain": {"moco_dist.probe", "moco_dist.linear_probe"},
     "trainer": {"moco_dist.probe", "moco_dist.linear_probe"},
@@ -64,6 +67,13 @@ def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
         for banned in FORBIDDEN.get(path.stem, ()):
             assert module != banned, f"{path.name} imports {module}"
             assert not module.startswith(banned + "."), f"{path.name} imports {module}"
+
+
+def test_a_report_starts_without_torch() -> None:
+    """It runs on login nodes; what its imports import counts too."""
+    code = "import sys, moco_dist.report; print(sorted({'torch', 'accelerate'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_only_comms_talks_to_other_processes() -> None:

@@ -1,0 +1,213 @@
+"""Show how runs stand, from the files of their run directories.
+
+  python -m moco_dist.report runs/cifar10                       one run, with its details
+  python -m moco_dist.report runs/cifar10 runs/cifar10-probe    one table of several
+
+The columns: the last loss, the last and the best kNN accuracy on the validation images, and a
+probe's top-1 on the test images, of the trained encoder and of the random one (control).
+It only reads: the runs may be going on, on this machine or on another one that shares the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from moco_dist.errors import ConfigError, MissingError, UserError, shown
+from moco_dist.run_record import Record, number, read, text_of
+
+# Columns with numbers stand to the right.
+COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
+WORDS = 3
+# States that need no reason.
+WELL = ("done", "running", "starting")
+
+
+def main(arguments: list[str]) -> int:
+    """Print what the arguments ask for; return the exit state."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    if unknown := [argument for argument in arguments if argument.startswith("-")]:
+        raise ConfigError(f"{shown(unknown[0])}: no such option; see --help")
+    if not arguments:
+        raise ConfigError("no run directory was given; give runs/NAME, one or several")
+    records, missing = [], []
+    for argument in arguments:
+        try:
+            records.append(read(Path(argument).expanduser()))
+        except MissingError as error:
+            missing.append(error)
+    if records:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print("\n".join(table(records, width)))
+        if len(arguments) == 1:
+            print("\n".join(["", *details(records[0])]))
+    if missing:
+        raise MissingError("\nerror: ".join(map(str, missing)))
+    return 0
+
+
+def table(records: list[Record], width: int | None) -> Iterator[str]:
+    """Yield the lines of a table of runs, and below it why runs ended and their alarms.
+
+    Where `width` is too small the name of a run stands on a line of its own.
+    """
+    names = labels(records)
+    rows = [COLUMNS, *(row(name, record) for name, record in zip(names, records, strict=True))]
+    full = layout(rows)
+    if width and max(map(len, full)) > width:
+        narrow = [f"  {line}" for line in layout([cells[1:] for cells in rows], WORDS - 1)]
+        yield f"{COLUMNS[0]}"
+        yield narrow[0]
+        for name, line in zip(names, narrow[1:], strict=True):
+            yield from (name, line)
+    else:
+        yield from full
+    notes = [
+        f"{name}: {note}"
+        for name, record in zip(names, records, strict=True)
+        for note in remarks(record)
+    ]
+    if notes:
+        yield ""
+    for note in notes:
+        yield from textwrap.wrap(note, width, subsequent_indent="  ") if width else [note]
+
+
+def labels(records: list[Record]) -> list[str]:
+    """Return a name for each run: its directory's, or the whole path where two have the same."""
+    names = [record.directory.resolve().name for record in records]
+    return [
+        shown(record.directory if names.count(name) > 1 else name)
+        for name, record in zip(names, records, strict=True)
+    ]
+
+
+def row(name: str, record: Record) -> tuple[str, ...]:
+    """Return the cells of a run."""
+    loss, knn, best = record.last("train/loss"), record.last("knn/top1"), record.best_knn
+    trained, control = (record.result(each, "test", "top1") for each in ("probe", "control"))
+    return (
+        name,
+        record.kind or "-",
+        record.state,
+        f"{record.step}/{record.total_steps or '?'}" if record.kind or record.lines else "-",
+        "-" if loss is None else f"{loss:.4g}",
+        percent(knn),
+        percent(best and best[1]),
+        percent(trained),
+        percent(control),
+    )
+
+
+def layout(rows: list[tuple[str, ...]], words: int = WORDS) -> list[str]:
+    """Return the rows as lines with aligned columns; after `words` of them to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(size) if place < words else cell.rjust(size)
+            for place, (cell, size) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in rows
+    ]
+
+
+def remarks(record: Record) -> Iterator[str]:
+    """Yield why a run ended, if that was otherwise than well, and its alarms."""
+    if record.state not in WELL:
+        status = record.status.get("exit_status")
+        code = f" (exit state {status})" if isinstance(status, int) else ""
+        nothing = {"empty": "nothing is there yet", "unknown": "no status.json tells how it stands"}
+        reason = record.reason or nothing.get(record.state, "no reason was noted")
+        yield f"{record.state}{code}: {reason}"
+    for line in record.alarms:
+        what = f"{text_of(line['alarm'])}: {text_of(line.get('text'))}"
+        yield f"alarm at step {line['step']:,}, {what}"
+
+
+def details(record: Record) -> Iterator[str]:
+    """Yield what else is known of one run, a line each."""
+    config = record.config
+
+    def value(key: str) -> str:
+        return text_of(config.get(key, "?"))
+
+    rows = {"directory": shown(record.directory)}
+    if record.status:
+        status = {key: text_of(record.status.get(key)) for key in ("state", "time", "host", "pid")}
+        rows["last status"] = "{state} at {time} on {host}, process {pid}".format_map(status)
+    if record.kind == "pretrain":
+        rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
+        rows["encoder"] = (
+            f"{value('encoder.backbone')}, width {value('encoder.width')}, {value('encoder.stem')} "
+            f"stem, {value('encoder.head')} head to {value('encoder.dim')}"
+        )
+        rows["method"] = (
+            f"queue {value('moco.queue_size')}, temperature {value('moco.temperature')}, "
+            f"momentum {value('moco.momentum')}, {value('bn_groups')} BatchNorm groups"
+        )
+    elif record.kind == "probe":
+        rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
+        rows["encoder"] = value("encoder")
+    if record.kind:
+        rows["training"] = (
+            f"{value('epochs')} epochs, batch {value('batch_size')}, lr {value('optim.lr')} "
+            f"({value('optim.schedule')}), {value('precision')}, seed {value('seed')}"
+        )
+    rows |= figures(record)
+    saved = record.checkpoints
+    names = [f"step {step:,}" for step in saved.steps[-4:]] + saved.damaged
+    earlier = f"{len(saved.steps) - 4} earlier, " if len(saved.steps) > 4 else ""
+    rows["checkpoints"] = earlier + ", ".join(names) if names else "none"
+    size = max(map(len, rows))
+    yield from (f"{key:{size}}  {text}" for key, text in rows.items())
+
+
+def figures(record: Record) -> dict[str, str]:
+    """Return the results of a run in words."""
+    rows = {}
+    before = [value for step, value in record.figures("knn/top1") if step == 0]
+    if best := record.best_knn:
+        without = f"; {percent(before[0])} before the first step" if before else ""
+        rows["best kNN"] = f"{percent(best[1])} % at step {best[0]:,}{without}"
+    for encoder, title in (("probe", "trained"), ("control", "random control")):
+        for part in ("validation", "test"):
+            found = record.results.get(encoder)
+            content = found.get(part) if isinstance(found, dict) else None
+            if isinstance(content, dict):
+                shares = [
+                    f"{text_of(name)} {percent(share)} %"
+                    for name, item in content.items()
+                    if "top" in name and (share := number(item)) is not None
+                ]
+                rows[f"{title}, {part}"] = ", ".join(shares)
+    return rows
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a percentage, '-' for none."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def run(arguments: list[str]) -> int:
+    """Return the exit state of the command, with a sentence for what went wrong."""
+    try:
+        return main(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,235 @@
+"""What `moco_dist.report` says of runs is what their files hold, whatever state those are in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moco_dist import report, run_lock, run_record
+from moco_dist.errors import MissingError
+from tests.test_launch import TINY, python
+
+Text = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real pretraining and a real probe of it."""
+    output = tmp_path_factory.mktemp("runs")
+    each = [f"output={output}", "runtime.device=cpu"]
+    result = python("pretrain", *TINY, *each, "name=real")
+    assert result.returncode == 0, result.stderr
+    size = [part for part in TINY if part.startswith(("data.", "views.", "batch_size"))]
+    probe = [*size, "epochs=3", "augment=false", "optim.lr=0.3", f"encoder={output / 'real'}"]
+    result = python("probe", *probe, *each)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Text:
+    """Return what the command prints; no error may go beside it."""
+
+    def tell(*runs: Path) -> str:
+        assert report.run([str(run) for run in runs]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        assert captured.out.isascii()
+        assert captured.out.isprintable() or "\x1b" not in captured.out
+        return captured.out
+
+    return tell
+
+
+def cells(text: str) -> dict[str, dict[str, str]]:
+    """Return the table: run, column, text. Words are cut at two spaces or more."""
+    head, *rows = (line for line in text.partition("\n\n")[0].splitlines())
+    names = [name for name in head.split("  ") if name]
+    parts = [[part.strip() for part in row.split("  ") if part] for row in rows]
+    assert all(len(part) == len(names) for part in parts), text
+    return {row[0]: dict(zip(map(str.strip, names), row, strict=True)) for row in parts}
+
+
+def entries(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(run: Path, **files: object) -> Path:
+    run.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (run / f"{name}.json").write_text(json.dumps(content))
+    return run
+
+
+def test_the_table_holds_the_numbers_of_the_files(runs: Path, told: Text) -> None:
+    table = cells(told(runs / "real", runs / "real-probe"))
+    lines = entries(runs / "real")
+    knn = {line["step"]: line["knn/top1"] for line in lines if "knn/top1" in line}
+    assert set(knn) == {0, 5, 10}
+    assert table["real"] == {
+        "run": "real",
+        "kind": "pretrain",
+        "state": "done",
+        "step": "10/10",  # 90 images make 5 batches of 16, and there are 2 epochs
+        "loss": f"{lines[-2]['train/loss']:.4g}",
+        "kNN %": f"{knn[10] * 100:.2f}",
+        "best %": f"{max(knn[5], knn[10]) * 100:.2f}",
+        "test %": "-",
+        "control %": "-",
+    }
+    done = json.loads((runs / "real-probe" / "DONE").read_text())
+    probe = table["real-probe"]
+    assert (probe["kind"], probe["step"], probe["kNN %"]) == ("probe", "15/15", "-")
+    assert probe["test %"] == f"{done['probe']['test']['top1'] * 100:.2f}"
+    assert probe["control %"] == f"{done['control']['test']['top1'] * 100:.2f}"
+
+
+def test_one_run_alone_shows_its_details(runs: Path, told: Text) -> None:
+    text = told(runs / "real")
+    for words in (
+        "resnet18, width 4",
+        "queue 40, temperature 0.1",
+        "2 epochs, batch 16, lr 0.03 (cosine), fp32, seed 0",
+        "step 5, step 10",
+        "before the first step",
+    ):
+        assert words in text
+    assert "random control, test" in told(runs / "real-probe")
+
+
+def test_numbers_stand_under_each_other(runs: Path, told: Text) -> None:
+    lines = told(runs / "real", runs / "real-probe").partition("\n\n")[0].splitlines()
+    ends = {line.rindex(" ") + len(line[line.rindex(" ") :]) for line in lines[1:]}
+    assert ends == {len(lines[0])}
+
+
+def test_a_refused_job_is_shown_with_its_reason(tmp_path: Path, told: Text) -> None:
+    reason = (
+        "batch_size=250 can't be cut into bn_groups=8 equal groups; use 248 or 256" + " x" * 200
+    )
+    status = {"state": "configuration", "exit_status": 78, "step": 0, "reason": reason}
+    text = told(write(tmp_path / "refused", status=status))
+    assert f"refused: configuration (exit state 78): {reason}\n" in text
+    assert cells(text)["refused"]["state"] == "configuration"
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\xff\xfe{", b"[" * 100_000, b"[1]", b"null", b'"x"'])
+def test_an_empty_or_broken_directory_is_no_traceback(
+    tmp_path: Path, told: Text, content: bytes
+) -> None:
+    (tmp_path / "bare").mkdir()
+    assert "nothing is there yet" in told(tmp_path / "bare")
+    broken = tmp_path / "broken"
+    (broken / "checkpoints" / "step_x").mkdir(parents=True)
+    for name in ("status.json", "config.yaml", "DONE", "metrics.jsonl", ".lock"):
+        (broken / name).write_bytes(content)
+    assert cells(told(broken, tmp_path / "bare"))["broken"]["state"] == "empty"
+
+
+def test_a_line_cut_short_a_header_and_an_alarm_are_understood(
+    runs: Path, tmp_path: Path, told: Text
+) -> None:
+    run = tmp_path / "cut"
+    shutil.copytree(runs / "real", run)
+    whole = (run / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in whole if json.loads(line)["step"] <= 4]
+    alarm = {"step": 4, "alarm": "collapse", "text": "all features are alike; lower optim.lr"}
+    odd = ["[1]", "nonsense", '{"step": "4"}', '{"step": NaN}', '{"step": -1, "train/loss": 9}']
+    lines = ['{"schema": 1}', *kept, json.dumps(alarm), *odd, '{"step": 5, "time": 17']
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    write(run, status={"state": "stopped", "exit_status": 75, "step": 4, "reason": "by SIGTERM"})
+    text = told(run)
+    row = cells(text)["cut"]
+    assert (row["state"], row["step"]) == ("stopped", "4/10")
+    assert row["loss"] == f"{json.loads(kept[-1])['train/loss']:.4g}"
+    assert "alarm at step 4, collapse: all features are alike; lower optim.lr" in text
+    assert "stopped (exit state 75): by SIGTERM" in text
+
+
+def test_a_number_that_is_not_finite_is_shown(tmp_path: Path, told: Text) -> None:
+    run = write(tmp_path / "nan", status={"state": "internal", "exit_status": 70, "step": 3})
+    (run / "metrics.jsonl").write_text('{"step": 3, "epoch": 1.0, "train/loss": NaN}\n')
+    assert cells(told(run))["nan"]["loss"] == "nan"
+
+
+def test_a_run_without_an_owner_is_gone_and_one_with_an_owner_runs(
+    runs: Path, tmp_path: Path, told: Text
+) -> None:
+    run = tmp_path / "killed"
+    shutil.copytree(runs / "real", run)
+    write(run, status={"state": "running", "exit_status": None, "step": 0, "pid": os.getpid()})
+    lock = run_lock.RunLock(run)
+    try:
+        assert run_record.read(run).state == "running"
+        write(run, status={"state": "stopped", "exit_status": 75, "step": 5, "pid": 1})
+        assert run_record.read(run).state == "starting"  # the word is that of the start before
+        write(run, status={"state": "stopped", "exit_status": 75, "step": 5, "pid": os.getpid()})
+        assert run_record.read(run).state == "stopped"  # about to leave
+        record = json.loads((run / ".lock").read_text())
+        assert record["host"] == socket.gethostname()
+    finally:
+        lock.release()
+    write(run, status={"state": "running", "exit_status": None, "step": 0, "pid": os.getpid()})
+    assert run_record.read(run).state == "gone"
+    # A kill leaves the record behind: of a process that is no more, or of a reused number.
+    for change in ({"pid": 2**22 + 1}, {"started": record["started"] + 1}):
+        (run / ".lock").write_text(json.dumps(record | change))
+        text = told(run)
+        assert "gone: process" in text
+        assert "the same command goes on from step 10" in text
+
+
+def test_an_owner_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path) -> None:
+    run = write(tmp_path / "far", status={"state": "running", "exit_status": None, "step": 0})
+    values = {"host": "elsewhere", "boot": "x", "pid": 5, "token": "t", "since": 1_700_000_000}
+    (run / ".lock").write_text(json.dumps(values))
+    assert run_record.read(run).state == "running"
+    before = time.time() - 120
+    os.utime(run / ".lock", (before, before))
+    found = run_record.read(run)
+    assert found.state == "gone"
+    assert "process 5 on elsewhere" in found.reason
+
+
+def test_runs_that_are_not_there_have_a_sentence_and_the_others_a_table(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        report.run([str(tmp_path / "nowhere"), str(runs / "real"), str(runs / "real/DONE")]) == 66
+    )
+    captured = capsys.readouterr()
+    assert captured.err == (
+        f"error: {tmp_path / 'nowhere'}: no such run directory; give runs/NAME, where a run has "
+        f"begun\nerror: {runs / 'real/DONE'}: not a directory; give runs/NAME, where a run has "
+        "begun\n"
+    )
+    assert list(cells(captured.out)) == ["real"]
+    with pytest.raises(MissingError):
+        run_record.read(tmp_path / "nowhere")
+
+
+def test_a_command_line_without_a_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.run([]) == 78
+    assert report.run(["--colour"]) == 78
+    assert capsys.readouterr().err == (
+        "error: no run directory was given; give runs/NAME, one or several\n"
+        "error: --colour: no such option; see --help\n"
+    )
+
+
+def test_a_narrow_terminal_gets_names_on_lines_of_their_own(runs: Path, tmp_path: Path) -> None:
+    long = tmp_path / ("n" * 60)
+    shutil.copytree(runs / "real", long)
+    records = [run_record.read(run) for run in (long, runs / "real-probe")]
+    narrow = list(report.table(records, 80))
+    assert max(map(len, narrow)) <= 80
+    assert "n" * 60 in narrow
+    assert len(list(report.table(records, None))) == 3
