@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -37,20 +37,24 @@ def guard_of_a_step(folder: Path, times: int, random: Random) -> Outcome:
         limit = max(0.0005, 0.01 * step)
         assert cost <= limit, f"{1e3 * cost:.2f} ms of {1e3 * step:.0f} ms, limit {1e3 * limit}"
         parts.append(f"{1e3 * cost:.2f} ms of {1e3 * step:.0f} ms on {count}")
-    return Outcome(times, f"a step: {'; '.join(parts)} process(es)")
+    return Outcome(times, f"on its core, a step: {'; '.join(parts)} process(es)")
 
 
 def measure_guard(output: str, steps: int) -> tuple[float, float]:
-    """Return the seconds of a step, and of what the guard does in it."""
+    """Return the seconds of a step, and of what the guard does in it.
+
+    They are those of this thread on its core, the median of all steps, and of what the note adds
+    to a gather that of the fastest one: other work on the machine counts in neither.
+    """
     config = load(PretrainConfig, [*SMALL, f"output={output}"])
     trainer = Trainer(config, runtime.start(config), data.load(config.data))
     clocks: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            began = time.perf_counter()
+            began = time.thread_time()
             result = function(*arguments)
-            clocks.append(time.perf_counter() - began)
+            clocks.append(time.thread_time() - began)
             return result
 
         return call
@@ -61,26 +65,20 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
     # What the note adds to the gather of the keys: with and without it, in turn.
     mine = config.batch_size // comms.world_size()
     keys, note = torch.randn(mine, config.encoder.dim), torch.zeros(5, dtype=torch.int64)
-    whole, costs = [], []
+    whole, own, plain, noted = [], [], [], []
     for number in range(steps + 5):
         clocks.clear()
-        began = time.perf_counter()
+        began = time.thread_time()
         trainer.train_step()
-        taken, cost = time.perf_counter() - began, sum(clocks)
-        gathers = [
-            timed_once(lambda: comms.all_gather(keys)),
-            timed_once(lambda: comms.all_gather_with_note(keys, note)),
-        ]
+        taken, cost = time.thread_time() - began, sum(clocks)
+        for _ in range(3):  # the first of them waits for the other process
+            plain.append(timed_once(lambda: comms.all_gather(keys)))
+            noted.append(timed_once(lambda: comms.all_gather_with_note(keys, note)))
         if number >= 5:
             whole.append(taken)
-            costs.append((cost, *gathers))
-    own, plain, noted = (_quiet(column) for column in zip(*costs, strict=True))
-    return _quiet(whole), own + max(0.0, noted - plain)
-
-
-def _quiet(seconds: Sequence[float]) -> float:
-    """Return the lower quartile: what something takes while nothing else wants the cores."""
-    return statistics.quantiles(seconds, n=4)[0]
+            own.append(cost)
+    extra = max(0.0, min(noted) - min(plain))
+    return statistics.median(whole), statistics.median(own) + extra
 
 
 def timed_once(work: Callable[[], Any]) -> float:
