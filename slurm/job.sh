@@ -10,7 +10,7 @@ fail() {
 source slurm/environment.sh
 # shellcheck disable=SC2206 # words of a command
 in_environment=(${RUN_IN:-})
-"${in_environment[@]}" python -c 'import moco_dist, accelerate' || fail 66 \
+"${in_environment[@]}" python -c 'import importlib.metadata, moco_dist; importlib.metadata.version("torch")' || fail 66 \
     "no Python with moco_dist here: run bash launch/demo.sh once, or edit slurm/environment.sh"
 
 # Prints the run directory of a command line, or says what is wrong with it.

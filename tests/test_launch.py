@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,38 @@ def test_python_m_and_torchrun_give_the_run_of_accelerate_launch(run: Path, tmp_
         model = load_file(tmp_path / name / "checkpoints" / "step_00000010" / "model.safetensors")
         for key, tensor in model.items():
             assert (tensor - by_accelerate[key]).abs().max() <= tolerance, (name, key)
+
+
+@pytest.mark.parametrize(
+    ("file", "launchers", "processes"),
+    [("one_gpu", 1, 1), ("eight_gpus", 1, 2), ("several_nodes", 2, 2), ("two_cpus", 1, 2)],
+)
+def test_the_accelerate_files_start_what_they_say(
+    tmp_path: Path, file: str, launchers: int, processes: int
+) -> None:
+    """On CPUs, and eight_gpus and several_nodes with fewer processes, as their headers allow."""
+    command = [str(BIN / "accelerate"), "launch", "--config_file", f"launch/{file}.yaml"]
+    if file in ("eight_gpus", "several_nodes"):
+        command += ["--num_processes", str(processes)]
+    if launchers > 1:
+        command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    run = [*TINY, "epochs=1", f"output={tmp_path}", "name=run", f"runtime.processes={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    started = []
+    for machine in range(launchers):
+        place = ["--machine_rank", str(machine)] if launchers > 1 else []
+        line = [*command, *place, "-m", "moco_dist.pretrain", *run]
+        started.append(subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL))
+    assert [launcher.wait(timeout=120) for launcher in started] == [0] * launchers
+    found = json.loads((tmp_path / "run" / "environment.json").read_text())["processes"]
+    assert found == processes
+
+
+def free_port() -> int:
+    with socket.socket() as mine:
+        mine.bind(("127.0.0.1", 0))
+        port: int = mine.getsockname()[1]
+        return port
 
 
 def test_a_finished_run_says_so_and_is_left_as_it_is(run: Path) -> None:

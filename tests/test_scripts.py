@@ -194,9 +194,10 @@ def test_failed_installation_is_one_sentence_and_is_tried_again(checkout: Checko
     assert checkout.installed() == ["."], "the same .venv is filled"
 
 
-def test_continuous_integration_runs_the_test_script_and_nothing_else() -> None:
+def test_continuous_integration_runs_the_test_script_and_the_slurm_set() -> None:
     lines = (ROOT / ".ci/run").read_text().splitlines()
-    assert [line for line in lines if line.startswith("bash ")] == ["bash launch/test.sh"]
+    commands = [line for line in lines if line.startswith("bash ")]
+    assert commands == ["bash launch/test.sh", "bash tests/slurm/test.sh"]
 
 
 def test_contributing_is_under_forty_lines() -> None:

@@ -22,11 +22,11 @@ BIN = Path(sys.executable).parent
 TINY = [
     *("batch_size=16", "bn_groups=4", "encoder.width=4", "encoder.dim=8", "moco.queue_size=40"),
     *("data.shapes_train=100", "data.shapes_test=30", "data.size=16", "views.size=16"),
-    *("knn.every_epochs=0", "tracking.every_steps=50", "checkpoint.every_epochs=0"),
-    *("checkpoint.every_steps=50", "checkpoint.keep_last=2"),
+    *("knn.every_epochs=0", "tracking.every_steps=25", "checkpoint.every_epochs=0"),
+    *("checkpoint.every_steps=25", "checkpoint.keep_last=2"),
 ]
-# 400 steps, some ten seconds on one process; there are 5 steps in an epoch.
-SHORT = [*TINY, "epochs=80"]
+# 300 steps, some seconds on one process; there are 5 steps in an epoch.
+SHORT = [*TINY, "epochs=60"]
 CPUS = ["--gpus-per-node=0", "--cpus-per-gpu=1"]
 
 
@@ -99,7 +99,7 @@ def limited(slurm: Slurm, runs: Path, undisturbed: dict[int, Path]) -> tuple[str
     """A job that needs a minute and a half, and may run for half a minute; it runs beside tests."""
     lines = [json.loads(line) for line in (undisturbed[1] / "metrics.jsonl").open()]
     times = {line["step"]: line["time"] for line in lines if "train/loss" in line}
-    seconds_a_step = (times[400] - times[50]) / 350
+    seconds_a_step = (times[300] - times[50]) / 250
     arguments = [*TINY, f"epochs={round(90 / seconds_a_step / 5)}"]
     job = slurm.pretrain("limited", *arguments, options=("--time=1", "--signal=USR1@15"))
     return job, arguments
@@ -330,8 +330,10 @@ def test_a_script_without_its_surroundings_says_so(slurm: Slurm, tmp_path: Path)
 
 
 def test_three_restarts_without_progress_are_the_last(slurm: Slurm, runs: Path) -> None:
-    slurm.cluster.environment["RUN_IN"] = "timeout --signal=KILL 3"  # before the first step
-    job = slurm.pretrain("stuck", *TINY, "epochs=1000")
+    # A command in front, as of a container, that kills all it is given after four seconds.
+    prefix = f"timeout --signal=KILL 4 env PATH={BIN}:/usr/bin:/bin"
+    slurm.cluster.environment["RUN_IN"] = prefix
+    job = slurm.pretrain("stuck", *TINY, "epochs=1000", "checkpoint.every_steps=0")
     del slurm.cluster.environment["RUN_IN"]
     slurm.wait(job)
     facts = slurm.facts(job)
