@@ -25,6 +25,7 @@ class DataConfig:
 
     name: Literal["cifar10", "cifar100", "stl10", "folder", "shapes"] = "shapes"
     # Folder of the data set; cifar10, cifar100 and stl10 are downloaded into it on the first use.
+    # With `folder` also a tar or zip file of one, which each machine unpacks into the cache.
     root: str = "data"
     # Pixels a side of the squares held in memory (shorter side resized, centre cut).
     size: int = 32
@@ -35,7 +36,7 @@ class DataConfig:
     split_seed: int = 0
     # Use only so many training images (drawn by split_seed after validation is); 0 means all.
     limit: int = 0
-    # Folder for decoded images; empty means moco_dist under the user's cache folder.
+    # Folder for decoded and unpacked images; empty means moco_dist under the user's cache folder.
     cache: str = ""
     # Images that `shapes` draws for training and for testing.
     shapes_train: int = 10000

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as F
 
-from moco_dist import comms, fingerprint, image_folder, peers, shapes
+from moco_dist import comms, fingerprint, image_archive, image_folder, peers, shapes
 from moco_dist.config import DataConfig
 from moco_dist.errors import DataError, MissingError, shown
 from moco_dist.randomness import Purpose, permutation
@@ -71,15 +72,26 @@ class Splits:
 def load(config: DataConfig) -> Splits:
     """Return the data set that `config` names, split; call it on all processes.
 
-    One process of each machine downloads or decodes while the others wait for it.
+    One process of each machine downloads, unpacks or decodes while the others wait for it; the
+    first one downloads before those of other machines, which may share its folder.
     Raises MissingError or DataError, on all processes alike.
     """
-    loaded = peers.together(lambda: _read(config) if comms.local_rank() == 0 else None)
-    train, test = peers.together(lambda: loaded or _read(config))
+    loaded: tuple[Images, Images] | None = None
+    downloads = config.name not in ("shapes", "folder")
+    for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
+        loaded = peers.together(partial(_once, loaded, config, my_turn))
+    assert loaded, "the last turn is everyone's"
+    train, test = loaded
     content = fingerprint.of_tensors(train.pixels, train.labels, test.pixels, test.labels)
     peers.same_everywhere("the data set's fingerprint", content)
     train, validation = _split(train, config)
     return Splits(train, validation, test, content)
+
+
+def _once(
+    loaded: tuple[Images, Images] | None, config: DataConfig, my_turn: bool
+) -> tuple[Images, Images] | None:
+    return loaded or (_read(config) if my_turn else None)
 
 
 def _read(config: DataConfig) -> tuple[Images, Images]:
@@ -94,12 +106,18 @@ def _read(config: DataConfig) -> tuple[Images, Images]:
 
 def _root(config: DataConfig) -> Path:
     root = Path(os.path.expanduser(config.root))
-    if os.path.isfile(root):
-        raise DataError(
-            f"data.root={shown(root)}: a file, and data.root needs a folder; unpack an archive, as "
-            "with tar --no-same-owner -xf FILE -C FOLDER, and give data.root=FOLDER"
-        )
-    return root
+    if not os.path.isfile(root):
+        return root
+    if config.name == "folder" and image_archive.is_archive(root):
+        unpacked = image_archive.unpack(root, _cache(config))
+        inside = list(unpacked.iterdir())
+        # Packed with the folder around it, as is usual, or without.
+        named = len(inside) == 1 and inside[0].is_dir() and inside[0].name != "train"
+        return inside[0] if named else unpacked
+    raise DataError(
+        f"data.root={shown(root)}: a file, and data.root needs a folder, or with data.name=folder "
+        "a tar or zip file of images"
+    )
 
 
 @contextmanager
@@ -116,7 +134,7 @@ def _impatient() -> Iterator[None]:
 def _read_folder(config: DataConfig) -> tuple[Images, Images]:
     """Read DIR/train and DIR/test (or DIR/val); without a DIR/train, DIR alone and no test set."""
     root, size = _root(config), config.size
-    cache = Path(os.path.expanduser(config.cache or _cache_folder()))
+    cache = _cache(config)
     parted = os.path.isdir(root / "train")
     listing = image_folder.scan(root / "train" if parted else root, config.labels == "folders")
     train = _images(image_folder.load(listing, size, cache), listing.labels, listing.classes)
@@ -131,8 +149,9 @@ def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
     return Images(pixels, torch.as_tensor(labels, dtype=torch.int64), tuple(classes))
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moco_dist")
+def _cache(config: DataConfig) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moco_dist")
+    return Path(os.path.expanduser(config.cache or default))
 
 
 def _read_torchvision(config: DataConfig) -> tuple[Images, Images]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -220,7 +221,7 @@ def load(listing: Listing, size: int, cache: Path) -> Tensor:
         except (SafetensorError, OSError, KeyError) as error:
             logger.warning("%s: can't be read (%s); decoding the images again", path, error)
     pixels = decode(listing, size)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
     try:
         cache.mkdir(parents=True, exist_ok=True)
         save_file({"pixels": pixels}, temporary, {"fingerprint": fingerprint.of_tensors(pixels)})

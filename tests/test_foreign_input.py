@@ -6,12 +6,14 @@ import ast
 import io
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,7 @@ def test_a_name_of_any_length_has_one_short_sentence() -> None:
 # Run apart: the peak of memory is a figure of a whole process.
 BOMB = """
 import resource, sys
+from dataclasses import replace
 from pathlib import Path
 from moco_dist import image_folder
 from moco_dist.errors import DataError
@@ -258,17 +261,69 @@ def test_a_thousand_unreadable_images_are_not_all_tried(
     assert len(tried) < 500
 
 
-@pytest.mark.parametrize("kind", ["folder", "cifar10"])
-def test_an_archive_as_root_is_to_be_unpacked(tmp_path: Path, kind: str) -> None:
+def test_a_file_as_root_is_refused_unless_it_is_an_archive_of_images(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "set.tar", "w"):
         pass
-    config = DataConfig(name=kind, root=str(tmp_path / "set.tar"))  # type: ignore[arg-type]
-    with pytest.raises(DataError) as error:
-        data.load(config)
-    assert str(error.value) == (
-        f"data.root={tmp_path / 'set.tar'}: a file, and data.root needs a folder; unpack an "
-        "archive, as with tar --no-same-owner -xf FILE -C FOLDER, and give data.root=FOLDER"
-    )
+    (tmp_path / "notes.txt").write_text("no archive")
+    for kind, name in (("cifar10", "set.tar"), ("folder", "notes.txt")):
+        config = DataConfig(name=kind, root=str(tmp_path / name))  # type: ignore[arg-type]
+        with pytest.raises(DataError) as error:
+            data.load(config)
+        assert str(error.value) == (
+            f"data.root={tmp_path / name}: a file, and data.root needs a folder, or with "
+            "data.name=folder a tar or zip file of images"
+        )
+
+
+def packed(folder: Path, archive: Path, kind: str, around: bool) -> Path:
+    """Return `archive`, made of `folder`: with the folder around its content, or without."""
+    base = folder.name if around else "."
+    root = folder.parent if around else folder
+    return Path(shutil.make_archive(str(archive), kind, root, base))
+
+
+@pytest.mark.parametrize("kind", ["tar", "gztar", "zip"])
+@pytest.mark.parametrize("around", [True, False])
+def test_an_archive_gives_what_its_folder_gives(tmp_path: Path, kind: str, around: bool) -> None:
+    folder, cache = tmp_path / "set", str(tmp_path / "cache")
+    for number, name in enumerate(["train/a", "train/a", "train/b", "train/b", "test/a", "test/b"]):
+        write_image(folder / name / f"{number}.png")
+    config = DataConfig(name="folder", root=str(folder), size=8, validation=0, cache=cache)
+    plain = data.load(config)
+    archive = packed(folder, tmp_path / "archive", kind, around)
+    shutil.rmtree(folder)
+    for _ in ("unpacked", "again, from the cache"):
+        unpacked = data.load(replace(config, root=str(archive)))
+        assert unpacked.fingerprint == plain.fingerprint
+        assert unpacked.train.classes == ("a", "b")
+    names = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert len([name for name in names if name.startswith("unpacked_")]) == 1
+    assert not [name for name in names if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("place", ["../evil", "/evil", "link"])
+def test_an_archive_does_not_leave_its_folder(tmp_path: Path, place: str) -> None:
+    archive, cache = tmp_path / "deep" / "set.tar", tmp_path / "cache"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        entry = tarfile.TarInfo(place if place != "/evil" else str(tmp_path / "evil"))
+        if place == "link":
+            entry.type, entry.linkname = tarfile.SYMTYPE, "../../../evil"
+        tar.addfile(entry)
+    with pytest.raises((DataError, MissingError), match=r"can't be unpacked|no images"):
+        data.load(DataConfig(name="folder", root=str(archive), cache=str(cache)))
+    outside = [path for path in tmp_path.rglob("evil") if cache not in path.parents]
+    assert outside == []
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_cut_archive_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    write_image(tmp_path / "set" / "a" / "1.png")
+    archive = packed(tmp_path / "set", tmp_path / "set", "gztar", True)
+    archive.write_bytes(archive.read_bytes()[:150])
+    with pytest.raises(DataError, match="can't be unpacked"):
+        data.load(DataConfig(name="folder", root=str(archive), cache=str(tmp_path / "cache")))
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 class Planted:
