@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -36,6 +37,7 @@ def main(
         return
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
+    warnings.formatwarning = _one_line
     stop = StopRequests()
     stop.listen()
     try:
@@ -49,6 +51,17 @@ def main(
     peers.me.part()
     comms.shutdown()
     sys.exit(0)
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return a warning of Python as one line for a log."""
+    return f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
 
 
 def _end(error: BaseException, stop: StopRequests) -> NoReturn:

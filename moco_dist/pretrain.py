@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from typing import NoReturn
 
-from rich.table import Table
-
-from moco_dist import command, comms, data, peers, runtime
+from moco_dist import command, comms, console_lines, data, peers, runtime
 from moco_dist.config import PretrainConfig
 from moco_dist.errors import NumbersError, StoppedError
 from moco_dist.runtime import console, logger
@@ -187,14 +185,9 @@ def summarize(trainer: Trainer, results: dict[str, float]) -> None:
     """Print the last figures and what to do next."""
     if not comms.is_main():
         return
-    table = Table(
-        title=f"{trainer.session.directory} after step {trainer.step:,} of {trainer.total_steps:,}"
-    )
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.4g}")
-    console.print(table)
+    title = f"{trainer.session.directory} after step {trainer.step:,} of {trainer.total_steps:,}"
+    figures = {name: f"{value:.4g}" for name, value in results.items()}
+    console_lines.banner(console, title, figures)
     hint = f"next: probe it with encoder={trainer.session.directory}"
     console.print(hint, highlight=False, soft_wrap=True)
 

@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from moco_dist.console_lines import layout
 from moco_dist.errors import ConfigError, MissingError, UserError, shown
 from moco_dist.run_record import Record, number, read, text_of
 
@@ -59,7 +60,7 @@ def table(records: list[Record], width: int | None) -> Iterator[str]:
     """
     names = labels(records)
     rows = [COLUMNS, *(row(name, record) for name, record in zip(names, records, strict=True))]
-    full = layout(rows)
+    full = layout(rows, WORDS)
     if width and max(map(len, full)) > width:
         narrow = [f"  {line}" for line in layout([cells[1:] for cells in rows], WORDS - 1)]
         yield f"{COLUMNS[0]}"
@@ -103,18 +104,6 @@ def row(name: str, record: Record) -> tuple[str, ...]:
         percent(trained),
         percent(control),
     )
-
-
-def layout(rows: list[tuple[str, ...]], words: int = WORDS) -> list[str]:
-    """Return the rows as lines with aligned columns; after `words` of them to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(size) if place < words else cell.rjust(size)
-            for place, (cell, size) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    ]
 
 
 def remarks(record: Record) -> Iterator[str]:

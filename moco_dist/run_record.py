@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,21 +102,26 @@ def read(directory: Path) -> Record:
         raise MissingError(f"{shown(directory)}: {what}; give runs/NAME, where a run has begun")
     status = read_object(directory / "status.json")
     config = stored(directory / "config.yaml")
-    lines: list[Line] = []
-    with suppress(OSError):
-        lines = parse((directory / "metrics.jsonl").read_bytes().splitlines())
+    found = lines(directory / "metrics.jsonl")
     checkpoints = _checkpoints(directory)
     state, reason = _state(directory, status, checkpoints)
-    if state == "unknown" and not (config or lines or checkpoints.steps):
+    if state == "unknown" and not (config or found or checkpoints.steps):
         state = "empty"
     results = read_object(directory / "DONE")
-    return Record(directory, state, reason, status, config, results, lines, checkpoints)
+    return Record(directory, state, reason, status, config, results, found, checkpoints)
 
 
-def parse(lines: Iterable[bytes]) -> list[Line]:
+def lines(path: Path) -> list[Line]:
+    """Return the entries of a metrics.jsonl that have a step; none if it can't be read."""
+    with suppress(OSError):
+        return parse(path.read_bytes().splitlines())
+    return []
+
+
+def parse(texts: Iterable[bytes]) -> list[Line]:
     """Return the entries with a step; a header and a line that was cut short have none."""
     found = []
-    for text in lines:
+    for text in texts:
         with suppress(ValueError, RecursionError):
             entry = json.loads(text)
             step = number(entry.get("step")) if isinstance(entry, dict) else None
@@ -195,11 +199,3 @@ def _checkpoints(directory: Path) -> Checkpoints:
         names = sorted(path.name for path in (directory / "checkpoints").iterdir())
     steps = [int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{1,15}", name)]
     return Checkpoints(steps, [shown(name) for name in names if name.startswith("damaged_step_")])
-
-
-def moment(seconds: float) -> str:
-    """Return a point in time as a log shows it: month, day, hour and minute here."""
-    try:
-        return time.strftime("%m-%d %H:%M", time.localtime(seconds))
-    except (OverflowError, OSError, ValueError):  # no time at all
-        return "??-?? ??:??"
