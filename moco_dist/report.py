@@ -2,6 +2,7 @@
 
   python -m moco_dist.report runs/cifar10                       one run, with its details
   python -m moco_dist.report runs/cifar10 runs/cifar10-probe    one table of several
+  python -m moco_dist.report runs/cifar10 --follow              its course, until it is done
 
 The columns: the last loss, the last and the best kNN accuracy on the validation images, and a
 probe's top-1 on the test images, of the trained encoder and of the random one (control).
@@ -17,13 +18,17 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.console import Console
+
 from moco_dist.console_lines import layout
 from moco_dist.errors import ConfigError, MissingError, UserError, shown
+from moco_dist.follow import follow
 from moco_dist.run_record import Record, number, read, text_of
 
 # Columns with numbers stand to the right.
 COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
 WORDS = 3
+FOLLOW = "--follow"
 # States that need no reason.
 WELL = ("done", "running", "starting")
 
@@ -33,12 +38,19 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    if unknown := [argument for argument in arguments if argument.startswith("-")]:
+    options = [argument for argument in arguments if argument.startswith("-")]
+    runs = [argument for argument in arguments if argument not in options]
+    if unknown := [option for option in options if option != FOLLOW]:
         raise ConfigError(f"{shown(unknown[0])}: no such option; see --help")
-    if not arguments:
+    if not runs:
         raise ConfigError("no run directory was given; give runs/NAME, one or several")
+    if options:
+        if len(runs) > 1:
+            raise ConfigError(f"{FOLLOW} shows one run and {len(runs)} were given; give one")
+        follow(Path(runs[0]).expanduser(), Console())
+        return 0
     records, missing = [], []
-    for argument in arguments:
+    for argument in runs:
         try:
             records.append(read(Path(argument).expanduser()))
         except MissingError as error:
@@ -46,7 +58,7 @@ def main(arguments: list[str]) -> int:
     if records:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n".join(table(records, width)))
-        if len(arguments) == 1:
+        if len(runs) == 1:
             print("\n".join(["", *details(records[0])]))
     if missing:
         raise MissingError("\nerror: ".join(map(str, missing)))

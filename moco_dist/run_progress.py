@@ -74,6 +74,8 @@ class RunProgress:
         # Step and accuracy.
         self.best_knn: tuple[int, float] | None = None
         self.alarms: list[Alarm] = []
+        # Whether steps are being done; there is no time left to tell otherwise.
+        self.running = True
         # Time of the newest line.
         self.moment = 0.0
         self._filled = False
@@ -118,7 +120,7 @@ class RunProgress:
         Training, with the saves in it, and evaluations are counted apart: the next evaluation may
         be far from the last one.
         """
-        if not self.total or self.step >= self.total or len(self._pace) < 2:
+        if not self.running or self.step >= self.total or len(self._pace) < 2:
             return None
         (began, first, idle), (ended, last, idle_by_now) = self._pace[0], self._pace[-1]
         if last <= first:

@@ -103,11 +103,8 @@ def read(directory: Path) -> Record:
     status = read_object(directory / "status.json")
     config = stored(directory / "config.yaml")
     found = lines(directory / "metrics.jsonl")
-    checkpoints = _checkpoints(directory)
-    state, reason = _state(directory, status, checkpoints)
-    if state == "unknown" and not (config or found or checkpoints.steps):
-        state = "empty"
-    results = read_object(directory / "DONE")
+    state, reason = standing(directory)
+    results, checkpoints = read_object(directory / "DONE"), _checkpoints(directory)
     return Record(directory, state, reason, status, config, results, found, checkpoints)
 
 
@@ -168,29 +165,25 @@ def text_of(value: object) -> str:
     return shown(" ".join(str(value).split()), limit=10_000)
 
 
-def _state(directory: Path, status: dict[str, Any], checkpoints: Checkpoints) -> tuple[str, str]:
-    """Return the run's state, and why if it did not end well."""
-    state = status.get("state")
-    state = text_of(state) if isinstance(state, str) and state else "unknown"
+def standing(directory: Path) -> tuple[str, str]:
+    """Return the state of a run, and why if it did not end well."""
+    status = read_object(directory / "status.json")
+    word, reason = status.get("state"), text_of(status.get("reason") or "")
+    state = text_of(word) if isinstance(word, str) and word else "unknown"
     owner = run_lock.owner(directory)
     if owner and owner.alive:
         # Its status may be that of the start before, or of this one, which is about to leave.
         ended = state != "running" and status.get("pid") == owner.pid
-        return (state, _reason(status)) if ended or state == "running" else ("starting", "")
+        return (state, reason) if ended or state == "running" else ("starting", "")
+    if state == "unknown":
+        begun = any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+        return "unknown" if begun else "empty", ""
     if state != "running":
-        return state, _reason(status)
+        return state, reason
     who = owner.name if owner else f"process {status.get('pid')} on {text_of(status.get('host'))}"
-    place = (
-        f"the same command goes on from step {max(checkpoints.steps):,}"
-        if checkpoints.steps
-        else "it had saved nothing"
-    )
-    return "gone", f"{who} ended without a word; {place}"
-
-
-def _reason(status: dict[str, Any]) -> str:
-    reason = status.get("reason")
-    return text_of(reason) if reason else ""
+    saved = _checkpoints(directory).steps
+    again = f"the same command goes on from step {max(saved):,}" if saved else "nothing was saved"
+    return "gone", f"{who} ended without a word; {again}"
 
 
 def _checkpoints(directory: Path) -> Checkpoints:

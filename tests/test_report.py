@@ -131,7 +131,7 @@ def test_an_empty_or_broken_directory_is_no_traceback(
     (broken / "checkpoints" / "step_x").mkdir(parents=True)
     for name in ("status.json", "config.yaml", "DONE", "metrics.jsonl", ".lock"):
         (broken / name).write_bytes(content)
-    assert cells(told(broken, tmp_path / "bare"))["broken"]["state"] == "empty"
+    assert cells(told(broken, tmp_path / "bare"))["broken"]["state"] == "unknown"
 
 
 def test_a_line_cut_short_a_header_and_an_alarm_are_understood(
