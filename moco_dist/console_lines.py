@@ -24,8 +24,6 @@ from moco_dist.run_record import Line
 
 Sink = Callable[[int, Mapping[str, Any]], None]
 
-logger = logging.getLogger(__name__)
-
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#"
 # Alarms that stay in the picture.
 ALARMS = 3
@@ -75,13 +73,14 @@ class Display:
         """Draw it now, of `progress`."""
         self._progress = progress
         if self._live and self._live.is_started:
-            self._live.refresh()
+            with suppress(OSError):
+                self._live.refresh()
 
     def _picture(self) -> RenderableType:
         options = self._console.options
-        return picture(
-            self._progress, options.max_width, options.ascii_only, time.time(), self._note()
-        )
+        # Room for the ^C of the terminal, which would begin a line.
+        width = max(20, options.max_width - 3)
+        return picture(self._progress, width, options.ascii_only, time.time(), self._note())
 
 
 def show(
@@ -96,24 +95,16 @@ def show(
         progress.add(line)
     progress.begin_again()
     display = Display(console, progress) if is_live(console) else None
-    broken = False
 
     def write(step: int, metrics: Mapping[str, Any]) -> None:
-        nonlocal broken
         line: dict[str, Any] = {"step": step, "time": time.time(), **metrics}
         progress.add(line)
         # An alarm has gone through `logging`.
         text = None if "alarm" in line else plain(line, progress, results_only=display is not None)
-        if broken:
-            return
-        try:
-            if text:
-                write_line(console, text)
-            if display:
-                display.show(progress)
-        except (OSError, SystemExit):  # rich's answer to a pipe that nobody reads
-            broken = True
-            logger.warning("the console can't be written to; metrics.jsonl goes on")
+        if text:
+            write_line(console, text)
+        if display:
+            display.show(progress)
 
     return write, display
 
@@ -124,13 +115,19 @@ def is_live(console: Console) -> bool:
 
 
 def write_line(console: Console, text: str) -> None:
-    """Print one line as it is; a terminal breaks it where it must."""
-    console.print(text, markup=False, highlight=False, soft_wrap=not is_live(console))
+    """Print one line as it is; a terminal breaks it between words."""
+    _print(console, text, soft_wrap=not is_live(console))
+
+
+def _print(console: Console, text: str, soft_wrap: bool = True, style: str | None = None) -> None:
+    """Print a text; a log that can't be written, or a pipe that nobody reads, ends no run."""
+    with suppress(OSError, SystemExit):
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=soft_wrap)
 
 
 def banner(console: Console, title: str, rows: Mapping[str, str]) -> None:
     """Print a title and, under it, names and what there is to say; a log gets each as one line."""
-    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    _print(console, title, style="bold")
     size = max(map(len, rows)) + 2
     width = max(size + 20, console.width) if is_live(console) else sys.maxsize
     for name, text in rows.items():
@@ -139,14 +136,14 @@ def banner(console: Console, title: str, rows: Mapping[str, str]) -> None:
             text, width, initial_indent=name.ljust(size), subsequent_indent=margin
         )
         for line in lines or [name]:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            _print(console, line)
 
 
 def table(console: Console, title: str, rows: Sequence[Sequence[str]], words: int) -> None:
     """Print a title and, under it, aligned columns."""
-    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    _print(console, title, style="bold")
     for line in layout(rows, words):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        _print(console, line)
 
 
 def plain(line: Mapping[str, Any], progress: RunProgress, results_only: bool = False) -> str | None:
@@ -191,7 +188,8 @@ def picture(
         after = "done" if total and step >= total else ""
     else:
         after = f"{duration(max(0, left - max(0, now - progress.moment)))} left"
-    way = Table.grid(padding=(0, 1), expand=True)
+    way = Table.grid(padding=(0, 1))
+    way.width = width
     for _ in range(4):
         way.add_column(no_wrap=True)
     way.columns[1].ratio = 1
@@ -211,10 +209,14 @@ def picture(
             rows.append(Text(f"{name} {curve.drawn(width - 5, marks)}", no_wrap=True))
     for alarm in progress.alarms[-ALARMS:]:
         text = f"ALARM at step {alarm.step}: {alarm.text or alarm.name}"
-        rows.append(Text(text, style="bold yellow", no_wrap=True, overflow="ellipsis"))
+        rows.append(Text(_cut(text, width), style="bold yellow"))
     if note:
-        rows.append(Text(note, style="dim", no_wrap=True, overflow="ellipsis"))
+        rows.append(Text(_cut(note, width), style="dim"))
     return Group(*rows)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def place(progress: RunProgress) -> str:

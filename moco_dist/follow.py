@@ -72,8 +72,8 @@ class Watch:
         self._tail = Tail(directory / "metrics.jsonl")
         self._live = console_lines.is_live(console)
         self._progress = RunProgress()
-        # How the run stands, in words.
-        self.note = ""
+        # How the run stands, in a word and in a line.
+        self._state, self.note = "", ""
         self.display = console_lines.Display(console, self._progress, lambda: self.note)
 
     def look(self) -> bool:
@@ -94,18 +94,16 @@ class Watch:
         return state == "done"
 
     def _tell(self, state: str, reason: str) -> None:
-        """Note how the run stands, and print it where it is news and no picture shows it."""
-        waits = {
-            "empty": "nothing is there yet; waiting, Ctrl-C ends",
-            "running": "",
-            "done": "",
-        }.get(state, "waiting for it to go on, Ctrl-C ends")
-        what = [] if state == "empty" else [state]
-        note = f"{shown(self._directory)}: {'; '.join(filter(None, [*what, reason, waits]))}"
-        if note != self.note:
-            self.note = note
-            if not self._live:
-                self._print(f"{moment(time.time())} {note}")
+        """Note how the run stands, and print it where it is news."""
+        if state == "empty":
+            state, reason = "nothing is there yet", "waiting, Ctrl-C ends"
+        elif state not in ("starting", "running", "done"):
+            reason = f"{reason}; waiting for it to go on, Ctrl-C ends".removeprefix("; ")
+        self.note = ": ".join(filter(None, [shown(self._directory), state, reason]))
+        if state != self._state:
+            self._state = state
+            if reason or not self._live:
+                self._print(f"{moment(time.time())} {self.note}")
 
     def _add(self, lines: list[Line]) -> list[str]:
         """Take in lines; return those that are news, as a person reads them."""

@@ -26,9 +26,8 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
     if not left:
         if comms.is_main():
             place = f"step {trainer.step:,} of {total:,}"
-            console.print(
-                f"{session.directory} is at {place}: nothing is left to do.", soft_wrap=True
-            )
+            text = f"{session.directory} is at {place}: nothing is left to do."
+            console_lines.write_line(console, text)
         if trainer.step == trainer.total_steps and not session.finished:
             # The start before this one ended between its last two files.
             runtime.finish(session, {})
@@ -189,7 +188,7 @@ def summarize(trainer: Trainer, results: dict[str, float]) -> None:
     figures = {name: f"{value:.4g}" for name, value in results.items()}
     console_lines.banner(console, title, figures)
     hint = f"next: probe it with encoder={trainer.session.directory}"
-    console.print(hint, highlight=False, soft_wrap=True)
+    console_lines.write_line(console, hint)
 
 
 if __name__ == "__main__":

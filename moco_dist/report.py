@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moco_dist.console_lines import layout
-from moco_dist.errors import ConfigError, MissingError, UserError, shown
+from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, shown
 from moco_dist.follow import follow
 from moco_dist.run_record import Record, number, read, text_of
 
@@ -198,7 +198,9 @@ def percent(share: float | None) -> str:
 def run(arguments: list[str]) -> int:
     """Return the exit state of the command, with a sentence for what went wrong."""
     try:
-        return main(arguments)
+        status = main(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -207,6 +209,10 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: can't be shown ({error.strerror or error}); free the disk", file=sys.stderr)
+        return OutputError.exit_status
 
 
 if __name__ == "__main__":
