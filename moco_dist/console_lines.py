@@ -131,11 +131,14 @@ def banner(console: Console, title: str, rows: Mapping[str, str]) -> None:
     size = max(map(len, rows)) + 2
     width = max(size + 20, console.width) if is_live(console) else sys.maxsize
     for name, text in rows.items():
-        margin = " " * size
-        lines = textwrap.wrap(
-            text, width, initial_indent=name.ljust(size), subsequent_indent=margin
+        wrapper = textwrap.TextWrapper(
+            width,
+            initial_indent=name.ljust(size),
+            subsequent_indent=" " * size,
+            break_long_words=False,  # a path stays one to be copied
+            break_on_hyphens=False,
         )
-        for line in lines or [name]:
+        for line in wrapper.wrap(text) or [name]:
             _print(console, line)
 
 
@@ -184,10 +187,8 @@ def picture(
     """Return the live picture of a run: the way it has gone, figures, curves, alarms."""
     total, step = progress.total, progress.step
     left = progress.seconds_left()
-    if left is None:
-        after = "done" if total and step >= total else ""
-    else:
-        after = f"{duration(max(0, left - max(0, now - progress.moment)))} left"
+    since = max(0, now - progress.moment)
+    after = "" if left is None else f"{duration(max(0, left - since))} left"
     way = Table.grid(padding=(0, 1))
     way.width = width
     for _ in range(4):

@@ -81,7 +81,8 @@ class RunProgress:
         self._filled = False
         # Time, step and seconds of evaluation up to then, at lines about training.
         self._pace: deque[tuple[float, int, float]] = deque(maxlen=WINDOW)
-        self._evaluating, self._evaluations = 0.0, 0
+        # Seconds of evaluation, the number of those, and the step of the last one.
+        self._evaluating, self._evaluations, self._evaluated = 0.0, 0, -1
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Take in a line of metrics, with "step" and "time", or an alarm."""
@@ -89,12 +90,13 @@ class RunProgress:
         self.moment = now = number(line.get("time")) or before
         if isinstance(line.get("alarm"), str):
             alarm = Alarm(step, text_of(line["alarm"]), text_of(line.get("text") or ""))
-            self.alarms = [*self.alarms, alarm]
+            self.alarms, self.step = [*self.alarms, alarm], max(self.step, step)
             return
         self.per_epoch = steps_per_epoch(dict(line)) or self.per_epoch
         loss, knn = number(line.get("train/loss")), number(line.get("knn/top1"))
         if knn is not None:
             self.knn.add(knn)
+            self._evaluated = step
             if step and math.isfinite(knn) and knn > (self.best_knn or (0, -1.0))[1]:
                 self.best_knn = step, knn
             if loss is None and self._pace and self._pace[-1][1] == step == self.step:
@@ -120,20 +122,23 @@ class RunProgress:
         Training, with the saves in it, and evaluations are counted apart: the next evaluation may
         be far from the last one.
         """
-        if not self.running or self.step >= self.total or len(self._pace) < 2:
+        if not self.running or not self.total or len(self._pace) < 2:
             return None
         (began, first, idle), (ended, last, idle_by_now) = self._pace[0], self._pace[-1]
         if last <= first:
             return None
         each = max(0.0, ended - began - (idle_by_now - idle)) / (last - first)
         evaluation = self._evaluating / self._evaluations if self._evaluations else 0.0
-        return each * (self.total - self.step) + evaluation * self._evaluations_left()
+        steps, evaluations = max(0, self.total - self.step), self._evaluations_left()
+        return each * steps + evaluation * evaluations if steps or evaluations else None
 
     def _evaluations_left(self) -> int:
+        """Return the evaluations to come; the last step always has one."""
         every = self.knn_every * self.per_epoch
-        if not every:
+        if not every or (self.step >= self.total and self._evaluated == self.step):
             return 0
-        return self.total // every - self.step // every + (self.total % every > 0)
+        pending = self.step % every == 0 and self._evaluated != self.step
+        return self.total // every - self.step // every + (self.total % every > 0) + pending
 
 
 def duration(seconds: float) -> str:
