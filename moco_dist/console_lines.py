@@ -155,11 +155,10 @@ def plain(line: Mapping[str, Any], progress: RunProgress, results_only: bool = F
     A usual one has less than 80 characters.
     """
     shown = figures({name: v for name, v in line.items() if isinstance(v, float | int)})
-    results = [name for name in shown if name in ("kNN", "probe")]
-    if not shown or (results_only and not results):
-        return None
     if results_only:
-        shown = {name: text for name, text in shown.items() if name in (*results, "control")}
+        shown = {name: text for name, text in shown.items() if name == "kNN"}
+    if not shown:
+        return None
     if "kNN" in shown and (best := progress.best_knn) and line["step"] != best[0]:
         shown["best"] = f"{share(best[1])} at {best[0]}"
     left = progress.seconds_left() if "train/loss" in line and not results_only else None
@@ -205,7 +204,8 @@ def picture(
     parts = [" ".join(part.split()) for part in [*epochs, *words(shown | best | speed)]]
     rows: list[RenderableType] = [way, *(Text(line) for line in flowed(parts, width))]
     marks = ASCII if ascii_only else BLOCKS
-    for name, curve in (("loss", progress.loss), ("kNN ", progress.knn)):
+    accuracy = "kNN " if "knn/top1" in newest else "top1"
+    for name, curve in (("loss", progress.loss), (accuracy, progress.accuracy)):
         if len(curve.points) > 1:
             rows.append(Text(f"{name} {curve.drawn(width - 5, marks)}", no_wrap=True))
     for alarm in progress.alarms[-ALARMS:]:
@@ -228,7 +228,7 @@ def place(progress: RunProgress) -> str:
 def figures(metrics: Mapping[str, float]) -> dict[str, str]:
     """Return the figures to show, by the names that they are shown under."""
     names: dict[str, tuple[str, Callable[[float], str]]] = {
-        "train/loss": ("loss", lambda value: f"{value:.3f}" if value < 1000 else f"{value:.3g}"),
+        "train/loss": ("loss", loss),
         "train/accuracy_top1": ("top1", share),
         "probe/top1": ("probe", share),
         "control/top1": ("control", share),
@@ -243,6 +243,11 @@ def words(shown: Mapping[str, str]) -> list[str]:
     return [
         f"{text} {name}" if name == "img/s" else f"{name} {text}" for name, text in shown.items()
     ]
+
+
+def loss(value: float) -> str:
+    """Return a loss in few characters, whatever its size."""
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
 def share(value: float) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moco_dist.console_lines import layout
+from moco_dist.console_lines import layout, loss
 from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, shown
 from moco_dist.follow import follow
 from moco_dist.run_record import Record, number, read, text_of
@@ -103,14 +103,14 @@ def labels(records: list[Record]) -> list[str]:
 
 def row(name: str, record: Record) -> tuple[str, ...]:
     """Return the cells of a run."""
-    loss, knn, best = record.last("train/loss"), record.last("knn/top1"), record.best_knn
+    value, knn, best = record.last("train/loss"), record.last("knn/top1"), record.best_knn
     trained, control = (record.result(each, "test", "top1") for each in ("probe", "control"))
     return (
         name,
         record.kind or "-",
         record.state,
         f"{record.step}/{record.total_steps or '?'}" if record.kind or record.lines else "-",
-        "-" if loss is None else f"{loss:.4g}",
+        "-" if value is None else loss(value),
         percent(knn),
         percent(best and best[1]),
         percent(trained),

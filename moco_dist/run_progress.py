@@ -70,7 +70,8 @@ class RunProgress:
         self.per_epoch = 0
         # The newest value of each metric.
         self.newest: dict[str, float] = {}
-        self.loss, self.knn = Curve(), Curve()
+        # The second one is kNN's, or the probe's top-1.
+        self.loss, self.accuracy = Curve(), Curve()
         # Step and accuracy.
         self.best_knn: tuple[int, float] | None = None
         self.alarms: list[Alarm] = []
@@ -94,8 +95,9 @@ class RunProgress:
             return
         self.per_epoch = steps_per_epoch(dict(line)) or self.per_epoch
         loss, knn = number(line.get("train/loss")), number(line.get("knn/top1"))
+        if (accuracy := knn if knn is not None else number(line.get("probe/top1"))) is not None:
+            self.accuracy.add(accuracy)
         if knn is not None:
-            self.knn.add(knn)
             self._evaluated = step
             if step and math.isfinite(knn) and knn > (self.best_knn or (0, -1.0))[1]:
                 self.best_knn = step, knn
@@ -128,8 +130,9 @@ class RunProgress:
         if last <= first:
             return None
         each = max(0.0, ended - began - (idle_by_now - idle)) / (last - first)
-        evaluation = self._evaluating / self._evaluations if self._evaluations else 0.0
-        steps, evaluations = max(0, self.total - self.step), self._evaluations_left()
+        evaluation = self._evaluating / max(1, self._evaluations)
+        steps = max(0, self.total - self.step)
+        evaluations = self._evaluations_left() if self._evaluations else 0
         return each * steps + evaluation * evaluations if steps or evaluations else None
 
     def _evaluations_left(self) -> int:

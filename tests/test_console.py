@@ -186,6 +186,13 @@ def test_the_time_left_counts_evaluations_that_are_to_come() -> None:
         assert left == pytest.approx(clock - at, abs=1e-6)
 
 
+def test_a_probe_which_has_no_evaluations_of_its_own_ends_without_time_left() -> None:
+    progress = RunProgress(total=4, knn_every=1)
+    for step in (2, 4):
+        progress.add(line(step, float(step), epoch=step / 2, loss=1.0))
+    assert progress.seconds_left() is None
+
+
 def test_a_start_that_goes_on_takes_its_own_pace() -> None:
     progress = RunProgress(total=100)
     for step in range(1, 11):
