@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
@@ -42,6 +43,7 @@ def main(
         return
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
+    warnings.formatwarning = _one_line
     stop = StopRequests()
     if _first():
         stop.on_end = lambda status, text, again: note_outcome(status, peers.me.step, text, again)
@@ -75,6 +77,17 @@ def _redirect() -> None:
         _console = os.fdopen(os.dup(2), "w")
         for stream in (1, 2):
             os.dup2(log, stream)
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return a warning of Python as one line for a log."""
+    return f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
 
 
 def _end(error: BaseException, stop: StopRequests) -> NoReturn:

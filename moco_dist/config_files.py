@@ -45,7 +45,7 @@ def stored(path: Path) -> dict[str, Any]:
     try:
         text = _within_limit(path.name, path.read_bytes()).decode()
         _check_yaml(path.name, text, root=yaml.MappingStartEvent)
-        return flat(yaml.load(text, Loader=_Loader))
+        return flat(yaml.safe_load(text))
     except (ConfigError, yaml.YAMLError, *_BROKEN):
         return {}
 

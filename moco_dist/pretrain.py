@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from typing import NoReturn
 
-from rich.table import Table
-
-from moco_dist import command, comms, data, peers, runtime
+from moco_dist import command, comms, console_lines, data, peers, runtime
 from moco_dist.config import PretrainConfig
 from moco_dist.errors import NumbersError, StoppedError
 from moco_dist.runtime import console, logger
@@ -28,9 +26,8 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
     if not left:
         if comms.is_main():
             place = f"step {trainer.step:,} of {total:,}"
-            console.print(
-                f"{session.directory} is at {place}: nothing is left to do.", soft_wrap=True
-            )
+            text = f"{session.directory} is at {place}: nothing is left to do."
+            console_lines.write_line(console, text)
         if trainer.step == trainer.total_steps and not session.finished:
             # The start before this one ended between its last two files.
             runtime.finish(session, {})
@@ -187,16 +184,11 @@ def summarize(trainer: Trainer, results: dict[str, float]) -> None:
     """Print the last figures and what to do next."""
     if not comms.is_main():
         return
-    table = Table(
-        title=f"{trainer.session.directory} after step {trainer.step:,} of {trainer.total_steps:,}"
-    )
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.4g}")
-    console.print(table)
+    title = f"{trainer.session.directory} after step {trainer.step:,} of {trainer.total_steps:,}"
+    figures = {name: f"{value:.4g}" for name, value in results.items()}
+    console_lines.banner(console, title, figures)
     hint = f"next: probe it with encoder={trainer.session.directory}"
-    console.print(hint, highlight=False, soft_wrap=True)
+    console_lines.write_line(console, hint)
 
 
 if __name__ == "__main__":

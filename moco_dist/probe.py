@@ -7,9 +7,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from rich.table import Table
-
-from moco_dist import checkpoint, command, comms, data, peers, runtime
+from moco_dist import checkpoint, command, comms, console_lines, data, peers, runtime
 from moco_dist.config import ProbeConfig
 from moco_dist.errors import ConfigError, NumbersError, StoppedError
 from moco_dist.linear_probe import CONTROL, TRAINED, LinearProbe
@@ -127,21 +125,16 @@ def summarize(probe: LinearProbe, results: dict[str, dict[str, dict[str, float]]
     """Print the figures of the last epoch, trained encoder and control side by side."""
     if not comms.is_main():
         return
-    table = Table(
-        title=f"{probe.session.directory}: linear probe after {probe.config.epochs} epochs"
-    )
-    table.add_column("encoder")
-    table.add_column("images")
     top_k = f"top{probe.config.top_k}"
-    for column in ("top-1", top_k.replace("top", "top-"), "loss", "kNN top-1"):
-        table.add_column(column, justify="right")
     titles = {TRAINED: "trained", CONTROL: "random control"}
+    columns = ("encoder", "images", "top-1", top_k.replace("top", "top-"), "loss", "kNN top-1")
+    rows = [columns]
     for name, parts in results.items():
         for part, figures in parts.items():
-            shares = [f"{100 * figures[key]:.2f} %" for key in ("top1", top_k)]
-            knn_text = f"{100 * figures['knn_top1']:.2f} %"
-            table.add_row(titles[name], part, *shares, f"{figures['loss']:.4f}", knn_text)
-    console.print(table)
+            top1, top_few, knn = (f"{100 * figures[k]:.2f} %" for k in ("top1", top_k, "knn_top1"))
+            rows.append((titles[name], part, top1, top_few, f"{figures['loss']:.4f}", knn))
+    title = f"{probe.session.directory}: linear probe after {probe.config.epochs} epochs"
+    console_lines.table(console, title, rows, words=2)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
   python -m moco_dist.report runs/cifar10                       one run, with its details
   python -m moco_dist.report runs/cifar10 runs/cifar10-probe    one table of several
+  python -m moco_dist.report runs/cifar10 --follow              its course, until it is done
 
 The columns: the last loss, the last and the best kNN accuracy on the validation images, and a
 probe's top-1 on the test images, of the trained encoder and of the random one (control).
@@ -17,12 +18,17 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from moco_dist.errors import ConfigError, MissingError, UserError, shown
+from rich.console import Console
+
+from moco_dist.console_lines import layout, loss
+from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, shown
+from moco_dist.follow import follow
 from moco_dist.run_record import Record, number, read, text_of
 
 # Columns with numbers stand to the right.
 COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
 WORDS = 3
+FOLLOW = "--follow"
 # States that need no reason.
 WELL = ("done", "running", "starting")
 
@@ -32,12 +38,19 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    if unknown := [argument for argument in arguments if argument.startswith("-")]:
+    options = [argument for argument in arguments if argument.startswith("-")]
+    runs = [argument for argument in arguments if argument not in options]
+    if unknown := [option for option in options if option != FOLLOW]:
         raise ConfigError(f"{shown(unknown[0])}: no such option; see --help")
-    if not arguments:
+    if not runs:
         raise ConfigError("no run directory was given; give runs/NAME, one or several")
+    if options:
+        if len(runs) > 1:
+            raise ConfigError(f"{FOLLOW} shows one run and {len(runs)} were given; give one")
+        follow(Path(runs[0]).expanduser(), Console())
+        return 0
     records, missing = [], []
-    for argument in arguments:
+    for argument in runs:
         try:
             records.append(read(Path(argument).expanduser()))
         except MissingError as error:
@@ -45,7 +58,7 @@ def main(arguments: list[str]) -> int:
     if records:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print("\n".join(table(records, width)))
-        if len(arguments) == 1:
+        if len(runs) == 1:
             print("\n".join(["", *details(records[0])]))
     if missing:
         raise MissingError("\nerror: ".join(map(str, missing)))
@@ -59,7 +72,7 @@ def table(records: list[Record], width: int | None) -> Iterator[str]:
     """
     names = labels(records)
     rows = [COLUMNS, *(row(name, record) for name, record in zip(names, records, strict=True))]
-    full = layout(rows)
+    full = layout(rows, WORDS)
     if width and max(map(len, full)) > width:
         narrow = [f"  {line}" for line in layout([cells[1:] for cells in rows], WORDS - 1)]
         yield f"{COLUMNS[0]}"
@@ -90,31 +103,19 @@ def labels(records: list[Record]) -> list[str]:
 
 def row(name: str, record: Record) -> tuple[str, ...]:
     """Return the cells of a run."""
-    loss, knn, best = record.last("train/loss"), record.last("knn/top1"), record.best_knn
+    value, knn, best = record.last("train/loss"), record.last("knn/top1"), record.best_knn
     trained, control = (record.result(each, "test", "top1") for each in ("probe", "control"))
     return (
         name,
         record.kind or "-",
         record.state,
         f"{record.step}/{record.total_steps or '?'}" if record.kind or record.lines else "-",
-        "-" if loss is None else f"{loss:.4g}",
+        "-" if value is None else loss(value),
         percent(knn),
         percent(best and best[1]),
         percent(trained),
         percent(control),
     )
-
-
-def layout(rows: list[tuple[str, ...]], words: int = WORDS) -> list[str]:
-    """Return the rows as lines with aligned columns; after `words` of them to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(size) if place < words else cell.rjust(size)
-            for place, (cell, size) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    ]
 
 
 def remarks(record: Record) -> Iterator[str]:
@@ -197,7 +198,9 @@ def percent(share: float | None) -> str:
 def run(arguments: list[str]) -> int:
     """Return the exit state of the command, with a sentence for what went wrong."""
     try:
-        return main(arguments)
+        status = main(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -206,6 +209,10 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(f"error: can't be shown ({error.strerror or error}); free the disk", file=sys.stderr)
+        return OutputError.exit_status
 
 
 if __name__ == "__main__":

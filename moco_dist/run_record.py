@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,21 +102,23 @@ def read(directory: Path) -> Record:
         raise MissingError(f"{shown(directory)}: {what}; give runs/NAME, where a run has begun")
     status = read_object(directory / "status.json")
     config = stored(directory / "config.yaml")
-    lines: list[Line] = []
+    found = lines(directory / "metrics.jsonl")
+    state, reason = standing(directory)
+    results, checkpoints = read_object(directory / "DONE"), _checkpoints(directory)
+    return Record(directory, state, reason, status, config, results, found, checkpoints)
+
+
+def lines(path: Path) -> list[Line]:
+    """Return the entries of a metrics.jsonl that have a step; none if it can't be read."""
     with suppress(OSError):
-        lines = parse((directory / "metrics.jsonl").read_bytes().splitlines())
-    checkpoints = _checkpoints(directory)
-    state, reason = _state(directory, status, checkpoints)
-    if state == "unknown" and not (config or lines or checkpoints.steps):
-        state = "empty"
-    results = read_object(directory / "DONE")
-    return Record(directory, state, reason, status, config, results, lines, checkpoints)
+        return parse(path.read_bytes().splitlines())
+    return []
 
 
-def parse(lines: Iterable[bytes]) -> list[Line]:
+def parse(texts: Iterable[bytes]) -> list[Line]:
     """Return the entries with a step; a header and a line that was cut short have none."""
     found = []
-    for text in lines:
+    for text in texts:
         with suppress(ValueError, RecursionError):
             entry = json.loads(text)
             step = number(entry.get("step")) if isinstance(entry, dict) else None
@@ -164,29 +165,25 @@ def text_of(value: object) -> str:
     return shown(" ".join(str(value).split()), limit=10_000)
 
 
-def _state(directory: Path, status: dict[str, Any], checkpoints: Checkpoints) -> tuple[str, str]:
-    """Return the run's state, and why if it did not end well."""
-    state = status.get("state")
-    state = text_of(state) if isinstance(state, str) and state else "unknown"
+def standing(directory: Path) -> tuple[str, str]:
+    """Return the state of a run, and why if it did not end well."""
+    status = read_object(directory / "status.json")
+    word, reason = status.get("state"), text_of(status.get("reason") or "")
+    state = text_of(word) if isinstance(word, str) and word else "unknown"
     owner = run_lock.owner(directory)
     if owner and owner.alive:
         # Its status may be that of the start before, or of this one, which is about to leave.
         ended = state != "running" and status.get("pid") == owner.pid
-        return (state, _reason(status)) if ended or state == "running" else ("starting", "")
+        return (state, reason) if ended or state == "running" else ("starting", "")
+    if state == "unknown":
+        begun = any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+        return "unknown" if begun else "empty", ""
     if state != "running":
-        return state, _reason(status)
+        return state, reason
     who = owner.name if owner else f"process {status.get('pid')} on {text_of(status.get('host'))}"
-    place = (
-        f"the same command goes on from step {max(checkpoints.steps):,}"
-        if checkpoints.steps
-        else "it had saved nothing"
-    )
-    return "gone", f"{who} ended without a word; {place}"
-
-
-def _reason(status: dict[str, Any]) -> str:
-    reason = status.get("reason")
-    return text_of(reason) if reason else ""
+    saved = _checkpoints(directory).steps
+    again = f"the same command goes on from step {max(saved):,}" if saved else "nothing was saved"
+    return "gone", f"{who} ended without a word; {again}"
 
 
 def _checkpoints(directory: Path) -> Checkpoints:
@@ -195,11 +192,3 @@ def _checkpoints(directory: Path) -> Checkpoints:
         names = sorted(path.name for path in (directory / "checkpoints").iterdir())
     steps = [int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{1,15}", name)]
     return Checkpoints(steps, [shown(name) for name in names if name.startswith("damaged_step_")])
-
-
-def moment(seconds: float) -> str:
-    """Return a point in time as a log shows it: month, day, hour and minute here."""
-    try:
-        return time.strftime("%m-%d %H:%M", time.localtime(seconds))
-    except (OverflowError, OSError, ValueError):  # no time at all
-        return "??-?? ??:??"

@@ -21,7 +21,6 @@ import torch
 import torchvision
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import moco_dist
@@ -31,6 +30,7 @@ from moco_dist import (
     config_files,
     console_lines,
     peers,
+    run_record,
     saving,
     stopping,
     tracking,
@@ -271,7 +271,10 @@ def tracker(session: Session, total_steps: int) -> tracking.Tracker:
     )
     if not lines:
         return tracking.Tracker([])
-    shown, bar = console_lines.show(console, total_steps, step)
+    past = run_record.lines(path)
+    shown, bar = console_lines.show(
+        console, total_steps, step, session.settings.knn.every_epochs, past
+    )
     return tracking.Tracker([lines, shown], bar)
 
 
@@ -285,7 +288,6 @@ def banner(session: Session, title: str, rows: dict[str, str]) -> None:
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads each"
     )
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     all_rows = {
         "run": str(session.directory),
         "processes": f"{comms.world_size()} ({name})",
@@ -295,10 +297,7 @@ def banner(session: Session, title: str, rows: dict[str, str]) -> None:
     }
     if session.resumed:
         all_rows["resumed"] = f"at step {session.resumed.step:,}, from {session.resumed.path.name}"
-    for key, value in all_rows.items():
-        table.add_row(key, value)
-    console.print(f"[bold]moco_dist {title}[/bold]", highlight=False)
-    console.print(table, highlight=False)
+    console_lines.banner(console, f"moco_dist {title}", all_rows)
 
 
 def finish(session: Session, results: dict[str, Any]) -> None:

@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
-
-from rich.progress import Progress
+from typing import Protocol, Self
 
 from moco_dist.errors import output_errors
 
@@ -17,10 +15,18 @@ Metrics = Mapping[str, float]
 Sink = Callable[[int, Metrics], None]
 
 
+class Display(Protocol):
+    """What shows a run while it goes on."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
 class Tracker:
     """Hands each line of metrics to its sinks; a process without sinks tracks nothing."""
 
-    def __init__(self, sinks: list[Sink], progress: Progress | None = None) -> None:
+    def __init__(self, sinks: list[Sink], progress: Display | None = None) -> None:
         self.sinks = sinks
         self.progress = progress
 

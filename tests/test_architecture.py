@@ -39,6 +39,8 @@ FORBIDDEN = {
     "console_lines": {"torch", "accelerate"},
     "run_directory": {"moco_dist.moco", "moco_dist.data"},
     "run_record": {"torch", "accelerate", "rich"},
+    "run_progress": {"torch", "accelerate", "rich"},
+    "follow": {"torch", "accelerate"},
     "report": {"torch", "accelerate"},
     "runtime": {"moco_dist.moco", "moco_dist.data"},
     "pretrain": {"moco_dist.probe", "moco_dist.linear_probe"},

@@ -81,7 +81,7 @@ def test_the_console_without_a_terminal_is_plain_lines_from_one_process(run: Pat
     text = (run.parent / "console.txt").read_text()
     assert "\x1b" not in text
     assert text.count("moco_dist pretrain") == 1
-    assert text.count("step 10/10  epoch 2  loss") == 1
+    assert text.count(" 10/10 epoch   2.0 loss") == 1
     for word in (
         "processes  2 (CPU",
         "batch      16 = 2 x 8, 8 BatchNorm groups of 2",

@@ -79,7 +79,7 @@ def test_the_table_holds_the_numbers_of_the_files(runs: Path, told: Text) -> Non
         "kind": "pretrain",
         "state": "done",
         "step": "10/10",  # 90 images make 5 batches of 16, and there are 2 epochs
-        "loss": f"{lines[-2]['train/loss']:.4g}",
+        "loss": f"{lines[-2]['train/loss']:.3f}",
         "kNN %": f"{knn[10] * 100:.2f}",
         "best %": f"{max(knn[5], knn[10]) * 100:.2f}",
         "test %": "-",
@@ -131,7 +131,7 @@ def test_an_empty_or_broken_directory_is_no_traceback(
     (broken / "checkpoints" / "step_x").mkdir(parents=True)
     for name in ("status.json", "config.yaml", "DONE", "metrics.jsonl", ".lock"):
         (broken / name).write_bytes(content)
-    assert cells(told(broken, tmp_path / "bare"))["broken"]["state"] == "empty"
+    assert cells(told(broken, tmp_path / "bare"))["broken"]["state"] == "unknown"
 
 
 def test_a_line_cut_short_a_header_and_an_alarm_are_understood(
@@ -149,7 +149,7 @@ def test_a_line_cut_short_a_header_and_an_alarm_are_understood(
     text = told(run)
     row = cells(text)["cut"]
     assert (row["state"], row["step"]) == ("stopped", "4/10")
-    assert row["loss"] == f"{json.loads(kept[-1])['train/loss']:.4g}"
+    assert row["loss"] == f"{json.loads(kept[-1])['train/loss']:.3f}"
     assert "alarm at step 4, collapse: all features are alike; lower optim.lr" in text
     assert "stopped (exit state 75): by SIGTERM" in text
 
