@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 
 def is_archive(path: Path) -> bool:
     """Return whether a file is a tar (compressed or not) or a zip, by its content."""
-    return path.is_file() and (tarfile.is_tarfile(path) or zipfile.is_zipfile(path))
+    try:
+        return tarfile.is_tarfile(path) or zipfile.is_zipfile(path)
+    except (EOFError, OSError, zlib.error):
+        return True  # compressed and damaged: `unpack` says so
 
 
 def unpack(archive: Path, cache: Path) -> Path:
