@@ -97,7 +97,9 @@ def undisturbed(runs: Path) -> dict[int, Path]:
 @pytest.fixture(scope="session")
 def limited(slurm: Slurm, runs: Path, undisturbed: dict[int, Path]) -> tuple[str, list[str]]:
     """A job that needs a minute and a half, and may run for half a minute; it runs beside tests."""
-    lines = [json.loads(line) for line in (undisturbed[1] / "metrics.jsonl").open()]
+    lines = [
+        json.loads(line) for line in (undisturbed[1] / "metrics.jsonl").read_text().splitlines()
+    ]
     times = {line["step"]: line["time"] for line in lines if "train/loss" in line}
     seconds_a_step = (times[300] - times[50]) / 250
     arguments = [*TINY, f"epochs={round(90 / seconds_a_step / 5)}"]
