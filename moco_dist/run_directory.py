@@ -45,6 +45,11 @@ def replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def shared_environment() -> dict[str, Any]:
+    """Return what `environment` does, without the command line."""
+    return {key: value for key, value in environment().items() if key != "arguments"}
+
+
 def environment() -> dict[str, Any]:
     """Return what this start of the run ran on and with."""
     cuda = torch.cuda.is_available()

@@ -31,13 +31,17 @@ from moco_dist import (
     saving,
     stopping,
     tracking,
+    wandb_run,
 )
 from moco_dist.config import PretrainConfig, ProbeConfig
 from moco_dist.errors import STATES, ConfigError, NumbersError, StoppedError, output_errors
-from moco_dist.run_directory import environment, replace, write_status
+from moco_dist.feed import Feed, Service
+from moco_dist.media import Album
+from moco_dist.run_directory import environment, replace, shared_environment, write_status
 from moco_dist.run_lock import RunLock
 from moco_dist.saving import Saver
 from moco_dist.stopping import StopRequests
+from moco_dist.tensorboard_run import TensorBoardRun
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +64,8 @@ class Session:
     finished: bool
     stop: StopRequests
     saver: Saver
+    # One for the life of the run: what W&B knows it by.
+    run_id: str
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +161,9 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
         saver.place = resumed.step, resumed.state.get("evaluated")
     # Where another process has failed, a save in flight can still be brought to its end.
     stop.flush = partial(saver.join, machine.grace_seconds)
-    return Session(accelerator, settings, directory, resumed, finished, stop, saver)
+    state = resumed.state if resumed else None
+    run_id = peers.from_main(lambda: wandb_run.run_id(directory, settings.name, state))
+    return Session(accelerator, settings, directory, resumed, finished, stop, saver, run_id)
 
 
 def _take(directory: Path, stop: StopRequests) -> RunLock:
@@ -226,20 +234,52 @@ def end_early(session: Session, error: StoppedError | NumbersError, place: str) 
     raise type(error)(f"{error}: {place}{go_on}").on_all() from error
 
 
-def tracker(session: Session, total_steps: int) -> tracking.Tracker:
-    """Return where metrics go: nowhere on processes other than the first."""
-    step = session.resumed.step if session.resumed else 0
-    path = session.directory / "metrics.jsonl"
+def tracker(
+    session: Session, total_steps: int, job: str, group: str | None = None
+) -> tracking.Tracker:
+    """Return where metrics go: nowhere on processes other than the first.
+
+    `job` is what W&B calls this kind of run, `group` the group of a run that it belongs to.
+    """
+    resumed, run, settings = session.resumed, session.directory, session.settings
+    step = resumed.step if resumed else 0
+    path = run / "metrics.jsonl"
     # A run that starts anew has no lines yet: that of step 0 neither.
-    kept = step if session.resumed else -1
-    evaluated = session.resumed is None or session.resumed.state.get("evaluated") == step
+    kept = step if resumed else -1
+    evaluated = resumed is None or resumed.state.get("evaluated") == step
     lines = peers.together(
         lambda: tracking.json_lines(path, kept, evaluated) if comms.is_main() else None
     )
     if not lines:
         return tracking.Tracker([])
+    tracking.cut_media(run / "media", kept)
     shown, bar = console_lines.show(console, total_steps, step)
-    return tracking.Tracker([lines, shown], bar)
+    services: list[Service] = []
+    if wandb_run.mode(settings.tracking) != "disabled":
+        group = group or f"{settings.name}-{session.run_id}"
+        identity = wandb_run.Identity(session.run_id, settings.name, group, job)
+        services.append(
+            wandb_run.WandbRun(
+                session.accelerator,
+                settings.tracking,
+                run,
+                identity,
+                config_files.to_dict(settings) | {"environment": shared_environment()},
+                lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False),
+            )
+        )
+    if settings.tracking.tensorboard:
+        services.append(TensorBoardRun(session.accelerator, run))
+    feeds = [Feed(service, path) for service in services]
+    album = Album(run / "media") if settings.tracking.media_every_epochs else None
+    return tracking.Tracker([lines, shown], bar, feeds, album)
+
+
+def group(name: str, state: Mapping[str, Any]) -> str:
+    """Return the group of the pretraining run `name`, from the state of its checkpoint."""
+    with suppress(KeyError):
+        return f"{state['config']['name']}-{state['run_id']}"
+    return name
 
 
 def banner(session: Session, title: str, rows: dict[str, str]) -> None:

@@ -1,0 +1,270 @@
+"""The run at Weights & Biases: online or offline, one id for its life, nothing secret in it.
+
+`wandb sync` of a folder replaces what another folder with the same id has sent. So a start that is
+offline writes the whole history into its folder, from metrics.jsonl, and removes the folders of the
+starts before it; one that is online sends what the server lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from accelerate import Accelerator
+from accelerate.tracking import WandBTracker
+
+from moco_dist.config_operation import TrackingConfig
+from moco_dist.errors import StoppedError, output_errors
+from moco_dist.run_directory import replace
+
+if TYPE_CHECKING:
+    import wandb
+
+# Seconds that the server has to answer at the start, and to take the rest at the end.
+INIT_SECONDS, FINISH_SECONDS = 10.0, 30.0
+
+# What would say more than the metrics do; each can be asked for by W&B's variable of that name.
+PRIVATE: dict[str, Any] = {
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "disable_job_creation": True,
+    "host": "",
+    "label_disable": True,
+    "program": "",
+    "save_code": False,
+    "x_disable_machine_info": True,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What W&B calls the run; runs of a group stand together."""
+
+    id: str
+    name: str
+    group: str
+    job: str
+
+
+def run_id(directory: Path, name: str, saved: Mapping[str, Any] | None) -> str:
+    """Return the id of the run for its whole life; the first start draws it.
+
+    `saved` is the state of the checkpoint that the run resumes from. The id belongs to the name: a
+    copy of a run directory that goes on under another name is another run.
+    """
+    path = directory / "run_id.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+        if found["name"] == name:
+            return str(found["id"])
+    drawn = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
+    if saved and "run_id" in saved and saved["config"]["name"] == name:
+        drawn = str(saved["run_id"])
+    with output_errors(path):
+        replace(path, json.dumps({"name": name, "id": drawn}) + "\n")
+    return drawn
+
+
+def mode(settings: TrackingConfig) -> str:
+    """Return auto, online, offline or disabled: what is configured, or else WANDB_MODE."""
+    if settings.wandb != "auto":
+        return settings.wandb
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return "disabled"
+    asked = os.environ.get("WANDB_MODE", "")
+    return {"dryrun": "offline", "run": "online", "shared": "online"}.get(asked, asked) or "auto"
+
+
+def shareable(content: Any) -> Any:
+    """Return a configuration with only the last part of each absolute path, and of those with ~."""
+    if isinstance(content, Mapping):
+        return {key: shareable(value) for key, value in content.items()}
+    if isinstance(content, str) and (content.startswith("~") or Path(content).is_absolute()):
+        return Path(content).name
+    return content
+
+
+class WandbRun:
+    """A service for a feed (see `feed.py`); its methods run in the thread of that feed."""
+
+    name = "W&B"
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: TrackingConfig,
+        directory: Path,
+        identity: Identity,
+        content: Mapping[str, Any],
+        say: Callable[[str], None],
+    ) -> None:
+        self.accelerator, self.settings, self.directory = accelerator, settings, directory
+        self.identity, self.say = identity, say
+        self.content = shareable(content)
+        self.place = Path(os.environ.get("WANDB_DIR") or directory).absolute()
+        self._defined: set[str] = set()
+        self._process: Any = None
+        self._tracker: Any = None
+
+    @property
+    def run(self) -> wandb.Run:
+        """The run itself, as wandb has it."""
+        run: wandb.Run = self._tracker.run
+        return run
+
+    def begin(self) -> int:
+        """Start online, or offline if that can't be; return the first step to log."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise RuntimeError(
+                f"{error}; pip install wandb, or tracking.wandb=disabled to do without"
+            ) from error
+        folder = self.place / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):  # wandb would choose a folder in /tmp
+            raise PermissionError(f"{folder} can't be written")
+        wish, offline_as = mode(self.settings), ""
+        if wish != "offline":
+            wandb.setup(wandb.Settings(silent=True, x_disable_viewer=True))
+            if not wandb.login(prompt=False, verify=False):
+                offline_as = "as nobody is logged in (wandb login)"
+            else:
+                try:
+                    self._start("online")
+                except Exception as error:
+                    reason = " ".join(str(error).split())[:200]
+                    offline_as = f"as the server does not answer ({reason})"
+                    self.kill()
+                    self._remove("run")
+        if wish == "offline" or offline_as:
+            self._start("offline")
+            kept = Path(self.run.settings.sync_dir)
+            self._remove("offline-run", kept)
+            reason = f", {offline_as}" if offline_as else ""
+            off = "; tracking.wandb=disabled does without" if wish == "auto" else ""
+            self.say(f"W&B: offline{reason}; upload it later by: wandb sync {kept}{off}")
+            return 0
+        self.say(f"W&B: {self.run.url}")
+        return int(self.run.step)
+
+    def _start(self, how: Literal["online", "offline"]) -> None:
+        import wandb
+
+        private = {k: v for k, v in PRIVATE.items() if f"WANDB_{_variable(k)}" not in os.environ}
+        identity, environ = self.identity, os.environ
+        tracker = WandBTracker(
+            self.settings.project or environ.get("WANDB_PROJECT") or "moco_dist",
+            entity=self.settings.entity or environ.get("WANDB_ENTITY"),
+            id=identity.id,
+            name=environ.get("WANDB_NAME") or identity.name,
+            group=environ.get("WANDB_RUN_GROUP") or identity.group,
+            job_type=environ.get("WANDB_JOB_TYPE") or identity.job,
+            resume="allow",
+            config=self.content,
+            settings=wandb.Settings(
+                mode=how,
+                root_dir=str(self.place),
+                silent=True,
+                allow_val_change=True,
+                init_timeout=INIT_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
+                x_disable_viewer=True,
+                **private,
+            ),
+        )
+        try:
+            tracker.start()
+        finally:
+            with suppress(AttributeError):  # a detail of wandb: without it nothing can be killed
+                self._process = wandb.setup()._connection._proc._process  # type: ignore[union-attr]
+        self._tracker = tracker
+        self.accelerator.trackers.append(tracker)
+        for axis in ("step", "epoch"):
+            self.run.define_metric(axis)
+            self._defined.add(axis)
+
+    def _remove(self, kind: str, kept: Path | None = None) -> None:
+        """Remove the folders of this run's other starts of a kind; wandb adds -1 to equal names."""
+        for pattern in (f"{kind}-*-{self.identity.id}", f"{kind}-*-{self.identity.id}-*"):
+            for folder in (self.place / "wandb").glob(pattern):
+                if folder != kept:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def row(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log what holds after `step` steps, with the pictures of that step."""
+        pictures = self._pictures(step)
+        for name in (*metrics, *pictures):
+            self._define(name)
+        self._tracker.log({"step": step, **metrics, **pictures}, step=step)
+
+    def _define(self, name: str) -> None:
+        """Give a metric its axis and its figures in the summary, when it first comes."""
+        if name in self._defined:
+            return
+        self._defined.add(name)
+        axis = "epoch" if name.startswith(("knn/", "probe/", "control/")) else "step"
+        best = "max" if "top" in name else "min" if "loss" in name else ""
+        summary = "none" if name.startswith("media/") else f"{best},last".strip(",")
+        self.run.define_metric(name, step_metric=axis, summary=summary)
+
+    def _pictures(self, step: int) -> dict[str, Any]:
+        import wandb
+
+        found: dict[str, Any] = {}
+        for path in sorted((self.directory / "media" / f"step_{step:08d}").glob("*.*")):
+            if path.suffix == ".png":
+                found[f"media/{path.stem}"] = wandb.Image(str(path))
+            elif path.suffix == ".json":
+                content = json.loads(path.read_text())
+                pair = content["counts"], content["edges"]
+                found[f"media/{path.stem}"] = wandb.Histogram(np_histogram=pair)
+        return found
+
+    def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
+        """Add the final figures to the summary, and upload the encoder."""
+        import wandb
+
+        self.run.summary.update(dict(results))
+        if encoder:
+            artifact = wandb.Artifact(f"encoder-{self.identity.id}", type="model")
+            artifact.add_dir(str(encoder), policy="immutable")
+            self.run.log_artifact(artifact)
+
+    def finish(self, status: int) -> None:
+        """End the run as finished, failed, or, where it can be resumed, preempted."""
+        import wandb
+
+        if status == StoppedError.exit_status:
+            self.run.mark_preempting()
+        folder = self.run.settings.sync_dir
+        try:
+            self.run.finish(exit_code=status)
+        except TimeoutError:
+            self.say(f"W&B: not all was uploaded in time; upload it by: wandb sync {folder}")
+        wandb.teardown()  # now, as at the exit of the process it would be unbounded
+
+    def kill(self) -> None:
+        """End wandb's own process, so that nothing waits for it."""
+        with suppress(BaseException):
+            self._process.kill()
+        with suppress(BaseException):
+            import wandb
+
+            wandb.teardown()
+
+
+def _variable(setting: str) -> str:
+    """Return the name of a setting in W&B's variables, without WANDB_."""
+    return setting.replace("x_", "_", 1).upper() if setting.startswith("x_") else setting.upper()
