@@ -33,8 +33,8 @@ class Service(Protocol):
     def begin(self) -> int:
         """Start; return the first step that the service wants."""
 
-    def row(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take what holds after `step` steps; steps come in order, each once."""
+    def row(self, step: int, metrics: Mapping[str, float], known: bool) -> None:
+        """Take what holds after `step` steps, in their order, each once; some is `known`."""
 
     def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
         """Take the final figures, and the folder of an encoder to upload."""
@@ -111,8 +111,8 @@ class Feed:
         self._row = step, row | dict(metrics)
 
     def _flush(self) -> None:
-        if self._row and self._row[0] >= self._first:
-            self.service.row(*self._row)
+        if self._row:
+            self.service.row(*self._row, known=self._row[0] < self._first)
         self._row = None
 
     def _finish(self, status: int) -> None:

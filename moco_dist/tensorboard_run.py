@@ -39,7 +39,7 @@ class TensorBoardRun:
         self.accelerator.trackers.append(self._tracker)
         return 0
 
-    def row(self, step: int, metrics: Mapping[str, float]) -> None:
+    def row(self, step: int, metrics: Mapping[str, float], known: bool) -> None:
         """Log what holds after `step` steps, with the pictures of that step."""
         self._tracker.log(dict(metrics), step=step)
         for path in sorted((self.directory / "media" / f"step_{step:08d}").glob("*.png")):

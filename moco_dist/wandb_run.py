@@ -8,6 +8,7 @@ starts before it; one that is online sends what the server lacks.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -44,6 +45,8 @@ PRIVATE: dict[str, Any] = {
     "x_disable_meta": True,
     "x_save_requirements": False,
 }
+# Metrics whose best says something; the training loss is lowest while the queue is empty.
+EVALUATIONS = ("knn/", "probe/", "control/")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class WandbRun:
         self.content = shareable(content)
         self.place = Path(os.environ.get("WANDB_DIR") or directory).absolute()
         self._defined: set[str] = set()
+        # Best and last of each metric, over all starts of the run.
+        self._figures: dict[str, dict[str, float]] = {}
         self._process: Any = None
         self._tracker: Any = None
 
@@ -124,6 +129,8 @@ class WandbRun:
 
     def begin(self) -> int:
         """Start online, or offline if that can't be; return the first step to log."""
+        # It reports wandb's own errors to its makers, with names of this machine.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
             import wandb
         except ImportError as error:
@@ -135,8 +142,8 @@ class WandbRun:
         if not os.access(folder, os.W_OK):  # wandb would choose a folder in /tmp
             raise PermissionError(f"{folder} can't be written")
         wish, offline_as = mode(self.settings), ""
+        wandb.setup(wandb.Settings(silent=True, x_disable_viewer=True))
         if wish != "offline":
-            wandb.setup(wandb.Settings(silent=True, x_disable_viewer=True))
             if not wandb.login(prompt=False, verify=False):
                 offline_as = "as nobody is logged in (wandb login)"
             else:
@@ -156,7 +163,7 @@ class WandbRun:
             self.say(f"W&B: offline{reason}; upload it later by: wandb sync {kept}{off}")
             return 0
         self.say(f"W&B: {self.run.url}")
-        return int(self.run.step)
+        return int(self.run.starting_step)
 
     def _start(self, how: Literal["online", "offline"]) -> None:
         import wandb
@@ -202,21 +209,28 @@ class WandbRun:
                 if folder != kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def row(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log what holds after `step` steps, with the pictures of that step."""
+    def row(self, step: int, metrics: Mapping[str, float], known: bool) -> None:
+        """Log what holds after `step` steps, with its pictures; what is `known` counts only."""
+        for name, value in metrics.items():
+            figures = self._figures.setdefault(name, {})
+            best = min if "loss" in name else max
+            if name.startswith(EVALUATIONS) and math.isfinite(value):
+                figures[best.__name__] = best(value, figures.get(best.__name__, value))
+            figures["last"] = value
+        if known:
+            return
         pictures = self._pictures(step)
         for name in (*metrics, *pictures):
             self._define(name)
-        self._tracker.log({"step": step, **metrics, **pictures}, step=step)
+        self._tracker.log({"step": step, **metrics, **pictures}, step=step, commit=True)
 
     def _define(self, name: str) -> None:
-        """Give a metric its axis and its figures in the summary, when it first comes."""
+        """Give a metric its axis when it first comes, and its figures in the summary."""
         if name in self._defined:
             return
         self._defined.add(name)
-        axis = "epoch" if name.startswith(("knn/", "probe/", "control/")) else "step"
-        best = "max" if "top" in name else "min" if "loss" in name else ""
-        summary = "none" if name.startswith("media/") else f"{best},last".strip(",")
+        axis = "epoch" if name.startswith(EVALUATIONS) else "step"
+        summary = ",".join(self._figures.get(name, ["none"]))
         self.run.define_metric(name, step_metric=axis, summary=summary)
 
     def _pictures(self, step: int) -> dict[str, Any]:
@@ -239,13 +253,17 @@ class WandbRun:
         self.run.summary.update(dict(results))
         if encoder:
             artifact = wandb.Artifact(f"encoder-{self.identity.id}", type="model")
-            artifact.add_dir(str(encoder), policy="immutable")
+            for path in sorted(encoder.iterdir()):
+                artifact.add_file(str(path), policy="immutable")
             self.run.log_artifact(artifact)
 
     def finish(self, status: int) -> None:
         """End the run as finished, failed, or, where it can be resumed, preempted."""
         import wandb
 
+        # wandb has lost the best of the starts before this one.
+        axes = ("step", "epoch")
+        self.run.summary.update({k: v for k, v in self._figures.items() if k not in axes})
         if status == StoppedError.exit_status:
             self.run.mark_preempting()
         folder = self.run.settings.sync_dir
