@@ -26,9 +26,11 @@ END_SECONDS, HURRY_SECONDS, KILL_SECONDS = 60.0, 8.0, 3.0
 
 
 class Service(Protocol):
-    """Where rows of metrics go; all but `kill` are called from one thread."""
+    """Where rows of metrics go; all but `kill` are called in one thread."""
 
     name: str
+    # Whether each start gives it the whole history anew.
+    anew: bool
 
     def begin(self) -> int:
         """Start; return the first step that the service wants."""
@@ -43,7 +45,10 @@ class Service(Protocol):
         """Bring everything to its place; `status` is the exit state of the run."""
 
     def kill(self) -> None:
-        """End it from another thread, whatever it is doing, or after it has failed."""
+        """End it, from any thread, whatever it is doing; return at once."""
+
+    def leave(self) -> None:
+        """Clean up after it has failed or was killed."""
 
 
 class Feed:
@@ -72,10 +77,8 @@ class Feed:
         self._work.put(lambda: self.service.conclude(results, encoder))
 
     def close(self, status: int, complete: bool, hurry: bool) -> None:
-        """Finish, in bounded time; the newest row goes too if it is `complete`."""
-        if complete:
-            self._work.put(self._flush)
-        self._work.put(lambda: self._finish(status))
+        """Finish, in bounded time; the newest row goes too, if it is `complete` or goes again."""
+        self._work.put(lambda: self._finish(status, complete))
         end = time.monotonic() + (HURRY_SECONDS if hurry else END_SECONDS)
         while self._thread.is_alive() and time.monotonic() < end:
             self._thread.join(0.25)
@@ -96,6 +99,7 @@ class Feed:
             reason = " ".join(str(error).split()) or type(error).__name__
             self._fail(reason[:300])
             self.service.kill()
+            self.service.leave()
 
     def _fail(self, reason: str) -> None:
         if not self.dead:
@@ -115,7 +119,9 @@ class Feed:
             self.service.row(*self._row, known=self._row[0] < self._first)
         self._row = None
 
-    def _finish(self, status: int) -> None:
+    def _finish(self, status: int, complete: bool) -> None:
+        if complete or self.service.anew:
+            self._flush()
         self.service.finish(status)
         self._ended = True
 

@@ -20,6 +20,7 @@ class TensorBoardRun:
     """
 
     name = "TensorBoard"
+    anew = True
 
     def __init__(self, accelerator: Accelerator, directory: Path) -> None:
         self.accelerator, self.directory = accelerator, directory
@@ -56,3 +57,6 @@ class TensorBoardRun:
 
     def kill(self) -> None:
         """Do nothing: there is no process of its own."""
+
+    def leave(self) -> None:
+        """Do nothing: nothing waits."""

@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 # Seconds that the server has to answer at the start, and to take the rest at the end.
 INIT_SECONDS, FINISH_SECONDS = 10.0, 30.0
+# Seconds between two looks at the file; wandb writes to it each 15 seconds.
+LOOK_SECONDS = 60.0
 
 # What would say more than the metrics do; each can be asked for by W&B's variable of that name.
 PRIVATE: dict[str, Any] = {
@@ -101,6 +104,7 @@ class WandbRun:
     """A service for a feed (see `feed.py`); its methods run in the thread of that feed."""
 
     name = "W&B"
+    anew = False
 
     def __init__(
         self,
@@ -116,6 +120,9 @@ class WandbRun:
         self.content = shareable(content)
         self.place = Path(os.environ.get("WANDB_DIR") or directory).absolute()
         self._defined: set[str] = set()
+        # Bytes of metrics so far, and at the last look at the file.
+        self._sent = self._due = 0
+        self._looked = time.monotonic()
         # Best and last of each metric, over all starts of the run.
         self._figures: dict[str, dict[str, float]] = {}
         self._process: Any = None
@@ -142,7 +149,9 @@ class WandbRun:
         if not os.access(folder, os.W_OK):  # wandb would choose a folder in /tmp
             raise PermissionError(f"{folder} can't be written")
         wish, offline_as = mode(self.settings), ""
-        wandb.setup(wandb.Settings(silent=True, x_disable_viewer=True))
+        # `login` looks at the mode of the session, which may be another than the run's.
+        session: Literal["online", "offline"] = "offline" if wish == "offline" else "online"
+        wandb.setup(wandb.Settings(silent=True, x_disable_viewer=True, mode=session))
         if wish != "offline":
             if not wandb.login(prompt=False, verify=False):
                 offline_as = "as nobody is logged in (wandb login)"
@@ -153,6 +162,7 @@ class WandbRun:
                     reason = " ".join(str(error).split())[:200]
                     offline_as = f"as the server does not answer ({reason})"
                     self.kill()
+                    self.leave()
                     self._remove("run")
         if wish == "offline" or offline_as:
             self._start("offline")
@@ -160,6 +170,7 @@ class WandbRun:
             self._remove("offline-run", kept)
             reason = f", {offline_as}" if offline_as else ""
             off = "; tracking.wandb=disabled does without" if wish == "auto" else ""
+            self.anew = True
             self.say(f"W&B: offline{reason}; upload it later by: wandb sync {kept}{off}")
             return 0
         self.say(f"W&B: {self.run.url}")
@@ -223,6 +234,16 @@ class WandbRun:
         for name in (*metrics, *pictures):
             self._define(name)
         self._tracker.log({"step": step, **metrics, **pictures}, step=step, commit=True)
+        self._sent += len(json.dumps(metrics))
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._check_file(self._due)
+            self._looked, self._due = time.monotonic(), self._sent
+
+    def _check_file(self, size: int) -> None:
+        """Raise OSError if the file of the run has fewer bytes: wandb itself says nothing then."""
+        path = Path(self.run.settings.sync_file)
+        if path.stat().st_size < size:
+            raise OSError(f"{path} is incomplete; is its disk full?")
 
     def _define(self, name: str) -> None:
         """Give a metric its axis when it first comes, and its figures in the summary."""
@@ -272,11 +293,15 @@ class WandbRun:
         except TimeoutError:
             self.say(f"W&B: not all was uploaded in time; upload it by: wandb sync {folder}")
         wandb.teardown()  # now, as at the exit of the process it would be unbounded
+        self._check_file(self._sent)
 
     def kill(self) -> None:
-        """End wandb's own process, so that nothing waits for it."""
-        with suppress(BaseException):
+        """End wandb's own process: whatever waits for it gets an error."""
+        with suppress(AttributeError, OSError):
             self._process.kill()
+
+    def leave(self) -> None:
+        """Forget the session, so that the exit of this process doesn't come back to it."""
         with suppress(BaseException):
             import wandb
 

@@ -71,7 +71,15 @@ class Folder:
 
 
 def _items(items: Any) -> dict[str, Any]:
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+    """Return what a list of updates says; a key may be a path through dicts."""
+    found: dict[str, Any] = {}
+    for item in items:
+        *path, last = item.nested_key or [item.key]
+        place = found
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = json.loads(item.value_json)
+    return found
 
 
 def folders(run: Path) -> list[Folder]:
