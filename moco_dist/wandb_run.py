@@ -125,7 +125,6 @@ class WandbRun:
         self._looked = time.monotonic()
         # Best and last of each metric, over all starts of the run.
         self._figures: dict[str, dict[str, float]] = {}
-        self._process: Any = None
         self._tracker: Any = None
 
     @property
@@ -136,6 +135,8 @@ class WandbRun:
 
     def begin(self) -> int:
         """Start online, or offline if that can't be; return the first step to log."""
+        if not os.environ.get("WANDB_MODE"):  # wandb takes an empty one for a mistake
+            os.environ.pop("WANDB_MODE", None)
         # It reports wandb's own errors to its makers, with names of this machine.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         try:
@@ -151,7 +152,11 @@ class WandbRun:
         wish, offline_as = mode(self.settings), ""
         # `login` looks at the mode of the session, which may be another than the run's.
         session: Literal["online", "offline"] = "offline" if wish == "offline" else "online"
-        wandb.setup(wandb.Settings(silent=True, x_disable_viewer=True, mode=session))
+        wandb.setup(
+            wandb.Settings(
+                silent=True, x_disable_viewer=True, mode=session, x_service_wait=INIT_SECONDS
+            )
+        )
         if wish != "offline":
             if not wandb.login(prompt=False, verify=False):
                 offline_as = "as nobody is logged in (wandb login)"
@@ -202,11 +207,7 @@ class WandbRun:
                 **private,
             ),
         )
-        try:
-            tracker.start()
-        finally:
-            with suppress(AttributeError):  # a detail of wandb: without it nothing can be killed
-                self._process = wandb.setup()._connection._proc._process  # type: ignore[union-attr]
+        tracker.start()
         self._tracker = tracker
         self.accelerator.trackers.append(tracker)
         for axis in ("step", "epoch"):
@@ -297,8 +298,10 @@ class WandbRun:
 
     def kill(self) -> None:
         """End wandb's own process: whatever waits for it gets an error."""
-        with suppress(AttributeError, OSError):
-            self._process.kill()
+        import wandb
+
+        with suppress(AttributeError, OSError):  # a detail of wandb, which has no word for this
+            wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
 
     def leave(self) -> None:
         """Forget the session, so that the exit of this process doesn't come back to it."""

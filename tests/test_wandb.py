@@ -203,11 +203,11 @@ def test_one_line_says_how_to_upload_and_nothing_lies_around(home: Path, trained
     assert not (ROOT / "wandb").exists()
 
 
-def test_wandb_sync_shows_the_run_as_metrics_jsonl_has_it(probed: Path) -> None:
+def test_wandb_sync_shows_the_run_as_metrics_jsonl_has_it(probed: Path, tmp_path: Path) -> None:
     (folder,) = folders(probed)
     with WandbServer() as server:
         sync = [str(Path(sys.executable).parent / "wandb"), "sync", str(folder.path)]
-        result = launch(*sync, **server.environment)
+        result = launch(*sync, **server.environment, WANDB_DIR=str(tmp_path))
         assert result.returncode == 0, result.stderr
         assert scalars(server.history(folder.run.run_id)) == expected(probed)
         assert server.runs[folder.run.run_id]["exit"] == 0
