@@ -8,6 +8,7 @@ starts before it; one that is online sends what the server lacks.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
@@ -145,6 +146,8 @@ class WandbRun:
             raise RuntimeError(
                 f"{error}; pip install wandb, or tracking.wandb=disabled to do without"
             ) from error
+        # Its log lies in the run's folder too: where that is full, each line would be a traceback.
+        logging.raiseExceptions = False
         folder = self.place / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):  # wandb would choose a folder in /tmp
@@ -298,9 +301,9 @@ class WandbRun:
 
     def kill(self) -> None:
         """End wandb's own process: whatever waits for it gets an error."""
-        import wandb
+        with suppress(Exception):  # a detail of wandb, which has no word for this
+            import wandb
 
-        with suppress(AttributeError, OSError):  # a detail of wandb, which has no word for this
             wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
 
     def leave(self) -> None:
