@@ -277,7 +277,7 @@ def tracker(
 
 def group(name: str, state: Mapping[str, Any]) -> str:
     """Return the group of the pretraining run `name`, from the state of its checkpoint."""
-    with suppress(KeyError):
+    with suppress(KeyError, TypeError):
         return f"{state['config']['name']}-{state['run_id']}"
     return name
 

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -24,7 +25,7 @@ from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
 
 from moco_dist.config_operation import TrackingConfig
-from moco_dist.errors import StoppedError, output_errors
+from moco_dist.errors import ConfigError, StoppedError, output_errors
 from moco_dist.run_directory import replace
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ PRIVATE: dict[str, Any] = {
 }
 # Metrics whose best says something; the training loss is lowest while the queue is empty.
 EVALUATIONS = ("knn/", "probe/", "control/")
+# An id is part of the names of folders, and may come from a stranger's checkpoint.
+_USABLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,14 @@ def run_id(directory: Path, name: str, saved: Mapping[str, Any] | None) -> str:
     path = directory / "run_id.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(path.read_text())
-        if found["name"] == name:
+        if found["name"] == name and _USABLE.fullmatch(found["id"]):
             return str(found["id"])
     drawn = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
-    if saved and "run_id" in saved and saved["config"]["name"] == name:
-        drawn = str(saved["run_id"])
+    with suppress(KeyError, TypeError):
+        if saved and saved["config"]["name"] == name and _USABLE.fullmatch(saved["run_id"]):
+            drawn = str(saved["run_id"])
+    if not _USABLE.fullmatch(drawn):
+        raise ConfigError(f"WANDB_RUN_ID={drawn} is no id; use up to 64 of a-z A-Z 0-9 _ -")
     with output_errors(path):
         replace(path, json.dumps({"name": name, "id": drawn}) + "\n")
     return drawn
@@ -181,6 +187,7 @@ class WandbRun:
             self.anew = True
             self.say(f"W&B: offline{reason}; upload it later by: wandb sync {kept}{off}")
             return 0
+        self._remove("offline-run")  # uploaded later, one would replace what is there by then
         self.say(f"W&B: {self.run.url}")
         return int(self.run.starting_step)
 

@@ -480,6 +480,15 @@ def test_an_id_belongs_to_a_name_and_outlives_the_loss_of_its_file(tmp_path: Pat
     assert wandb_run.run_id(tmp_path, "b", saved) == copy
 
 
+@pytest.mark.parametrize("bad", ["../../elsewhere", "a*", "", 3, None])
+def test_a_strangers_id_is_not_taken_into_the_names_of_folders(tmp_path: Path, bad: Any) -> None:
+    saved = {"run_id": bad, "config": {"name": "a"}}
+    drawn = wandb_run.run_id(tmp_path, "a", saved)
+    assert drawn.isalnum()
+    (tmp_path / "run_id.json").write_text(json.dumps({"name": "a", "id": bad}))
+    assert wandb_run.run_id(tmp_path, "a", None).isalnum()
+
+
 def test_the_environment_decides_unless_the_configuration_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
