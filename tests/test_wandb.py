@@ -323,6 +323,18 @@ def _untimed(row: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in row.items() if k != "train/images_per_second"}
 
 
+def test_an_online_start_sends_what_an_offline_one_kept(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    place = [*SMALL, f"output={tmp_path}", "name=run"]
+    for extra in (["stop_at_step=7", OFFLINE], ["tracking.wandb=online"]):
+        result = python("pretrain", *place, *extra, **server.environment)
+        assert result.returncode == 0, result.stderr
+    (run,) = server.runs
+    assert scalars(server.history(run)) == expected(tmp_path / "run")
+    assert folders(tmp_path / "run") == []
+
+
 @pytest.mark.parametrize("how", ["offline", "online"])
 def test_a_signal_to_the_whole_group_ends_the_run_as_preempted(
     how: str, tmp_path: Path, server: WandbServer
