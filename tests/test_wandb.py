@@ -403,7 +403,6 @@ def test_a_server_that_swallows_everything_costs_no_step_and_less_than_20_second
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        began = time.time()
         result = python(
             *("pretrain", *SMALL, f"output={tmp_path}", "name=run", "tracking.wandb=online"),
             **{"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40},
@@ -415,7 +414,8 @@ def test_a_server_that_swallows_everything_costs_no_step_and_less_than_20_second
     (line,) = warned(result.stdout)
     assert line.startswith("W&B: offline, as the server does not answer")
     assert line.endswith(f"upload it later by: wandb sync {folder.path}")
-    assert lines(tmp_path / "run")[-1]["time"] - began < 12, "the training waited"
+    shown = result.stdout
+    assert shown.index("step 1/10 ") < shown.index("W&B: "), "the training waited"
     assert ended - lines(tmp_path / "run")[-1]["time"] < 20
     assert scalars(folder.history) == expected(tmp_path / "run")
     assert not list((tmp_path / "run" / "wandb").glob("run-*"))
