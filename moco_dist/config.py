@@ -261,12 +261,15 @@ class ProbeConfig:
         check("", self, epochs=(1, None), stop_at_step=(0, None))
         check("", self, batch_size=(1, None), top_k=(1, None))
 
-    def run_name(self) -> str:
-        """Return the name of the run: the one given, or that of the encoder's run and -probe."""
+    def pretraining(self) -> str:
+        """Return the name of the run that the encoder is from."""
         source = Path(self.encoder).expanduser()
         in_run = source.name.startswith("step_")
-        pretraining = source.parent.parent.name if in_run else source.resolve().name
-        return self.name or f"{pretraining}-probe"
+        return source.parent.parent.name if in_run else source.resolve().name
+
+    def run_name(self) -> str:
+        """Return the name of the run: the one given, or that of the encoder's run and -probe."""
+        return self.name or f"{self.pretraining()}-probe"
 
 
 # Keys, and groups (with a dot), that may differ when a run is resumed: its length, what is logged,

@@ -53,13 +53,24 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """How often metrics go to metrics.jsonl and the console."""
+    """How often metrics are written, and where beside metrics.jsonl and the console."""
 
     # Steps from one line of metrics to the next.
     every_steps: int = 10
+    # Epochs from one set of pictures to the next, and the last epoch has one; 0 is never.
+    media_every_epochs: int = 10
+    # auto: what WANDB_MODE says; else online for those who are logged in, offline for others.
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    # Empty: WANDB_PROJECT, or else moco_dist; WANDB_ENTITY, or else your own.
+    project: str = ""
+    entity: str = ""
+    # Upload the trained query encoder as a checkpoint that the probe can read.
+    upload_encoder: bool = False
+    # Also write runs/NAME/tensorboard; needs the package's extra "tensorboard".
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        check("tracking.", self, every_steps=(1, None))
+        check("tracking.", self, every_steps=(1, None), media_every_epochs=(0, None))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,16 @@ from torch import Tensor
 
 
 @torch.no_grad()
+def nearest(queries: Tensor, bank: Tensor, k: int) -> Tensor:
+    """Return the rows of `bank` with the highest cosine similarity, int64 (queries, k), in order.
+
+    `k` may be more than there are.
+    """
+    similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+    return similarity.topk(min(k, len(bank)), dim=1).indices
+
+
+@torch.no_grad()
 def predict(
     queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int, temperature: float
 ) -> Tensor:

@@ -179,6 +179,14 @@ class LinearProbe:
         values = (comms.total(sums) / len(images)).tolist()
         return dict(zip(("loss", "top1", f"top{self.config.top_k}"), values, strict=True))
 
+    def confusion(self, name: str, part: str) -> Tensor:
+        """Return how many images of each class are taken for which, int64 (true, predicted)."""
+        images, classes = self.parts[part], len(self.splits.train.classes)
+        mine = features.share(len(images)).to(self.session.device)
+        predicted = self.heads.heads[name](self.features[name, part][mine]).argmax(1)
+        pairs = images.labels[mine] * classes + predicted
+        return comms.total(pairs.bincount(minlength=classes**2)).reshape(classes, classes)
+
     def knn_top1(self, name: str, part: str) -> float:
         """Return the share of a part's images that the nearest training images classify rightly."""
         images, settings = self.parts[part], self.config.knn
@@ -210,6 +218,7 @@ class LinearProbe:
             "epoch": self.step / self.plan.steps_per_epoch,
             "encoder": self.frozen[TRAINED],
             "classes": list(self.splits.train.classes),
+            "run_id": self.session.run_id,
             "data": self.splits.fingerprint,
             "config": to_dict(self.config),
         }

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import NoReturn
 
-from moco_dist import command, comms, console_lines, data, peers, runtime
+import torch
+
+from moco_dist import (
+    command,
+    comms,
+    console_lines,
+    data,
+    peers,
+    pictures,
+    runtime,
+    saving,
+)
 from moco_dist.config import PretrainConfig
+from moco_dist.config_files import to_dict
 from moco_dist.errors import NumbersError, StoppedError
 from moco_dist.runtime import console, logger
 from moco_dist.stopping import StopRequests
@@ -33,9 +46,11 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
             runtime.finish(session, {})
         return
     runtime.begin(session)
-    with runtime.tracker(session, total) as tracker:
+    with runtime.tracker(session, total, "pretrain") as tracker:
         try:
             results = loop(trainer, total, tracker, can_classify)
+            if trainer.step == trainer.total_steps:
+                tracker.conclude(results, write_encoder(trainer))
         except (StoppedError, NumbersError) as error:
             # All processes are here, with the state after a whole step.
             end_early(trainer, error)
@@ -64,20 +79,25 @@ def loop(trainer: Trainer, total: int, tracker: Tracker, can_classify: bool) -> 
         step, last = trainer.step, trainer.step == total
         classifies = can_classify and evaluates(trainer, total)
         saves = last or trainer.agreed.save or saves_at(trainer)
-        if step == 1 or saves or _due(config.tracking.every_steps, step):
+        draws = _due(config.tracking.media_every_epochs, _ended_epoch(trainer), last)
+        if step == 1 or saves or draws or _due(config.tracking.every_steps, step):
             seconds = time.monotonic() - since
             results |= trainer.metrics(loss, logits, seconds, step - logged)
             tracker.log(step, {k: v for k, v in results.items() if not k.startswith("knn/")})
             since, logged = time.monotonic(), step
+        if draws and tracker.media:
+            pictures.draw_step(trainer, tracker.media, torch.cat(logits))
         del loss, logits
         if classifies:
             results["knn/top1"] = evaluate(trainer, tracker)
+            if draws and tracker.media:
+                pictures.draw_neighbours(trainer, tracker.media)
             best = trainer.best is not None and trainer.best["step"] == step
             saves = saves or (best and config.checkpoint.keep_best)
         if saves:
             trainer.save(wait=last)
             saved = time.monotonic()
-        if classifies or saves:
+        if classifies or saves or draws:
             since, logged = time.monotonic(), step
     return results
 
@@ -111,12 +131,26 @@ def evaluate(trainer: Trainer, tracker: Tracker) -> float:
     """Return and log the kNN accuracy of the encoder as it is."""
     step = trainer.step
     peers.me.mark(step, "evaluating kNN")
+    tracker.unfinished = True
     accuracy = trainer.knn_top1()
     tracker.log(step, {"epoch": step / trainer.steps_per_epoch, "knn/top1": accuracy})
+    tracker.unfinished = False
     trainer.evaluated = step
     if step and (trainer.best is None or accuracy > trainer.best["knn_top1"]):
         trainer.best = {"step": step, "knn_top1": accuracy}
     return accuracy
+
+
+def write_encoder(trainer: Trainer) -> Path | None:
+    """Return, on process 0, the folder of the encoder alone, if it is to be uploaded."""
+    if not trainer.config.tracking.upload_encoder:
+        return None
+    run, state, config = trainer.session.directory, trainer.moco.state_dict(), trainer.config
+
+    def write() -> Path | None:
+        return saving.write_encoder(run, trainer.step, state, to_dict(config))
+
+    return peers.together(lambda: write() if comms.is_main() else None)
 
 
 def end_early(trainer: Trainer, error: StoppedError | NumbersError) -> NoReturn:

@@ -42,9 +42,12 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     announce(probe, f"{found.path} (step {found.step:,})")
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
     runtime.begin(session)
-    with runtime.tracker(session, total) as tracker:
+    group = runtime.group(config.pretraining(), found.state)
+    with runtime.tracker(session, total, "probe", group) as tracker:
         try:
             loop(probe, total, tracker)
+            if probe.step == probe.total_steps:
+                results = conclude(probe, tracker)
         except (StoppedError, NumbersError) as error:
             if probe.step:
                 probe.save(wait=True)
@@ -52,7 +55,6 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
             runtime.end_early(session, error, place if probe.step else "nothing to save")
     probe.check_frozen()
     if probe.step == probe.total_steps:
-        results = final_results(probe)
         runtime.finish(session, results)
         summarize(probe, results)
 
@@ -102,6 +104,27 @@ def final_results(probe: LinearProbe) -> dict[str, dict[str, dict[str, float]]]:
         }
         for name in probe.encoders
     }
+
+
+Results = dict[str, dict[str, dict[str, float]]]
+
+
+def conclude(probe: LinearProbe, tracker: Tracker) -> Results:
+    """Return the figures of the last step; hand them, and the confusion matrix, to the tracker."""
+    results = final_results(probe)
+    part = "test" if "test" in probe.parts else "validation"
+    counts = probe.confusion(TRAINED, part)
+    if tracker.media:
+        tracker.media.confusion(probe.step, counts, probe.splits.train.classes)
+    tracker.conclude(
+        {
+            f"{name}/{part}_{key}": value
+            for name, parts in results.items()
+            for part, figures in parts.items()
+            for key, value in figures.items()
+        }
+    )
+    return results
 
 
 def announce(probe: LinearProbe, place: str) -> None:

@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import platform
-import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from typing import Any, NoReturn
 
 import accelerate
 import torch
-import torchvision
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 from torch import Tensor
@@ -34,13 +31,18 @@ from moco_dist import (
     saving,
     stopping,
     tracking,
+    wandb_run,
 )
 from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.environment import environment, shared_environment
 from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
+from moco_dist.feed import Feed, Service
+from moco_dist.media import Album
 from moco_dist.run_directory import note_outcome, replace, write_status
 from moco_dist.run_lock import RunLock
 from moco_dist.saving import Saver
 from moco_dist.stopping import StopRequests
+from moco_dist.tensorboard_run import TensorBoardRun
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ class Session:
     finished: bool
     stop: StopRequests
     saver: Saver
+    # One for the life of the run: what W&B knows it by.
+    run_id: str
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +169,9 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
         saver.place = resumed.step, resumed.state.get("evaluated")
     # Where another process has failed, a save in flight can still be brought to its end.
     stop.flush = partial(saver.join, machine.grace_seconds)
-    return Session(accelerator, settings, directory, resumed, finished, stop, saver)
+    state = resumed.state if resumed else None
+    run_id = peers.from_main(lambda: wandb_run.run_id(directory, settings.name, state))
+    return Session(accelerator, settings, directory, resumed, finished, stop, saver, run_id)
 
 
 def _take(directory: Path, stop: StopRequests) -> RunLock:
@@ -239,43 +245,53 @@ def end_early(session: Session, error: StoppedError | NumbersError, place: str) 
     raise ended.on_all() from error
 
 
-def environment() -> dict[str, Any]:
-    """Return what this start of the run ran on and with."""
-    cuda = torch.cuda.is_available()
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "arguments": sys.argv[1:],
-        "processes": comms.world_size(),
-        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "moco_dist": moco_dist.__version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "accelerate": accelerate.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-    }
+def tracker(
+    session: Session, total_steps: int, job: str, group: str | None = None
+) -> tracking.Tracker:
+    """Return where metrics go: nowhere on processes other than the first.
 
-
-def tracker(session: Session, total_steps: int) -> tracking.Tracker:
-    """Return where metrics go: nowhere on processes other than the first."""
-    step = session.resumed.step if session.resumed else 0
-    path = session.directory / "metrics.jsonl"
+    `job` is what W&B calls this kind of run, `group` the group of a run that it belongs to.
+    """
+    resumed, run, settings = session.resumed, session.directory, session.settings
+    step = resumed.step if resumed else 0
+    path = run / "metrics.jsonl"
     # A run that starts anew has no lines yet: that of step 0 neither.
-    kept = step if session.resumed else -1
-    evaluated = session.resumed is None or session.resumed.state.get("evaluated") == step
+    kept = step if resumed else -1
+    evaluated = resumed is None or resumed.state.get("evaluated") == step
     lines = peers.together(
         lambda: tracking.json_lines(path, kept, evaluated) if comms.is_main() else None
     )
     if not lines:
         return tracking.Tracker([])
+    tracking.cut_media(run / "media", kept)
     past = run_record.lines(path)
-    shown, bar = console_lines.show(
-        console, total_steps, step, session.settings.knn.every_epochs, past
-    )
-    return tracking.Tracker([lines, shown], bar)
+    shown, bar = console_lines.show(console, total_steps, step, settings.knn.every_epochs, past)
+    services: list[Service] = []
+    if wandb_run.mode(settings.tracking) != "disabled":
+        group = group or f"{settings.name}-{session.run_id}"
+        identity = wandb_run.Identity(session.run_id, settings.name, group, job)
+        services.append(
+            wandb_run.WandbRun(
+                session.accelerator,
+                settings.tracking,
+                run,
+                identity,
+                config_files.to_dict(settings) | {"environment": shared_environment()},
+                lambda text: console.print(text, soft_wrap=True, highlight=False, markup=False),
+            )
+        )
+    if settings.tracking.tensorboard:
+        services.append(TensorBoardRun(session.accelerator, run))
+    feeds = [Feed(service, path) for service in services]
+    album = Album(run / "media") if settings.tracking.media_every_epochs else None
+    return tracking.Tracker([lines, shown], bar, feeds, album)
+
+
+def group(name: str, state: Mapping[str, Any]) -> str:
+    """Return the group of the pretraining run `name`, from the state of its checkpoint."""
+    with suppress(KeyError, TypeError):
+        return f"{state['config']['name']}-{state['run_id']}"
+    return name
 
 
 def banner(session: Session, title: str, rows: dict[str, str]) -> None:

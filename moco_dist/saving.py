@@ -187,6 +187,18 @@ def write(
     return path
 
 
+def write_encoder(
+    run: Path, step: int, model: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Path:
+    """Write the query encoder alone as a checkpoint to RUN/encoder; return its folder.
+
+    It holds of the configuration what `load_encoder` needs, and no path of this machine.
+    """
+    own = {k: v.detach().cpu() for k, v in model.items() if k.startswith("query_encoder.")}
+    needed = {key: config[key] for key in ("encoder", "views")}
+    return write(run / "encoder", step, own, {}, {"config": needed})
+
+
 def prune(run: Path, settings: CheckpointConfig, best: int | None) -> None:
     """Remove checkpoints that `settings` don't keep; `best` is the step with the best kNN."""
     for step, folder in step_folders(run)[: -settings.keep_last]:

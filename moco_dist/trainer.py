@@ -17,6 +17,7 @@ from moco_dist import (
     fingerprint,
     guard,
     knn,
+    media,
     metrics,
     moco,
     peers,
@@ -74,6 +75,8 @@ class Trainer:
         # The step that was evaluated last, and step and accuracy of the best one.
         self.evaluated = -1
         self.best: dict[str, float] | None = None
+        # Neighbours of the first validation images, among the labelled training images.
+        self.nearest: Tensor | None = None
         self.gradient_norm = torch.zeros(())
         self.agreed = guard.Agreement(stop=0, save=False)
         if saved := session.resumed:
@@ -255,6 +258,7 @@ class Trainer:
                 features.extract(encoder.backbone, part, config.views, config.batch_size, pause)
                 for part in parts
             )
+        self.nearest = knn.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
         mine = features.share(len(queries))
         classes, (train, validation) = len(parts[0].classes), parts
         predicted = knn.predict(
@@ -283,6 +287,7 @@ class Trainer:
             "enqueued": network.queue.enqueued,
             "evaluated": self.evaluated,
             "best": self.best,
+            "run_id": session.run_id,
             "data": self.splits.fingerprint,
             "config": to_dict(config),
         }

@@ -8,3 +8,5 @@ import torch
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Those that are about it say so.
+os.environ["WANDB_MODE"] = "disabled"

@@ -48,7 +48,9 @@ def accelerate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def lines(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert read[0] == {"schema": "moco_dist.metrics", "version": 1}
+    return read[1:]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_accelerate_launch_writes_the_run_directory(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     files = {"config.yaml", "environment.json", "metrics.jsonl", "status.json", ".lock"}
-    assert names == files | {"checkpoints", "DONE"}
+    assert names == files | {"checkpoints", "media", "run_id.json", "DONE"}
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     steps = [line["step"] for line in lines(run) if "train/loss" in line]

@@ -135,7 +135,7 @@ def _work(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "WANDB_MODE": "disabled"}
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
         os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -158,7 +158,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
         lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    return [line for line in map(json.loads, lines) if "step" in line]
 
 
 def last_step(run: Path, since: float = 0) -> int:

@@ -1,0 +1,162 @@
+"""A W&B server on loopback, as much of it as a run and `wandb sync` need: it keeps what it is told.
+
+The requests are those that wandb 0.31 sends. `history` is what a browser would show.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+
+class WandbServer:
+    """Runs by their ids, with history, summary, config and files; every byte is in `received`."""
+
+    def __init__(self) -> None:
+        self.received: list[bytes] = []
+        self.lines: dict[str, dict[str, dict[int, str]]] = {}
+        self.runs: dict[str, dict[str, Any]] = {}
+        self.uploads: dict[str, int] = {}
+        # While set, nothing is answered.
+        self.mute = False
+        outer = self
+
+        class Handler(_Handler):
+            server_state = outer
+
+        self._http = _Server(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self.environment = {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "a" * 40}
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def history(self, run: str) -> list[dict[str, Any]]:
+        """Return the rows of a run in the order of their places."""
+        lines = self.lines.get(run, {}).get("wandb-history.jsonl", {})
+        return [json.loads(lines[place]) for place in sorted(lines)]
+
+    def summary(self, run: str) -> dict[str, Any]:
+        """Return the newest summary of a run."""
+        summary = self.lines.get(run, {}).get("wandb-summary.json", {})
+        found: dict[str, Any] = json.loads(summary[0]) if summary else {}
+        return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+    def answer(self, path: str, body: bytes) -> Any:
+        """Return the answer to a POST."""
+        if path == "/graphql":
+            question = json.loads(body)
+            return {"data": self._graphql(question["operationName"], question["variables"] or {})}
+        if path.endswith("/file_stream"):
+            run = path.split("/")[-2]
+            content = json.loads(body)
+            for name, part in (content.get("files") or {}).items():
+                lines = self.lines.setdefault(run, {}).setdefault(name, {})
+                for place, line in enumerate(part["content"], start=part["offset"]):
+                    lines[place] = line
+            if "exitcode" in content:
+                self.runs[run]["exit"] = content["exitcode"]
+            if content.get("preempting"):
+                self.runs[run]["preempting"] = True
+        return {}
+
+    def _graphql(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        if operation == "RunResumeStatus":
+            run = variables["name"]
+            return {"model": {"id": "m", "name": "p", "bucket": self._resumable(run)}}
+        if operation == "UpsertBucket":
+            run = variables["name"]
+            told = self.runs.setdefault(run, {})
+            told |= {key: value for key, value in variables.items() if value is not None}
+            project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": run, "name": run, "displayName": run, "description": ""}
+            bucket |= {"config": "{}", "project": project, "sweepName": None}
+            bucket |= {"historyLineCount": len(self.history(run))}
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if operation == "CreateRunFiles":
+            files = [
+                {"name": name, "uploadUrl": f"{self.url}/upload/{variables['run']}/{name}"}
+                for name in variables["files"]
+            ]
+            return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
+        return {"serverInfo": {"features": []}, "viewer": {"id": "v", "flags": "{}"}}
+
+    def _resumable(self, run: str) -> dict[str, Any] | None:
+        if run not in self.runs:
+            return None
+        rows = self.history(run)
+        counts = {
+            f"{kind}LineCount": len(self.lines.get(run, {}).get(name, {}))
+            for kind, name in (("history", "wandb-history.jsonl"), ("events", "wandb-events.jsonl"))
+        }
+        tail = [json.dumps(row) for row in rows[-1:]]
+        return {
+            **counts,
+            "id": run,
+            "name": run,
+            "logLineCount": 0,
+            "summaryMetrics": json.dumps(self.summary(run)),
+            "displayName": run,
+            "historyTail": json.dumps(tail),
+            "eventsTail": "[]",
+            "config": self.runs[run].get("config", "{}"),
+            "tags": [],
+            "wandbConfig": '{"t": 1}',
+        }
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that leave."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_state: WandbServer
+
+    def do_POST(self) -> None:
+        body = self._body()
+        self.server_state.received.append(body)
+        if self.server_state.mute:
+            threading.Event().wait(60)
+        self._send(self.server_state.answer(self.path, body))
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        self.server_state.uploads[self.path.removeprefix("/upload/")] = len(body)
+        self.server_state.received.append(body)
+        self._send({})
+
+    def do_GET(self) -> None:
+        self._send({})
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+
+    def _send(self, content: Any) -> None:
+        text = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
