@@ -57,9 +57,11 @@ class TrackingConfig:
 
     # Steps from one line of metrics to the next.
     every_steps: int = 10
+    # Steps between measurements of the run's health (health/...), which have lines too; 0 is never.
+    health_every_steps: int = 50
 
     def __post_init__(self) -> None:
-        check("tracking.", self, every_steps=(1, None))
+        check("tracking.", self, every_steps=(1, None), health_every_steps=(0, None))
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,11 @@ def loop(trainer: Trainer, total: int, tracker: Tracker, can_classify: bool) -> 
         step, last = trainer.step, trainer.step == total
         classifies = can_classify and evaluates(trainer, total)
         saves = last or trainer.agreed.save or saves_at(trainer)
-        if step == 1 or saves or _due(config.tracking.every_steps, step):
+        if step == 1 or saves or _due(config.tracking.every_steps, step) or trainer.health:
             seconds = time.monotonic() - since
-            results |= trainer.metrics(loss, logits, seconds, step - logged)
-            tracker.log(step, {k: v for k, v in results.items() if not k.startswith("knn/")})
+            figures = trainer.metrics(loss, logits, seconds, step - logged)
+            results |= figures
+            tracker.log(step, figures)
             since, logged = time.monotonic(), step
         del loss, logits
         if classifies:
