@@ -35,9 +35,9 @@ def uniformity(points: Tensor) -> Tensor:
     0 where all unit vectors are the same one, about -4 where they are spread evenly over a sphere
     of many dimensions. Two rows or more. Wang and Isola 2020, section 4.1, with t 2.
     """
-    rows = len(points)
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    kernel = (-2 * distances.square()).exp()
+    rows, squares = len(points), points.square().sum(1)
+    distances = squares[:, None] + squares - 2 * points @ points.T
+    kernel = (-2 * distances.clamp(min=0)).exp()
     return ((kernel.sum() - kernel.diagonal().sum()) / (rows * (rows - 1))).log()
 
 
@@ -51,7 +51,8 @@ def rankme(points: Tensor, epsilon: float = 1e-7) -> Tensor:
     smaller = points.T @ points if len(points) > points.shape[1] else points @ points.T
     singular = torch.linalg.eigvalsh(smaller).clamp(min=0).sqrt()
     shares = singular / singular.sum() + epsilon
-    return (-shares * shares.log()).sum().exp()
+    entropy: Tensor = -(shares * shares.log()).sum()
+    return entropy.exp()
 
 
 def feature_std(points: Tensor) -> Tensor:

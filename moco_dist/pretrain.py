@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from rich.table import Table
 
-from moco_dist import command, comms, data, peers, runtime
+from moco_dist import alarms, command, comms, data, peers, runtime
 from moco_dist.config import PretrainConfig
 from moco_dist.errors import NumbersError, StoppedError
 from moco_dist.runtime import console, logger
@@ -37,9 +37,16 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
         return
     runtime.begin(session)
     with runtime.tracker(session, total) as tracker:
+        watch = None
+        if comms.is_main():
+            path = session.directory / "metrics.jsonl"
+            watch = alarms.Watch(config, len(splits.train), path)
+            tracker.sinks.append(watch.sink)
         try:
             results = loop(trainer, total, tracker, can_classify)
         except (StoppedError, NumbersError) as error:
+            if watch and isinstance(error, NumbersError):
+                watch.ended(trainer.step, error)
             # All processes are here, with the state after a whole step.
             end_early(trainer, error)
     if trainer.step == trainer.total_steps:
@@ -146,15 +153,8 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
-    if config.moco.queue_size >= len(splits.train):
-        logger.warning(
-            "moco.queue_size=%d is not below the %d training images: every image meets its own "
-            "older keys%s; use moco.queue_size=%d or less",
-            config.moco.queue_size,
-            len(splits.train),
-            " (masked)" if config.moco.mask_own_keys else " as negatives",
-            max(config.batch_size, len(splits.train) // 4),
-        )
+    if sentence := alarms.long_queue(config, len(splits.train)):
+        logger.warning(sentence)
     monitor = (
         "every " + _counted(config.knn.every_epochs, "epoch", "epochs")
         if config.knn.every_epochs

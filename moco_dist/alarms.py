@@ -1,0 +1,194 @@
+"""Alarms: what goes wrong in a run, found in its lines of metrics, in words with a way out.
+
+Each is told once in the life of a run: as a warning, and as a line of metrics.jsonl, from which a
+resumed run learns what has been told. Nothing is saved for them: they follow from the lines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from pathlib import Path
+from statistics import fmean, median
+
+from moco_dist.config import PretrainConfig
+from moco_dist.errors import NumbersError, output_errors
+from moco_dist.tracking import Metrics
+
+logger = logging.getLogger(__name__)
+
+LONG_QUEUE, NOT_FINITE = "queue longer than the data", "not finite"
+
+# Spread and effective rank of the unit vectors below which they are all but one point or one line.
+# A demo with 6000 images goes through 0.17 and 7 on its way; learning rate 1000 gives 0.004 and
+# 1.1, images without content 0.001 and 1.
+COLLAPSED_STD = 0.02
+COLLAPSED_RANK = 1.5
+# Measurements in a row that must say so.
+COLLAPSED_TIMES = 3
+# Instance accuracy that is suspicious where nothing else says that the encoder is so good.
+NEAR_ALL = 0.95
+# A change of the kNN accuracy that is more than noise.
+CLEAR = 0.05
+# Lines whose median speed is compared with that of the lines before them, twice as many or more.
+SLOW_LINES = 10
+
+
+def long_queue(config: PretrainConfig, images: int) -> str | None:
+    """Return the sentence about a queue that holds more keys than there are images, or None."""
+    size = config.moco.queue_size
+    if size < images:
+        return None
+    masked = " (masked)" if config.moco.mask_own_keys else " as negatives"
+    return (
+        f"moco.queue_size={size} is not below the {images} training images: every image meets its "
+        f"own older keys{masked}; use moco.queue_size={max(config.batch_size, images // 4)} or less"
+    )
+
+
+class Watch:
+    """Looks at the lines of metrics of a run, in their order, and finds each alarm once.
+
+    `images` are those of training, and `path` is metrics.jsonl, cut back to where the run goes on.
+    """
+
+    def __init__(self, config: PretrainConfig, images: int, path: Path) -> None:
+        self.config, self.images, self.path = config, images, path
+        self.told: set[str] = set()
+        # Measurements in a row that look collapsed.
+        self._collapsed = 0
+        # Instance accuracies since the last evaluation, and all kNN accuracies.
+        self._instances: list[float] = []
+        self._knn: list[float] = []
+        # Sum and number of the losses in each span of steps since the queue was full.
+        self._full: int | None = None
+        self._spans: list[list[float]] = []
+        self._speeds: deque[float] = deque(maxlen=1000)
+        self._replay()
+
+    def sink(self, step: int, metrics: Metrics) -> None:
+        """Tell what `look` finds: a sink of a Tracker."""
+        for name, text in self.look(step, metrics).items():
+            if name != LONG_QUEUE:  # which is told before the first step
+                logger.warning("%s at step %d: %s", name, step, text)
+            self._write(step, name, text)
+
+    def ended(self, step: int, error: NumbersError) -> None:
+        """Note the alarm of numbers that are not finite; the error itself tells the user."""
+        if NOT_FINITE not in self.told:
+            self._write(step, NOT_FINITE, str(error))
+
+    def look(self, step: int, metrics: Metrics) -> dict[str, str]:
+        """Return the alarms that the line `metrics` of `step` adds: names, and a sentence each."""
+        found = {
+            LONG_QUEUE: long_queue(self.config, self.images),
+            "collapse": self._collapse(metrics),
+            "BatchNorm leak": self._leak(metrics),
+            "loss rises": self._rise(step, metrics),
+            "throughput halved": self._slowness(metrics),
+        }
+        new = {name: text for name, text in found.items() if text and name not in self.told}
+        self.told |= new.keys()
+        return new
+
+    def _replay(self) -> None:
+        """Take in the lines of metrics of the run up to here, with the alarms that stand in them.
+
+        Not the speeds: another machine may have made them.
+        """
+        told = set()
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            metrics = json.loads(line)
+            if "alarm" in metrics:
+                told.add(metrics["alarm"])
+            elif "step" in metrics:
+                self.look(metrics["step"], metrics)
+        self.told = told
+        self._speeds.clear()
+
+    def _write(self, step: int, name: str, text: str) -> None:
+        line = {"step": step, "time": round(time.time(), 3), "alarm": name, "text": text}
+        with output_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _collapse(self, metrics: Metrics) -> str | None:
+        spread, rank = metrics.get("health/feature_std"), metrics.get("health/rankme")
+        if spread is None or rank is None or metrics.get("queue/fill", 0) < 1:
+            return None
+        bad = spread < COLLAPSED_STD or rank < COLLAPSED_RANK
+        self._collapsed = self._collapsed + 1 if bad else 0
+        if self._collapsed < COLLAPSED_TIMES:
+            return None
+        return (
+            f"the encoder maps all images to almost the same place (health/feature_std "
+            f"{spread:.2g}, 1 is an even spread; health/rankme {rank:.3g} of "
+            f"{self.config.encoder.dim}); see that the images differ, and train anew with "
+            f"optim.lr below {self.config.optim.lr:g} or optim.warmup_epochs, and name=..."
+        )
+
+    def _leak(self, metrics: Metrics) -> str | None:
+        if metrics.get("queue/fill") == 1:
+            self._instances.append(metrics["train/accuracy_top1"])
+        accuracy = metrics.get("knn/top1")
+        if accuracy is None:
+            return None
+        instances, self._instances = self._instances, []
+        self._knn.append(accuracy)
+        first, best = self._knn[0], max(self._knn)
+        learns = best >= first + CLEAR and accuracy > best - CLEAR
+        if len(self._knn) < 2 or learns or not instances or fmean(instances) < NEAR_ALL:
+            return None
+        return (
+            f"{fmean(instances):.1%} of the queries find their own image among "
+            f"{self.config.moco.queue_size} others, and kNN went from {first:.1%} over {best:.1%} "
+            f"to {accuracy:.1%}: the encoder knows them by something else, as the BatchNorm "
+            f"statistics that they share; use bn_groups=8 (now {self.config.bn_groups}), and see "
+            "python -m moco_dist.doctor RUN --bn-leak; or else the two views are too much alike"
+        )
+
+    def _rise(self, step: int, metrics: Metrics) -> str | None:
+        """Compare the mean losses of spans of steps: epochs, or longer ones."""
+        loss, config = metrics.get("train/loss"), self.config
+        if loss is None or metrics.get("queue/fill", 0) < 1:
+            return None
+        if self._full is None:
+            self._full = step
+        length = max(self.images // config.batch_size, self._full, 10 * config.tracking.every_steps)
+        number = (step - self._full) // length
+        ended = [total / count for total, count in self._spans if count]
+        opens = number >= len(self._spans)
+        while number >= len(self._spans):
+            self._spans.append([0.0, 0.0])
+        self._spans[number][0] += loss
+        self._spans[number][1] += 1
+        chance = math.log(1 + config.moco.queue_size)
+        if not opens or len(ended) < 3 or ended[-1] < max(ended):
+            return None
+        rise = ended[-1] - ended[0]
+        if rise < 0.5 * (chance - ended[0]) or rise < 0.02 * chance:
+            return None
+        return (
+            f"train/loss rose from {ended[0]:.3f} to {ended[-1]:.3f} since the queue was full at "
+            f"step {self._full} ({chance:.3f} is chance): the keys of the queue are no negatives "
+            f"to learn from; train anew with optim.lr below {config.optim.lr:g} or moco.momentum "
+            f"above {config.moco.momentum:g}, and name=..."
+        )
+
+    def _slowness(self, metrics: Metrics) -> str | None:
+        speed = metrics.get("train/images_per_second")
+        if speed is None:
+            return None
+        self._speeds.append(speed)
+        speeds = list(self._speeds)
+        if len(speeds) < 3 * SLOW_LINES:
+            return None
+        now, before = median(speeds[-SLOW_LINES:]), median(speeds[:-SLOW_LINES])
+        if now >= before / 2:
+            return None
+        return (
+            f"{now:,.0f} images/s in the last {SLOW_LINES} lines, {before:,.0f} before: something "
+            "else uses the machine, or it throttles; look at nvidia-smi or top on all machines"
+        )
