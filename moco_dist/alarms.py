@@ -63,9 +63,13 @@ class Watch:
         # Instance accuracies since the last evaluation, and all kNN accuracies.
         self._instances: list[float] = []
         self._knn: list[float] = []
-        # Sum and number of the losses in each span of steps since the queue was full.
+        # Step at which the queue was full; since then, the spans of steps that have ended (mean
+        # loss and mean spread), and the number, losses and spreads of the one that goes on.
         self._full: int | None = None
-        self._spans: list[list[float]] = []
+        self._ended: list[tuple[float, float]] = []
+        self._span = -1
+        self._losses: list[float] = []
+        self._spreads: list[float] = []
         self._speeds: deque[float] = deque(maxlen=1000)
         self._replay()
 
@@ -150,31 +154,39 @@ class Watch:
         )
 
     def _rise(self, step: int, metrics: Metrics) -> str | None:
-        """Compare the mean losses of spans of steps: epochs, or longer ones."""
+        """Compare spans of steps since the queue was full: epochs, or longer ones.
+
+        A loss that rises while the queries spread is healthy: the negatives become harder.
+        """
         loss, config = metrics.get("train/loss"), self.config
         if loss is None or metrics.get("queue/fill", 0) < 1:
             return None
         if self._full is None:
             self._full = step
+            return None  # this step's own queue was not full yet
         length = max(self.images // config.batch_size, self._full, 10 * config.tracking.every_steps)
         number = (step - self._full) // length
-        ended = [total / count for total, count in self._spans if count]
-        opens = number >= len(self._spans)
-        while number >= len(self._spans):
-            self._spans.append([0.0, 0.0])
-        self._spans[number][0] += loss
-        self._spans[number][1] += 1
-        chance = math.log(1 + config.moco.queue_size)
-        if not opens or len(ended) < 3 or ended[-1] < max(ended):
+        opens = number != self._span and bool(self._losses)
+        if opens:
+            self._ended.append((fmean(self._losses), fmean(self._spreads or [math.inf])))
+        if number != self._span:
+            self._span, self._losses, self._spreads = number, [], []
+        self._losses.append(loss)
+        if "health/feature_std" in metrics:
+            self._spreads.append(metrics["health/feature_std"])
+        if not opens or len(self._ended) < 3:
             return None
-        rise = ended[-1] - ended[0]
-        if rise < 0.5 * (chance - ended[0]) or rise < 0.02 * chance:
+        (first, narrow), (last, spread) = self._ended[0], self._ended[-1]
+        if last < max(mean for mean, _ in self._ended) or not spread < narrow:
+            return None
+        chance = math.log(1 + config.moco.queue_size)
+        if last - first < max((chance - first) / 2, 0.02 * chance):
             return None
         return (
-            f"train/loss rose from {ended[0]:.3f} to {ended[-1]:.3f} since the queue was full at "
-            f"step {self._full} ({chance:.3f} is chance): the keys of the queue are no negatives "
-            f"to learn from; train anew with optim.lr below {config.optim.lr:g} or moco.momentum "
-            f"above {config.moco.momentum:g}, and name=..."
+            f"train/loss rose from {first:.3f} to {last:.3f} since the queue was full at "
+            f"step {self._full} ({chance:.3f} is chance), and the queries don't spread: the keys "
+            f"of the queue are no use as negatives; train anew with optim.lr below "
+            f"{config.optim.lr:g} or moco.momentum above {config.moco.momentum:g}, and name=..."
         )
 
     def _slowness(self, metrics: Metrics) -> str | None:
