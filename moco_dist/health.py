@@ -51,8 +51,8 @@ def rankme(points: Tensor, epsilon: float = 1e-7) -> Tensor:
     smaller = points.T @ points if len(points) > points.shape[1] else points @ points.T
     singular = torch.linalg.eigvalsh(smaller).clamp(min=0).sqrt()
     shares = singular / singular.sum() + epsilon
-    entropy: Tensor = -(shares * shares.log()).sum()
-    return entropy.exp()
+    effective: Tensor = torch.exp((-shares * shares.log()).sum())
+    return effective
 
 
 def feature_std(points: Tensor) -> Tensor:
@@ -68,7 +68,8 @@ def ema_distance(keys: Iterable[Tensor], queries: Iterable[Tensor]) -> Tensor:
     """Return |keys - queries| / |queries| over all parameters of the two encoders, ()."""
     mine, theirs = list(queries), list(keys)
     apart = torch._foreach_norm(torch._foreach_sub(theirs, mine))
-    return torch.stack(list(apart)).norm() / torch.stack(list(torch._foreach_norm(mine))).norm()
+    norms = torch.stack(list(torch._foreach_norm(mine)))
+    return torch.linalg.vector_norm(torch.stack(list(apart))) / torch.linalg.vector_norm(norms)
 
 
 def age_steps(filled: int, keys_per_step: int) -> float:
