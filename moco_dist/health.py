@@ -1,7 +1,7 @@
 """Health of a run without labels: how keys and queries lie on the sphere, and how old keys are.
 
 All of it is measured on what a step has anyway, changes none of it, and is the same on any number
-of processes. Healthy figures move: see the README for what each should do.
+of processes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def ema_distance(keys: Iterable[Tensor], queries: Iterable[Tensor]) -> Tensor:
     mine, theirs = list(queries), list(keys)
     apart = torch._foreach_norm(torch._foreach_sub(theirs, mine))
     norms = torch.stack(list(torch._foreach_norm(mine)))
-    return torch.linalg.vector_norm(torch.stack(list(apart))) / torch.linalg.vector_norm(norms)
+    relative: Tensor = torch.stack(list(apart)).norm() / norms.norm()
+    return relative
 
 
 def age_steps(filled: int, keys_per_step: int) -> float:
