@@ -22,18 +22,20 @@ logger = logging.getLogger(__name__)
 
 LONG_QUEUE, NOT_FINITE = "queue longer than the data", "not finite"
 
-# Spread and effective rank of the unit vectors below which they are all but one point, or one
-# line. On its way the demo goes through 0.17 and 7, CIFAR-10 at width 4 through 0.25 and 9;
-# learning rate 1000 gives 0.003 and 1.1.
-COLLAPSED_STD = 0.02
-COLLAPSED_RANK = 1.5
+# Spread and effective rank of the unit vectors: below either of the first they are all but one
+# point or one line, and below both of the second they show little more than one number. On its way
+# the demo goes down to 0.15 and 9, CIFAR-10 at width 4 to 0.24 and 9; learning rate 1000 gives
+# 0.003 and 1.2, images that are all the same 0.05 and 2.4.
+COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.5
+NARROW_STD, NARROW_RANK = 0.1, 3.0
 # Measurements in a row that must say so.
 COLLAPSED_TIMES = 3
 # Share of the loss of guessing at which nothing has been learnt. The demo is below 0.96 after two
-# epochs and CIFAR-10 never above 0.92; images that are all the same stay at 1.
+# epochs and CIFAR-10 never above 0.92.
 GUESSING = 0.98
-# Epochs (spans) after which the loss is judged.
+# Spans of steps after which the loss is judged; a span is an epoch, and so many steps or more.
 SPANS = 3
+SPAN_STEPS = 100
 # Share of the lead on guessing that a rising loss may lose. It rises in healthy runs too (CIFAR-10
 # at width 4 loses 0.6 in two epochs, while kNN goes from 26 to 35 %): then the queries spread.
 LOST_LEAD = 0.25
@@ -105,7 +107,7 @@ class Watch:
             "throughput halved": self._slowness(metrics),
         }
         if self._ends_span(step, metrics) and len(self._ended) >= SPANS:
-            found["collapse"] = found["collapse"] or self._guess()
+            found["collapse"] = found["collapse"] or self._guess(step)
             found["loss rises"] = self._rise()
         new = {name: text for name, text in found.items() if text and name not in self.told}
         self.told |= new.keys()
@@ -136,6 +138,7 @@ class Watch:
         if spread is None or rank is None or metrics.get("queue/fill", 0) < 1:
             return None
         bad = spread < COLLAPSED_STD or rank < COLLAPSED_RANK
+        bad = bad or (spread < NARROW_STD and rank < NARROW_RANK)
         self._collapsed = self._collapsed + 1 if bad else 0
         if self._collapsed < COLLAPSED_TIMES:
             return None
@@ -173,7 +176,8 @@ class Watch:
         if self._full is None:
             self._full = step
             return False  # this step's own queue was not full yet
-        length = max(self.images // config.batch_size, self._full, 10 * config.tracking.every_steps)
+        lines = 10 * config.tracking.every_steps
+        length = max(self.images // config.batch_size, self._full, lines, SPAN_STEPS)
         number = (step - self._full) // length
         ends = number != self._span and bool(self._losses)
         if ends:
@@ -185,13 +189,14 @@ class Watch:
             self._spreads.append(metrics["health/feature_std"])
         return ends
 
-    def _guess(self) -> str | None:
+    def _guess(self, step: int) -> str | None:
         loss, chance = self._ended[-1][0], math.log(1 + self.config.moco.queue_size)
         if loss < GUESSING * chance:
             return None
+        steps = step - (self._full or 0)
         return (
-            f"train/loss {loss:.3f} is that of guessing ({chance:.3f}), {len(self._ended)} epochs "
-            f"after the queue was full: no image is told from another; {self._anew()}"
+            f"train/loss {loss:.3f} is that of guessing ({chance:.3f}), {steps} steps after the "
+            f"queue was full: no image is told from another; {self._anew()}"
         )
 
     def _rise(self) -> str | None:

@@ -113,7 +113,7 @@ def test_a_queue_longer_than_the_data_is_told_of_before_the_first_step(tmp_path:
 
 def test_keys_that_move_too_fast_make_the_loss_rise(tmp_path: Path) -> None:
     run = [*SMALL, "optim.lr=0.2", "moco.queue_size=256", "data.size=20", "epochs=30"]
-    run += ["stop_at_step=170", f"output={tmp_path}", "name=rise"]
+    run += ["stop_at_step=330", f"output={tmp_path}", "name=rise"]
     result = python("pretrain", *run)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("WARNING: loss rises at step ") == 1
