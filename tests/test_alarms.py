@@ -192,6 +192,7 @@ def blanks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_batchnorm_group_leaks_and_alarm_and_doctor_find_it(
     blanks: Path, tmp_path: Path
 ) -> None:
@@ -214,6 +215,7 @@ def accuracies(table: str) -> tuple[float, float]:
     return shared, shuffled
 
 
+@pytest.mark.slow
 def test_shuffled_groups_do_not_leak(blanks: Path, tmp_path: Path) -> None:
     run = [*LEAKY, *of_folder(blanks), f"output={tmp_path}", "bn_groups=4", "name=safe"]
     trained = python("pretrain", *run, "stop_at_step=400")
