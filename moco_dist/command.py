@@ -34,10 +34,16 @@ REPORT = "a fault of moco_dist or of the machine; the last checkpoint stands"
 
 
 def main(
-    schema: type[Schema], run: Callable[[Schema, StopRequests], None], purpose: str | None
+    schema: type[Schema],
+    run: Callable[[Schema, StopRequests], None],
+    purpose: str | None,
+    arguments: list[str] | None = None,
 ) -> None:
-    """Load the command line's configuration, call `run`, and exit with what came of it."""
-    arguments = sys.argv[1:]
+    """Load the configuration of the command line, call `run`, and exit with what came of it.
+
+    `arguments` stand for those of the command line.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(f"{purpose}\n\n{COMMANDS}\n{config_files.to_yaml(schema())}", end="")
         return

@@ -59,6 +59,8 @@ class TrackingConfig:
     every_steps: int = 10
     # Epochs from one set of pictures to the next, and the last epoch has one; 0 is never.
     media_every_epochs: int = 10
+    # Steps between measurements of the run's health (health/...), which have lines too; 0 is never.
+    health_every_steps: int = 50
     # auto: what WANDB_MODE says; else online for those who are logged in, offline for others.
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     # Empty: WANDB_PROJECT, or else moco_dist; WANDB_ENTITY, or else your own.
@@ -71,6 +73,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         check("tracking.", self, every_steps=(1, None), media_every_epochs=(0, None))
+        check("tracking.", self, health_every_steps=(0, None))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 
 from moco_dist import (
+    alarms,
     command,
     comms,
     console_lines,
@@ -47,11 +48,18 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
         return
     runtime.begin(session)
     with runtime.tracker(session, total, "pretrain") as tracker:
+        watch = None
+        if comms.is_main():
+            path = session.directory / "metrics.jsonl"
+            watch = alarms.Watch(config, len(splits.train), path, tracker.sinks[-1])
+            tracker.sinks.append(watch.sink)
         try:
             results = loop(trainer, total, tracker, can_classify)
             if trainer.step == trainer.total_steps:
                 tracker.conclude(results, write_encoder(trainer))
         except (StoppedError, NumbersError) as error:
+            if watch and isinstance(error, NumbersError):
+                watch.ended(trainer.step, error)
             # All processes are here, with the state after a whole step.
             end_early(trainer, error)
     if trainer.step == trainer.total_steps:
@@ -80,10 +88,12 @@ def loop(trainer: Trainer, total: int, tracker: Tracker, can_classify: bool) -> 
         classifies = can_classify and evaluates(trainer, total)
         saves = last or trainer.agreed.save or saves_at(trainer)
         draws = _due(config.tracking.media_every_epochs, _ended_epoch(trainer), last)
-        if step == 1 or saves or draws or _due(config.tracking.every_steps, step):
+        due = saves or draws or _due(config.tracking.every_steps, step)
+        if step == 1 or due or trainer.health:
             seconds = time.monotonic() - since
-            results |= trainer.metrics(loss, logits, seconds, step - logged)
-            tracker.log(step, {k: v for k, v in results.items() if not k.startswith("knn/")})
+            figures = trainer.metrics(loss, logits, seconds, step - logged)
+            results |= figures
+            tracker.log(step, figures)
             since, logged = time.monotonic(), step
         if draws and tracker.media:
             pictures.draw_step(trainer, tracker.media, torch.cat(logits))
@@ -176,15 +186,8 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
-    if config.moco.queue_size >= len(splits.train):
-        logger.warning(
-            "moco.queue_size=%d is not below the %d training images: every image meets its own "
-            "older keys%s; use moco.queue_size=%d or less",
-            config.moco.queue_size,
-            len(splits.train),
-            " (masked)" if config.moco.mask_own_keys else " as negatives",
-            max(config.batch_size, len(splits.train) // 4),
-        )
+    if sentence := alarms.long_queue(config, len(splits.train)):
+        logger.warning(sentence)
     monitor = (
         "every " + _counted(config.knn.every_epochs, "epoch", "epochs")
         if config.knn.every_epochs

@@ -16,6 +16,7 @@ from moco_dist import (
     features,
     fingerprint,
     guard,
+    health,
     knn,
     media,
     metrics,
@@ -78,6 +79,8 @@ class Trainer:
         # Neighbours of the first validation images, among the labelled training images.
         self.nearest: Tensor | None = None
         self.gradient_norm = torch.zeros(())
+        # Figures of the last step, if it was one in which they are due.
+        self.health: dict[str, float] = {}
         self.agreed = guard.Agreement(stop=0, save=False)
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
@@ -138,7 +141,7 @@ class Trainer:
                     self.undo.restore()
                     self.session.stop_for(self.agreed.stop)
         me.mark(self.step, "encoding queries")
-        losses, all_logits = self.backward(rows, keys)
+        losses, all_logits, queries = self.backward(rows, keys)
         self.gradient_norm, keys_norm = guard.norms(self.parameters, *keys)
         # Either is not finite if a number in it isn't.
         if not (self.gradient_norm + keys_norm).isfinite():
@@ -154,6 +157,8 @@ class Trainer:
         self.optimizer.zero_grad()
         momentum = schedule.key_momentum(config.moco, self.step, self.total_steps)
         network.update_key_encoder(momentum)
+        due = health.due(config.tracking.health_every_steps, self.step + 1)
+        self.health = health.of_step(network, queries, keys, rows.samples) if due else {}
         network.queue.enqueue(torch.cat(keys), rows.samples.repeat(len(keys)))
         self.step += 1
         return torch.stack(losses).mean(), all_logits
@@ -179,8 +184,11 @@ class Trainer:
         with self.accelerator.autocast():
             return moco.shuffled_keys(self.moco.key_encoder, pieces, rows.unshuffle[number], note)
 
-    def backward(self, rows: Step, keys: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Compute the gradients of a step; return losses and logits, pass by piece."""
+    def backward(self, rows: Step, keys: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Compute the gradients of a step; return losses and logits, pass by piece.
+
+        And this process's queries of the first pass, (rows, dim).
+        """
         config = self.config
         negatives, their_samples = self.moco.queue.negatives()
         pieces = [
@@ -188,7 +196,7 @@ class Trainer:
             for number, (view, _) in enumerate(self.passes)
             for piece in rows.query_rows.chunk(config.runtime.micro_batches)
         ]
-        losses, all_logits = [], []
+        losses, all_logits, all_queries = [], [], []
         for place, (number, view, piece) in enumerate(pieces, start=1):
             with nullcontext() if place == len(pieces) else self.accelerator.no_sync(self.query):
                 samples = rows.samples[piece]
@@ -203,7 +211,8 @@ class Trainer:
                 self.accelerator.backward(loss / config.runtime.micro_batches)
             losses.append(loss.detach())
             all_logits.append(logits.detach())
-        return losses, all_logits
+            all_queries.append(queries.detach())
+        return losses, all_logits, torch.cat(all_queries[: config.runtime.micro_batches])
 
     def refuse_numbers(self, rows: Step, keys: list[Tensor], losses: list[Tensor]) -> NoReturn:
         """Raise NumbersError for numbers that are not finite, with the state as before the step.
@@ -334,4 +343,5 @@ class Trainer:
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/gradient_norm": float(self.gradient_norm),
             "train/images_per_second": steps * self.config.batch_size / seconds,
+            **self.health,
         }
