@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import wandb_files
 from tests.slurm.cluster import ROOT, Cluster, booted
 
 pytestmark = pytest.mark.slurm
@@ -23,7 +24,7 @@ TINY = [
     *("batch_size=16", "bn_groups=4", "encoder.width=4", "encoder.dim=8", "moco.queue_size=40"),
     *("data.shapes_train=100", "data.shapes_test=30", "data.size=16", "views.size=16"),
     *("knn.every_epochs=0", "tracking.every_steps=25", "checkpoint.every_epochs=0"),
-    *("checkpoint.every_steps=25", "checkpoint.keep_last=2"),
+    *("checkpoint.every_steps=25", "checkpoint.keep_last=2", "tracking.wandb=disabled"),
 ]
 # 300 steps, some seconds on one process; there are 5 steps in an epoch.
 SHORT = [*TINY, "epochs=60"]
@@ -103,7 +104,8 @@ def limited(slurm: Slurm, runs: Path, undisturbed: dict[int, Path]) -> tuple[str
     times = {line["step"]: line["time"] for line in lines if "train/loss" in line}
     seconds_a_step = (times[300] - times[50]) / 250
     arguments = [*TINY, f"epochs={round(90 / seconds_a_step / 5)}"]
-    job = slurm.pretrain("limited", *arguments, options=("--time=1", "--signal=USR1@15"))
+    options = ("--time=1", "--signal=USR1@15")
+    job = slurm.pretrain("limited", *arguments, "tracking.wandb=offline", options=options)
     return job, arguments
 
 
@@ -394,6 +396,12 @@ def test_a_job_that_is_too_long_for_its_time_is_requeued_until_it_is_done(
     assert [line["restart"] for line in noted] == list(range(int(facts["Restarts"])))
     assert tensors(runs / "limited") == tensors(whole)
     assert losses(runs / "limited") == losses(whole)
+    own_id = json.loads((runs / "limited" / "run_id.json").read_text())["id"]
+    shown = wandb_files.folders(runs / "limited")
+    assert {folder.run.run_id for folder in shown} == {own_id}
+    rows = [row for folder in shown for row in folder.history if "train/loss" in row]
+    assert {row["step"]: row["train/loss"] for row in rows} == losses(whole)
+    assert len(rows) == len(losses(whole))
     assert_no_orphans(slurm.cluster)
 
 
