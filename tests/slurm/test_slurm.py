@@ -182,7 +182,7 @@ def test_two_nodes_give_the_run_of_four_processes_then_probe_and_report(
     results = json.loads((runs / "nodes-probe" / "DONE").read_text())
     text = slurm.text(jobs["report"])
     assert "nodes-probe" in text
-    assert f"{100 * results['probe']['test']['top1']:.1f}" in text
+    assert f"{100 * results['probe']['test']['top1']:.2f}" in text
     logs = {path.name for path in (runs / "nodes" / "logs").iterdir()}
     assert logs == {f"process_{rank}.log" for rank in (1, 2, 3)}
 
