@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+
 import torch
 from torch import Tensor
 
@@ -28,3 +31,14 @@ def of_step(loss: Tensor, logits: Tensor, temperature: float) -> dict[str, float
     if not negative.numel():
         del shown["similarity/negative"]
     return shown
+
+
+def memory_gb(device: torch.device) -> float:
+    """Return the most memory that this process has had, in 10^9 bytes: of its GPU, else resident.
+
+    Of a GPU it is what PyTorch has handed out to tensors.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage counts
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

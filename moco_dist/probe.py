@@ -11,6 +11,7 @@ from moco_dist import checkpoint, command, comms, console_lines, data, peers, ru
 from moco_dist.config import ProbeConfig
 from moco_dist.errors import ConfigError, NumbersError, StoppedError
 from moco_dist.linear_probe import CONTROL, TRAINED, LinearProbe
+from moco_dist.metrics import memory_gb
 from moco_dist.runtime import console, logger
 from moco_dist.stopping import StopRequests
 from moco_dist.tracking import Tracker
@@ -83,6 +84,7 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
             metrics["train/images_per_second"] = (
                 (step - evaluated) * config.batch_size / (time.monotonic() - since)
             )
+            metrics["system/memory_gb"] = memory_gb(probe.session.device)
             for name in probe.encoders:
                 metrics |= {f"{name}/{k}": v for k, v in probe.evaluate(name, part).items()}
             tracker.log(step, metrics | {"train/lr": probe.optimizer.param_groups[0]["lr"]})

@@ -343,5 +343,6 @@ class Trainer:
             "train/lr": self.optimizer.param_groups[0]["lr"],
             "train/gradient_norm": float(self.gradient_norm),
             "train/images_per_second": steps * self.config.batch_size / seconds,
+            "system/memory_gb": metrics.memory_gb(self.session.device),
             **self.health,
         }

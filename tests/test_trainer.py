@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from moco_dist import comms, data, moco, runtime
+from moco_dist import comms, data, metrics, moco, runtime
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import load
 from moco_dist.encoder import batch_norms
@@ -133,3 +134,11 @@ def test_the_nearest_neighbour_monitor_counts_each_image_once(tmp_path: Path) ->
     several = processes.run(accuracy, 4, str(tmp_path / "4"))
     assert several == [alone] * 4
     assert alone * 10 == pytest.approx(round(alone * 10))  # of 10 validation images
+
+
+def test_memory_is_the_peak_of_what_the_system_says_this_process_has() -> None:
+    ballast = torch.ones(100_000_000)  # 0.4 GB, written
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]
+    del ballast
+    assert metrics.memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.02)

@@ -90,7 +90,9 @@ def test_every_line_of_metrics_is_in_the_history_at_its_step(job: str, request: 
     if job == "pretrain":
         wanted = {"train/loss", "train/accuracy_top1", "train/accuracy_top5", "train/lr"}
         wanted |= {"train/images_per_second", "queue/fill", "knn/top1"}
-        wanted |= {"similarity/positive", "similarity/negative"}
+        wanted |= {"similarity/positive", "similarity/negative", "system/memory_gb"}
+        wanted |= {"health/alignment", "health/uniformity", "health/rankme", "queue/age_steps"}
+        wanted |= {"health/feature_std", "health/ema_distance"}
     else:
         wanted = {"probe/loss", "probe/top1", "probe/top5", "control/top1"}
     assert wanted <= logged
