@@ -1,16 +1,15 @@
 """What a job script of slurm/ asks before and after the run: its directory, and what to do next.
 
     python -m moco_dist.slurm_job directory {pretrain,probe} ARGUMENTS   prints the run directory
-    python -m moco_dist.slurm_job end DIRECTORY OUTCOME                  may requeue the job
+    python -m moco_dist.slurm_job end DIRECTORY OUTCOME STATE        what comes next: its exit state
 
-Neither loads PyTorch, so both take a moment.
+Neither loads PyTorch, so both take a moment, nor calls Slurm, which a container may not have.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,8 @@ from moco_dist.config import PretrainConfig, ProbeConfig
 from moco_dist.errors import ConfigError, UserError
 from moco_dist.run_directory import write_status
 
+# Exit state that asks the job script to requeue the job.
+REQUEUE = 200
 # Restarts without a new checkpoint after which a job is not requeued again.
 MAX_RESTARTS = 3
 
@@ -51,10 +52,11 @@ def directory(kind: str, arguments: list[str]) -> Path:
     return Path(config.output).expanduser() / name
 
 
-def end(run: Path, outcome: dict[str, Any] | None) -> tuple[int, str]:
-    """Requeue this job if that makes sense; return its exit state and a sentence about it.
+def end(run: Path, outcome: dict[str, Any] | None, state: str) -> tuple[int, str]:
+    """Return the exit state of this job, or REQUEUE, and a sentence about it.
 
-    `outcome` is what the run noted at its end, None if it was killed or never came to its start.
+    `outcome` is what the run noted at its end, None if it was killed or never came to its start;
+    `state` is what Slurm calls the job's.
     """
     status, reason = 70, "the run was killed, or did not start"
     again = True
@@ -66,7 +68,6 @@ def end(run: Path, outcome: dict[str, Any] | None) -> tuple[int, str]:
         return 0, f"{run} is done"
     if not again:
         return status, f"ended with {status}: {reason}"
-    state = _slurm("squeue", "--noheader", "--format=%T", f"--jobs={_job()}")
     if state != "RUNNING":
         return status, f"{reason}. Slurm itself ends this job ({state or 'unknown state'})"
     step = newest_step(run)
@@ -76,11 +77,7 @@ def end(run: Path, outcome: dict[str, Any] | None) -> tuple[int, str]:
             f"started again; the last reason: {reason}"
         )
     _note(run, {"job": _job(), "restart": _restarts(), "step": step, "reason": reason})
-    refused = _slurm("scontrol", "requeue", _job())
-    if refused:
-        go_on = "submit the same command again to go on from the last checkpoint"
-        return 75 if outcome else 70, f"{reason}. Slurm does not requeue it ({refused}): {go_on}"
-    return 75, f"requeued at step {step}: {reason}"
+    return REQUEUE, f"to be requeued at step {step}: {reason}"
 
 
 def newest_step(run: Path) -> int:
@@ -116,12 +113,6 @@ def _note(run: Path, requeue: dict[str, Any]) -> None:
         file.write(json.dumps(requeue) + "\n")
 
 
-def _slurm(*command: str) -> str:
-    """Return what a command of Slurm says, on one line; empty if it says nothing."""
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    return " ".join((result.stdout + result.stderr).split())
-
-
 def main(arguments: list[str]) -> int:
     """Carry out a command line; return its exit state."""
     match arguments:
@@ -132,11 +123,11 @@ def main(arguments: list[str]) -> int:
                 print(f"error: {error}", file=sys.stderr)
                 return error.exit_status
             return 0
-        case ["end", run, path]:
+        case ["end", run, path, state]:
             outcome = None
             with suppress(OSError, ValueError):
                 outcome = json.loads(Path(path).read_text())
-            status, sentence = end(Path(run), outcome)
+            status, sentence = end(Path(run), outcome, state)
             print(f"job {_job()}: {sentence}", flush=True)
             return status
     print(__doc__, file=sys.stderr)

@@ -1,29 +1,12 @@
-# Sourced by the scripts beside it. `run_on_all_nodes pretrain ARGUMENTS` is the whole of a job.
-# shellcheck shell=bash
-
-fail() {
-    echo "error: $2" >&2
-    exit "$1"
-}
-
-# shellcheck source=slurm/environment.sh
-source slurm/environment.sh
-# shellcheck disable=SC2206 # words of a command
-in_environment=(${RUN_IN:-})
-"${in_environment[@]}" python -c 'import importlib.metadata, moco_dist; importlib.metadata.version("torch")' || fail 66 \
-    "no Python with moco_dist here: run bash launch/demo.sh once, or edit slurm/environment.sh"
-
-# Prints the run directory of a command line, or says what is wrong with it.
-run_directory() {
-    "${in_environment[@]}" python -m moco_dist.slurm_job directory "$@"
-}
+# Sourced by the job scripts: `run_on_all_nodes pretrain ARGUMENTS` is the whole of a job.
+# shellcheck shell=bash source-path=SCRIPTDIR/..
+source slurm/setup.sh
 
 run_on_all_nodes() {
     local kind="$1" run device gpus="${SLURM_GPUS_ON_NODE:-0}" srun waits=0
     shift
     run="$(run_directory "$kind" "$@")" || exit
-    # A process for each GPU; on CPUs, for each task.
-    PROCESSES="${SLURM_NTASKS_PER_NODE:-1}" device=cpu
+    PROCESSES="${SLURM_NTASKS_PER_NODE:-1}" device=cpu # on GPUs one for each
     if ((gpus)); then
         ((PROCESSES == 1 || PROCESSES == gpus)) ||
             fail 78 "--ntasks-per-node=$PROCESSES and $gpus GPUs a node; leave the first out"
@@ -44,5 +27,14 @@ run_on_all_nodes() {
     srun="$!"
     trap 'kill -USR1 "$srun" 2>/dev/null || true' USR1 TERM # a signal to this script alone
     until wait "$srun" || ! kill -0 "$srun" 2>/dev/null; do ((++waits)); done
-    "${in_environment[@]}" python -m moco_dist.slurm_job end "$run" "$MOCO_DIST_OUTCOME"
+    local state status=0 refused
+    state="$(squeue -h -j "$SLURM_JOB_ID" -o %T)"
+    "${in_environment[@]}" python -m moco_dist.slurm_job end "$run" "$MOCO_DIST_OUTCOME" "$state" || status="$?"
+    rm -f "$MOCO_DIST_OUTCOME"
+    if ((status == 200)); then
+        refused="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)" || fail 75 \
+            "not requeued ($refused): submit the same command again to go on from the last checkpoint"
+        status=75
+    fi
+    return "$status"
 }

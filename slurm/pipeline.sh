@@ -5,9 +5,9 @@
 # Options in front, written with =, go to sbatch for the first two jobs. The probe starts when the
 # pretraining is done, however often that is queued again; the report comes in any case.
 set -euo pipefail
-[[ -f slurm/job.sh ]] || { echo "error: start this in the root of moco_dist, not in $PWD" >&2; exit 66; }
-# shellcheck source=slurm/job.sh
-source slurm/job.sh
+[[ -f slurm/setup.sh ]] || { echo "error: start this in the root of moco_dist, not in $PWD" >&2; exit 66; }
+# shellcheck source=slurm/setup.sh
+source slurm/setup.sh
 
 options=() pretrain=()
 while (($#)) && [[ "$1" == -?* && "$1" != -- ]]; do options+=("$1") && shift; done
