@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
     if not runs:
         raise ConfigError("no run directory was given; give runs/NAME, one or several")
     if options:
+        # A shell's background job ignores it, and nothing else ends the following of a run.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if len(runs) > 1:
             raise ConfigError(f"{FOLLOW} shows one run and {len(runs)} were given; give one")
         follow(Path(runs[0]).expanduser(), Console())
