@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests import wandb_files
 from tests.slurm.cluster import ROOT, Cluster, booted
@@ -381,6 +383,27 @@ def test_two_jobs_on_one_node_do_not_disturb_one_another(
         slurm.wait(job)
         assert slurm.facts(job)["JobState"] == "COMPLETED", slurm.text(job)
         assert tensors(runs / f"side_{number}") == tensors(undisturbed[2])
+
+
+def test_an_archive_is_unpacked_once_on_the_disk_of_the_node(
+    slurm: Slurm, runs: Path, tmp_path: Path
+) -> None:
+    for number in range(40):
+        image = tmp_path / "set" / f"class_{number % 2}" / f"{number}.png"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 0, 255 - number)).save(image)
+    archive = shutil.make_archive(str(tmp_path / "set"), "tar", tmp_path, "set")
+    slurm.cluster.environment["SLURM_TMPDIR"] = str(tmp_path / "node")
+    folder = [*TINY, "epochs=2", "data.name=folder", f"data.root={archive}"]
+    job = slurm.pretrain("archive", *folder, options=("--ntasks-per-node=2",))
+    del slurm.cluster.environment["SLURM_TMPDIR"]
+    slurm.wait(job)
+    assert slurm.facts(job)["JobState"] == "COMPLETED", slurm.text(job)
+    names = [path.name for path in (tmp_path / "node" / "moco_dist").iterdir()]
+    assert sorted(name.split("_")[0].split(".")[-1] for name in names) == [
+        "safetensors",
+        "unpacked",
+    ]
 
 
 def test_a_job_that_is_too_long_for_its_time_is_requeued_until_it_is_done(
