@@ -167,14 +167,18 @@ def last_step(run: Path, since: float = 0) -> int:
     return max((line["step"] for line in lines if "train/loss" in line), default=0)
 
 
+def figures(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics without what depends on the machine and the hour."""
+    own = {"time", "train/images_per_second", "system/memory_gb"}
+    return [{k: v for k, v in line.items() if k not in own} for line in metrics(run)]
+
+
 def account(run: Path) -> dict[str, Any]:
     """Return what must be the same however often a run was interrupted: figures and state."""
     found = checkpoint.newest(run)
     assert found is not None, f"{run} has no checkpoint"
-    timed = {"time", "train/images_per_second"}
-    lines = [{k: v for k, v in line.items() if k not in timed} for line in metrics(run)]
     content = {k: found.state[k] for k in ("files", "enqueued", "evaluated", "best", "epoch")}
-    return {"step": found.step, "metrics": lines, "content": content}
+    return {"step": found.step, "metrics": figures(run), "content": content}
 
 
 def status(run: Path) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from tests.faults.jobs import (
     Job,
     account,
     alive,
+    figures,
     in_save,
     last_step,
-    metrics,
     status,
     undisturbed,
 )
@@ -466,11 +466,13 @@ def of_a_probe(folder: Path, times: int, random: Random) -> Outcome:
     def to_the_end(output: Path) -> Any:
         with Job(output, *arguments, processes=2, module="probe") as job:
             assert job.wait(120) == [0, 0], job.text()
-            timed = {"time", "train/images_per_second"}
-            lines = [{k: v for k, v in line.items() if k not in timed} for line in metrics(job.run)]
             found = checkpoint.newest(job.run)
             assert found
-            return lines, json.loads((job.run / "DONE").read_text()), found.state["files"]
+            return (
+                figures(job.run),
+                json.loads((job.run / "DONE").read_text()),
+                found.state["files"],
+            )
 
     expected, slowest, runs = to_the_end(folder / "reference"), 0.0, 0
     for kinds in chains(times, random):
