@@ -1,7 +1,8 @@
-"""What the protection costs: the guard of a step, and a save in the background."""
+"""What protection and tracking cost: the guard of a step, a save in the background, metrics."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
 import torch
 
-from moco_dist import comms, data, guard, runtime, saving
+from moco_dist import comms, data, guard, health, pretrain, runtime, saving
 from moco_dist.config import EncoderConfig, PretrainConfig
 from moco_dist.config_files import load
 from moco_dist.config_operation import CheckpointConfig
@@ -27,6 +29,9 @@ SMALL = [
     *("batch_size=64", "bn_groups=8", "encoder.width=8", "encoder.dim=64", "moco.queue_size=1024"),
     *("data.shapes_train=2000", "data.shapes_test=10", "data.size=32", "runtime.device=cpu"),
 ]
+
+# The step from which tracking is measured: W&B has started by then.
+FIRST_STEP = 100
 
 
 def guard_of_a_step(folder: Path, times: int, random: Random) -> Outcome:
@@ -88,6 +93,55 @@ def timed_once(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def tracking_of_a_run(folder: Path, times: int, random: Random) -> Outcome:
+    """Measure what a run does besides its steps, at the default intervals, with W&B offline."""
+    step, cost, health_cost = processes.run(measure_tracking, 1, str(folder), times)[0]
+    text = f"tracking {1e3 * cost:.2f} ms of a step of {1e3 * step:.0f} ms ({cost / step:.1%}), "
+    text += f"of it health {1e3 * health_cost:.2f} ms ({health_cost / step:.1%})"
+    assert cost < 0.02 * step, text
+    assert health_cost < 0.01 * step, text
+    return Outcome(times, f"{text}, all threads and W&B's process")
+
+
+def measure_tracking(output: str, steps: int) -> tuple[float, float, float]:
+    """Return the seconds of a step without its health, and those of tracking and of health.
+
+    They are processor time over `steps` steps of a run; what isn't of the steps is of tracking:
+    metrics, their lines, the console, alarms, and the threads and the process of W&B.
+    """
+    os.environ["WANDB_MODE"] = "offline"
+    train_step, of_step = Trainer.train_step, health.of_step
+    inside: list[float] = []
+    healthy: list[float] = []
+    marks: list[tuple[float, float, float]] = []
+
+    def all_time() -> float:
+        children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+        return time.process_time() + sum(times.user + times.system for times in children)
+
+    def timed_health(*arguments: Any) -> dict[str, float]:
+        began = time.thread_time()
+        figures = of_step(*arguments)
+        healthy.append(time.thread_time() - began)
+        return figures
+
+    def timed_step(self: Trainer, *arguments: Any) -> Any:
+        if self.step in (FIRST_STEP, FIRST_STEP + steps):
+            marks.append((all_time(), sum(inside), sum(healthy)))
+        began = time.thread_time()
+        result = train_step(self, *arguments)
+        inside.append(time.thread_time() - began)
+        return result
+
+    health.of_step = timed_health
+    Trainer.train_step = timed_step  # type: ignore[assignment, method-assign]
+    quiet = ["knn.every_epochs=0", "checkpoint.every_epochs=0", "tracking.media_every_epochs=0"]
+    place = [f"output={output}", f"stop_at_step={FIRST_STEP + steps + 1}"]
+    pretrain.run(load(PretrainConfig, [*SMALL, *quiet, *place]))
+    whole, own, of_health = (after - before for before, after in zip(*marks, strict=True))
+    return (own - of_health) / steps, (whole - own + of_health) / steps, of_health / steps
+
+
 def background(folder: Path, times: int, random: Random) -> Outcome:
     """Compare what a save in the background costs a loop with the stall of one that is waited for.
 
@@ -144,5 +198,6 @@ def background(folder: Path, times: int, random: Random) -> Outcome:
 
 FAULTS = [
     Fault("cost of the guard", 30, 200, guard_of_a_step),
+    Fault("cost of tracking and health", 0, 400, tracking_of_a_run),
     Fault("cost of a save in the background", 0, 11, background),
 ]
