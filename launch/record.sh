@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Runs the table of launch/record.txt on one GPU, in pieces: each call works for RECORD_SECONDS (500)
+# and ends with 75 while there is more to do; the same call goes on from there, and what is done is
+# left alone. Where DIR holds train/CLASS/*.jpg and test/CLASS/*.jpg of CIFAR-10:
+#   until bash launch/record.sh DIR; do [[ $? == 75 ]] || break; done
+#   bash launch/record.sh DIR [key=value for the pretrainings ...] [-- key=value for the probes ...]
+#   python launch/record_table.py runs/record      # the README's table and the lines of the headers
+# RECORD_TABLE names another table, RECORD_OUTPUT another folder than runs/record, RECORD_PYTHON a
+# Python that has the packages already (else .venv is made and filled).
+set -euo pipefail
+fail() {
+    echo "error: $2" >&2
+    exit "$1"
+}
+data="$(realpath -- "${1:?give the folder of the images, with train and test in it}")"
+shift
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+if [[ -z "${RECORD_PYTHON:-}" ]]; then
+    # shellcheck source=launch/environment.sh
+    source launch/environment.sh "."
+fi
+python="${RECORD_PYTHON:-python}" table="${RECORD_TABLE:-launch/record.txt}"
+output="${RECORD_OUTPUT:-runs/record}" end="$((SECONDS + ${RECORD_SECONDS:-500}))"
+[[ -d "$data/train" && -d "$data/test" ]] || fail 66 "$data has no train and test; give the folder with both"
+[[ -f "$table" ]] || fail 66 "no table '$table'; leave RECORD_TABLE out for launch/record.txt"
+pretrain=("data.name=folder" "data.root=$data") probe=("data.name=folder" "data.root=$data")
+while (($#)) && [[ "$1" != -- ]]; do pretrain+=("$1") && shift; done
+probe+=("${@:2}")
+mkdir -p "$output"
+
+# Runs one to its end, or for what is left of this piece, and notes what that took.
+run() {
+    local kind="$1" name="$2" began="$SECONDS" left="$((end - SECONDS))" status=0
+    shift 2
+    [[ ! -e "$output/$name/DONE" ]] || return 0
+    ((left > 30)) || { echo "the piece is over; the same call goes on with $name" && exit 75; }
+    "$python" -m "moco_dist.$kind" "$@" "output=$output" "name=$name" \
+        "runtime.max_hours=$(awk "BEGIN { print $left / 3600 }")" || status="$?"
+    printf '{"run": "%s", "seconds": %d, "exit_status": %d, "commit": "%s"}\n' "$name" \
+        "$((SECONDS - began))" "$status" "$(git describe --always --dirty --abbrev=7)" >>"$output/pieces.jsonl"
+    ((status == 0)) || exit "$status"
+}
+
+lines="$(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' -e 's#PRETRAIN/#configs/pretrain/#' -e 's#PROBE/#configs/probe/#' "$table")"
+for turn in first others; do
+    while read -r name seeds words; do
+        for seed in ${seeds//,/ }; do
+            [[ "$turn" == first ]] && [[ "$seed" != "${seeds%%,*}" ]] && continue
+            # shellcheck disable=SC2086 # words of a line
+            run pretrain "$name-$seed" ${words%% -- *} "seed=$seed" "${pretrain[@]}" </dev/null
+            # shellcheck disable=SC2086
+            run probe "$name-$seed-probe" ${words##* -- } "seed=$seed" "encoder=$output/$name-$seed" "${probe[@]}" </dev/null
+        done
+    done <<<"$lines"
+done
+echo "all runs of $table are done: python launch/record_table.py $output prints the table"

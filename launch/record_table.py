@@ -1,0 +1,142 @@
+"""Turn the runs of launch/record.sh into the README's table and the lines of the headers.
+
+  python launch/record_table.py runs/record [--json]
+
+Means over seeds, and their standard deviation behind +- where there are several. Accuracies are
+those of the test images; minutes are those of all pieces of a run, evaluations and saves included.
+With --json: one line for each run that is done, with its commit, hardware, versions and speed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moco_dist.run_record import Record, number, read, read_object
+
+COLUMNS = ("run", "seeds", "kNN", "linear", "random: kNN / linear", "minutes", "images/s")
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    """Return what there is to tell of each pretraining whose probe is done, in order of names."""
+    pieces: list[dict[str, Any]] = []
+    for line in (output / "pieces.jsonl").read_text().splitlines():
+        pieces.append(json.loads(line))
+    found = []
+    for folder in sorted(output.glob("*-probe")):
+        probe, pretraining = (
+            read(folder),
+            read(folder.with_name(folder.name.removesuffix("-probe"))),
+        )
+        if probe.results and pretraining.results:
+            found.append(row(pretraining, probe, pieces))
+    return found
+
+
+def row(pretraining: Record, probe: Record, pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of a pretraining and its probe under plain names."""
+    run = pretraining.directory.name
+    own = {
+        kind: [piece for piece in pieces if piece["run"] == record.directory.name]
+        for kind, record in (("pretraining", pretraining), ("probe", probe))
+    }
+    environment = read_object(pretraining.directory / "environment.json")
+    speeds = [value for _, value in pretraining.figures("train/images_per_second")]
+    return {
+        "run": run,
+        "recipe": run.rpartition("-")[0],
+        "seed": pretraining.config["seed"],
+        "epochs": pretraining.config["epochs"],
+        "batch_size": pretraining.config["batch_size"],
+        **{
+            f"{encoder}_{name}": probe.result(encoder, "test", name)
+            for encoder in ("probe", "control")
+            for name in ("top1", "top5", "knn_top1")
+        },
+        "validation_knn_top1": pretraining.last("knn/top1"),
+        **{f"{kind}_minutes": sum(p["seconds"] for p in each) / 60 for kind, each in own.items()},
+        "images_per_second": statistics.median(speeds) if speeds else None,
+        "memory_gb": pretraining.last("system/memory_gb"),
+        "commits": sorted({piece["commit"] for each in own.values() for piece in each}),
+        **{key: environment.get(key) for key in ("device", "processes", "torch", "cuda")},
+    }
+
+
+def spread(values: Iterable[Any], scale: float = 1.0, digits: int = 1) -> str:
+    """Return the mean of numbers, and their standard deviation where there are several."""
+    numbers = [scale * each for value in values if (each := number(value)) is not None]
+    if not numbers:
+        return "-"
+    mean = f"{statistics.fmean(numbers):,.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} +- {statistics.stdev(numbers):.{digits}f}"
+
+
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table, a row for each recipe, and one of where it was made."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    for name, each in recipes(found).items():
+        minutes = [row["pretraining_minutes"] + row["probe_minutes"] for row in each]
+        controls = [
+            spread((row[f"control_{key}"] for row in each), 100) for key in ("knn_top1", "top1")
+        ]
+        cells = (
+            f"{name} ({each[0]['epochs']} epochs, batch {each[0]['batch_size']})",
+            ", ".join(str(row["seed"]) for row in each),
+            spread((row["probe_knn_top1"] for row in each), 100),
+            spread((row["probe_top1"] for row in each), 100),
+            " / ".join(controls),
+            spread(minutes),
+            spread((row["images_per_second"] for row in each), digits=0),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", made(found)]
+
+
+def headers(found: list[dict[str, Any]]) -> list[str]:
+    """Return the comment that each configuration's header takes."""
+    return [
+        f"# {name}, seeds {', '.join(str(row['seed']) for row in each)}: "
+        f"kNN {spread((row['probe_knn_top1'] for row in each), 100)}, "
+        f"linear {spread((row['probe_top1'] for row in each), 100)} on the test images, "
+        f"{spread(row['pretraining_minutes'] for row in each)} minutes. {made(each)}"
+        for name, each in recipes(found).items()
+    ]
+
+
+def made(found: list[dict[str, Any]]) -> str:
+    """Return one sentence of hardware, versions and commits."""
+    devices = sorted({f"{row['processes']} x {row['device']}" for row in found})
+    versions = sorted({f"torch {row['torch']}" for row in found})
+    commits = sorted({commit for row in found for commit in row["commits"]})
+    return f"{', '.join(devices)}; {', '.join(versions)}; commit {', '.join(commits)}."
+
+
+def recipes(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each recipe, in the order of seeds."""
+    names = dict.fromkeys(row["recipe"] for row in found)
+    return {
+        name: sorted((row for row in found if row["recipe"] == name), key=lambda row: row["seed"])
+        for name in names
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Print what the arguments ask for; return the exit state."""
+    folders = [argument for argument in arguments if argument != "--json"]
+    if len(folders) != 1 or not (Path(folders[0]) / "pieces.jsonl").is_file():
+        print("error: give the folder that launch/record.sh wrote, as runs/record", file=sys.stderr)
+        return 66
+    found = rows(Path(folders[0]))
+    if "--json" in arguments:
+        print("\n".join(json.dumps(row) for row in found))
+    elif found:
+        print("\n".join([*table(found), "", *headers(found)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
