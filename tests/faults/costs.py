@@ -133,7 +133,7 @@ def measure_tracking(output: str, steps: int) -> tuple[float, float, float]:
         inside.append(time.thread_time() - began)
         return result
 
-    health.of_step = timed_health
+    health.of_step = timed_health  # type: ignore[assignment]
     Trainer.train_step = timed_step  # type: ignore[assignment, method-assign]
     quiet = ["knn.every_epochs=0", "checkpoint.every_epochs=0", "tracking.media_every_epochs=0"]
     place = [f"output={output}", f"stop_at_step={FIRST_STEP + steps + 1}"]
