@@ -8,21 +8,14 @@
 # RECORD_TABLE names another table, RECORD_OUTPUT another folder than runs/record, RECORD_PYTHON a
 # Python that has the packages already (else .venv is made and filled).
 set -euo pipefail
-fail() {
-    echo "error: $2" >&2
-    exit "$1"
-}
 data="$(realpath -- "${1:?give the folder of the images, with train and test in it}")"
 shift
+[[ -d "$data/train" && -d "$data/test" ]] ||
+    { echo "error: $data has no train and test; give the folder with both" >&2 && exit 66; }
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-if [[ -z "${RECORD_PYTHON:-}" ]]; then
-    # shellcheck source=launch/environment.sh
-    source launch/environment.sh "."
-fi
-python="${RECORD_PYTHON:-python}" table="${RECORD_TABLE:-launch/record.txt}"
+# shellcheck source=launch/environment.sh
+[[ "${RECORD_PYTHON:-}" ]] || source launch/environment.sh "."
 output="${RECORD_OUTPUT:-runs/record}" end="$((SECONDS + ${RECORD_SECONDS:-500}))"
-[[ -d "$data/train" && -d "$data/test" ]] || fail 66 "$data has no train and test; give the folder with both"
-[[ -f "$table" ]] || fail 66 "no table '$table'; leave RECORD_TABLE out for launch/record.txt"
 pretrain=("data.name=folder" "data.root=$data") probe=("data.name=folder" "data.root=$data")
 while (($#)) && [[ "$1" != -- ]]; do pretrain+=("$1") && shift; done
 probe+=("${@:2}")
@@ -34,23 +27,22 @@ run() {
     shift 2
     [[ ! -e "$output/$name/DONE" ]] || return 0
     ((left > 30)) || { echo "the piece is over; the same call goes on with $name" && exit 75; }
-    "$python" -m "moco_dist.$kind" "$@" "output=$output" "name=$name" \
-        "runtime.max_hours=$(awk "BEGIN { print $left / 3600 }")" || status="$?"
+    "${RECORD_PYTHON:-python}" -m "moco_dist.$kind" "$@" "output=$output" "name=$name" \
+        "runtime.max_hours=$(awk "BEGIN { print $left / 3600 }")" </dev/null || status="$?"
     printf '{"run": "%s", "seconds": %d, "exit_status": %d, "commit": "%s"}\n' "$name" \
         "$((SECONDS - began))" "$status" "$(git describe --always --dirty --abbrev=7)" >>"$output/pieces.jsonl"
     ((status == 0)) || exit "$status"
 }
 
-lines="$(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' -e 's#PRETRAIN/#configs/pretrain/#' -e 's#PROBE/#configs/probe/#' "$table")"
+lines="$(sed -e 's/#.*//' -e '/^ *$/d' -e 's, \(PRETRAIN\|PROBE\)/, configs/\L\1/,g' "${RECORD_TABLE:-launch/record.txt}")"
 for turn in first others; do
     while read -r name seeds words; do
         for seed in ${seeds//,/ }; do
-            [[ "$turn" == first ]] && [[ "$seed" != "${seeds%%,*}" ]] && continue
+            [[ "$turn" == first && "$seed" != "${seeds%%,*}" ]] && continue
             # shellcheck disable=SC2086 # words of a line
-            run pretrain "$name-$seed" ${words%% -- *} "seed=$seed" "${pretrain[@]}" </dev/null
+            run pretrain "$name-$seed" ${words%% -- *} "seed=$seed" "${pretrain[@]}"
             # shellcheck disable=SC2086
-            run probe "$name-$seed-probe" ${words##* -- } "seed=$seed" "encoder=$output/$name-$seed" "${probe[@]}" </dev/null
+            run probe "$name-$seed-probe" ${words##* -- } "seed=$seed" "encoder=$output/$name-$seed" "${probe[@]}"
         done
     done <<<"$lines"
 done
-echo "all runs of $table are done: python launch/record_table.py $output prints the table"
