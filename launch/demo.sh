@@ -2,6 +2,7 @@
 # Pretrains on images that the package draws itself, on two CPU processes, and probes the encoder.
 # Arguments override the pretraining's configuration, as in: bash launch/demo.sh name=mine seed=1
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" "."
 
 output=runs name=demo

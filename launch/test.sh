@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types, syntax of the shell scripts, then the tests. Arguments go to pytest.
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" ".[dev]"
 
 ruff check .

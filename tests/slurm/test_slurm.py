@@ -18,6 +18,7 @@ from PIL import Image
 
 from tests import wandb_files
 from tests.slurm.cluster import ROOT, Cluster, booted
+from tests.test_scripts import shell_scripts
 
 pytestmark = pytest.mark.slurm
 
@@ -428,8 +429,8 @@ def test_a_job_that_is_too_long_for_its_time_is_requeued_until_it_is_done(
     assert_no_orphans(slurm.cluster)
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.s*")), ids=lambda p: p.name)
+@pytest.mark.parametrize("script", shell_scripts(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_shellcheck_finds_nothing(script: Path) -> None:
-    command = ["shellcheck", "-x", f"slurm/{script.name}"]
+    command = ["shellcheck", "-x", str(script.relative_to(ROOT))]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
