@@ -17,6 +17,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from moco_dist import checkpoint, command, pretrain, probe
+from moco_dist.alarms import NOT_FINITE
 from moco_dist.config import PretrainConfig, ProbeConfig
 from tests.processes import _context
 
@@ -168,9 +169,10 @@ def last_step(run: Path, since: float = 0) -> int:
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics without what depends on the machine and the hour."""
+    """Return the lines of metrics without what depends on the machine, the hour and the fault."""
     own = {"time", "train/images_per_second", "system/memory_gb"}
-    return [{k: v for k, v in line.items() if k not in own} for line in metrics(run)]
+    lines = [line for line in metrics(run) if line.get("alarm") != NOT_FINITE]
+    return [{k: v for k, v in line.items() if k not in own} for line in lines]
 
 
 def account(run: Path) -> dict[str, Any]:
