@@ -1,0 +1,204 @@
+"""Streamed images: the crops are those of the views, wherever and whenever they are cut."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moco_dist import comms, data, image_file, runtime, views
+from moco_dist.config import DataConfig, PretrainConfig, ViewsConfig
+from moco_dist.config_files import load
+from moco_dist.image_file import Recipe
+from moco_dist.streamed_images import StreamedImages
+from moco_dist.trainer import Trainer
+from moco_dist.view_source import StreamedSource
+from tests import image_sets, processes
+
+RUN = [
+    *("precision=fp64", "batch_size=16", "bn_groups=8", "epochs=4", "runtime.device=cpu"),
+    *("data.size=32", "data.memory_gb=0", "data.workers=1", "views.size=24", "views.blur=0.5"),
+    *("encoder.width=2", "encoder.dim=8", "moco.queue_size=40", "checkpoint.every_epochs=0"),
+    *("knn.k=5", "tracking.every_steps=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_sets.write_folder(tmp_path_factory.mktemp("files") / "set", 60)
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_sets.write_folder(tmp_path_factory.mktemp("squares") / "set", 60, side=32)
+
+
+def streamed(root: Path, cache: Path, **values: Any) -> DataConfig:
+    name = values.pop("name", "folder")
+    values = {"size": 32, "memory_gb": 0.0, "workers": 2} | values
+    return DataConfig(name=name, root=str(root), cache=str(cache), **values)
+
+
+def close(splits: data.Splits) -> None:
+    assert isinstance(splits.train, StreamedImages)
+    splits.train.pool.close()
+
+
+@pytest.mark.parametrize(("scale_min", "ratio_max"), [(0.2, 1.3333333333333333), (0.9, 3.0)])
+def test_a_crop_box_is_that_of_the_views_for_any_size(scale_min: float, ratio_max: float) -> None:
+    config = ViewsConfig(size=24, scale_min=scale_min, ratio_max=ratio_max)
+    recipe = Recipe(24, (0,), config.ratio_min, config.ratio_max)
+    index = torch.arange(500)
+    numbers = views.crop_numbers(config, 3, 7, index, 1).tolist()
+    without = 0
+    for height, width in ((375, 500), (33, 32), (700, 90), (64, 1000), (3024, 4032)):
+        draws = views.draw(config, 3, 7, index, 1, height, width)
+        expected = torch.stack([draws.top, draws.left, draws.height, draws.width], dim=1)
+        found = [image_file.box(row, height, width, recipe) for row in numbers]
+        assert expected.equal(torch.tensor(found))
+        centred = (height - draws.height) // 2 == draws.top
+        without += int((centred & ((draws.width == width) | (draws.height == height))).sum())
+    assert without > 500  # so that the crop for want of one that fits is among them
+
+
+def test_streamed_squares_give_the_views_of_memory_up_to_eight_bits(
+    squares: Path, tmp_path: Path
+) -> None:
+    """The crop is rounded to 256 levels where it is handed over, in two passes, and only there."""
+    config = ViewsConfig(size=24, jitter=0.0, grayscale=0.0, mean=[0, 0, 0], std=[1, 1, 1])
+    held = data.load(streamed(squares, tmp_path, memory_gb=1.0))
+    from_disk = data.load(streamed(squares, tmp_path))
+    assert isinstance(held.train, data.Images)
+    assert isinstance(from_disk.train, StreamedImages)
+    samples = torch.arange(len(held.train))
+    images, streaming = held.train.pixels, from_disk.train
+    for view in (0, 1):
+        exact = views.make(images, config, 0, 2, samples, view, torch.float64)
+        crops = streaming.order_crops(config, 0, 2, samples, (view,)).collect(torch.device("cpu"))
+        draws = views.draw(config, 0, 2, samples, view, 32, 32)
+        flipped = torch.where(draws.flip[:, None, None, None], crops[:, 0].flip(3), crops[:, 0])
+        difference = (flipped.double() / 255 - exact).abs() * 255
+        assert difference.max() < 1.01  # half a level in each of the two passes
+        assert difference.mean() < 0.35
+    assert streaming.squares(samples).equal(images)
+    assert streaming.labels.equal(held.train.labels)
+    close(from_disk)
+
+
+def test_a_whole_crop_is_changed_by_its_flip_alone(squares: Path, tmp_path: Path) -> None:
+    """What the trainer makes of a crop: all stages but the crop, against the views of memory."""
+    trainer = build(
+        tmp_path,
+        squares,
+        "views.size=32",
+        "views.scale_min=1",
+        "views.ratio_min=1",
+        "views.ratio_max=1",
+        "data.validation=0",
+    )
+    memory = build(
+        tmp_path,
+        squares,
+        "views.size=32",
+        "views.scale_min=1",
+        "views.ratio_min=1",
+        "views.ratio_max=1",
+        "data.validation=0",
+        "data.memory_gb=1",
+    )
+    samples = torch.arange(60)
+    for view in (0, 1):
+        # Crops that are the whole image take no resize: there is nothing to round.
+        assert trainer.views(samples, 1, view).equal(memory.views(samples, 1, view))
+    close(trainer.splits)
+
+
+def build(output: Path | str, root: Path | str, *overrides: str) -> Trainer:
+    place = [f"output={output}", f"data.root={root}", f"data.cache={output}/cache"]
+    name = [] if any(o.startswith("data.name") for o in overrides) else ["data.name=folder"]
+    config = load(PretrainConfig, [*RUN, *name, *place, *overrides])
+    return Trainer(config, runtime.start(config), data.load(config.data))
+
+
+def followed(output: str, root: str, until: int, overrides: list[str]) -> dict[str, Any]:
+    """Train to a step; return a hash of the global batch's crops for each step, and the state."""
+    trainer = build(output, root, *overrides)
+    first, hashes, losses = trainer.step, {}, []
+    while trainer.step < until:
+        rows = trainer.plan.step(trainer.step, len(trainer.passes))
+        loss, _ = trainer.train_step()
+        assert isinstance(trainer.source, StreamedSource)
+        digest = hashlib.sha256(rows.samples.numpy().tobytes())
+        for number, (view, key_view) in enumerate(trainer.passes):
+            for samples, each in (
+                (rows.samples[rows.query_rows], view),
+                (rows.samples[rows.key_rows[number]], key_view),
+            ):
+                mine = trainer.source.views(samples, rows.epoch, each)
+                joined = comms.all_gather(mine)
+                if each == key_view:
+                    joined = joined[rows.unshuffle[number]]
+                digest.update(joined.numpy().tobytes())
+        hashes[trainer.step] = digest.hexdigest()
+        losses.append(float(comms.mean(loss)))
+    trainer.save(wait=True)
+    trainer.session.close()
+    close(trainer.splits)
+    state = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
+    return {"first": first, "hashes": hashes, "losses": losses, "state": state}
+
+
+def on(world: int, output: Path, root: Path, until: int, *overrides: str) -> dict[str, Any]:
+    each = processes.run(followed, world, str(output), str(root), until, list(overrides))
+    for account in each[1:]:
+        assert account["hashes"] == each[0]["hashes"]
+    account: dict[str, Any] = each[0]
+    return account
+
+
+WAYS = [("false", "exchange"), ("false", "plan"), ("true", "exchange"), ("true", "plan")]
+
+
+def both_ways(output: str, root: str) -> list[dict[str, Any]]:
+    """Follow runs of both losses, with keys by either way."""
+    return [
+        followed(
+            f"{output}/{both}-{way}", root, 4, [f"moco.symmetric={both}", f"data.keys_by={way}"]
+        )
+        for both, way in WAYS
+    ]
+
+
+def test_any_number_of_processes_and_either_way_of_keys_gives_the_same_crops(
+    folder: Path, tmp_path: Path
+) -> None:
+    runs = {}
+    for world in (1, 2, 4):
+        each = processes.run(both_ways, world, str(tmp_path / str(world)), str(folder))
+        for (both, way), *accounts in zip(WAYS, *each, strict=True):
+            runs[world, both, way] = accounts[0]
+            assert all(a["hashes"] == accounts[0]["hashes"] for a in accounts), (world, both, way)
+    for both in ("false", "true"):
+        straight = runs[1, both, "exchange"]
+        assert len(set(straight["hashes"].values())) == 4  # more steps than an epoch has
+        for world in (1, 2, 4):
+            for way in ("exchange", "plan"):
+                other = runs[world, both, way]
+                assert other["hashes"] == straight["hashes"], (world, both, way)
+                difference = torch.tensor(other["losses"]) - torch.tensor(straight["losses"])
+                assert difference.abs().max() <= 1e-10
+
+
+def test_a_run_resumed_in_mid_epoch_on_other_processes_has_the_same_crops(
+    folder: Path, tmp_path: Path
+) -> None:
+    straight = on(1, tmp_path / "straight", folder, 10)
+    begun = on(2, tmp_path / "cut", folder, 5)  # an epoch has 3 steps
+    resumed = on(4, tmp_path / "cut", folder, 10)
+    assert resumed["first"] == 5
+    assert begun["hashes"] | resumed["hashes"] == straight["hashes"]
+    for name, value in straight["state"].items():
+        assert (resumed["state"][name] - value).abs().max() <= 1e-10, name
