@@ -13,6 +13,7 @@ from moco_dist import comms, data, image_file, runtime, views
 from moco_dist.config import DataConfig, PretrainConfig, ViewsConfig
 from moco_dist.config_files import load
 from moco_dist.image_file import Recipe
+from moco_dist.plan import Plan, Step
 from moco_dist.streamed_images import StreamedImages
 from moco_dist.trainer import Trainer
 from moco_dist.view_source import StreamedSource
@@ -126,78 +127,83 @@ def build(output: Path | str, root: Path | str, *overrides: str) -> Trainer:
 def followed(output: str, root: str, until: int, overrides: list[str]) -> dict[str, Any]:
     """Train to a step; return a hash of the global batch's crops for each step, and the state."""
     trainer = build(output, root, *overrides)
-    first, hashes, losses = trainer.step, {}, []
+    first, found = trainer.step, {}
     while trainer.step < until:
-        rows = trainer.plan.step(trainer.step, len(trainer.passes))
-        loss, _ = trainer.train_step()
+        step, rows = trainer.step, trainer.plan.step(trainer.step, len(trainer.passes))
+        trainer.train_step()
         assert isinstance(trainer.source, StreamedSource)
-        digest = hashlib.sha256(rows.samples.numpy().tobytes())
-        for number, (view, key_view) in enumerate(trainer.passes):
-            for samples, each in (
-                (rows.samples[rows.query_rows], view),
-                (rows.samples[rows.key_rows[number]], key_view),
-            ):
-                mine = trainer.source.views(samples, rows.epoch, each)
-                joined = comms.all_gather(mine)
-                if each == key_view:
-                    joined = joined[rows.unshuffle[number]]
-                digest.update(joined.numpy().tobytes())
-        hashes[trainer.step] = digest.hexdigest()
-        losses.append(float(comms.mean(loss)))
+        found[step] = crops_hash(trainer.source, rows)
     trainer.save(wait=True)
     trainer.session.close()
     close(trainer.splits)
     state = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
-    return {"first": first, "hashes": hashes, "losses": losses, "state": state}
+    return {"first": first, "hashes": found, "state": state}
 
 
 def on(world: int, output: Path, root: Path, until: int, *overrides: str) -> dict[str, Any]:
     each = processes.run(followed, world, str(output), str(root), until, list(overrides))
     for account in each[1:]:
         assert account["hashes"] == each[0]["hashes"]
-    account: dict[str, Any] = each[0]
-    return account
+    first: dict[str, Any] = each[0]
+    return first
 
 
-WAYS = [("false", "exchange"), ("false", "plan"), ("true", "exchange"), ("true", "plan")]
+WAYS = [(symmetric, way) for symmetric in (False, True) for way in ("exchange", "plan")]
 
 
-def both_ways(output: str, root: str) -> list[dict[str, Any]]:
-    """Follow runs of both losses, with keys by either way."""
-    return [
-        followed(
-            f"{output}/{both}-{way}", root, 4, [f"moco.symmetric={both}", f"data.keys_by={way}"]
-        )
-        for both, way in WAYS
-    ]
+def hashes(root: str, cache: str) -> list[list[str]]:
+    """Return for each of the ways the hashes of the global batch's crops in four steps."""
+    splits = data.load(streamed(Path(root), Path(cache), workers=1))
+    assert isinstance(splits.train, StreamedImages)
+    plan = Plan(len(splits.train), 16, 5, comms.rank(), comms.world_size())
+    config = ViewsConfig(size=24, jitter=0.0, grayscale=0.0)
+    found = []
+    for symmetric, way in WAYS:
+        passes = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
+        source = StreamedSource(splits.train, config, torch.float64, plan, passes, way)
+        found.append([step_hash(source, plan.step(n, len(passes)), n) for n in range(4)])
+        source.forget()
+    splits.train.pool.close()
+    return found
+
+
+def step_hash(source: StreamedSource, rows: Step, step: int) -> str:
+    """Return a hash of what the queries and keys of all processes get in a step."""
+    source.begin(step)
+    return crops_hash(source, rows)
+
+
+def crops_hash(source: StreamedSource, rows: Step) -> str:
+    digest = hashlib.sha256(rows.samples.numpy().tobytes())
+    for number, (view, key_view) in enumerate(source.passes):
+        assert key_view is not None
+        queries = source.views(rows.samples[rows.query_rows], rows.epoch, view)
+        digest.update(comms.all_gather(queries).numpy().tobytes())
+        keys = source.views(rows.samples[rows.key_rows[number]], rows.epoch, key_view)
+        digest.update(comms.all_gather(keys)[rows.unshuffle[number]].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def test_any_number_of_processes_and_either_way_of_keys_gives_the_same_crops(
     folder: Path, tmp_path: Path
 ) -> None:
-    runs = {}
-    for world in (1, 2, 4):
-        each = processes.run(both_ways, world, str(tmp_path / str(world)), str(folder))
-        for (both, way), *accounts in zip(WAYS, *each, strict=True):
-            runs[world, both, way] = accounts[0]
-            assert all(a["hashes"] == accounts[0]["hashes"] for a in accounts), (world, both, way)
-    for both in ("false", "true"):
-        straight = runs[1, both, "exchange"]
-        assert len(set(straight["hashes"].values())) == 4  # more steps than an epoch has
-        for world in (1, 2, 4):
-            for way in ("exchange", "plan"):
-                other = runs[world, both, way]
-                assert other["hashes"] == straight["hashes"], (world, both, way)
-                difference = torch.tensor(other["losses"]) - torch.tensor(straight["losses"])
-                assert difference.abs().max() <= 1e-10
+    arguments = str(folder), str(tmp_path / "cache")
+    runs = {world: processes.run(hashes, world, *arguments) for world in (1, 2, 4)}
+    expected = runs[1][0]
+    assert len({text for way in expected for text in way}) == 2 * 4  # an epoch has three steps
+    assert expected[0] == expected[1]  # by exchange and by plan
+    assert expected[2] == expected[3]
+    for world, accounts in runs.items():
+        for account in accounts:
+            assert account == expected, world
 
 
 def test_a_run_resumed_in_mid_epoch_on_other_processes_has_the_same_crops(
     folder: Path, tmp_path: Path
 ) -> None:
-    straight = on(1, tmp_path / "straight", folder, 10)
+    straight = on(1, tmp_path / "straight", folder, 7)
     begun = on(2, tmp_path / "cut", folder, 5)  # an epoch has 3 steps
-    resumed = on(4, tmp_path / "cut", folder, 10)
+    resumed = on(4, tmp_path / "cut", folder, 7)
     assert resumed["first"] == 5
     assert begun["hashes"] | resumed["hashes"] == straight["hashes"]
     for name, value in straight["state"].items():
