@@ -188,7 +188,7 @@ def test_an_error_that_passes_is_tried_three_times(
         return real(place)
 
     monkeypatch.setattr(image_file, "_read", flaky)
-    monkeypatch.setattr(image_file.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     assert image_file.read(place) == Path(place.path).read_bytes()
     assert slept == [1.0, 2.0]
     failures += [OSError(5, "I/O error")] * 3

@@ -30,9 +30,8 @@ def settle(root: Path) -> None:
 
 
 def config(root: Path, cache: Path, **values: Any) -> DataConfig:
-    return DataConfig(
-        **{"name": "folder", "root": str(root), "cache": str(cache), "size": 16} | values
-    )
+    given: dict[str, Any] = {"name": "folder", "root": str(root), "cache": str(cache), "size": 16}
+    return DataConfig(**given | values)
 
 
 @pytest.fixture

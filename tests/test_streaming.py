@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from moco_dist import comms, data, image_file, runtime, views
-from moco_dist.config import DataConfig, PretrainConfig, ViewsConfig
+from moco_dist import comms, data, features, image_file, media, peers, pictures, runtime, views
+from moco_dist.config import DataConfig, EncoderConfig, PretrainConfig, ProbeConfig, ViewsConfig
 from moco_dist.config_files import load
+from moco_dist.encoder import build_encoder
+from moco_dist.errors import DataError
 from moco_dist.image_file import Recipe
+from moco_dist.linear_probe import LinearProbe
 from moco_dist.plan import Plan, Step
 from moco_dist.streamed_images import StreamedImages
 from moco_dist.trainer import Trainer
@@ -148,7 +154,8 @@ def on(world: int, output: Path, root: Path, until: int, *overrides: str) -> dic
     return first
 
 
-WAYS = [(symmetric, way) for symmetric in (False, True) for way in ("exchange", "plan")]
+BY: tuple[Literal["exchange"], Literal["plan"]] = ("exchange", "plan")
+WAYS = [(symmetric, way) for symmetric in (False, True) for way in BY]
 
 
 def hashes(root: str, cache: str) -> list[list[str]]:
@@ -208,3 +215,107 @@ def test_a_run_resumed_in_mid_epoch_on_other_processes_has_the_same_crops(
     assert begun["hashes"] | resumed["hashes"] == straight["hashes"]
     for name, value in straight["state"].items():
         assert (resumed["state"][name] - value).abs().max() <= 1e-10, name
+
+
+def test_evaluation_sees_the_squares_that_memory_would_hold(folder: Path, tmp_path: Path) -> None:
+    """Of images of many sizes, and with more batches than are decoded ahead."""
+    held = data.load(streamed(folder, tmp_path, memory_gb=1.0))
+    from_disk = data.load(streamed(folder, tmp_path))
+    encoder = build_encoder(EncoderConfig(width=2, dim=8), 0).eval()
+    config, pauses = ViewsConfig(size=24), list[int]()
+    for part in ("train", "validation", "test"):
+        found, expected = (
+            features.extract(
+                encoder.backbone, getattr(each, part), config, 7, lambda: pauses.append(1)
+            )
+            for each in (from_disk, held)
+        )
+        assert found.equal(expected)
+    assert len(pauses) == 2 * (8 + 1 + 3)  # 54 training, 6 validation and 15 test images
+    close(from_disk)
+
+
+def test_an_evaluation_that_is_stopped_leaves_the_workers_well(
+    folder: Path, tmp_path: Path
+) -> None:
+    images = data.load(streamed(folder, tmp_path, workers=1)).train
+    assert isinstance(images, StreamedImages)
+    rows = torch.arange(len(images))
+    expected = images.squares(rows)
+    for _ in range(5):
+        batches = images.batches(rows.split(4))
+        next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        assert images.squares(rows).equal(expected)
+    assert len(images.pool._slots) <= 6
+    images.pool.close()
+
+
+def test_pictures_and_neighbours_are_drawn_of_streamed_images(folder: Path, tmp_path: Path) -> None:
+    trainer = build(tmp_path, folder, "views.size=32", "data.validation=0.2")
+    trainer.train_step()
+    trainer.knn_top1()
+    album = media.Album(tmp_path / "media")
+    pictures.draw_step(trainer, album, torch.zeros(16, 4))
+    pictures.draw_neighbours(trainer, album)
+    drawn = {path.name for path in (tmp_path / "media").rglob("*")}
+    assert drawn >= {"views.png", "neighbours.png"}
+    assert not album.failed
+    close(trainer.splits)
+
+
+def stopped_by_bad_data(output: str, root: str, hurt: str) -> str:
+    """Train on two processes; hurt the data of the second in the middle; return what is said."""
+    trainer = build(output, root, "runtime.timeout_seconds=20")
+    for _ in range(2):
+        trainer.train_step()
+    assert isinstance(trainer.splits.train, StreamedImages)
+    if comms.rank() == 1:
+        if hurt == "worker":
+            os.kill(trainer.splits.train.pool.pids()[0], signal.SIGKILL)
+        else:
+            for path in Path(root).rglob("*.jpg"):
+                path.write_bytes(b"no image any more")
+    try:
+        for _ in range(20):
+            trainer.train_step()
+    except DataError as error:
+        peers.me.leave(str(error), True)
+        return str(error)
+    except RuntimeError:
+        return peers.me.blame()
+    return "nothing"
+
+
+@pytest.mark.parametrize("hurt", ["worker", "files"])
+def test_bad_data_of_one_process_is_said_by_all_in_one_sentence(tmp_path: Path, hurt: str) -> None:
+    root = image_sets.write_folder(tmp_path / "set", 60)
+    first, second = processes.run(stopped_by_bad_data, 2, str(tmp_path), str(root), hurt)
+    if hurt == "worker":
+        assert re.match(r"the data worker with pid \d+ was ended by SIGKILL", second)
+        assert re.match(r"process 1 .* failed: the data worker with pid .* SIGKILL", first)
+    else:
+        for sentence in (first, second):  # whoever comes upon one first
+            assert "jpg: not a readable image (its content is none of JPEG" in sentence
+
+
+def test_a_probe_trains_on_new_views_of_streamed_images(folder: Path, tmp_path: Path) -> None:
+    settings = [f"data.root={folder}", f"data.cache={tmp_path}", f"output={tmp_path}"]
+    settings += ["data.name=folder", "data.size=32", "data.memory_gb=0", "data.workers=1"]
+    settings += ["views.size=24", "batch_size=16", "top_k=2", "name=p", "runtime.device=cpu"]
+    config = load(ProbeConfig, settings)
+    architecture = EncoderConfig(width=2, dim=8)
+    trial = LinearProbe(
+        config,
+        runtime.start(config),
+        data.load(config.data),
+        build_encoder(architecture, 0),
+        architecture,
+    )
+    rows = trial.plan.step(0)
+    samples = rows.samples[rows.query_rows]
+    inputs = trial.inputs(rows.epoch, samples)["probe"]
+    expected = trial.encoders["probe"].backbone(trial.source.any_views(samples, rows.epoch, 0))
+    assert inputs.equal(expected)
+    assert trial.train_step().isfinite()
+    close(trial.splits)
