@@ -70,6 +70,33 @@ def all_gather_with_note(x: Tensor, note: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def all_to_all_rows(x: Tensor, places: Tensor) -> Tensor:
+    """Return this process's share of all rows once they are permuted; each row is sent once.
+
+    `x` (rows, ...), of any dtype, are the rows of this process, as many as of any other. `places`,
+    int64 (rows * processes,) on the CPU and the same everywhere, is for each row of all processes
+    in the order of ranks its place in the permutation: process r gets places [r rows, (r + 1) rows)
+    in order.
+    """
+    each, processes, mine = len(x), world_size(), rank()
+    assert len(places) == each * processes, f"{len(places)} places for {each} x {processes} rows"
+    # Every process sends to another one in the order of the places there.
+    leaving = places.view(processes, each)[mine].argsort()
+    if processes == 1:
+        return x[leaving.to(x.device)]
+    owners = places.argsort()[mine * each :][:each] // each
+    sent = (places.view(processes, each)[mine] // each).bincount(minlength=processes)
+    message = x[leaving.to(x.device)]
+    received = torch.empty_like(message)
+    _count()
+    dist.all_to_all_single(
+        received, message, owners.bincount(minlength=processes).tolist(), sent.tolist()
+    )
+    # What came in the order of its senders belongs in the order of the places.
+    return received[owners.argsort(stable=True).argsort().to(x.device)]
+
+
+@torch.no_grad()
 def total(x: Tensor) -> Tensor:
     """Return the sum of `x` over the processes, added in the order of ranks."""
     return x if world_size() == 1 else all_gather(x[None]).sum(0)

@@ -23,20 +23,30 @@ from moco_dist.ranges import check, check_name, require
 class DataConfig:
     """Where images come from, and how they are split."""
 
-    name: Literal["cifar10", "cifar100", "stl10", "folder", "shapes"] = "shapes"
+    name: Literal["cifar10", "cifar100", "stl10", "folder", "shards", "shapes"] = "shapes"
     # Folder of the data set; cifar10, cifar100 and stl10 are downloaded into it on the first use.
     # With `folder` also a tar or zip file of one, which each machine unpacks into the cache.
+    # With `shards` a folder of tar files in the layout of WebDataset: KEY.jpg and KEY.cls or .json.
     root: str = "data"
-    # Pixels a side of the squares held in memory (shorter side resized, centre cut).
+    # Pixels a side of squares (shorter side resized, centre cut): those held in memory, and those
+    # that features are taken of. Training views of streamed images are cut from the whole image.
     size: int = 32
-    # Class of an image in `folder`: the name of its first-level folder, or none (unlabelled).
+    # A folder or shards whose squares take more than so many GB (10^9 bytes) are streamed: decoded
+    # by workers each time they are needed. 0 streams all of them. It decides which views there are.
+    memory_gb: float = 16.0
+    # Processes that decode streamed images beside each process of the run; 0 is one for each core.
+    workers: int = 0
+    # How streamed keys get to their process: its crops are sent, or it decodes them a second time.
+    keys_by: Literal["exchange", "plan"] = "exchange"
+    # Class of an image: its first-level folder (in `shards` its .cls or .json), or none.
     labels: Literal["folders", "none"] = "folders"
     # Share of the training images that is held out for validation, drawn by split_seed.
     validation: float = 0.1
     split_seed: int = 0
     # Use only so many training images (drawn by split_seed after validation is); 0 means all.
     limit: int = 0
-    # Folder for decoded and unpacked images; empty means moco_dist under the user's cache folder.
+    # Folder for decoded and unpacked images and for lists of files; empty means moco_dist under the
+    # user's cache folder.
     cache: str = ""
     # Images that `shapes` draws for training and for testing.
     shapes_train: int = 10000
@@ -45,6 +55,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check("data.", self, size=(8, None), validation=(0, 0.9), limit=(0, None))
         check("data.", self, shapes_train=(10, None), shapes_test=(10, None))
+        check("data.", self, memory_gb=(0, None), workers=(0, None))
 
 
 @dataclass(frozen=True)
@@ -276,5 +287,6 @@ class ProbeConfig:
 # the machine, and the probe's path to its encoder. What other keys say has gone into the numbers.
 FREE_ON_RESUME = (
     *("name", "output", "encoder", "epochs", "stop_at_step", "data.root", "data.cache"),
+    *("data.memory_gb", "data.workers", "data.keys_by"),
     *("knn.", "checkpoint.", "tracking.", "runtime."),
 )

@@ -1,11 +1,10 @@
-"""Data sets by name, in memory as uint8, and their split into training, validation and test."""
+"""Data sets by name, in memory as uint8 or streamed, and their split into three parts."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,16 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.transforms.v2 import functional as F
 
-from moco_dist import comms, fingerprint, image_archive, image_folder, peers, shapes
+from moco_dist import (
+    comms,
+    fingerprint,
+    image_archive,
+    image_folder,
+    image_index,
+    peers,
+    shapes,
+    tar_shards,
+    torchvision_sets,
+)
 from moco_dist.config import DataConfig
-from moco_dist.errors import DataError, MissingError, shown
+from moco_dist.errors import ConfigError, DataError, shown
+from moco_dist.image_index import ImageIndex
 from moco_dist.randomness import Purpose, permutation
+from moco_dist.streamed_images import StreamedImages
+from moco_dist.worker_pool import WorkerPool
 
-# Seconds that a download may stay silent: the system's own limit is minutes, or none.
-SILENCE = 20.0
+# Data sets that may be streamed.
+ON_DISK = ("folder", "shards")
+# What fingerprints of streamed data sets begin with.
+STREAMED = "streamed-"
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,14 @@ class Images:
     def __getitem__(self, rows: Tensor) -> Images:
         return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
 
+    def squares(self, rows: Tensor) -> Tensor:
+        """Return the pixels of some images, uint8 (*rows.shape, 3, size, size)."""
+        return self.pixels[rows]
+
+    def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Give the pixels of each part in turn."""
+        return (self.pixels[part] for part in parts)
+
     def to(self, device: torch.device) -> Images:
         """Return the same images on `device`."""
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
@@ -49,15 +69,22 @@ class Images:
         return self if bool(known.all()) else self[known]
 
 
+AnyImages = Images | StreamedImages
+# Training and test images.
+Loaded = tuple[AnyImages, AnyImages]
+
+
 @dataclass(frozen=True)
 class Splits:
     """The three parts of a data set; `test` is empty where it has none."""
 
-    train: Images
-    validation: Images
-    test: Images
-    # Of the whole content, before it was split.
+    train: AnyImages
+    validation: AnyImages
+    test: AnyImages
+    # Of the whole content before it was split; of names and sizes where images are streamed.
     fingerprint: str
+    # Where the images are, and why, for the banner.
+    held: str
 
     def to(self, device: torch.device) -> Splits:
         """Return the same splits on `device`."""
@@ -76,32 +103,60 @@ def load(config: DataConfig) -> Splits:
     first one downloads before those of other machines, which may share its folder.
     Raises MissingError or DataError, on all processes alike.
     """
-    loaded: tuple[Images, Images] | None = None
-    downloads = config.name not in ("shapes", "folder")
+    loaded: Loaded | None = None
+    downloads = config.name not in ("shapes", "folder", "shards")
     for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
         loaded = peers.together(partial(_once, loaded, config, my_turn))
     assert loaded, "the last turn is everyone's"
     train, test = loaded
-    content = fingerprint.of_tensors(train.pixels, train.labels, test.pixels, test.labels)
+    content = _fingerprint(train, test)
     peers.same_everywhere("the data set's fingerprint", content)
     train, validation = _split(train, config)
-    return Splits(train, validation, test, content)
+    return Splits(train, validation, test, content, _held(config, loaded))
 
 
-def _once(
-    loaded: tuple[Images, Images] | None, config: DataConfig, my_turn: bool
-) -> tuple[Images, Images] | None:
+def _once(loaded: Loaded | None, config: DataConfig, my_turn: bool) -> Loaded | None:
     return loaded or (_read(config) if my_turn else None)
 
 
-def _read(config: DataConfig) -> tuple[Images, Images]:
+def _fingerprint(train: AnyImages, test: AnyImages) -> str:
+    if isinstance(train, Images) and isinstance(test, Images):
+        return fingerprint.of_tensors(train.pixels, train.labels, test.pixels, test.labels)
+    assert isinstance(train, StreamedImages), "all parts are streamed or none is"
+    assert isinstance(test, StreamedImages), "all parts are streamed or none is"
+    lists = [part.catalogue.fingerprint() for part in (train, test)]
+    # The views of streamed images are others: such a run doesn't go on in memory, or back.
+    return STREAMED + hashlib.sha256(" ".join(lists).encode()).hexdigest()[:16]
+
+
+def _held(config: DataConfig, loaded: Loaded) -> str:
+    """Return where the images are, and why."""
+    train, test = loaded
+    size, need = config.size, _gigabytes(len(train) + len(test), config.size)
+    squares, limit = f"squares of {size} x {size} take {need:.3g} GB", f"{config.memory_gb:g}"
+    if isinstance(train, StreamedImages):
+        workers = train.pool.size
+        return (
+            f"streamed by {workers} worker{'s' * (workers > 1)} for each process: {squares}, more "
+            f"than data.memory_gb={limit}"
+        )
+    rule = f"data.memory_gb={limit} allows it" if config.name in ON_DISK else f"as {config.name} is"
+    return f"in memory: {squares}, {rule}"
+
+
+def _gigabytes(count: int, size: int) -> float:
+    return count * 3 * size * size / 1e9
+
+
+def _read(config: DataConfig) -> Loaded:
     if config.name == "shapes":
         train = shapes.draw(config.shapes_train, config.size, seed=0)
         test = shapes.draw(config.shapes_test, config.size, seed=0, first=config.shapes_train)
         return Images(*train, shapes.CLASSES), Images(*test, shapes.CLASSES)
-    if config.name == "folder":
-        return _read_folder(config)
-    return _read_torchvision(config)
+    if config.name in ON_DISK:
+        return _read_files(config)
+    train_part, test_part = torchvision_sets.read(config, _root(config))
+    return _images(*train_part), _images(*test_part)
 
 
 def _root(config: DataConfig) -> Path:
@@ -120,29 +175,49 @@ def _root(config: DataConfig) -> Path:
     )
 
 
-@contextmanager
-def _impatient() -> Iterator[None]:
-    """Let connections fail that stay silent."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _read_files(config: DataConfig) -> Loaded:
+    """Read a folder or shards; stream them if their squares take more than data.memory_gb."""
+    cache, labelled = _cache(config), config.labels == "folders"
+    train, test = (_shards if config.name == "shards" else _folders)(config, cache, labelled)
+    parts = [part for part in (train, test) if part]
+    if _gigabytes(sum(map(len, parts)), config.size) > config.memory_gb:
+        pool = WorkerPool(config.workers)
+        streamed = [
+            StreamedImages(
+                part, pool, torch.arange(len(part)), part.labels, part.classes, config.size
+            )
+            for part in parts
+        ]
+        return streamed[0], streamed[1] if test else streamed[0][torch.arange(0)]
+    held = [
+        _images(image_folder.load(part, config.size, cache), part.labels, part.classes)
+        for part in parts
+    ]
+    return held[0], held[1] if test else held[0][torch.arange(0)]
 
 
-def _read_folder(config: DataConfig) -> tuple[Images, Images]:
-    """Read DIR/train and DIR/test (or DIR/val); without a DIR/train, DIR alone and no test set."""
-    root, size = _root(config), config.size
-    cache = _cache(config)
+def _folders(
+    config: DataConfig, cache: Path, labelled: bool
+) -> tuple[ImageIndex, ImageIndex | None]:
+    """Return DIR/train and DIR/test (or DIR/val); without DIR/train, DIR and no test set."""
+    root = _root(config)
     parted = os.path.isdir(root / "train")
-    listing = image_folder.scan(root / "train" if parted else root, config.labels == "folders")
-    train = _images(image_folder.load(listing, size, cache), listing.labels, listing.classes)
+    train = image_index.of_folder(root / "train" if parted else root, labelled, cache)
     tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
-    if not tests or not listing.classes:
-        return train, train[torch.arange(0)]
-    listing = image_folder.scan(tests[0], True, listing.classes)
-    return train, _images(image_folder.load(listing, size, cache), listing.labels, listing.classes)
+    if not tests or not train.classes:
+        return train, None
+    return train, image_index.of_folder(tests[0], True, cache, train.classes)
+
+
+def _shards(
+    config: DataConfig, cache: Path, labelled: bool
+) -> tuple[ImageIndex, ImageIndex | None]:
+    """Return the images of the tars for training and for testing."""
+    folder, tars, test_folder, tests = tar_shards.parts(_root(config))
+    train = image_index.of_shards(folder, tars, labelled, cache)
+    if not tests or not train.classes:
+        return train, None
+    return train, image_index.of_shards(test_folder, tests, True, cache, train.classes)
 
 
 def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
@@ -154,53 +229,7 @@ def _cache(config: DataConfig) -> Path:
     return Path(os.path.expanduser(config.cache or default))
 
 
-def _read_torchvision(config: DataConfig) -> tuple[Images, Images]:
-    root = _root(config)
-    parts: list[Any]
-    try:
-        # torchvision compares MD5 sums before it unpacks an archive, and before it unpickles.
-        with _impatient():
-            if config.name == "stl10":
-                parts = [
-                    datasets.STL10(root, p, download=True) for p in ("train+unlabeled", "test")
-                ]
-                arrays = [(torch.from_numpy(part.data), part.labels) for part in parts]
-            else:
-                kind = datasets.CIFAR10 if config.name == "cifar10" else datasets.CIFAR100
-                parts = [kind(root, train, download=True) for train in (True, False)]
-                arrays = [(torch.from_numpy(p.data).permute(0, 3, 1, 2), p.targets) for p in parts]
-    except PermissionError as error:
-        raise MissingError(
-            f"data.root={shown(root)}: can't be written ({error.strerror}); choose another folder"
-        ) from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise MissingError(
-            f"data.name={config.name}: not in data.root={shown(root)} and can't be downloaded "
-            f"({shown(getattr(error, 'strerror', None) or error)}); "
-            "put the unpacked archive there, or use data.name=folder with a folder of images"
-        ) from error
-    # STL-10 has a file of its classes' names, without an MD5 sum.
-    classes = getattr(parts[0], "classes", None) or ()
-    if len(classes) <= max(int(max(labels)) for _, labels in arrays):
-        raise DataError(
-            f"data.root={shown(root)}: {len(classes)} names for the classes of {config.name} are "
-            "too few; unpack its archive again"
-        )
-    train, test = (
-        _images(_resized(pixels.contiguous(), config.size), labels, classes)
-        for pixels, labels in arrays
-    )
-    return train, test
-
-
-def _resized(pixels: Tensor, size: int) -> Tensor:
-    if pixels.shape[-1] == size:
-        return pixels
-    parts = pixels.split(1000)  # in floating point, which all of STL-10 at once would not fit into
-    return torch.cat([F.resize(part, [size, size], antialias=True) for part in parts])
-
-
-def _split(images: Images, config: DataConfig) -> tuple[Images, Images]:
+def _split(images: AnyImages, config: DataConfig) -> Loaded:
     """Hold out a share of the labelled images (of all, if none has a label) for validation."""
     order = permutation(len(images), config.split_seed, Purpose.SPLIT)
     known = order[images.labels[order] >= 0] if images.classes else order
@@ -224,3 +253,21 @@ def require_labels(splits: Splits, config: DataConfig) -> None:
             f"data.name={config.name} at data.root={config.root} has no labels, and a probe needs "
             "them; sort the images into one folder for each class"
         )
+
+
+def require_same(trained_on: object, splits: Splits, checkpoint: Path) -> None:
+    """Raise ConfigError unless `trained_on`, a checkpoint's fingerprint, is that of `splits`."""
+    ours = splits.fingerprint
+    if trained_on == ours:
+        return
+    if str(trained_on).startswith(STREAMED) != ours.startswith(STREAMED):
+        ways = ("streamed", "in memory")
+        then, now = ways if str(trained_on).startswith(STREAMED) else ways[::-1]
+        raise ConfigError(
+            f"{checkpoint}: was trained on images that were {then}, and now they are {now}, which "
+            "gives other views; give data.memory_gb as it was, or name=... for a new run"
+        )
+    raise ConfigError(
+        f"{checkpoint}: was trained on other images (fingerprint {trained_on}, now {ours}); give "
+        "the same data, or name=... for a new run"
+    )

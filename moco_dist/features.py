@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moco_dist import comms, views
 from moco_dist.config import ViewsConfig
-from moco_dist.data import Images
+from moco_dist.data import AnyImages
 
 
 def share(size: int) -> Tensor:
@@ -20,7 +20,7 @@ def share(size: int) -> Tensor:
 @torch.no_grad()
 def extract(
     backbone: nn.Module,
-    images: Images,
+    images: AnyImages,
     config: ViewsConfig,
     batch_size: int,
     pause: Callable[[], None] = lambda: None,
@@ -36,10 +36,11 @@ def extract(
     each = -(-size // processes)
     rows = torch.arange(each) * processes + comms.rank()
     # Processes take equally many; the last image stands in for rows that there are not.
-    rows = rows.clamp(max=max(size - 1, 0)).to(images.pixels.device)
-    parts = []
-    for part in rows.split(batch_size):
+    rows = rows.clamp(max=max(size - 1, 0)).to(images.labels.device)
+    batches = rows.split(batch_size)
+    parts, pixels = [], images.batches(batches)
+    for _ in batches:
         pause()
-        parts.append(backbone(views.center(images.pixels[part], config, dtype)))
+        parts.append(backbone(views.center(next(pixels), config, dtype)))
     gathered = comms.all_gather(torch.cat(parts))
     return gathered.reshape(processes, each, -1).transpose(0, 1).flatten(0, 1)[:size]

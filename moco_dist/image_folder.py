@@ -7,37 +7,23 @@ import json
 import logging
 import os
 import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moco_dist import fingerprint
+from moco_dist import fingerprint, image_file
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
+from moco_dist.image_file import EXTENSIONS, Place
 
 logger = logging.getLogger(__name__)
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
-# What may lie behind those names, told by content: PIL would also call Ghostscript for an EPS.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-
-# Above the 151 million of the largest cameras; an image takes 3 or 4 bytes a pixel, twice.
-MAX_PIXELS = 160_000_000
-# PIL warns above its limit without the path, and from half of ours on if it is left as it is.
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-
-# Images from this size on are decoded one at a time, since each thread would hold one.
-LARGE_PIXELS = 2**26
-_one_large = threading.Lock()
 
 # Unreadable images after which the rest is not tried.
 MAX_BAD = 100
@@ -51,6 +37,23 @@ class Listing:
     files: list[Path]
     labels: list[int]
     classes: tuple[str, ...]
+    # The folders that were read for it.
+    folders: tuple[str, ...] = ()
+
+    def all_places(self) -> list[Place]:
+        """Return where the images lie."""
+        return [Place(str(file)) for file in self.files]
+
+
+class Located(Protocol):
+    """Images whose places are known: a `Listing`, or an index."""
+
+    @property
+    def root(self) -> Path:
+        """Return the folder that they are below."""
+
+    def all_places(self) -> list[Place]:
+        """Return where the images lie."""
 
 
 def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> Listing:
@@ -65,7 +68,7 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
         raise MissingError(
             f"{shown(root)}: no such folder; give the folder of the images as data.root=DIR"
         )
-    files = _walk(root)
+    files, folders = _walk(root)
     if not files:
         raise MissingError(
             f"{shown(root)}: no images in this folder; data.root needs files that "
@@ -75,7 +78,7 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
     names = sorted(set(tops))
     flat = any(len(file.relative_to(root).parts) == 1 for file in files)
     if not labelled or flat or (len(names) < 2 and classes is None):
-        return Listing(root, files, [-1] * len(files), ())
+        return Listing(root, files, [-1] * len(files), (), folders)
     unknown = sorted(set(names) - set(classes or names))
     if unknown:
         raise DataError(
@@ -84,16 +87,20 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
             "use the same class folders in both"
         )
     number = {name: i for i, name in enumerate(classes or names)}
-    return Listing(root, files, [number[top] for top in tops], classes or tuple(names))
+    labels = [number[top] for top in tops]
+    return Listing(root, files, labels, classes or tuple(names), folders)
 
 
-def _walk(root: Path) -> list[Path]:
+def _walk(root: Path) -> tuple[list[Path], tuple[str, ...]]:
     """Return the images below `root`: in each folder first its own by name, then its subfolders'.
+
+    And the folders that were read.
 
     Links are followed once the real folders are known, and only to folders not yet read: loops end,
     and no image counts twice. What is left out is warned of, one line for each reason.
     """
     files: list[Path] = []
+    read: list[str] = []
     left_out: dict[str, list[str]] = {}
     seen: set[tuple[int, int]] = set()
     folders, links = [str(root)], list[str]()
@@ -105,6 +112,7 @@ def _walk(root: Path) -> list[Path]:
                 left_out.setdefault("links to folders that are read already", []).append(folder)
                 continue
             seen.add((stat.st_dev, stat.st_ino))
+            read.append(folder)
             with os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
@@ -132,29 +140,29 @@ def _walk(root: Path) -> list[Path]:
             reason,
             shown(min(paths), 4096),
         )
-    return sorted(
-        files, key=lambda file: [(True, part) for part in file.parts[:-1]] + [(False, file.name)]
-    )
+    files.sort(key=lambda f: [(True, part) for part in f.parts[:-1]] + [(False, f.name)])
+    return files, tuple(read)
 
 
-def decode(listing: Listing, size: int) -> Tensor:
+def decode(images: Located, size: int) -> Tensor:
     """Return the pixels, uint8 (n, 3, size, size): shorter side resized to `size`, centre cut out.
 
     Raises DataError, naming the first files, if some can't be decoded.
     """
-    needed = len(listing.files) * 3 * size * size
+    places = images.all_places()
+    needed = len(places) * 3 * size * size
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free:
         raise ConfigError(
-            f"{shown(listing.root)}: {len(listing.files)} images of data.size={size} need "
-            f"{needed / 1e9:.0f} GB of memory and {free / 1e9:.0f} GB are free; lower data.size or "
-            "use fewer images (streaming is not built yet)"
+            f"{shown(images.root)}: {len(places)} images of data.size={size} need "
+            f"{needed / 1e9:.0f} GB of memory and {free / 1e9:.0f} GB are free; lower "
+            "data.memory_gb to stream them from the disk, or lower data.size"
         )
-    pixels = np.empty((len(listing.files), size, size, 3), dtype=np.uint8)
+    pixels = np.empty((len(places), size, size, 3), dtype=np.uint8)
 
     def read(number: int) -> str | None:
         try:
-            pixels[number] = _read(listing.files[number], size)
+            pixels[number] = image_file.square(image_file.read(places[number]), size)
         except Exception as error:
             # Any kind: decoders raise many for bytes that are no image, all of them the file's.
             return shown(str(error) or type(error).__name__)
@@ -162,10 +170,8 @@ def decode(listing: Listing, size: int) -> Tensor:
 
     bad = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for file, reason in zip(
-            listing.files, pool.map(read, range(len(listing.files))), strict=True
-        ):
-            bad += [] if reason is None else [(shown(file, 4096), reason)]
+        for place, reason in zip(places, pool.map(read, range(len(places))), strict=True):
+            bad += [] if reason is None else [(shown(place, 4096), reason)]
             if len(bad) == MAX_BAD:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
@@ -174,53 +180,36 @@ def decode(listing: Listing, size: int) -> Tensor:
             f"{bad[0][0]}: not a readable image ({bad[0][1]}); replace or remove this file"
         )
     if bad:
-        count = f"{len(bad)}{' or more' if len(bad) == MAX_BAD else ''} of {len(listing.files)}"
+        count = f"{len(bad)}{' or more' if len(bad) == MAX_BAD else ''} of {len(places)}"
         first = ", ".join(f"{file} ({reason})" for file, reason in bad[:5])
         more = ", ..." if len(bad) > 5 else ""
         raise DataError(
-            f"{shown(listing.root)}: {count} images are not readable: {first}{more}; replace or "
+            f"{shown(images.root)}: {count} images are not readable: {first}{more}; replace or "
             "remove these files"
         )
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def _read(path: Path, size: int) -> np.ndarray:
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            many = image.width * image.height
-            if many > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            with _one_large if many >= LARGE_PIXELS else nullcontext():
-                rgb = image.convert("RGB")
-                if rgb.size != (size, size):
-                    rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-                return np.asarray(rgb)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"too large, {MAX_PIXELS:,} pixels are allowed; scale it down: {error}"
-        ) from error
-
-
-def load(listing: Listing, size: int, cache: Path) -> Tensor:
+def load(images: Located, size: int, cache: Path) -> Tensor:
     """Return what `decode` returns, from `cache` if these very files were decoded before.
 
     Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a
     warning.
     """
-    path = cache / f"{_key(listing, size)}.safetensors"
-    shape = (len(listing.files), 3, size, size)
+    path = cache / f"{_key(images, size)}.safetensors"
+    count = len(images.all_places())
     if os.path.isfile(path):
         try:
             with safe_open(path, framework="pt") as file:
                 pixels: Tensor = file.get_tensor("pixels")
                 expected = (file.metadata() or {})["fingerprint"]
-                fits = (pixels.dtype, pixels.shape) == (torch.uint8, shape)
+                fits = (pixels.dtype, pixels.shape) == (torch.uint8, (count, 3, size, size))
                 if fits and fingerprint.of_tensors(pixels) == expected:
                     return pixels
             logger.warning("%s: its content changed on disk; decoding the images again", path)
         except (SafetensorError, OSError, KeyError) as error:
             logger.warning("%s: can't be read (%s); decoding the images again", path, error)
-    pixels = decode(listing, size)
+    pixels = decode(images, size)
     temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -237,15 +226,19 @@ def load(listing: Listing, size: int, cache: Path) -> Tensor:
     return pixels
 
 
-def _key(listing: Listing, size: int) -> str:
+def _key(images: Located, size: int) -> str:
+    places, root = images.all_places(), str(images.root)
     try:
-        stats = [(str(file.relative_to(listing.root)), file.stat()) for file in listing.files]
+        states = {path: os.stat(path) for path in {place.path for place in places}}
     except OSError as error:
         raise DataError(
             f"{shown(error.filename, 4096)}: gone since the folder was read ({error.strerror}); "
             "start again when nothing changes the folder"
         ) from error
-    rows = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    rows = [
+        (os.path.relpath(path, root), states[path].st_size, states[path].st_mtime_ns, *member)
+        for path, *member in places
+    ]
     return hashlib.sha256(
-        json.dumps([str(listing.root.resolve()), size, rows]).encode()
+        json.dumps([str(images.root.resolve()), size, rows]).encode()
     ).hexdigest()[:32]

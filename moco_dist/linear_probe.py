@@ -18,7 +18,6 @@ from moco_dist import (
     knn,
     peers,
     schedule,
-    views,
 )
 from moco_dist.config import EncoderConfig, ProbeConfig
 from moco_dist.config_files import to_dict
@@ -26,6 +25,7 @@ from moco_dist.encoder import Encoder, build_encoder
 from moco_dist.errors import ConfigError, NumbersError
 from moco_dist.plan import Plan, check_batch
 from moco_dist.runtime import Session
+from moco_dist.view_source import view_source
 
 # The trained encoder, and a randomly initialised one that says what the architecture alone gives.
 TRAINED, CONTROL = "probe", "control"
@@ -97,6 +97,9 @@ class LinearProbe:
                 device=device,
             )
         )
+        self.source = view_source(
+            self.splits.train, config.views, self.plan, [(0, None)], self.dtype, "plan"
+        )
         self.total_steps = config.epochs * self.plan.steps_per_epoch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -115,7 +118,7 @@ class LinearProbe:
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
 
-    def extract(self, encoder: Encoder, images: data.Images) -> Tensor:
+    def extract(self, encoder: Encoder, images: data.AnyImages) -> Tensor:
         """Return the features of the unaugmented images, (len(images), features), everywhere."""
         with self.accelerator.autocast():
             found = features.extract(
@@ -128,10 +131,8 @@ class LinearProbe:
         """Return each encoder's training features of `samples`: of new views, or computed once."""
         if not self.config.augment:
             return {name: self.features[name, "train"][samples] for name in self.encoders}
-        pixels = self.splits.train.pixels[samples]
-        made = views.make(
-            pixels, self.config.views, self.config.seed, epoch, samples, 0, self.dtype
-        )
+        self.source.begin(self.step)
+        made = self.source.views(samples, epoch, 0)
         with self.accelerator.autocast():
             found = {name: each.backbone(made) for name, each in self.encoders.items()}
         return {name: self.scale[name] * each.to(self.dtype) for name, each in found.items()}

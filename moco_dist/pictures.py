@@ -31,4 +31,5 @@ def draw_neighbours(trainer: Trainer, album: Album) -> None:
     train, validation = trainer.splits.train.labelled(), trainer.splits.validation
     rows = torch.arange(len(trainer.nearest), device=trainer.nearest.device)
     right = train.labels[trainer.nearest] == validation.labels[rows, None]
-    album.neighbours(trainer.step, validation.pixels[rows], train.pixels[trainer.nearest], right)
+    queries, nearest = validation.squares(rows), train.squares(trainer.nearest)
+    album.neighbours(trainer.step, queries, nearest, right)

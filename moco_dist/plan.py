@@ -4,8 +4,8 @@ A global batch is `batch_size` samples. Process r of N owns its rows [r B/N, (r 
 queries. ShuffleBN (He et al. 2020, section 3.3): the keys are encoded in a permuted order, so that
 a key shares its BatchNorm group with other samples than its query does. Every process draws the
 same permutation from (seed, step), so it simply takes the rows that the permutation gives it, and
-no image crosses the network. Streamed data would exchange crops instead (an all-to-all); that way
-in is `Step.key_rows` all the same.
+no image crosses the network. Of streamed data, the crops for `Step.key_rows` may come from the
+processes that have decoded them for their queries, by an all-to-all (`view_source.py`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Plan:
         )
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)  # two epochs at the turn of one, on two devices where data is streamed
 def _order(num_samples: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     return permutation(num_samples, seed, Purpose.ORDER, epoch, device=device)
 

@@ -197,6 +197,7 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
         "data": f"{config.data.name}: {len(splits.train):,} training and "
         f"{len(splits.validation):,} validation images, "
         f"{len(splits.train.classes) or 'no'} classes",
+        "images": splits.held,
         "encoder": f"{config.encoder.backbone}, width {config.encoder.width}, "
         f"{config.encoder.stem} stem, {config.encoder.head} head to "
         f"{config.encoder.dim}; {config.precision}",

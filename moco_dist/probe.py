@@ -137,6 +137,7 @@ def announce(probe: LinearProbe, place: str) -> None:
         "data": f"{config.data.name}: {len(splits.train):,} training, "
         f"{len(splits.validation):,} validation and {len(splits.test):,} test images, "
         f"{len(splits.train.classes)} classes",
+        "images": splits.held,
         "features": f"{probe.heads.heads[TRAINED].in_features}, "
         + ("new views in each epoch" if config.augment else "computed once, without augmentation"),
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}",

@@ -23,14 +23,14 @@ from moco_dist import (
     moco,
     peers,
     schedule,
-    views,
 )
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import to_dict
 from moco_dist.encoder import build_encoder
-from moco_dist.errors import ConfigError, NumbersError, UserError
+from moco_dist.errors import NumbersError, UserError
 from moco_dist.plan import Plan, Step, check_batch, check_groups
 from moco_dist.runtime import Session
+from moco_dist.view_source import view_source
 
 
 class Trainer:
@@ -45,6 +45,9 @@ class Trainer:
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self.source = view_source(
+            self.splits.train, config.views, self.plan, self.passes, self.dtype, config.data.keys_by
+        )
         encoder = build_encoder(
             config.encoder,
             config.seed,
@@ -126,6 +129,7 @@ class Trainer:
         StoppedError if one was asked to stop, NumbersError for what is not finite.
         """
         config, network, me = self.config, self.moco, peers.me
+        self.source.begin(self.step)
         me.mark(self.step, "encoding keys")
         rows = self.plan.step(self.step, len(self.passes))
         network.train()
@@ -178,7 +182,7 @@ class Trainer:
                 "command, files and versions"
             )
         pieces = [
-            partial(self.views, piece, rows.epoch, view)
+            partial(self.source.views, piece, rows.epoch, view)
             for piece in mine.chunk(self.config.runtime.micro_batches)
         ]
         with self.accelerator.autocast():
@@ -200,7 +204,7 @@ class Trainer:
         for place, (number, view, piece) in enumerate(pieces, start=1):
             with nullcontext() if place == len(pieces) else self.accelerator.no_sync(self.query):
                 samples = rows.samples[piece]
-                queries = self.query(self.views(samples, rows.epoch, view))
+                queries = self.query(self.source.views(samples, rows.epoch, view))
                 own = their_samples == samples[:, None] if config.moco.mask_own_keys else None
                 loss, logits = moco.info_nce(
                     queries, keys[number][piece], negatives, config.moco.temperature, own
@@ -250,10 +254,7 @@ class Trainer:
 
     def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
         """Return view number `view` of the training images `samples`, (rows, 3, size, size)."""
-        pixels = self.splits.train.pixels[samples]
-        return views.make(
-            pixels, self.config.views, self.config.seed, epoch, samples, view, self.dtype
-        )
+        return self.source.any_views(samples, epoch, view)
 
     def knn_top1(self) -> float:
         """Return the share of validation images that the nearest training images get right."""
@@ -304,11 +305,7 @@ class Trainer:
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Take over the state of a checkpoint, whatever number of processes wrote it."""
-        if saved.piece("data") != self.splits.fingerprint:
-            raise ConfigError(
-                f"{saved.path}: was trained on other images (fingerprint {saved.state['data']}, "
-                f"now {self.splits.fingerprint}); give the same data, or name=... for a new run"
-            )
+        data.require_same(saved.piece("data"), self.splits, saved.path)
         network = self.moco
         encoders = {"query": network.query_encoder, "key": network.key_encoder}
         expected = checkpoint.momentum_shapes(self.optimizer, network.query_encoder)

@@ -57,9 +57,8 @@ def _crop_sides(
     config: ViewsConfig, numbers: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return height and width of the first of ten attempts that fits, and whether one does."""
-    shares, ratios = numbers.chunk(2, dim=1)
-    area = height * width * _between(shares, config.scale_min, config.scale_max)
-    ratio = _between(ratios, math.log(config.ratio_min), math.log(config.ratio_max)).exp()
+    shares, ratio = _attempts(config, numbers)
+    area = height * width * shares
     heights = (area / ratio).sqrt().round().long()
     widths = (area * ratio).sqrt().round().long()
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
@@ -70,6 +69,23 @@ def _crop_sides(
     heights = torch.where(fits, heights, largest_height).gather(1, first)
     widths = torch.where(fits, widths, largest_width).gather(1, first)
     return heights.squeeze(1), widths.squeeze(1), fits.gather(1, first).squeeze(1)
+
+
+def _attempts(config: ViewsConfig, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return share of the area and ratio of the attempts (n, 10) at a crop."""
+    shares, ratios = numbers.chunk(2, dim=1)
+    ratio = _between(ratios, math.log(config.ratio_min), math.log(config.ratio_max)).exp()
+    return _between(shares, config.scale_min, config.scale_max), ratio
+
+
+def crop_numbers(config: ViewsConfig, seed: int, epoch: Key, index: Tensor, view: int) -> Tensor:
+    """Return what `draw` makes the crop of, whatever the size of the image: float64 (n, 22).
+
+    Shares of the area and ratios of ten attempts, and the place of the one that fits, in [0, 1).
+    """
+    slots = torch.arange(26, device=index.device)
+    numbers = uniform(seed, Purpose.VIEW, epoch, view, index[:, None], slots)
+    return torch.cat([*_attempts(config, numbers[:, :20]), numbers[:, 24:]], dim=1)
 
 
 def draw(

@@ -27,6 +27,11 @@ def folder(root: Path, cache: Path, **values: object) -> DataConfig:
     return DataConfig(name="folder", root=str(root), size=8, cache=str(cache), **values)  # type: ignore[arg-type]
 
 
+def held(images: data.AnyImages) -> torch.Tensor:
+    assert isinstance(images, data.Images)
+    return images.pixels
+
+
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
     for number, name in enumerate(("cat", "dog", "emu")):
@@ -41,21 +46,20 @@ def test_class_folders_give_labels_and_the_parts_are_apart(labelled: Path, tmp_p
     assert splits.train.classes == ("cat", "dog", "emu")
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (24, 6, 30)
     for part in (splits.train, splits.validation, splits.test):
-        assert part.pixels.dtype == torch.uint8
-        assert part.pixels.shape[1:] == (3, 8, 8)
-        assert (part.pixels[:, 0, 4, 4] == 80 * part.labels).all()
+        assert held(part).dtype == torch.uint8
+        assert held(part).shape[1:] == (3, 8, 8)
+        assert (held(part)[:, 0, 4, 4] == 80 * part.labels).all()
     seen = [
-        (int(i[0, 0, 0]), int(i[1, 0, 0]))
-        for i in (*splits.train.pixels, *splits.validation.pixels)
+        (int(i[0, 0, 0]), int(i[1, 0, 0])) for i in (*held(splits.train), *held(splits.validation))
     ]
     assert sorted(seen) == [(80 * c, i) for c in range(3) for i in range(10)]
-    assert (splits.test.pixels[:, 2] == 9).all()
+    assert (held(splits.test)[:, 2] == 9).all()
 
 
 def test_the_split_is_a_function_of_its_seed(labelled: Path, tmp_path: Path) -> None:
     def validation(seed: int) -> torch.Tensor:
         config = folder(labelled, tmp_path / "cache", validation=0.3, split_seed=seed)
-        return data.load(config).validation.pixels
+        return held(data.load(config).validation)
 
     assert validation(0).equal(validation(0))
     assert not validation(0).equal(validation(1))
@@ -67,7 +71,7 @@ def test_a_limit_takes_fewer_training_images_and_the_same_validation(
     whole = data.load(folder(labelled, tmp_path / "cache"))
     few = data.load(folder(labelled, tmp_path / "cache", limit=5))
     assert len(few.train) == 5
-    assert few.validation.pixels.equal(whole.validation.pixels)
+    assert held(few.validation).equal(held(whole.validation))
     assert few.fingerprint == whole.fingerprint
 
 
@@ -118,7 +122,7 @@ def test_decoded_images_are_kept_and_noticed_when_files_change(
 
     with monkeypatch.context() as patch:
         patch.setattr(image_folder, "decode", refuse)
-        assert data.load(config).train.pixels.equal(first.train.pixels)
+        assert held(data.load(config).train).equal(held(first.train))
     write_image(labelled / "train" / "cat" / "0.png", (255, 255, 255))
     os.utime(labelled / "train" / "cat" / "0.png", (1, 1))
     changed = data.load(config)
@@ -228,7 +232,7 @@ def test_cifar10_is_read_from_its_archive_format(
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     splits = data.load(DataConfig(name="cifar10", root=str(tmp_path), validation=0.1))
-    assert splits.test.pixels.equal(torch.from_numpy(pixels))
+    assert held(splits.test).equal(torch.from_numpy(pixels))
     assert splits.test.labels.tolist() == batch["labels"]
     assert (len(splits.train), len(splits.validation)) == (90, 10)
     assert splits.train.classes == tuple("abcdefghij")

@@ -223,7 +223,7 @@ def test_postscript_behind_an_image_name_starts_no_interpreter(tmp_path: Path) -
     (tmp_path / "x.jpg").write_text(
         "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     )
-    with pytest.raises(DataError, match="cannot identify image file"):
+    with pytest.raises(DataError, match="its content is none of JPEG, PNG"):
         image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
 
 

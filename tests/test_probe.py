@@ -89,6 +89,7 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
     loss, top1, top5 = 0.0, 0, 0
     mean = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64)[:, None, None]
     std = torch.tensor([0.2023, 0.1994, 0.2010], dtype=torch.float64)[:, None, None]
+    assert isinstance(images, data.Images)
     for pixels, label in zip(images.pixels, images.labels, strict=True):
         view = (pixels.double() / 255 - mean) / std
         scores = head(encoder.backbone(view[None]))[0].tolist()

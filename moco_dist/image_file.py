@@ -1,0 +1,183 @@
+"""One image file, or one member of a tar: its bytes, its centred square, its random crops.
+
+Without torch, so that a worker that decodes is small and starts quickly.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# What may lie behind those names, told by content: PIL would also call Ghostscript for an EPS.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
+# Above the 151 million of the largest cameras; an image takes 3 or 4 bytes a pixel, twice.
+MAX_PIXELS = 160_000_000
+# PIL warns above its limit without the path, and from half of ours on if it is left as it is.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+# Images from this size on are decoded one at a time, since each thread would hold one.
+LARGE_PIXELS = 2**26
+_one_large = threading.Lock()
+
+# What a network file system answers for a while when a server of it is exchanged.
+PASSING = (errno.EIO, errno.ESTALE)
+ATTEMPTS = 3
+PAUSE_SECONDS = 1.0
+
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if a crop keeps so many times the view's pixels.
+SPARE = 2
+
+
+class Place(NamedTuple):
+    """Where the bytes of an image lie: a file, or `size` bytes from `offset` on in a tar."""
+
+    path: str
+    name: str = ""
+    offset: int = 0
+    # -1 is all of it.
+    size: int = -1
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name}" if self.name else self.path
+
+
+class Box(NamedTuple):
+    """A window of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Recipe(NamedTuple):
+    """What is cut out of each image of a request."""
+
+    # Pixels a side.
+    size: int
+    # The views that are wanted; none is the centred square.
+    views: Sequence[int] = ()
+    # Width to height of a crop.
+    ratio_min: float = 1.0
+    ratio_max: float = 1.0
+
+
+def read(place: Place) -> bytes:
+    """Return the bytes of an image; OSError if they can't be had, also after a pause."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return _read(place)
+        except OSError as error:
+            if error.errno not in PASSING or attempt == ATTEMPTS:
+                raise
+            time.sleep(PAUSE_SECONDS * attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _read(place: Place) -> bytes:
+    file = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        left = os.fstat(file).st_size if place.size < 0 else place.size
+        parts: list[bytes] = []
+        while left:
+            part = os.pread(file, left, place.offset + sum(map(len, parts)))
+            if not part:
+                raise ValueError(f"it ends {left:,} bytes too early")
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
+    finally:
+        os.close(file)
+
+
+def opened(content: bytes) -> Image.Image:
+    """Return an image of which only the header has been read; ValueError if it is too large."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    except UnidentifiedImageError:
+        raise ValueError(f"its content is none of {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"too large, {MAX_PIXELS:,} pixels are allowed; scale it down: {error}"
+        ) from error
+    return image
+
+
+def _turn(image: Image.Image) -> Any:
+    return _one_large if image.width * image.height >= LARGE_PIXELS else nullcontext()
+
+
+def square(content: bytes, size: int) -> Pixels:
+    """Return the image as RGB (size, size, 3): shorter side resized to `size`, centre cut out."""
+    with opened(content) as image, _turn(image):
+        rgb = image.convert("RGB")
+        if rgb.size != (size, size):
+            rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
+        return np.asarray(rgb)
+
+
+def box(numbers: Sequence[float], height: int, width: int, recipe: Recipe) -> Box:
+    """Return the crop that `views.draw` gives to an image of this size, to the bit.
+
+    `numbers` are a row of `views.crop_numbers`. What is left to do is correctly rounded by IEEE 754
+    (product, quotient, root), so that it has the same result in every library.
+    """
+    for share, ratio in zip(numbers[:10], numbers[10:20], strict=True):
+        area = height * width * share
+        tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < tall <= height and 0 < wide <= width:
+            top, left = numbers[20:]
+            return Box(int(top * (height - tall + 1)), int(left * (width - wide + 1)), tall, wide)
+    tall = min(height, round(width / recipe.ratio_min))
+    wide = min(width, round(height * recipe.ratio_max))
+    return Box((height - tall) // 2, (width - wide) // 2, tall, wide)
+
+
+def crops(content: bytes, numbers: Sequence[Sequence[float]], recipe: Recipe) -> list[Pixels]:
+    """Return the wanted views' crops, RGB (size, size, 3) each, of one decoding of the image.
+
+    `numbers` has a row for each view, wanted or not: together they decide at which scale a JPEG is
+    decoded, so that a crop is the same whichever views it comes with. The resize is antialiased
+    bilinear on the window alone, as in `views.crop_and_resize`, and rounds to 8 bits.
+    """
+    with opened(content) as image, _turn(image):
+        size, full_width, full_height = recipe.size, image.width, image.height
+        boxes = [box(row, full_height, full_width, recipe) for row in numbers]
+        smallest = min(min(each.height, each.width) for each in boxes)
+        if image.format == "JPEG" and smallest >= 2 * SPARE * size:
+            factor = next(f for f in (8, 4, 2) if smallest >= f * SPARE * size)
+            # PIL takes the smallest scale that is not below this size.
+            image.draft(None, (full_width // factor, full_height // factor))
+        image.load()
+        return [
+            np.asarray(_cut(image, boxes[v], full_height, full_width, size)) for v in recipe.views
+        ]
+
+
+def _cut(image: Image.Image, box: Box, full_height: int, full_width: int, size: int) -> Image.Image:
+    top, left, bottom, right = box.top, box.left, box.top + box.height, box.left + box.width
+    if image.size != (full_width, full_height):
+        across, down = image.width / full_width, image.height / full_height
+        # Whole pixels of the scaled image, which has at least twice as many as the view.
+        top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
+        left, right = round(left * across), max(round(right * across), round(left * across) + 1)
+    window = image.crop((left, top, right, bottom)).convert("RGB")
+    return window.resize((size, size), Image.Resampling.BILINEAR)

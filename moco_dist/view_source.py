@@ -1,0 +1,170 @@
+"""Where the views of a step come from: images in memory, or crops that workers cut from files.
+
+Streamed keys reach their process in one of two ways, equal in result. By exchange: each process
+decodes the images of its queries once, cuts both crops, and an all-to-all sends the keys' crops to
+where the permutation has them. By plan: each decodes the images of its keys as well.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moco_dist import comms, peers, views
+from moco_dist.config import ViewsConfig
+from moco_dist.data import AnyImages, Images
+from moco_dist.plan import Plan, Step
+from moco_dist.streamed_images import Order, StreamedImages
+
+# Steps, and images for each worker, that are decoded ahead.
+STEPS_AHEAD = 2
+IMAGES_AHEAD = 32
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Views of images in memory, made when they are asked for."""
+
+    images: Images
+    config: ViewsConfig
+    seed: int
+    dtype: torch.dtype
+
+    def begin(self, step: int) -> None:
+        """Get ready for step `step`: nothing is to be done."""
+
+    def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
+        """Return view number `view` of the images `samples`, (n, 3, size, size)."""
+        pixels = self.images.pixels[samples]
+        return views.make(pixels, self.config, self.seed, epoch, samples, view, self.dtype)
+
+    any_views = views
+
+
+class StreamedSource:
+    """Views of the crops of a step, which workers have cut some steps before."""
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        config: ViewsConfig,
+        dtype: torch.dtype,
+        plan: Plan,
+        passes: Sequence[tuple[int, int | None]],
+        keys_by: Literal["exchange", "plan"],
+    ) -> None:
+        self.images, self.config, self.seed, self.dtype = images, config, plan.seed, dtype
+        self.device = plan.device
+        self.plan = replace(plan, device=torch.device("cpu"))
+        # The views of queries and keys of each pass over the batch; None where there are no keys.
+        self.passes, self.keys_by = passes, keys_by
+        self.steps_ahead = max(
+            STEPS_AHEAD, -(-IMAGES_AHEAD * images.pool.size * plan.world_size // plan.batch_size)
+        )
+        self._next = 0
+        self._ahead = deque[tuple[Step, list[Order]]]()
+        # For each view that the step takes: its samples, ascending, and their crops.
+        self._crops: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, step: int) -> None:
+        """Have the crops of step `step` at hand, and those after it under way; a collective.
+
+        Raises DataError for an image that can't be read and for a worker that died.
+        """
+        if step != self._next:
+            self.forget()
+            self._next = step
+        while len(self._ahead) <= self.steps_ahead:
+            rows = self.plan.step(self._next + len(self._ahead), len(self.passes))
+            orders = [
+                self.images.order_crops(self.config, self.seed, rows.epoch, samples, wanted)
+                for samples, wanted in self._parts(rows)
+            ]
+            self._ahead.append((rows, orders))
+        rows, orders = self._ahead.popleft()
+        self._next = step + 1
+        peers.me.mark(step, "waiting for data")
+        pixels = [order.collect(self.device) for order in orders]
+        peers.me.mark(step, "exchanging crops")
+        parts = self._parts(rows)
+        found = [
+            (view, samples, pixels[number][:, place])
+            for number, (samples, wanted) in enumerate(parts)
+            for place, view in enumerate(wanted)
+        ]
+        if self.keys_by == "exchange":
+            for number, (_, view) in enumerate(self.passes):
+                if view is not None:
+                    crops = comms.all_to_all_rows(pixels[0][:, view], rows.unshuffle[number])
+                    found.append((view, rows.samples[rows.key_rows[number]], crops))
+        self._crops = {}
+        for view in (0, 1):
+            samples = [samples for each, samples, _ in found if each == view]
+            if samples:
+                known, order = torch.cat(samples).to(self.device).sort()
+                crops = torch.cat([crops for each, _, crops in found if each == view])
+                self._crops[view] = known, crops[order]
+
+    def _parts(self, rows: Step) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Return the samples that this process decodes for a step, and which views of each."""
+        mine = rows.samples[rows.query_rows]
+        keys = [
+            (rows.samples[places], (view,))
+            for places, (_, view) in zip(rows.key_rows, self.passes, strict=True)
+            if view is not None
+        ]
+        if keys and self.keys_by == "exchange":
+            return [(mine, (0, 1))]
+        return [(mine, tuple(sorted(view for view, _ in self.passes))), *keys]
+
+    def forget(self) -> None:
+        """Give up what was asked for ahead."""
+        while self._ahead:
+            for order in self._ahead.pop()[1]:
+                order.abandon()
+
+    def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
+        """Return view number `view` of `samples`, queries or keys of the step that was begun.
+
+        float (n, 3, size, size).
+        """
+        known, crops = self._crops[view]
+        return self._finished(crops[torch.searchsorted(known, samples)], samples, epoch, view)
+
+    def any_views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
+        """Return what `views` does, of any images, which are decoded for it."""
+        order = self.images.order_crops(self.config, self.seed, epoch, samples, (view,))
+        return self._finished(order.collect(self.device)[:, 0], samples, epoch, view)
+
+    def _finished(self, crops: Tensor, samples: Tensor, epoch: int, view: int) -> Tensor:
+        size = self.config.size
+        draws = views.draw(self.config, self.seed, epoch, samples, view, size, size)
+        zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, size)
+        # The window is the whole crop: what is left of that stage is its flip, exactly.
+        draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
+        return views.apply(crops, draws, self.config, self.dtype)
+
+
+ViewSource = MemorySource | StreamedSource
+
+
+def view_source(
+    images: AnyImages,
+    config: ViewsConfig,
+    plan: Plan,
+    passes: Sequence[tuple[int, int | None]],
+    dtype: torch.dtype,
+    keys_by: Literal["exchange", "plan"],
+) -> ViewSource:
+    """Return where the views of the training images come from, step by step.
+
+    `passes` are the views of the queries and of their keys, for each pass over the batch.
+    """
+    if isinstance(images, Images):
+        return MemorySource(images, config, plan.seed, dtype)
+    return StreamedSource(images, config, dtype, plan, passes, keys_by)

@@ -1,0 +1,157 @@
+"""How near streaming comes to the decoder's own rate, and what memory it takes.
+
+  python -m tests.streaming_speed folder|shards DIR [key=value ...]
+
+Takes turns: the workers' decoding alone (as many processes, no requests, nothing handed over), then
+the whole pipeline to batches at hand, over the same images; prints both medians and their ratio.
+With epochs=3 the pipeline then runs over all images, and the memory of all processes is printed.
+`python -m tests.streaming_speed tar FOLDER DIR` makes shards of a folder of class folders.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+from moco_dist import data, image_worker, views, worker_pool
+from moco_dist.config import DataConfig, ViewsConfig
+from moco_dist.image_file import Recipe
+from moco_dist.plan import Plan
+from moco_dist.streamed_images import StreamedImages
+from moco_dist.view_source import StreamedSource
+
+SHARD = 5000  # images in a tar
+
+
+def main(kind: str, place: str, *settings: str) -> None:
+    """Measure, or make shards."""
+    if kind == "tar":
+        return make_shards(Path(place), Path(settings[0]))
+    given = {"size": 32, "batch": 256, "images": 4096, "workers": 1, "turns": 7, "epochs": 0}
+    given |= {key: int(value) for key, value in (each.split("=") for each in settings)}
+    config = DataConfig(
+        name=kind,  # type: ignore[arg-type]
+        root=place,
+        size=given["size"],
+        memory_gb=0,
+        validation=0.0,
+        workers=given["workers"],
+        cache=str(Path(place).parent / "cache"),
+    )
+    began = time.monotonic()
+    images = data.load(config).train
+    assert isinstance(images, StreamedImages)
+    print(f"{len(images):,} images listed in {time.monotonic() - began:.1f} s", flush=True)
+    cut = ViewsConfig(size=given["size"])
+    plan = Plan(len(images), given["batch"], 0)
+    source = StreamedSource(images, cut, torch.float32, plan, [(0, 1)], "exchange")
+    steps, step = given["images"] // given["batch"], 0
+    rates: dict[str, list[float]] = {"decoder alone": [], "pipeline": []}
+    for turn in range(given["turns"] + 1):
+        samples = torch.cat([plan.step(step + n).samples for n in range(steps)])
+        alone = decoder_alone(images, cut, samples, given["workers"])
+        source.begin(step)  # what is ahead is decoded before the clock starts, as after it
+        began = time.monotonic()
+        for number in range(step + 1, step + steps):
+            source.begin(number)
+        rate = (steps - 1) * given["batch"] / (time.monotonic() - began)
+        source.forget()
+        step += steps
+        if turn:  # the first one has read the files for the first time
+            rates["decoder alone"].append(alone)
+            rates["pipeline"].append(rate)
+    for name, found in rates.items():
+        print(f"{name}: {statistics.median(found):,.0f} images/s ({len(found)} turns)")
+    ratios = [a / b for a, b in zip(rates["pipeline"], rates["decoder alone"], strict=True)]
+    print(f"pipeline / decoder alone: median {statistics.median(ratios):.2f}", sorted(ratios))
+    for epoch in range(given["epochs"]):
+        for number in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+            source.begin(number)
+        resident = [psutil.Process(pid).memory_info().rss >> 20 for pid in images.pool.pids()]
+        print(
+            f"epoch {epoch + 1}: {psutil.Process().memory_info().rss >> 20} MB resident, "
+            f"workers {resident} MB",
+            flush=True,
+        )
+    images.pool.close()
+
+
+def decoder_alone(
+    images: StreamedImages, config: ViewsConfig, samples: torch.Tensor, workers: int
+) -> float:
+    """Return images a second of what the workers do with images, in as many processes, alone."""
+    drawn = torch.stack([views.crop_numbers(config, 0, 0, samples, v) for v in (0, 1)], dim=1)
+    numbers = drawn.tolist()
+    recipe = Recipe(config.size, (0, 1), config.ratio_min, config.ratio_max)
+    each = worker_pool.images_of_request(recipe)
+    places = images.catalogue.places(images.rows[samples].tolist())
+    requests = [
+        {
+            "recipe": recipe,
+            "places": places[n : n + each],
+            "numbers": numbers[n : n + each],
+        }
+        for n in range(0, len(places), each)
+    ]
+    command = [sys.executable, "-m", "tests.streaming_speed", "alone"]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(workers)
+    ]
+    for number, process in enumerate(started):
+        assert process.stdin
+        process.stdin.write(json.dumps(requests[number::workers]) + "\n")
+        process.stdin.flush()
+    for process in started:
+        assert process.stdout
+        process.stdout.readline()  # all are ready
+    rate = 0.0
+    for process in started:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in started:
+        rate += float(process.communicate()[0])
+    return rate
+
+
+def alone() -> None:
+    """Decode what standard input says; print images a second."""
+    requests = json.loads(sys.stdin.readline())
+    work = [(each, torch.tensor(each["numbers"], dtype=torch.float64)) for each in requests]
+    content = [(each, numbers.numpy().tobytes()) for each, numbers in work]
+    memory = mmap.mmap(-1, worker_pool.SLOT_BYTES)
+    print(flush=True)
+    sys.stdin.readline()
+    began = time.monotonic()
+    for each, numbers in content:
+        assert image_worker.answer(each, numbers, memory) == ""
+    print(sum(len(each["places"]) for each in requests) / (time.monotonic() - began))
+
+
+def make_shards(folder: Path, root: Path) -> None:
+    """Write the images of FOLDER/CLASS/* as tars in the layout of WebDataset."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = sorted({file.parent.name for file in files})
+    root.mkdir(parents=True)
+    for first in range(0, len(files), SHARD):
+        with tarfile.open(root / f"{first // SHARD:06d}.tar", "w") as tar:
+            for number, file in enumerate(files[first : first + SHARD], start=first):
+                label = root / "label"
+                label.write_text(str(names.index(file.parent.name)))
+                tar.add(file, f"{number:08d}{file.suffix}")
+                tar.add(label, f"{number:08d}.cls")
+                label.unlink()
+
+
+if __name__ == "__main__":
+    alone() if sys.argv[1:] == ["alone"] else main(*sys.argv[1:])

@@ -1,0 +1,310 @@
+"""Lists of images that are kept, and tar shards: what is in them, when they are made anew."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moco_dist import data, image_file, image_folder, image_index, tar_shards
+from moco_dist.config import DataConfig
+from moco_dist.errors import ConfigError, DataError, MissingError
+from moco_dist.streamed_images import StreamedImages
+from moco_dist.worker_pool import WorkerPool
+from tests import image_sets
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return image_sets.write_folder(tmp_path / "set", 24, side=16)
+
+
+def settle(root: Path) -> None:
+    """Let all files and folders look as if they had not been changed for long."""
+    for path in [root, *root.rglob("*")]:
+        os.utime(path, (1_000_000, 1_000_000))
+
+
+def config(root: Path, cache: Path, **values: Any) -> DataConfig:
+    given: dict[str, Any] = {"name": "folder", "root": str(root), "cache": str(cache), "size": 16}
+    return DataConfig(**given | values)
+
+
+@pytest.fixture
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    made: list[Path] = []
+    real = image_folder.scan
+
+    def scan(root: Path, *rest: Any) -> image_folder.Listing:
+        made.append(root)
+        return real(root, *rest)
+
+    monkeypatch.setattr(image_folder, "scan", scan)
+    return made
+
+
+def test_a_list_is_made_once_and_again_when_a_folder_changes(
+    folder: Path, tmp_path: Path, walks: list[Path]
+) -> None:
+    train, cache = folder / "train", tmp_path / "cache"
+    settle(folder)
+    first = image_index.of_folder(train, True, cache)
+    again = image_index.of_folder(train, True, cache)
+    assert walks == [train]
+    assert again.fingerprint() == first.fingerprint()
+    assert again.all_places() == first.all_places()
+    assert again.labels.equal(first.labels)
+    assert again.classes == first.classes
+    (train / "class_1" / "9999.jpg").write_bytes(image_sets.jpeg(image_sets.picture(1, 16, 16)))
+    changed = image_index.of_folder(train, True, cache)
+    assert len(changed) == len(first) + 1
+    assert changed.fingerprint() != first.fingerprint()
+    # It was changed a moment ago, and may change again within the clock's grain.
+    image_index.of_folder(train, True, cache)
+    assert walks == [train] * 3
+
+
+def test_a_list_names_the_files_as_the_folder_does(folder: Path, tmp_path: Path) -> None:
+    odd = folder / "train" / "class_0" / "ünï cödé\n.jpg"
+    odd.write_bytes(b"")
+    os.rename(odd, os.fsencode(odd.parent) + b"/\xff.jpg")  # no text in any encoding
+    settle(folder)
+    listing = image_folder.scan(folder / "train", True)
+    for _ in range(2):  # made, and kept
+        index = image_index.of_folder(folder / "train", True, tmp_path / "cache")
+        assert [place.path for place in index.all_places()] == [str(f) for f in listing.files]
+        assert index.sizes.tolist() == [f.stat().st_size for f in listing.files]
+        assert index.labels.tolist() == listing.labels
+
+
+def test_a_fingerprint_knows_names_sizes_and_classes_but_not_the_place(
+    folder: Path, tmp_path: Path
+) -> None:
+    def now(root: Path) -> str:
+        return image_index.of_folder(root, True, tmp_path / "no cache").fingerprint()
+
+    first = now(folder / "train")
+    moved = folder.rename(tmp_path / "moved") / "train"
+    assert now(moved) == first
+    file = next((moved / "class_0").iterdir())
+    content = file.read_bytes()
+    file.write_bytes(content + b" ")
+    assert now(moved) != first
+    file.write_bytes(bytes(len(content)))
+    assert now(moved) == first  # content is not read
+    file.rename(file.with_name("other.jpg"))
+    assert now(moved) != first
+
+
+def test_a_damaged_list_is_named_and_made_anew(
+    folder: Path, tmp_path: Path, walks: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    settle(folder)
+    first = image_index.of_folder(folder / "train", True, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache").iterdir()
+    content = bytearray(kept.read_bytes())
+    content[-3] ^= 1
+    kept.write_bytes(content)
+    again = image_index.of_folder(folder / "train", True, tmp_path / "cache")
+    assert f"{kept}: its content changed on disk; listing anew" in caplog.text
+    kept.write_bytes(b"nothing")
+    third = image_index.of_folder(folder / "train", True, tmp_path / "cache")
+    assert "listing the images again" in caplog.text
+    assert len({each.fingerprint() for each in (first, again, third)}) == 1
+    assert len(walks) == 3
+
+
+@pytest.mark.parametrize("labels", ["cls", "json"])
+def test_shards_hold_the_images_of_the_folder_they_were_made_of(
+    folder: Path, tmp_path: Path, labels: str
+) -> None:
+    shards = image_sets.write_shards(folder, tmp_path / "tars", labels=labels)
+    plain = data.load(config(folder, tmp_path / "c", validation=0.0))
+    held = data.load(config(shards, tmp_path / "c", name="shards", validation=0.0))
+    streamed = data.load(
+        config(shards, tmp_path / "c", name="shards", validation=0.0, memory_gb=0, workers=1)
+    )
+    assert held.train.classes == ("0", "1", "2")
+    for part in ("train", "test"):
+        expected = getattr(plain, part)
+        for found in (getattr(held, part), getattr(streamed, part)):
+            assert found.labels.equal(expected.labels)
+            assert found.squares(torch.arange(len(found))).equal(expected.pixels)
+    assert isinstance(streamed.train, StreamedImages)
+    streamed.train.pool.close()
+
+
+def test_a_list_of_shards_is_made_once_and_again_when_a_tar_changes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = image_sets.write_shards(folder, tmp_path / "tars") / "train"
+    settle(shards)
+    reads: list[list[str]] = []
+    real = tar_shards.read
+
+    def read(root: Path, tars: list[str], *rest: Any) -> tar_shards.Found:
+        reads.append(tars)
+        return real(root, tars, *rest)
+
+    monkeypatch.setattr(tar_shards, "read", read)
+    tars = ["000000.tar", "000001.tar", "000002.tar"]
+    for _ in range(2):
+        assert len(image_index.of_shards(shards, tars, True, tmp_path / "cache")) == 24
+    assert len(reads) == 1
+    with tarfile.open(shards / tars[2], "a") as tar:
+        image_sets.add(tar, "new.jpg", b"x")
+    assert len(image_index.of_shards(shards, tars, True, tmp_path / "cache")) == 25
+    assert len(reads) == 2
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members.items():
+            image_sets.add(tar, name, content)
+
+
+def test_labels_are_those_of_the_sample_and_extensions_begin_at_the_first_dot(
+    tmp_path: Path,
+) -> None:
+    long = "folder/" * 30 + "k" * 200
+    write_tar(
+        tmp_path / "a.tar",
+        {
+            "a/1.cls": b"2",
+            "a/1.jpg": b"one",
+            "a/1.seg.png": b"no image of the set",
+            "a/1.json": b'{"label": 0}',
+            "a/2.JPEG": b"two",
+            "a/2.png": b"a second image of one key",
+            f"{long}.webp": b"three",
+            f"{long}.json": b'{"cls": 0, "label": 7}',
+            "b/.hidden.jpg": b"",
+            "c/4.json": b"[1]",
+            "c/4.png": b"four!",
+            "c/4.cls": b"1\n",
+        },
+    )
+    found = tar_shards.read(tmp_path, ["a.tar"], True, None)
+    assert [m.name for m in found.members] == ["a/1.jpg", "a/2.JPEG", f"{long}.webp", "c/4.png"]
+    content = (tmp_path / "a.tar").read_bytes()
+    pieces = [content[m.offset :][: m.size] for m in found.members]
+    assert pieces == [b"one", b"two", b"three", b"four!"]
+    named = [found.classes[label] for label in found.labels]
+    assert named == ["2", "a", "0", "1"]  # without a label, the first folder is the class
+    assert tar_shards.read(tmp_path, ["a.tar"], False, None).classes == ()
+
+
+def test_numbers_of_classes_stay_what_they_are(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"10", "2.jpg": b"", "2.cls": b"3"})
+    found = tar_shards.read(tmp_path, ["a.tar"], True, None)
+    assert found.labels == [10, 3]
+    assert len(found.classes) == 11
+
+
+def test_tars_are_shared_out_by_folders_or_by_words_of_their_names(tmp_path: Path) -> None:
+    for name in ("net-train-0.tar", "net-train-1.tar", "net-val-0.tar", "intervals.tar"):
+        write_tar(tmp_path / "one" / name, {})
+    for name in ("train/1.tar", "train/0.tar", "val/0.tar", "other.tar"):
+        write_tar(tmp_path / "two" / name, {})
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert tar_shards.parts(one) == (
+        one,
+        ["intervals.tar", "net-train-0.tar", "net-train-1.tar"],
+        one,
+        ["net-val-0.tar"],
+    )
+    assert tar_shards.parts(two) == (two / "train", ["0.tar", "1.tar"], two / "val", ["0.tar"])
+
+
+@pytest.mark.parametrize(
+    ("members", "kind", "sentence"),
+    [
+        (None, MissingError, "no such folder; give the folder of the tar files as data.root=DIR"),
+        ({}, MissingError, "no images in 1 tar files; data.name=shards needs members that end in"),
+        ({"1.jpg": b"", "1.cls": b"\xff"}, DataError, "1.cls is no label ('utf-8' codec can't"),
+        ({"1.jpg": b"", "1.json": b"{"}, DataError, "1.json is no label (Expecting property name"),
+    ],
+)
+def test_what_is_wrong_with_shards_is_said(
+    tmp_path: Path, members: dict[str, bytes] | None, kind: type[Exception], sentence: str
+) -> None:
+    if members is not None:
+        write_tar(tmp_path / "set" / "a.tar", members)
+    with pytest.raises(kind) as error:
+        data.load(config(tmp_path / "set", tmp_path / "cache", name="shards"))
+    assert sentence in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("damage", ["compressed", "cut", "text"])
+def test_a_tar_that_cant_be_read_at_any_place_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "set" / "a.tar"
+    write_tar(path, {"1.jpg": bytes(3000), "2.jpg": bytes(3000)})
+    if damage == "compressed":
+        content = path.read_bytes()
+        with tarfile.open(path, "w:gz") as tar:
+            image_sets.add(tar, "1.jpg", content)
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:5000], "text": b"no tar" * 1000}[damage])
+    with pytest.raises(DataError) as error:
+        data.load(config(tmp_path / "set", tmp_path / "cache", name="shards"))
+    assert str(error.value).startswith(f"{path}: not a readable tar (")
+    assert str(error.value).endswith(
+        "data.name=shards needs whole tar files that are not compressed"
+    )
+
+
+def test_a_member_that_goes_bad_is_named_with_its_tar(folder: Path, tmp_path: Path) -> None:
+    shards = image_sets.write_shards(folder, tmp_path / "tars") / "train"
+    index = image_index.of_shards(shards, ["000000.tar"], True, tmp_path / "cache")
+    (place,) = index.places([4])
+    with open(place.path, "r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes(100))
+    pool = WorkerPool(1)
+    with pytest.raises(DataError) as error:
+        pool.fetch(pool.submit([place], image_file.Recipe(16), None))
+    assert str(error.value).startswith(f"{shards / '000000.tar'}: {place.name}: not a readable")
+    os.truncate(place.path, place.offset + 10)
+    with pytest.raises(DataError, match=r"it ends .* bytes too early"):
+        pool.fetch(pool.submit([place], image_file.Recipe(16), None))
+    pool.close()
+
+
+def test_memory_or_streaming_is_a_matter_of_the_configuration_alone(
+    folder: Path, tmp_path: Path
+) -> None:
+    """24 training and 6 test images of 16 x 16 take 23,040 bytes."""
+    below = data.load(config(folder, tmp_path / "cache", memory_gb=23040 / 1e9))
+    above = data.load(config(folder, tmp_path / "cache", memory_gb=23039 / 1e9, workers=3))
+    assert isinstance(below.train, data.Images)
+    assert below.held == (
+        "in memory: squares of 16 x 16 take 2.3e-05 GB, data.memory_gb=2.304e-05 allows it"
+    )
+    assert isinstance(above.train, StreamedImages)
+    assert above.held == (
+        "streamed by 3 workers for each process: squares of 16 x 16 take 2.3e-05 GB, more than "
+        "data.memory_gb=2.3039e-05"
+    )
+    assert above.train.pool.pids() == []  # they start when they are needed
+    drawn = data.load(DataConfig(shapes_train=10, shapes_test=10, memory_gb=0))
+    assert drawn.held == "in memory: squares of 32 x 32 take 6.14e-05 GB, as shapes is"
+
+
+def test_a_run_does_not_go_on_with_views_of_another_kind(folder: Path, tmp_path: Path) -> None:
+    held = data.load(config(folder, tmp_path / "cache"))
+    streamed = data.load(config(folder, tmp_path / "cache", memory_gb=0))
+    data.require_same(held.fingerprint, held, tmp_path)
+    data.require_same(streamed.fingerprint, streamed, tmp_path)
+    with pytest.raises(ConfigError, match="images that were in memory, and now they are streamed"):
+        data.require_same(held.fingerprint, streamed, tmp_path)
+    with pytest.raises(ConfigError, match="images that were streamed, and now they are in memory"):
+        data.require_same(streamed.fingerprint, held, tmp_path)
+    other = data.load(config(folder, tmp_path / "cache", memory_gb=0, labels="none"))
+    with pytest.raises(ConfigError, match="was trained on other images"):
+        data.require_same(streamed.fingerprint, other, tmp_path)
