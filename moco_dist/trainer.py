@@ -59,6 +59,7 @@ class Trainer:
             lr=config.optim.lr,
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
+            fused=True,
         )
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
