@@ -114,6 +114,7 @@ def timed_parts(trainer: Trainer, clock: Clock) -> Iterator[None]:
         (trainer.optimizer, "zero_grad", "optimizer"),
         (network, "update_key_encoder", "momentum"),
         (network.queue, "negatives", "queue"),
+        (network.queue, "owners", "queue"),
         (network.queue, "enqueue", "queue"),
         (comms, "all_gather_with_note", "communication"),
         (health, "of_step", "tracking"),

@@ -76,7 +76,7 @@ class _NormalizeGroups(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -102,7 +102,7 @@ class _NormalizeGroups(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `x`, `weight` and `bias`; sums go from the last group down."""
         x, weight, used = ctx.saved_tensors
         count = used.shape[1]

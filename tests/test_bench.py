@@ -75,7 +75,7 @@ def test_flops_of_a_step_are_those_of_its_convolutions_and_products(tmp_path: Pa
 
     def count(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
         nonlocal macs
-        macs += output.numel() * module.weight[0].numel()  # type: ignore[index, operator]
+        macs += output.numel() * module.weight[0].numel()  # type: ignore[index]
 
     for module in trainer.moco.key_encoder.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
