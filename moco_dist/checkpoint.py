@@ -206,7 +206,9 @@ def restore_momentum(
     """Give SGD the momentum that `momentum_buffers` returned."""
     for name, parameter in module.named_parameters():
         if (buffer := tensors.get(f"momentum.{name}")) is not None:
-            optimizer.state[parameter]["momentum_buffer"] = buffer.to(parameter.device, copy=True)
+            # In the parameter's own memory format, as SGD made it.
+            own = torch.empty_like(parameter, dtype=buffer.dtype, requires_grad=False)
+            optimizer.state[parameter]["momentum_buffer"] = own.copy_(buffer)
 
 
 def _newest_whole(run: Path, set_aside: bool) -> Path | None:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 # Collectives that this process has entered: who has the fewest keeps the others waiting.
 calls = 0
+# Bytes of tensors that this process has sent in them, and as many received: an all-gather brings
+# each process's tensor to the N - 1 others.
+sent_bytes = 0
 
 
 def world_size() -> int:
@@ -49,7 +52,7 @@ def all_gather(x: Tensor) -> Tensor:
     """Return `x` of every process, of equal shapes, joined along dimension 0 in order of ranks."""
     if world_size() == 1:
         return x
-    _count()
+    _count(x.nbytes * (world_size() - 1))
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
@@ -117,9 +120,19 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def _count() -> None:
-    global calls
+def all_reduce_bytes(size: int) -> int:
+    """Return the bytes that each process sends, and receives, in a ring all-reduce of `size`.
+
+    Each of N parts is passed on N - 1 times to be summed, and as often as a sum: Patarasuk and
+    Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, JPDC 2009.
+    """
+    return 2 * size * (world_size() - 1) // world_size()
+
+
+def _count(sent: int = 0) -> None:
+    global calls, sent_bytes
     calls += 1
+    sent_bytes += sent
 
 
 def lost_connection(error: BaseException) -> bool:

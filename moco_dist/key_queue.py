@@ -38,6 +38,16 @@ class KeyQueue(nn.Module):
         """Return the filled slots: keys, float (filled, dim), and samples, int64 (filled,)."""
         return self.keys[: self.filled], self.samples[: self.filled]
 
+    def owners(self, samples: Tensor) -> Tensor:
+        """Return for each filled slot the row of `samples` that its key is of, -1 if of none.
+
+        int64 (filled,); `samples`, int64 (rows,), are all different. No matrix of rows by slots.
+        """
+        theirs = self.samples[: self.filled]
+        ordered, rows = samples.sort()
+        place = torch.searchsorted(ordered, theirs).clamp_(max=len(samples) - 1)
+        return torch.where(ordered[place] == theirs, rows[place], -1)
+
     @torch.no_grad()
     def enqueue(self, keys: Tensor, samples: Tensor) -> None:
         """Write `keys` (n, dim), of the samples `samples` (n,), over the oldest ones."""

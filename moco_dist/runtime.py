@@ -26,6 +26,7 @@ from moco_dist import (
     comms,
     config_files,
     console_lines,
+    host_memory,
     peers,
     run_record,
     saving,
@@ -134,6 +135,8 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
             InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
         ],
     )
+    if accelerator.device.type == "cpu":
+        host_memory.keep_freed()
     if not comms.is_main():
         logging.disable(logging.WARNING)
     peers.me.join(machine.timeout_seconds)

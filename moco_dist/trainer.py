@@ -62,6 +62,7 @@ class Trainer:
             lr=config.optim.lr,
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
+            fused=True,
         )
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
@@ -194,7 +195,8 @@ class Trainer:
         And this process's queries of the first pass, (rows, dim).
         """
         config = self.config
-        negatives, their_samples = self.moco.queue.negatives()
+        queue = self.moco.queue
+        negatives, _ = queue.negatives()
         pieces = [
             (number, view, piece)
             for number, (view, _) in enumerate(self.passes)
@@ -205,9 +207,9 @@ class Trainer:
             with nullcontext() if place == len(pieces) else self.accelerator.no_sync(self.query):
                 samples = rows.samples[piece]
                 queries = self.query(self.source.views(samples, rows.epoch, view))
-                own = their_samples == samples[:, None] if config.moco.mask_own_keys else None
+                owners = queue.owners(samples) if config.moco.mask_own_keys else None
                 loss, logits = moco.info_nce(
-                    queries, keys[number][piece], negatives, config.moco.temperature, own
+                    queries, keys[number][piece], negatives, config.moco.temperature, owners
                 )
                 # One times a finite loss is the loss; another shows in the gradient, on all.
                 loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)

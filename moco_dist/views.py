@@ -4,8 +4,8 @@
 `apply` does it. The recipe is MoCo v2's (Chen et al. 2020, arXiv:2003.04297, footnote 1: SimCLR's
 views with a weaker jitter); `grayscale_before_jitter` gives MoCo v1's (He et al. 2020,
 arXiv:1911.05722, section 3.3). Laws and arithmetic are those of torchvision's transforms on float
-tensors. Shapes depend on no value and nothing is read back or copied from the host, so that a step
-can be captured as a graph.
+tensors. On a GPU shapes depend on no value and nothing is read back or copied from the host, so
+that a step can be captured as a graph.
 """
 
 from __future__ import annotations
@@ -182,66 +182,114 @@ def to_grayscale(images: Tensor) -> Tensor:
     return torch.add(torch.add(0.2989 * red, green, alpha=0.587), blue, alpha=0.114)
 
 
-def blend(images: Tensor, reference: Tensor, factor: Tensor) -> Tensor:
+def blend(images: Tensor, reference: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
     """Return factor * images + (1 - factor) * reference, clamped to [0, 1]; `factor` is (n,).
 
-    A factor of 1 changes no bit of images in [0, 1].
+    A factor of 1 changes no bit of images in [0, 1]. `out` may be `images`.
     """
-    return torch.lerp(reference, images, _column(factor).to(images.dtype)).clamp_(0, 1)
+    share = _column(factor).to(images.dtype)
+    return torch.lerp(reference, images, share, out=out).clamp_(0, 1)
 
 
-def adjust_tone(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+def adjust_tone(
+    images: Tensor, operation: Tensor, factor: Tensor, out: Tensor | None = None
+) -> Tensor:
     """Return images (n, 3, H, W) in [0, 1] with one of three operations for each sample.
 
     BRIGHTNESS blends with black, CONTRAST with the mean of the gray image, SATURATION with the
     gray image; `operation` is int64 (n,), `factor` float (n,). Formulas: torchvision's.
     """
     gray = to_grayscale(images)
-    reference = gray * _column(operation == SATURATION)
-    reference += gray.mean(dim=(1, 2, 3), keepdim=True) * _column(operation == CONTRAST)
-    return blend(images, reference, factor)
+    saturates, contrasts = (
+        _column(operation == which).to(images.dtype) for which in (SATURATION, CONTRAST)
+    )
+    mean = gray.mean(dim=(1, 2, 3), keepdim=True).mul_(contrasts)
+    return blend(images, torch.addcmul(mean, gray, saturates), factor, out)
 
 
 def adjust_hue(images: Tensor, hue: Tensor) -> Tensor:
     """Return images (n, 3, H, W) in [0, 1] with their hue turned by `hue` (n,), in turns.
 
     HSV after Smith, Color gamut transform pairs, SIGGRAPH 1978. Turning leaves the largest and the
-    smallest channel values as they are, so value and saturation are never computed.
+    smallest channel values as they are, so value and saturation are never computed. With channels
+    scaled to smallest 0 and largest 1 the hue, in sixths of a turn, is 1 + green + blue - red where
+    green is more than blue, and the negative of that where it is less: the six cases as one.
     """
     red, green, blue = images.unbind(1)
-    largest, smallest = images.amax(dim=1), images.amin(dim=1)
-    chroma = largest - smallest
-    divisor = chroma.clamp(min=torch.finfo(images.dtype).tiny)
-    sector = _select(
-        largest == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)
-    )
-    sector = _select(largest == red, (green - blue).div_(divisor), sector)
-    sector += (6 * hue).to(images.dtype)[:, None, None]
+    largest = torch.maximum(torch.maximum(red, green), blue)
+    smallest = torch.minimum(torch.minimum(red, green), blue)
+    chroma = largest.sub_(smallest)
+    sector = (green + blue).sub_(red).sub_(smallest)
+    sector.div_(chroma.clamp(min=torch.finfo(images.dtype).tiny)).add_(1)
+    sector.copysign_(green - blue).add_((6 * hue).to(images.dtype)[:, None, None])
     sector -= (sector / 6).floor_().mul_(6)
     red, green, blue = (sector - 3).abs_() - 1, 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_()
-    channels = (torch.addcmul(smallest, chroma, x.clamp_(0, 1)) for x in (red, green, blue))
-    return torch.stack(list(channels), dim=1)
+    turned = torch.empty_like(images)
+    for channel, x in zip(turned.unbind(1), (red, green, blue), strict=True):
+        torch.addcmul(smallest, chroma, x.clamp_(0, 1), out=channel)
+    return turned
 
 
 def color_jitter(images: Tensor, draws: Draws) -> Tensor:
     """Return images (n, 3, H, W) in [0, 1] with the four operations in each sample's own order.
 
+    The same bits from both ways: a CPU takes the samples by the place of their hue, and a GPU all
+    of them alike, since it would have to wait to learn which are which.
+    """
+    way = _jitter_by_place if images.device.type == "cpu" else _jitter_alike
+    return way(images, draws)
+
+
+def _strengths(draws: Draws) -> tuple[Tensor, Tensor]:
+    """Return the strengths in the order of operations, (n, 4), and the place of the hue, (n,)."""
+    strengths = torch.stack([draws.brightness, draws.contrast, draws.saturation, draws.hue], dim=1)
+    return strengths.gather(1, draws.order), (draws.order == HUE).long().argmax(dim=1)
+
+
+def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
+    """Jitter by operations that are the same for all samples.
+
     Three blends, one turn of the hue and three blends do for all 24 orders: a blend is made before
     or after the hue, and on the other side it has the factor 1. No jitter is the exact identity.
     """
-    strengths = torch.stack([draws.brightness, draws.contrast, draws.saturation, draws.hue], dim=1)
-    strengths = strengths.gather(1, draws.order)
+    strengths, place_of_hue = _strengths(draws)
     place = torch.arange(4, device=images.device)
-    place_of_hue = (draws.order == HUE).long().argmax(dim=1, keepdim=True)
     jitter = draws.jitter[:, None]
-    before = torch.where(jitter & (place < place_of_hue), strengths, 1.0)
-    after = torch.where(jitter & (place > place_of_hue), strengths, 1.0)
+    before = torch.where(jitter & (place < place_of_hue[:, None]), strengths, 1.0)
+    after = torch.where(jitter & (place > place_of_hue[:, None]), strengths, 1.0)
     for slot in (0, 1, 2):
         images = adjust_tone(images, draws.order[:, slot], before[:, slot])
     images = _select(_column(draws.jitter), adjust_hue(images, draws.hue), images)
     for slot in (1, 2, 3):
         images = adjust_tone(images, draws.order[:, slot], after[:, slot])
     return images
+
+
+def _jitter_by_place(images: Tensor, draws: Draws) -> Tensor:
+    """Jitter those that are jittered, in the order of the place of their hue: a blend is a slice.
+
+    It clamps where the other way has blends of factor 1.
+    """
+    strengths, place_of_hue = _strengths(draws)
+    out = images.clamp(0, 1)
+    rows = draws.jitter.nonzero().squeeze(1)
+    rows = rows[place_of_hue[rows].argsort()]
+    # The jittered whose hue is turned at a place or before it are so many.
+    ends = place_of_hue[rows].bincount(minlength=4).cumsum(0).tolist()
+    part, order, strength = images[rows], draws.order[rows], strengths[rows]
+
+    def blend_at(slot: int, some: slice) -> None:
+        adjust_tone(part[some], order[some, slot], strength[some, slot], out=part[some])
+
+    part[: ends[0]].clamp_(0, 1)
+    for slot in (0, 1, 2):
+        blend_at(slot, slice(ends[slot], None))
+    part = adjust_hue(part, draws.hue[rows])
+    part[ends[0] :].clamp_(0, 1)
+    for slot in (1, 2, 3):
+        blend_at(slot, slice(0, ends[slot - 1]))
+    out[rows] = part
+    return out
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:

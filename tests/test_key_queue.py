@@ -49,3 +49,15 @@ def test_a_restored_queue_goes_on_where_it_stood() -> None:
             restored.enqueue(batch, batch[:, 0].long())
     assert restored.keys.equal(straight.keys)
     assert restored.samples.equal(straight.samples)
+
+
+@pytest.mark.parametrize("enqueued", [0, 5, 40])
+def test_owners_are_the_rows_with_the_slots_samples(enqueued: int) -> None:
+    queue = KeyQueue(16, 2)
+    samples = torch.arange(enqueued) * 7 % 11  # each sample has several slots
+    for part in samples.split(8):
+        queue.enqueue(torch.zeros(len(part), 2), part)
+    batch = [9, 3, 20, 0, 5]
+    expected = [batch.index(s) if s in batch else -1 for s in queue.negatives()[1].tolist()]
+    assert queue.owners(torch.tensor(batch)).tolist() == expected
+    assert enqueued < 40 or len(set(expected)) == 5  # rows that have slots, and none

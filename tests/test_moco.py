@@ -20,7 +20,7 @@ def unit(rows: int, dim: int, seed: int) -> torch.Tensor:
 
 
 def info_nce_by_hand(
-    q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float, own: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float, owners: torch.Tensor
 ) -> float:
     """Equation 1 of the paper with Python's own sums."""
     losses = []
@@ -31,7 +31,7 @@ def info_nce_by_hand(
         others = [
             sum(a * b for a, b in zip(q[i].tolist(), queue[j].tolist(), strict=True)) / temperature
             for j in range(len(queue))
-            if not own[i, j]
+            if owners[j] != i
         ]
         losses.append(-math.log(math.exp(positive) / math.fsum(map(math.exp, [positive, *others]))))
     return math.fsum(losses) / len(losses)
@@ -41,12 +41,12 @@ def info_nce_by_hand(
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
 def test_info_nce_is_the_papers_formula(negatives: int, temperature: float) -> None:
     q, k, queue = unit(6, 8, 1), unit(6, 8, 2), unit(max(negatives, 1), 8, 3)[:negatives]
-    own = torch.rand(6, negatives, generator=torch.Generator().manual_seed(4)) < 0.3
-    loss, logits = moco.info_nce(q, k, queue, temperature, own)
-    assert abs(float(loss) - info_nce_by_hand(q, k, queue, temperature, own)) < 1e-12
+    owners = torch.randint(-1, 6, (negatives,), generator=torch.Generator().manual_seed(4))
+    loss, logits = moco.info_nce(q, k, queue, temperature, owners)
+    assert abs(float(loss) - info_nce_by_hand(q, k, queue, temperature, owners)) < 1e-12
     assert logits.shape == (6, 1 + negatives)
     unmasked, _ = moco.info_nce(q, k, queue, temperature)
-    nothing = torch.zeros_like(own)
+    nothing = torch.full_like(owners, -1)
     assert abs(float(unmasked) - info_nce_by_hand(q, k, queue, temperature, nothing)) < 1e-12
 
 
@@ -58,6 +58,15 @@ def test_only_queries_get_a_gradient_and_it_is_finite_with_an_empty_queue() -> N
         loss.backward()
         assert q.grad is not None
         assert q.grad.isfinite().all()
+
+
+def test_the_gradient_of_the_queries_is_that_of_differences() -> None:
+    k, queue, owners = unit(4, 8, 2), unit(13, 8, 3), torch.arange(13) % 5 - 1
+
+    def loss(q: torch.Tensor) -> torch.Tensor:
+        return moco.info_nce(q, k, queue, 0.1, owners)[0]
+
+    assert torch.autograd.gradcheck(loss, unit(4, 8, 1).requires_grad_())
 
 
 def small() -> moco.MoCo:

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moco_dist import comms, data, metrics, moco, runtime
+from moco_dist.bench_step import fill_queue
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import load
 from moco_dist.encoder import batch_norms
@@ -109,6 +112,8 @@ def test_the_symmetric_loss_adds_both_directions_and_enqueues_both_views(tmp_pat
     network = by_hand.moco.train()
     total = torch.zeros((), dtype=torch.float64)
     negatives, their_samples = network.queue.negatives()
+    owners = [(rows.samples == sample).nonzero().flatten().tolist() for sample in their_samples]
+    own = torch.tensor([found[0] if found else -1 for found in owners])
     for number, (query_view, key_view) in enumerate([(0, 1), (1, 0)]):
         with torch.no_grad():
             keys = network.key_encoder(
@@ -116,10 +121,40 @@ def test_the_symmetric_loss_adds_both_directions_and_enqueues_both_views(tmp_pat
             )
         keys = keys[rows.unshuffle[number]]
         queries = network.query_encoder(by_hand.views(rows.samples, 0, query_view))
-        own = their_samples == rows.samples[:, None]
         total += moco.info_nce(queries, keys, negatives, 0.1, own)[0].detach()
     loss, _ = trainer.train_step()
     assert float(loss) == pytest.approx(float(total) / 2, abs=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that a tensor has that is made, leaving out views."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore[no-untyped-def]
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves(arguments) if _is(t)}
+        results = function(*arguments, **(named or {}))
+        for made in filter(_is, tree_leaves(results)):
+            if made.untyped_storage().data_ptr() not in known:
+                self.elements = max(self.elements, made.untyped_storage().nbytes() // 4)
+        return results
+
+
+def _is(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+@pytest.mark.parametrize("masked", ["true", "false"])
+def test_a_step_makes_no_tensor_as_large_as_the_queue(tmp_path: Path, masked: str) -> None:
+    queue = ["moco.queue_size=65536", "encoder.dim=128", f"moco.mask_own_keys={masked}"]
+    trainer = build(tmp_path, *queue, "tracking.health_every_steps=0")
+    fill_queue(trainer)
+    for _ in range(2):  # before the second one the momentum of SGD is made
+        with Largest() as largest:
+            trainer.train_step()
+    # The logits, and their shares in the gradient, are (16, 1 + 65536).
+    assert largest.elements == 16 * (1 + 65536)
+    assert largest.elements < trainer.moco.queue.keys.numel() / 7
 
 
 def accuracy(output: str) -> float:

@@ -1,0 +1,135 @@
+"""What the bench says is so: bytes as the system counts them, FLOPs as formulas give them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moco_dist import bench, bench_step, comms
+from moco_dist.config import PretrainConfig
+from moco_dist.errors import ConfigError
+from moco_dist.stopping import StopRequests
+from tests import processes
+from tests.test_trainer import build
+
+LARGE = ["encoder.width=16", "encoder.dim=64", "batch_size=64", "moco.queue_size=256"]
+
+
+def received() -> int:
+    """Return the bytes that this process's connections have received, as the kernel counts them."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        with connection:
+            if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+                total += struct.unpack_from("Q", info, 128)[0]  # tcpi_bytes_received
+    return total
+
+
+def traffic(output: str) -> tuple[float, int, int, int]:
+    """Return per step: bytes received, counted for keys, and reckoned for gradients; parameters."""
+    trainer = build(output, *LARGE)
+    for _ in range(3):
+        trainer.train_step()
+    comms.all_gather(torch.zeros(1))  # nobody is behind
+    steps, before, counted = 4, received(), comms.sent_bytes
+    for _ in range(steps):
+        trainer.train_step()
+    counted = (comms.sent_bytes - counted) // steps
+    each = (received() - before) / steps
+    gradients = comms.all_reduce_bytes(sum(p.nbytes for p in trainer.parameters))
+    return each, counted, gradients, bench_step.parameters(trainer.moco.query_encoder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_step_sends_keys_notes_and_gradients_and_no_images(
+    tmp_path: Path, world_size: int
+) -> None:
+    # One batch share of float32 keys and five int64 of the note, to each other process.
+    share = 64 // world_size * 64 * 4 + 5 * 8
+    for got, keys, gradients, parameters in processes.run(traffic, world_size, str(tmp_path)):
+        assert keys == (world_size - 1) * share
+        assert gradients == 2 * 4 * parameters * (world_size - 1) // world_size
+        # Images would add 64 x 3 x 16 x 16 x 4 x (N - 1) / N bytes: 98 kB on two processes.
+        assert got == pytest.approx(keys + gradients, rel=0.01)
+
+
+def test_flops_of_a_step_are_those_of_its_convolutions_and_products(tmp_path: Path) -> None:
+    trainer = build(tmp_path, *LARGE)
+    bench_step.fill_queue(trainer)
+    macs = 0
+
+    def count(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        nonlocal macs
+        macs += output.numel() * module.weight[0].numel()  # type: ignore[index]
+
+    for module in trainer.moco.key_encoder.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(count)
+    found = bench_step.step_flops(trainer)
+    first = trainer.moco.key_encoder.backbone.conv1
+    images = 64 * 16 * 16 * first.weight.numel()  # the pixels get no gradient
+    loss = 2 * 64 * 256 * 64
+    # Once for keys; forward, gradient of inputs and of weights for queries.
+    assert found == pytest.approx(2 * (4 * macs - images + loss), rel=1e-3)
+
+
+def test_parts_add_up_to_the_step_and_nothing_stays_behind(tmp_path: Path) -> None:
+    trainer = build(tmp_path, *LARGE)
+    before = set(vars(trainer)) | set(vars(trainer.moco.queue)) | set(vars(comms))
+    speed = bench_step.measure(trainer, steps=1, repeats=5, warm_up=1)
+    assert set(vars(trainer)) | set(vars(trainer.moco.queue)) | set(vars(comms)) == before
+    assert all(speed.parts[part] > 0 for part in bench_step.PARTS)
+    whole = sum(speed.parts.values()) - speed.parts["tracking"]
+    assert 0.4 < whole / speed.step_seconds < 2.5
+    assert speed.parts["backward"] > speed.parts["momentum"]
+    assert 0 < speed.share_of_peak < 1
+
+
+def test_the_clock_counts_each_part_without_those_inside(tmp_path: Path) -> None:
+    clock = bench_step.Clock(torch.device("cpu"))
+    clock._marks = [("rest", 0.0), ("key", 2.0), ("views", 7.0), ("key", 8.0), ("rest", 8.5)]
+    seconds = clock.read()
+    assert (seconds["key"], seconds["views"], seconds["rest"]) == (3.0, 5.0, 0.5)
+
+
+def test_the_command_prints_a_table_and_a_line_of_json_and_leaves_no_run(tmp_path: Path) -> None:
+    arguments = "batch_size=16 bn_groups=4 encoder.width=4 moco.queue_size=64 data.size=16"
+    arguments += " data.shapes_train=100 data.shapes_test=20 views.size=16 runtime.device=cpu"
+    arguments += " --against textbook --repeats 2 --warm-up 1"
+    command = [sys.executable, "-m", "moco_dist.bench", *arguments.split()]
+    package = str(Path(__file__).parent.parent)
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": package}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
+    )
+    *shown, line = done.stdout.splitlines()
+    assert max(map(len, shown)) <= 80
+    found = json.loads(line)
+    assert found["textbook"]["step"]["times_as_fast"] > 0
+    assert found["parts"].keys() == set(bench_step.PARTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cant_be_measured_is_one_sentence() -> None:
+    for asked, sentence in (
+        ({"against": "lightly"}, "--against lightly: give one of textbook"),
+        ({"sweep": "batch_size"}, "--sweep batch_size: give a key and its values"),
+    ):
+        options = Namespace(**{"against": "", "sweep": "", "arguments": []} | asked)
+        with pytest.raises(ConfigError, match=sentence):
+            bench.run(PretrainConfig(), StopRequests(), options)
