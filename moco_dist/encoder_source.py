@@ -32,6 +32,9 @@ class Source:
 
 def find(path: Path) -> Source:
     """Return the encoder that `path` names; MissingError or DataError without a trained one."""
+    exported = path / "model.safetensors"
+    if exported.is_file() and not (path / "state.json").exists():
+        path = exported  # a folder of moco_dist.export
     if path.suffix in FOREIGN and not path.is_dir():
         backbone, architecture, sha256 = foreign_encoder.load(path)
         require_trained(backbone, path)

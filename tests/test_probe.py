@@ -14,48 +14,18 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from moco_dist import checkpoint, data, encoder_source, linear_probe, probe, runtime, saving
-from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist import checkpoint, data, probe, saving
+from moco_dist.config import ProbeConfig
 from moco_dist.config_files import load
 from moco_dist.errors import ConfigError, DataError, MissingError, UserError
-from moco_dist.trainer import Trainer
 from tests import processes
-
-DATA = ["data.shapes_train=150", "data.shapes_test=37", "data.size=16", "views.size=16"]
-PRETRAIN = [
-    *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=32"),
-    *DATA,
-    "runtime.device=cpu",
-]
-PROBE = [*DATA, "batch_size=32", "epochs=3", "optim.lr=1", "runtime.device=cpu", "precision=fp64"]
+from tests.probes import PROBE, prepared, pretrain, run
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of five steps."""
-    output = tmp_path_factory.mktemp("runs")
-    config = load(PretrainConfig, [*PRETRAIN, f"output={output}", "name=tiny"])
-    session = runtime.start(config)
-    trainer = Trainer(config, session, data.load(config.data))
-    for _ in range(5):
-        trainer.train_step()
-    trainer.save(wait=True)
-    session.close()
-    return output / "tiny"
-
-
-def run(pretrained: str, output: str, *overrides: str) -> dict[str, Any]:
-    """Probe in this process (one of several, maybe) and return the results."""
-    probe.run(load(ProbeConfig, [*PROBE, f"encoder={pretrained}", f"output={output}", *overrides]))
-    results: dict[str, Any] = json.loads((Path(output) / "tiny-probe" / "DONE").read_text())
-    return results
-
-
-def prepared(pretrained: Path, output: Path, *overrides: str) -> linear_probe.LinearProbe:
-    arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", "name=prepared", *overrides]
-    config = load(ProbeConfig, arguments)
-    source = encoder_source.find(pretrained)
-    return linear_probe.LinearProbe(config, runtime.start(config), data.load(config.data), source)
+    return pretrain(tmp_path_factory.mktemp("runs"))
 
 
 PROTOCOLS = {
