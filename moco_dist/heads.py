@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_dist import schedule
@@ -51,7 +50,7 @@ class Heads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the logits (encoders, seeds, rows, points, classes) of the features `inputs`.
+        """Return the logits (encoders, seeds, points, classes, rows) of the features `inputs`.
 
         They are (encoders, seeds, rows, features), or of one row of seeds for all.
         """
@@ -71,21 +70,23 @@ def _first_weights(encoders: int, seed: int, num_features: int, num_classes: int
 
 
 def logits(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the logits (encoders, seeds, rows, points, classes) that these weights give."""
-    points, classes = weight.shape[2:4]
-    flat: Tensor = inputs @ weight.flatten(2, 3).mT
-    return flat.reshape(*flat.shape[:3], points, classes) + bias.unsqueeze(2)
+    """Return the logits (encoders, seeds, points, classes, rows) that these weights give."""
+    flat: Tensor = weight.flatten(2, 3) @ inputs.mT
+    return flat.unflatten(2, weight.shape[2:4]) + bias.unsqueeze(-1)
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of each classifier, (encoders, seeds, points).
+    """Return the cross-entropy of each classifier for each row, (encoders, seeds, points, rows).
 
-    `labels` are int64 (seeds, rows).
+    `labels` are int64 (seeds, rows). On GPUs too every operation is deterministic.
     """
-    encoders, seeds, rows, points, _ = logits.shape
-    targets = labels[None, :, :, None].expand(encoders, seeds, rows, points)
-    each = F.cross_entropy(logits.flatten(0, 3), targets.flatten(), reduction="none")
-    return each.view(encoders, seeds, rows, points).mean(2)
+    own = _places(logits, labels) == labels[:, None, None]
+    return -(logits.log_softmax(3) * own).sum(3)
+
+
+def _places(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the numbers of the classes, (classes, 1), to be compared with labels."""
+    return torch.arange(logits.shape[3], device=labels.device)[:, None]
 
 
 class HeadOptimizer:
@@ -150,16 +151,19 @@ def sums(inputs: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, top_k: in
     """Return of each classifier, over all rows, the sums of loss, loss squared, hits, hits in k.
 
     `inputs` is (encoders, seeds or 1, rows, features), `labels` int64 (seeds or 1, rows); the
-    result float64 (encoders, seeds, points, 4). A hit's class has the highest logit.
+    result float64 (encoders, seeds, points, 4). A hit's class has the highest logit, and of equal
+    ones the smallest number; a logit that is no number hits nothing.
     """
     encoders, seeds, points, classes, _ = weight.shape
     rows = max(1, _LOGITS // (encoders * seeds * points * classes))
     total = torch.zeros(encoders, seeds, points, 4, dtype=torch.float64, device=weight.device)
-    for part, own in zip(inputs.split(rows, 2), labels.split(rows, 1), strict=True):
+    for part, labels_of_part in zip(inputs.split(rows, 2), labels.split(rows, 1), strict=True):
         found = logits(part, weight, bias)
-        target = own[None, :, :, None, None].expand(*found.shape[:4], 1)
-        loss = (found.logsumexp(-1) - found.gather(-1, target).squeeze(-1)).double()
-        hits = found.topk(top_k, dim=-1).indices == target
-        columns = [loss, loss.square(), hits[..., 0].double(), hits.any(-1).double()]
-        total += torch.stack([column.sum(2) for column in columns], dim=-1)
+        places, target = _places(found, labels), labels_of_part[:, None, None]
+        own = found.gather(3, target.expand(*found.shape[:3], 1, -1))
+        behind = (found < own) | ((found == own) & (places >= target))
+        before = classes - behind.sum(3)
+        loss = losses(found, labels_of_part).double()
+        columns = [loss, loss.square(), before < 1, before < top_k]
+        total += torch.stack([column.double().sum(-1) for column in columns], dim=-1)
     return total

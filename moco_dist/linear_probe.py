@@ -72,7 +72,8 @@ class LinearProbe:
         # Of unaugmented images, (encoders, images, features), by part.
         self.features = {"train": self.extract("train")}
         size = self.features["train"].square().mean((1, 2), keepdim=True).sqrt()
-        self.scale = size[:1] / size
+        # An encoder whose features are all 0 is left to the verdict.
+        self.scale = torch.where((size > 0).all(), size[:1] / size, self.scale)
         self.features["train"] *= self.scale
         self.features |= {part: self.extract(part) for part in self.parts if part != "train"}
         self.plans = peers.together(self._plans)
@@ -146,11 +147,12 @@ class LinearProbe:
         are this process's share; else those of the whole batch.
         """
         steps = [plan.step(self.step, key_views=0) for plan in self.plans]
-        rows = zip(self.subsets, steps, strict=True)
-        batch = torch.stack([subset[each.samples] for subset, each in rows])
+        pairs = zip(self.subsets, steps, strict=True)
+        batch = torch.stack([subset[each.samples] for subset, each in pairs])
         labels = self.splits.train.labels
         if not self.config.augment and not self.tunes:
-            return self.features["train"][:, batch], labels[batch], batch
+            rows = self.features["train"].index_select(1, batch.flatten())
+            return rows.unflatten(1, batch.shape), labels[batch], batch
         self.frozen.check_modes()
         mine = batch[:, self.plans[0].local_rows]
         found = []
@@ -182,7 +184,7 @@ class LinearProbe:
         if self.config.augment or self.tunes or self.step % 20 == 0:
             self.session.pause("training")
         encoded, labels, batch = self.inputs()
-        losses = heads.losses(self.heads(encoded), labels)
+        losses = heads.losses(self.heads(encoded), labels).mean(-1)
         self.accelerator.backward(losses.sum())
         if self.tuning:
             for parameter in self.heads.parameters():

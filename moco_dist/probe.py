@@ -201,7 +201,9 @@ def announce(probe: LinearProbe, source: Source) -> None:
         + ("new views in each epoch" if config.augment else "computed once, without augmentation"),
         "heads": f"{len(probe.names)} encoders x {config.seeds} seeds x "
         f"{len(probe.points)} settings",
-        "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}",
+        "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}"
+        if config.augment or probe.tunes
+        else f"{config.batch_size}, whole on each process",
         "steps": f"{probe.steps_per_epoch:,} an epoch, "
         f"{probe.total_steps:,} in {config.epochs} epochs",
     }

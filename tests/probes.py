@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moco_dist import data, encoder_source, linear_probe, probe, runtime
+import torch
+
+from moco_dist import data, encoder_source, fingerprint, linear_probe, probe, runtime
 from moco_dist.config import PretrainConfig, ProbeConfig
 from moco_dist.config_files import load
+from moco_dist.shapes import CLASSES
 from moco_dist.trainer import Trainer
 
 DATA = ["data.shapes_train=150", "data.shapes_test=37", "data.size=16", "views.size=16"]
@@ -30,6 +33,26 @@ def pretrain(output: Path, *overrides: str) -> Path:
     trainer.save(wait=True)
     session.close()
     return output / "tiny"
+
+
+def tinted(train: int, validation: int, test: int) -> data.Splits:
+    """Return images whose colour tells their class, more often right than wrong.
+
+    A colour for each class, a shift for each image, and noise.
+    """
+    generator = torch.Generator().manual_seed(5)
+    colours = 60 + 130 * torch.rand(10, 3, generator=generator)
+
+    def draw(count: int) -> data.Images:
+        labels = torch.arange(count) % 10
+        shifts = 25 * torch.randn(count, 3, generator=generator)
+        noise = 25 * torch.randn(count, 3, 16, 16, generator=generator)
+        pixels = (colours[labels] + shifts)[:, :, None, None] + noise
+        return data.Images(pixels.clamp(0, 255).to(torch.uint8), labels, CLASSES)
+
+    parts = draw(train), draw(validation), draw(test)
+    content = fingerprint.of_tensors(*(part.pixels for part in parts))
+    return data.Splits(*parts, content)
 
 
 def prepared(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moco_dist import heads
 from moco_dist.config import GridConfig, OptimConfig
-from tests.probes import prepared, pretrain
+from tests.probes import prepared, pretrain, tinted
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_batched_head_is_the_same_head_trained_alone_by_pytorch() -> None:
     optimizer = heads.HeadOptimizer(together, points, optim)
     for step in range(40):
         batch = batches[:, step]
-        heads.losses(together(features[:, batch]), labels[batch]).sum().backward()
+        heads.losses(together(features[:, batch]), labels[batch]).mean(-1).sum().backward()
         optimizer.step(optimizer.rates(step, 10, 40))
     for encoder in (0, 1):
         for place, seed in enumerate((7, 8)):
@@ -109,9 +109,10 @@ def test_the_probe_agrees_with_logistic_regression_of_scikit_learn(
 ) -> None:
     """On the same features, 1000 to learn from and 1000 to tell by, under the same decay."""
     decay = 0.01
-    many = ["data.shapes_train=2000", "data.validation=0.5", "batch_size=250", "epochs=250"]
-    settings = ["augment=false", "optim.lr=0.1", f"optim.weight_decay={decay}", "control=false"]
-    trial = prepared(pretrained, tmp_path, *many, *settings)
+    many = ["batch_size=250", "epochs=250", "augment=false", "control=false"]
+    settings = ["optim.lr=0.1", f"optim.weight_decay={decay}"]
+    splits = tinted(1000, 1000, 10)
+    trial = prepared(pretrained, tmp_path, *many, *settings, splits=splits)
     while trial.step < trial.total_steps:
         trial.train_step()
 
@@ -123,7 +124,7 @@ def test_the_probe_agrees_with_logistic_regression_of_scikit_learn(
     theirs.fit(columns("train"), trial.parts["train"].labels.numpy())
     accuracy = theirs.score(columns("validation"), trial.parts["validation"].labels.numpy())
     figures = trial.evaluate("validation")[0, 0, 0].tolist()
-    assert 0.15 < accuracy < 0.95  # neither chance nor too easy
+    assert 0.3 < accuracy < 0.95  # neither chance nor too easy
     assert abs(figures[2] - accuracy) < 0.01
     likelihood = theirs.predict_log_proba(columns("validation"))
     labels = trial.parts["validation"].labels.tolist()

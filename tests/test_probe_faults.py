@@ -26,10 +26,10 @@ from moco_dist.encoder import build_encoder
 from moco_dist.errors import ConfigError, DataError, UserError
 from moco_dist.linear_probe import LinearProbe
 from moco_dist.shapes import CLASSES
-from tests.probes import DATA, prepared, pretrain, results, run
+from tests.probes import prepared, pretrain, results, run, tinted
 
 # Enough images to tell a few points from chance.
-MANY = ["data.shapes_train=1500", "data.shapes_test=600", "augment=false", "batch_size=150"]
+MANY = ["augment=false", "batch_size=150"]
 TINY = EncoderConfig(width=4)
 
 
@@ -40,7 +40,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def many() -> data.Splits:
-    return data.load(load(ProbeConfig, [*DATA, *MANY]).data)
+    return tinted(1350, 600, 600)
 
 
 def tensors(pretrained: Path) -> dict[str, Tensor]:

@@ -212,7 +212,7 @@ def test_an_encoder_is_probed_on_other_data_than_that_of_its_pretraining(
             for i in range(count):
                 Image.new("RGB", (16, 16), (colour, colour + i, colour)).save(folder / f"{i}.png")
     where = [f"data.root={tmp_path / 'pictures'}", f"data.cache={tmp_path / 'cache'}", "top_k=2"]
-    settings = ["data.name=folder", "data.validation=0", "batch_size=8", "optim.lr=0.1"]
+    settings = ["data.name=folder", "data.validation=0", "batch_size=8", "epochs=20"]
     run(str(pretrained), str(tmp_path), *where, *settings, "augment=false")
     content = results(tmp_path / "tiny-probe")
     assert content["classes"] == ["dark", "light"]
