@@ -72,7 +72,8 @@ def _first_weights(encoders: int, seed: int, num_features: int, num_classes: int
 def logits(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the logits (encoders, seeds, points, classes, rows) that these weights give."""
     flat: Tensor = weight.flatten(2, 3) @ inputs.mT
-    return flat.unflatten(2, weight.shape[2:4]) + bias.unsqueeze(-1)
+    whole: Tensor = flat.unflatten(2, weight.shape[2:4]) + bias.unsqueeze(-1)
+    return whole
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:

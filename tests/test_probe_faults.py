@@ -119,7 +119,7 @@ def test_a_random_encoder_passed_off_as_trained_is_not_better_than_the_control(
     with torch.no_grad():
         for name, parameter in random.named_parameters():
             if "bn" in name:
-                parameter += 1e-4
+                parameter.add_(1e-4)
     save_file(random.state_dict(), path)
     trial = prepared(path, tmp_path, *MANY, "epochs=20", "optim.lr=0.3", splits=many)
     content = probe_results.measure(trained(trial), [])

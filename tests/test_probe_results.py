@@ -178,7 +178,7 @@ def test_features_of_a_torchvision_file_are_those_of_torchvision(tmp_path: Path)
             parameter += 0.01 * torch.randn_like(parameter)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     ours = encoder_source.find(tmp_path / "theirs.pth").backbone
-    theirs.fc = torch.nn.Identity()  # type: ignore[assignment]
+    theirs.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=1e-5, atol=1e-5)
 
