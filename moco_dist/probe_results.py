@@ -98,12 +98,15 @@ def select(probe: LinearProbe, last: dict[str, Tensor]) -> list[int]:
 def grid(
     probe: LinearProbe, place: int, last: dict[str, Tensor], best: dict[str, Tensor], chosen: int
 ) -> list[dict[str, Any]]:
-    """Return a row for each point of the grid, means over seeds, for the encoder at `place`."""
+    """Return a row for each point of the grid, means over seeds, for the encoder at `place`.
+
+    After the last epoch, by which the best point is chosen, and after each seed's best epoch.
+    """
     kept, rows = keeps_best(probe), []
     for number, point in enumerate(probe.points):
         row: dict[str, Any] = dataclasses.asdict(point)
         for part in ("validation", "test"):
-            for prefix, figures in (("", best), ("last_epoch_", last)):
+            for prefix, figures in (("", last), ("best_epoch_", best)):
                 values = figures[part][place, :, number, TOP1].tolist() if part in figures else []
                 row[f"{prefix}{part}_top1"] = fmean(values) if values else None
         epochs = probe.best.tensors["epoch"][place, :, number].tolist()
@@ -216,10 +219,10 @@ def grid_rows(results: Results) -> list[tuple[str, ...]]:
         shares = [
             "-" if row[key] is None else f"{100 * row[key]:.2f}"
             for key in (
-                "last_epoch_validation_top1",
-                "last_epoch_test_top1",
                 "validation_top1",
                 "test_top1",
+                "best_epoch_validation_top1",
+                "best_epoch_test_top1",
             )
         ]
         epochs = ",".join(map(str, row["best_epoch"]))

@@ -77,13 +77,13 @@ def test_the_grid_is_chosen_by_the_last_validation_and_tells_of_the_best_epoch(
     points = [(row["lr"], row["weight_decay"]) for row in rows]
     assert points == [(0.1, 0.0), (3.0, 0.0), (0.1, 0.001), (3.0, 0.001)]
     (best,) = [row for row in rows if row["best"]]
-    last = "last_epoch_validation_top1"
+    last = "validation_top1"
     assert best[last] == max(row[last] for row in rows)
     assert content["selected"] == {key: best[key] for key in ("lr", "weight_decay")}
     parts = content["encoders"]["probe"]
     assert best[last] == pytest.approx(parts["validation"]["top1"]["mean"])
-    assert best["last_epoch_test_top1"] == pytest.approx(parts["test"]["top1"]["mean"])
-    assert all(row["validation_top1"] >= row[last] for row in rows)
+    assert best["test_top1"] == pytest.approx(parts["test"]["top1"]["mean"])
+    assert all(row["best_epoch_validation_top1"] >= row[last] for row in rows)
     # The rate stays: a probe that ends with an epoch shows what this one was after it.
     early = next(row for row in rows if row["best_epoch"][1] < 6)
     alone = [f"optim.lr={early['lr']}", f"optim.weight_decay={early['weight_decay']}", "seed=1"]
@@ -98,7 +98,7 @@ def test_the_grid_is_chosen_by_the_last_validation_and_tells_of_the_best_epoch(
     ]
     for part in ("validation", "test"):
         mean = sum(end[part]["top1"]["mean"] for end in ends) / 2
-        assert early[f"{part}_top1"] == pytest.approx(mean, abs=1e-12)
+        assert early[f"best_epoch_{part}_top1"] == pytest.approx(mean, abs=1e-12)
 
 
 def told(trained: float, control: float | None, images: int, **changes: Any) -> str:
