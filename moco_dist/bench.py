@@ -156,7 +156,8 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
     """
     device = trainer.session.device
     peers.me.mark(trainer.step, "measuring the plain loop")
-    plain = Textbook(trainer.config, trainer.splits.train.pixels, device, workers)
+    train = trainer.splits.train
+    plain = Textbook(trainer.config, train.squares(torch.arange(len(train))), device, workers)
     pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "step": (trainer.train_step, plain.step),
         "pipeline": (partial(both_views, trainer), plain.views),

@@ -1,12 +1,11 @@
-"""The linear probe of frozen encoders: its state, one step of it, its figures and checkpoints."""
+"""The probe of encoders: its state, one step of all its heads, its figures and checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moco_dist import (
     checkpoint,
@@ -14,220 +13,323 @@ from moco_dist import (
     data,
     features,
     fingerprint,
-    guard,
+    heads,
     knn,
+    label_fraction,
     peers,
-    schedule,
+    views,
 )
-from moco_dist.config import EncoderConfig, ProbeConfig
+from moco_dist.config import ProbeConfig
 from moco_dist.config_files import to_dict
-from moco_dist.encoder import Encoder, build_encoder
+from moco_dist.encoder import Backbone, build_encoder
+from moco_dist.encoder_source import Source
 from moco_dist.errors import ConfigError, NumbersError
+from moco_dist.finetune import FineTuning, calibrate
+from moco_dist.frozen import Frozen
 from moco_dist.plan import Plan, check_batch
 from moco_dist.runtime import Session
 from moco_dist.view_source import view_source
 
 # The trained encoder, and a randomly initialised one that says what the architecture alone gives.
 TRAINED, CONTROL = "probe", "control"
-
-
-class Heads(nn.Module):
-    """One linear classifier for each encoder, trained side by side without touching each other."""
-
-    def __init__(self, names: list[str], num_features: int, num_classes: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleDict()
-        for name in names:  # in turn: the first one's weights don't depend on the others
-            head = nn.Linear(num_features, num_classes)
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
-            self.heads[name] = head
-
-    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the logits (rows, classes) for the features (rows, features) of each encoder."""
-        return {name: head(inputs[name]) for name, head in self.heads.items()}
+# Images by which the random encoder that is to be fine-tuned gets its statistics.
+CALIBRATION = 256
 
 
 class LinearProbe:
-    """A probe in the making: state is in `heads`, `optimizer` and `step`, encoders never change."""
+    """A probe in the making: state is in `heads`, `optimizer`, `best`, `step`, and `tuning`.
+
+    Classifiers have the places (encoders, seeds, points of the grid); see `heads.Heads`. A frozen
+    encoder's classifiers are trained by every process on the whole batch, of which each computed
+    its share of the features: nothing but features ever crosses the network, and on features that
+    were computed once all numbers of processes give the same bits.
+    """
 
     def __init__(
-        self,
-        config: ProbeConfig,
-        session: Session,
-        splits: data.Splits,
-        encoder: Encoder,
-        architecture: EncoderConfig,
+        self, config: ProbeConfig, session: Session, splits: data.Splits, source: Source
     ) -> None:
         self.config, self.session, self.accelerator = config, session, session.accelerator
         device = session.device
-        peers.together(lambda: check_batch(config.batch_size, comms.world_size()))
+        self.tunes = config.protocol == "finetune"
+        if config.augment or self.tunes:
+            peers.together(lambda: check_batch(config.batch_size, comms.world_size()))
+        self.seeds = range(config.seed, config.seed + config.seeds)
+        # Rows of the training images that each seed learns from, int64 (seeds, images).
+        self.subsets = peers.together(lambda: self._subsets(splits.train)).to(device)
         self.splits = splits.to(device)
+        self.parts = {
+            name: part
+            for name in ("train", "validation", "test")
+            if len(part := getattr(self.splits, name))
+        }
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.encoders = {TRAINED: encoder}
-        if config.control:
-            self.encoders[CONTROL] = build_encoder(architecture, config.seed + 1)
-        for each in self.encoders.values():
-            each.requires_grad_(False).eval().to(device, self.dtype)
-        self.frozen = {name: fingerprint.of_module(each) for name, each in self.encoders.items()}
-        parts = {
-            "train": self.splits.train,
-            "validation": self.splits.validation,
-            "test": self.splits.test,
-        }
-        self.parts = {name: part for name, part in parts.items() if len(part)}
-        # The encoders are frozen: the features of unaugmented images are computed once.
-        self.features = {
-            (name, part): self.extract(each, images)
-            for name, each in self.encoders.items()
-            for part, images in self.parts.items()
-        }
+        self.backbones = self._backbones(source)
+        self.names = list(self.backbones)
+        self.identity = fingerprint.of_module(self.backbones[TRAINED])
+        self.frozen = Frozen(self.backbones, parameters=not self.tunes)
         # Features of the control are scaled to the size of the trained ones: the same learning rate
         # then suits both, and a scale is nothing that a linear classifier could not undo.
-        size = {name: self.features[name, "train"].square().mean().sqrt() for name in self.encoders}
-        self.scale = {name: size[TRAINED] / size[name] for name in self.encoders}
-        self.features = {key: self.scale[key[0]] * each for key, each in self.features.items()}
-        self.plan = peers.together(
-            lambda: Plan(
-                num_samples=len(splits.train),
-                batch_size=config.batch_size,
-                seed=config.seed,
-                rank=comms.rank(),
-                world_size=comms.world_size(),
-                device=device,
-            )
-        )
-        self.source = view_source(
-            self.splits.train, config.views, self.plan, [(0, None)], self.dtype, "plan"
-        )
-        self.total_steps = config.epochs * self.plan.steps_per_epoch
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            heads = Heads(list(self.encoders), encoder.num_features, len(splits.train.classes))
-        self.heads = heads.to(device, self.dtype)
-        self.optimizer = torch.optim.SGD(
-            self.heads.parameters(),
-            lr=config.optim.lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-        )
-        self.classify: Callable[[dict[str, Tensor]], dict[str, Tensor]] = self.accelerator.prepare(
-            self.heads
-        )
+        self.scale = torch.ones(len(self.names), 1, 1, dtype=self.dtype, device=device)
+        # Of unaugmented images, (encoders, images, features), by part.
+        self.features = {"train": self.extract("train")}
+        size = self.features["train"].square().mean((1, 2), keepdim=True).sqrt()
+        # An encoder whose features are all 0 is left to the verdict.
+        self.scale = torch.where((size > 0).all(), size[:1] / size, self.scale)
+        self.features["train"] *= self.scale
+        self.features |= {part: self.extract(part) for part in self.parts if part != "train"}
+        self.plans = peers.together(self._plans)
+        # Of each seed, the images that it learns from, numbered as in its plan.
+        self.sources = [
+            view_source(self._known(subset), config.views, plan, [(0, None)], self.dtype, "plan")
+            for subset, plan in zip(self.subsets, self.plans, strict=True)
+        ]
+        self.steps_per_epoch = self.plans[0].steps_per_epoch
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.points = heads.points(config.grid, config.optim)
+        num_features, num_classes = self.features["train"].shape[2], len(splits.train.classes)
+        self.heads = heads.Heads(
+            len(self.names), self.seeds, len(self.points), num_features, num_classes
+        ).to(device, self.dtype)
+        self.optimizer = heads.HeadOptimizer(self.heads, self.points, config.optim)
+        self.best = heads.Best(self.heads)
+        self.tuning = self._tuning() if self.tunes else None
         self.step = 0
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
 
-    def extract(self, encoder: Encoder, images: data.AnyImages) -> Tensor:
-        """Return the features of the unaugmented images, (len(images), features), everywhere."""
-        with self.accelerator.autocast():
-            found = features.extract(
-                encoder.backbone, images, self.config.views, self.config.batch_size
-            )
-        return found.to(self.dtype)
+    def _known(self, subset: Tensor) -> data.AnyImages:
+        train = self.splits.train
+        return train if len(subset) == len(train) else train[subset]
 
-    @torch.no_grad()
-    def inputs(self, epoch: int, samples: Tensor) -> dict[str, Tensor]:
-        """Return each encoder's training features of `samples`: of new views, or computed once."""
-        if not self.config.augment:
-            return {name: self.features[name, "train"][samples] for name in self.encoders}
-        self.source.begin(self.step)
-        made = self.source.views(samples, epoch, 0)
+    def _subsets(self, train: data.AnyImages) -> Tensor:
+        fraction = self.config.label_fraction
+        return torch.stack([label_fraction.draw(train, fraction, seed) for seed in self.seeds])
+
+    def _backbones(self, source: Source) -> dict[str, Backbone]:
+        backbones = {TRAINED: source.backbone}
+        if self.config.control:
+            control = build_encoder(source.architecture, self.config.seed + 1).backbone
+            backbones[CONTROL] = control
+        for each in backbones.values():
+            each.requires_grad_(False).eval().to(self.session.device, self.dtype)
+        if self.tunes and self.config.control:
+            first = torch.arange(min(CALIBRATION, len(self.splits.train)))
+            pixels = self.splits.train.squares(first)
+            calibrate(control, views.center(pixels, self.config.views, self.dtype))
+        return backbones
+
+    def _plans(self) -> list[Plan]:
+        return [
+            Plan(
+                num_samples=self.subsets.shape[1],
+                batch_size=self.config.batch_size,
+                seed=seed,
+                rank=comms.rank(),
+                world_size=comms.world_size(),
+                device=self.session.device,
+            )
+            for seed in self.seeds
+        ]
+
+    def _tuning(self) -> FineTuning:
+        optim = dataclasses.replace(self.config.optim, lr=self.config.encoder_lr)
+        pixels = self.splits.train.squares(torch.arange(1))
+        example = views.center(pixels, self.config.views, self.dtype)
+        return FineTuning(self.backbones, optim, self.accelerator, example)
+
+    def extract(self, part: str) -> Tensor:
+        """Return each encoder's features of a part's unaugmented images, everywhere."""
+        config, found = self.config, []
         with self.accelerator.autocast():
-            found = {name: each.backbone(made) for name, each in self.encoders.items()}
-        return {name: self.scale[name] * each.to(self.dtype) for name, each in found.items()}
+            for each in self.backbones.values():
+                images = self.parts[part]
+                found.append(features.extract(each, images, config.views, config.batch_size))
+        return torch.stack(found).to(self.dtype) * self.scale
+
+    def refresh(self, *parts: str) -> None:
+        """Compute the features of these parts anew, if the encoders have moved."""
+        if self.tunes:
+            self.features |= {part: self.extract(part) for part in parts}
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features (encoders, seeds, rows, features) and labels (seeds, rows) of a step.
+
+        And the images of its batch, int64 (seeds, batch). With encoders that are trained, the rows
+        are this process's share; else those of the whole batch.
+        """
+        steps = [plan.step(self.step, key_views=0) for plan in self.plans]
+        pairs = zip(self.subsets, steps, strict=True)
+        batch = torch.stack([subset[each.samples] for subset, each in pairs])
+        labels = self.splits.train.labels
+        if not self.config.augment and not self.tunes:
+            rows = self.features["train"].index_select(1, batch.flatten())
+            return rows.unflatten(1, batch.shape), labels[batch], batch
+        self.frozen.check_modes()
+        local = self.plans[0].local_rows
+        mine, found = batch[:, local], []
+        for number, (step, samples) in enumerate(zip(steps, mine, strict=True)):
+            if self.config.augment:
+                source = self.sources[number]
+                source.begin(self.step)
+                made = source.views(step.samples[local], step.epoch, 0)
+            else:
+                pixels = self.splits.train.squares(samples)
+                made = views.center(pixels, self.config.views, self.dtype)
+            found.append(self.encode(made))
+        encoded = torch.stack(found, dim=1)
+        if self.tunes:
+            return encoded, labels[mine], batch
+        # Rows first: processes hold consecutive rows of each seed's batch.
+        whole = comms.all_gather(encoded.permute(2, 0, 1, 3))
+        return whole.permute(1, 2, 0, 3), labels[batch], batch
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return each encoder's features of views, (encoders, rows, features)."""
+        networks = self.tuning.networks if self.tuning else self.backbones
+        with self.accelerator.autocast(), torch.set_grad_enabled(self.tunes):
+            found = [each(images) for each in networks.values()]
+        return torch.stack(found).to(self.dtype) * self.scale
 
     def train_step(self) -> Tensor:
-        """Do one step of every head; return the trained encoder's mean loss on this process."""
-        optim, per_epoch = self.config.optim, self.plan.steps_per_epoch
+        """Do one step of every head; return their mean losses, (encoders, seeds, points)."""
+        place = self.step, self.steps_per_epoch, self.total_steps
         # Steps on features that are there already are too short to ask each time.
-        if self.config.augment or self.step % 20 == 0:
+        if self.config.augment or self.tunes or self.step % 20 == 0:
             self.session.pause("training")
-        rows = self.plan.step(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(optim, self.step, per_epoch, self.total_steps)
-        samples = rows.samples[rows.query_rows]
-        labels = self.splits.train.labels[samples]
-        logits = self.classify(self.inputs(rows.epoch, samples))
-        losses = {name: F.cross_entropy(each, labels) for name, each in logits.items()}
-        self.accelerator.backward(torch.stack(list(losses.values())).sum())
-        gradient_norm, _ = guard.norms(list(self.heads.parameters()))
-        if not gradient_norm.isfinite():  # the same on all processes
-            self.optimizer.zero_grad()
-            error = NumbersError(
-                f"train/loss or its gradient is not finite in step {self.step}; nothing of it was "
-                f"kept. Train anew with a lower optim.lr than {optim.lr:g} and name=..."
-            )
-            error.details = {"step": self.step, "samples": rows.samples.tolist()}
-            raise error.on_all()
+        encoded, labels, batch = self.inputs()
+        losses = heads.losses(self.heads(encoded), labels).mean(-1)
+        self.accelerator.backward(losses.sum())
+        if self.tuning:
+            for parameter in self.heads.parameters():
+                assert parameter.grad is not None, "there was a backward pass"
+                parameter.grad = comms.mean(parameter.grad)
+        self.require_finite(batch)
         self.session.saver.copied()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.step(self.optimizer.rates(*place))
+        if self.tuning:
+            self.tuning.step(*place)
         self.step += 1
         peers.me.mark(self.step, "training")
-        return losses[TRAINED].detach()
+        return losses.detach()
+
+    def require_finite(self, batch: Tensor) -> None:
+        """Raise NumbersError, on all processes alike, if a gradient of the step is not finite."""
+        weight = self.heads.weight.grad
+        assert weight is not None, "there was a backward pass"
+        norms = torch.linalg.vector_norm(weight, dim=(3, 4))
+        total = norms.sum()
+        if self.tuning:
+            others = [p.grad for p in self.tuning.encoders.parameters() if p.grad is not None]
+            total = total + torch.stack(torch._foreach_norm(others)).sum()
+        if total.isfinite():
+            return
+        bad = (~norms.isfinite()).nonzero().tolist()
+        encoder, _, point = bad[0] if bad else (0, 0, 0)
+        lr, decay = self.points[point].lr, self.points[point].weight_decay
+        error = NumbersError(
+            f"train/loss or its gradient is not finite in step {self.step} ({self.names[encoder]} "
+            f"with lr {lr:g} and weight decay {decay:g}); nothing of it was kept. Train anew with "
+            f"lower rates than optim.lr or grid.lr {lr:g}, and name=..."
+        )
+        error.details = {"step": self.step, "samples": batch.flatten().tolist()}
+        raise error.on_all()
 
     @torch.no_grad()
-    def evaluate(self, name: str, part: str) -> dict[str, float]:
-        """Return loss, top-1, top-k of a part; each image counts once, however many processes."""
-        images = self.parts[part]
-        mine = features.share(len(images)).to(self.session.device)
-        logits = self.heads.heads[name](self.features[name, part][mine])
-        labels = images.labels[mine]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        best = logits.topk(self.config.top_k, dim=1).indices == labels[:, None]
-        sums = torch.stack([loss.double(), best[:, 0].sum().double(), best.sum().double()])
-        values = (comms.total(sums) / len(images)).tolist()
-        return dict(zip(("loss", "top1", f"top{self.config.top_k}"), values, strict=True))
+    def evaluate(self, part: str, best: bool = False) -> Tensor:
+        """Return the mean loss, its square, top-1 and top-k of each head, float64 (..., 4).
 
-    def confusion(self, name: str, part: str) -> Tensor:
-        """Return how many images of each class are taken for which, int64 (true, predicted)."""
-        images, classes = self.parts[part], len(self.splits.train.classes)
-        mine = features.share(len(images)).to(self.session.device)
-        predicted = self.heads.heads[name](self.features[name, part][mine]).argmax(1)
-        pairs = images.labels[mine] * classes + predicted
-        return comms.total(pairs.bincount(minlength=classes**2)).reshape(classes, classes)
+        Each image counts once, however many processes. `best` takes each head as it was after its
+        best epoch.
+        """
+        mine = slice(comms.rank(), None, comms.world_size())
+        inputs, labels = self.features[part][:, None, mine], self.parts[part].labels[None, mine]
+        tensors = self.best.tensors if best else self.heads.state_dict()
+        sums = heads.sums(inputs, labels, tensors["weight"], tensors["bias"], self.config.top_k)
+        return comms.total(sums) / len(self.parts[part])
+
+    @torch.no_grad()
+    def train_top1(self) -> Tensor:
+        """Return each head's share of hits among the images that it learns from."""
+        tensors, found = self.heads.state_dict(), []
+        for seed, rows in enumerate(self.subsets):
+            weight, bias = (tensors[key][:, seed, None] for key in ("weight", "bias"))
+            inputs, labels = self.features["train"][:, None, rows], self.parts["train"].labels[rows]
+            found.append(heads.sums(inputs, labels[None], weight, bias, 1)[..., 2] / len(rows))
+        return torch.cat(found, dim=1)
+
+    @torch.no_grad()
+    def confusion(self, name: str, part: str, point: int) -> Tensor:
+        """Return how many images of each class are taken for which, int64 (seeds, true, predicted).
+
+        By the heads of one encoder and point of the grid.
+        """
+        place, classes = self.names.index(name), len(self.splits.train.classes)
+        mine = slice(comms.rank(), None, comms.world_size())
+        weight, bias = self.heads.weight[place, :, point], self.heads.bias[place, :, point]
+        found = self.features[part][place, mine] @ weight.mT + bias[:, None]
+        pairs = self.parts[part].labels[mine] * classes + found.argmax(2)
+        counts = torch.stack([each.bincount(minlength=classes**2) for each in pairs])
+        return comms.total(counts).reshape(-1, classes, classes)
 
     def knn_top1(self, name: str, part: str) -> float:
-        """Return the share of a part's images that the nearest training images classify rightly."""
-        images, settings = self.parts[part], self.config.knn
-        mine = features.share(len(images)).to(self.session.device)
+        """Return the share of a part's images that the nearest training images classify rightly.
+
+        The neighbours are those whose labels the first seed knows.
+        """
+        images, settings, place = self.parts[part], self.config.knn, self.names.index(name)
+        mine, known = features.share(len(images)).to(self.session.device), self.subsets[0]
         train = self.parts["train"]
         predicted = knn.predict(
-            self.features[name, part][mine],
-            self.features[name, "train"],
-            train.labels,
+            self.features[part][place, mine],
+            self.features["train"][place, known],
+            train.labels[known],
             len(train.classes),
             settings.k,
             settings.temperature,
         )
         return float(comms.total((predicted == images.labels[mine]).sum())) / len(images)
 
-    def check_frozen(self) -> None:
-        """Prove that no tensor of an encoder has moved since the probe began."""
-        for name, each in self.encoders.items():
-            now = fingerprint.of_module(each)
-            assert now == self.frozen[name], (
-                f"the {name} encoder moved: {self.frozen[name]} -> {now}"
-            )
+    def note_best(self) -> Tensor:
+        """Return the figures of the epoch that has ended on the validation images.
+
+        Heads for which it was the best epoch are kept for the end.
+        """
+        figures = self.evaluate("validation")
+        self.best.note(self.heads, figures[..., 2], self.step // self.steps_per_epoch)
+        return figures
 
     def save(self, wait: bool = False) -> None:
         """Save the classifiers after `step` steps, in the background or at once."""
-        self.check_frozen()
-        momentum = checkpoint.momentum_buffers(self.optimizer, self.heads)
+        if wait or self.config.augment:
+            self.frozen.check()
+        model, momentum = self.tensors()
+        way_out = "a machine has miscalculated: go on without it, from the last checkpoint"
+        what = f"the checksum of the heads after step {self.step}"
+        peers.same_everywhere(what, fingerprint.checksum(*model.values()), way_out)
         state = {
-            "epoch": self.step / self.plan.steps_per_epoch,
-            "encoder": self.frozen[TRAINED],
+            "epoch": self.step / self.steps_per_epoch,
+            "encoder": self.identity,
             "classes": list(self.splits.train.classes),
             "run_id": self.session.run_id,
             "data": self.splits.fingerprint,
             "config": to_dict(self.config),
         }
-        self.session.save(self.step, self.heads.state_dict(), momentum, state, wait)
+        self.session.save(self.step, model, momentum, state, wait)
 
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the tensors of the state by name: the model's, and the optimizers'."""
+        model = {f"heads.{name}": each for name, each in self.heads.state_dict().items()}
+        model |= {f"best.{name}": each for name, each in self.best.tensors.items()}
+        momentum = {f"momentum.heads.{name}": b for name, b in self.optimizer.buffers.items()}
+        if self.tuning:
+            encoders, theirs = self.tuning.state()
+            model, momentum = model | encoders, momentum | theirs
+        return model, momentum
+
+    @torch.no_grad()
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Take over the state of a checkpoint, whatever number of processes wrote it."""
-        now = {"encoder": self.frozen[TRAINED], "data": self.splits.fingerprint}
+        now = {"encoder": self.identity, "data": self.splits.fingerprint}
         before = {key: saved.piece(key) for key in now}
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
         if changed:
@@ -235,9 +337,18 @@ class LinearProbe:
                 f"{saved.path}: is the probe of another encoder or of other images "
                 f"({'; '.join(changed)}); give name=... for a new probe"
             )
-        momentum = checkpoint.momentum_shapes(self.optimizer, self.heads)
-        checkpoint.check_tensors(momentum, saved.optimizer, saved.path)
-        checkpoint.load_tensors(self.heads, saved.model, saved.path)
-        checkpoint.restore_momentum(self.optimizer, self.heads, saved.optimizer)
+        model, momentum = self.tensors()
+        shapes = {name: each.shape for name, each in momentum.items()}
+        if self.tuning:
+            shapes |= self.tuning.shapes()[1]
+        checkpoint.check_tensors(model, saved.model, saved.path)
+        checkpoint.check_tensors(shapes, saved.optimizer, saved.path)
+        own = {name: each for name, each in model.items() if not name.startswith("encoders.")}
+        for name, tensor in own.items():
+            tensor.copy_(saved.model[name])
+        for name, tensor in self.optimizer.buffers.items():
+            tensor.copy_(saved.optimizer[f"momentum.heads.{name}"])
+        if self.tuning:
+            self.tuning.restore(saved)
         self.step = saved.step
         peers.me.mark(self.step, "starting")

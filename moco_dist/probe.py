@@ -1,17 +1,36 @@
-"""Measure a pretrained encoder: train a linear classifier on its frozen features, \
+"""Measure a pretrained encoder: train a linear classifier on its features, \
 and on a random encoder's."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
-from moco_dist import checkpoint, command, comms, console_lines, data, peers, runtime
+import torch
+from torch import Tensor
+
+from moco_dist import (
+    command,
+    comms,
+    console_lines,
+    data,
+    encoder_source,
+    overlap,
+    peers,
+    probe_results,
+    runtime,
+    verdict,
+)
 from moco_dist.config import ProbeConfig
-from moco_dist.errors import ConfigError, NumbersError, StoppedError
-from moco_dist.linear_probe import CONTROL, TRAINED, LinearProbe
+from moco_dist.encoder_source import Source
+from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
+from moco_dist.label_fraction import require_classes
+from moco_dist.linear_probe import TRAINED, LinearProbe
 from moco_dist.metrics import memory_gb
+from moco_dist.probe_results import LOSS, TOP1, TOP_K, Results
+from moco_dist.run_directory import replace
 from moco_dist.runtime import console, logger
 from moco_dist.stopping import StopRequests
 from moco_dist.tracking import Tracker
@@ -23,44 +42,42 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         raise ConfigError(
             "encoder is empty; give encoder=runs/NAME, a run directory or a checkpoint folder"
         )
-    source = Path(config.encoder).expanduser()
+    path = Path(config.encoder).expanduser()
     config = dataclasses.replace(config, name=config.run_name())
-    found = peers.together(lambda: checkpoint.find(source))
-    encoder, architecture, trained_views = peers.together(lambda: checkpoint.load_encoder(found))
+    source = peers.together(lambda: encoder_source.find(path))
     session = runtime.start(config, stop)
     # Each process looked for itself, and a pretraining may be going on.
-    peers.same_everywhere("the checkpoint of the encoder", f"{found.path} {found.state['sha256']}")
+    peers.same_everywhere("the checkpoint of the encoder", source.identity)
     splits = data.load(config.data)
-    peers.together(lambda: _check_classes(splits, config))
-    splits = dataclasses.replace(splits, train=splits.train.labelled())
-    for key in ("size", "mean", "std"):
-        ours, theirs = getattr(config.views, key), getattr(trained_views, key)
-        if ours != theirs:
-            logger.warning(
-                "views.%s=%s here and %s in pretraining; use the same", key, ours, theirs
-            )
-    probe = LinearProbe(config, session, splits, encoder, architecture)
-    announce(probe, f"{found.path} (step {found.step:,})")
+    splits = peers.together(lambda: labelled(splits, config))
+    warn_of_views(config, source)
+    overlaps = find_overlaps(splits)
+    probe = LinearProbe(config, session, splits, source)
+    announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
     runtime.begin(session)
-    group = runtime.group(config.pretraining(), found.state)
+    results_file = session.directory / "results.json"
+    peers.from_main(lambda: results_file.unlink(missing_ok=True))
+    group = runtime.group(config.pretraining(), source.state)
     with runtime.tracker(session, total, "probe", group) as tracker:
         try:
             loop(probe, total, tracker)
             if probe.step == probe.total_steps:
-                results = conclude(probe, tracker)
+                results = conclude(probe, tracker, overlaps)
         except (StoppedError, NumbersError) as error:
             if probe.step:
                 probe.save(wait=True)
             place = f"saved after step {probe.step:,} of {probe.total_steps:,}"
             runtime.end_early(session, error, place if probe.step else "nothing to save")
-    probe.check_frozen()
+    probe.frozen.check()
     if probe.step == probe.total_steps:
-        runtime.finish(session, results)
+        peers.from_main(lambda: write(results_file, results))
+        runtime.finish(session, probe_results.brief(results))
         summarize(probe, results)
 
 
-def _check_classes(splits: data.Splits, config: ProbeConfig) -> None:
+def labelled(splits: data.Splits, config: ProbeConfig) -> data.Splits:
+    """Return the splits with the labelled training images; UserError if no probe can use them."""
     data.require_labels(splits, config.data)
     classes = len(splits.train.classes)
     if config.top_k > classes:
@@ -68,26 +85,62 @@ def _check_classes(splits: data.Splits, config: ProbeConfig) -> None:
             f"top_k={config.top_k} is more than the {classes} classes of {config.data.name}; "
             f"use {classes} or less"
         )
+    if not len(splits.validation) and not len(splits.test):
+        raise DataError(
+            f"data.name={config.data.name} has no test images and data.validation="
+            f"{config.data.validation} holds none out: nothing is left to measure on; "
+            "give data.validation=0.1"
+        )
+    splits = dataclasses.replace(splits, train=splits.train.labelled())
+    require_classes(splits.train)
+    return splits
+
+
+def warn_of_views(config: ProbeConfig, source: Source) -> None:
+    """Warn of images that are fed to the encoder otherwise than in its pretraining."""
+    for key in ("size", "mean", "std") if source.views else ():
+        ours, theirs = getattr(config.views, key), getattr(source.views, key)
+        if ours != theirs:
+            logger.warning(
+                "views.%s=%s here and %s in pretraining; use the same", key, ours, theirs
+            )
+
+
+def find_overlaps(splits: data.Splits) -> list[overlap.Overlap]:
+    """Return, and warn of, validation and test images that are training images too.
+
+    Of images in memory: those that are streamed would all have to be decoded once more.
+    """
+    train, parts = splits.train, {"validation": splits.validation, "test": splits.test}
+    if not isinstance(train, data.Images):
+        return []
+    found = peers.from_main(
+        lambda: [
+            overlap.find(train, images, name)
+            for name, images in parts.items()
+            if isinstance(images, data.Images)
+        ]
+    )
+    for each in found:
+        if sentence := each.sentence():
+            logger.warning(sentence)
+    return found
 
 
 def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
     """Train the heads up to step `total`."""
-    config, per_epoch = probe.config, probe.plan.steps_per_epoch
+    config, per_epoch = probe.config, probe.steps_per_epoch
     since, evaluated = time.monotonic(), probe.step
-    part = "validation" if "validation" in probe.parts else "test"
     while probe.step < total:
-        loss = probe.train_step()
+        losses = probe.train_step()
         step, last = probe.step, probe.step == total
         epoch_ends = step % per_epoch == 0
         if epoch_ends or last:
-            metrics = {"epoch": step / per_epoch, "train/loss": float(comms.mean(loss))}
-            metrics["train/images_per_second"] = (
-                (step - evaluated) * config.batch_size / (time.monotonic() - since)
-            )
+            metrics = {"epoch": step / per_epoch}
+            seconds = time.monotonic() - since
+            metrics["train/images_per_second"] = (step - evaluated) * config.batch_size / seconds
             metrics["system/memory_gb"] = memory_gb(probe.session.device)
-            for name in probe.encoders:
-                metrics |= {f"{name}/{k}": v for k, v in probe.evaluate(name, part).items()}
-            tracker.log(step, metrics | {"train/lr": probe.optimizer.param_groups[0]["lr"]})
+            tracker.log(step, metrics | evaluate(probe, comms.mean(losses), epoch_ends))
             since, evaluated = time.monotonic(), step
         keep = config.checkpoint
         due = keep.every_epochs and epoch_ends and step // per_epoch % keep.every_epochs == 0
@@ -96,32 +149,37 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
             probe.save(wait=last)
 
 
-def final_results(probe: LinearProbe) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the figures of the last step: encoder, part of the data, metric."""
-    return {
-        name: {
-            part: probe.evaluate(name, part) | {"knn_top1": probe.knn_top1(name, part)}
-            for part in probe.parts
-            if part != "train"
-        }
-        for name in probe.encoders
-    }
+def evaluate(probe: LinearProbe, losses: Tensor, epoch_ends: bool) -> dict[str, float]:
+    """Return the metrics after a step, of each encoder's best point of the grid, means over seeds.
+
+    Best by top-1 on the validation images; `losses` are those of the step, (encoders, seeds,
+    points). Without validation images the one point is measured on the test images.
+    """
+    part = "validation" if "validation" in probe.parts else "test"
+    probe.refresh(part)
+    notes = epoch_ends and part == "validation"
+    figures = probe.note_best() if notes else probe.evaluate(part)
+    chosen = probe_results.select(probe, {part: figures})
+    rates = probe.optimizer.rates(probe.step - 1, probe.steps_per_epoch, probe.total_steps)
+    found = {"train/loss": float(losses.mean(1)[0, chosen[0]]), "train/lr": rates[chosen[0]]}
+    for place, name in enumerate(probe.names):
+        values = figures[place, :, chosen[place]].mean(0).tolist()
+        found |= {f"{name}/loss": values[LOSS], f"{name}/top1": values[TOP1]}
+        found[f"{name}/top{probe.config.top_k}"] = values[TOP_K]
+    return found
 
 
-Results = dict[str, dict[str, dict[str, float]]]
-
-
-def conclude(probe: LinearProbe, tracker: Tracker) -> Results:
-    """Return the figures of the last step; hand them, and the confusion matrix, to the tracker."""
-    results = final_results(probe)
-    part = "test" if "test" in probe.parts else "validation"
-    counts = probe.confusion(TRAINED, part)
+def conclude(probe: LinearProbe, tracker: Tracker, overlaps: list[overlap.Overlap]) -> Results:
+    """Return the results after the last step; hand them, and the confusions, to the tracker."""
+    results = probe_results.measure(probe, overlaps)
+    part = verdict.deciding_part(results)
     if tracker.media:
+        counts = torch.tensor(results["encoders"][TRAINED][part]["confusion"])
         tracker.media.confusion(probe.step, counts, probe.splits.train.classes)
     tracker.conclude(
         {
             f"{name}/{part}_{key}": value
-            for name, parts in results.items()
+            for name, parts in probe_results.brief(results).items()
             for part, figures in parts.items()
             for key, value in figures.items()
         }
@@ -129,38 +187,54 @@ def conclude(probe: LinearProbe, tracker: Tracker) -> Results:
     return results
 
 
-def announce(probe: LinearProbe, place: str) -> None:
+def write(path: Path, results: Results) -> None:
+    """Write results.json."""
+    with output_errors(path):
+        replace(path, json.dumps(results) + "\n")
+
+
+def announce(probe: LinearProbe, source: Source) -> None:
     """Print the banner."""
     config, splits, processes = probe.config, probe.splits, comms.world_size()
+    images, used = len(splits.train), probe.subsets.shape[1]
+    share = f"{used:,} of {images:,}" if used < images else f"{images:,}"
     rows = {
-        "encoder": place,
-        "data": f"{config.data.name}: {len(splits.train):,} training, "
+        "encoder": source.place,
+        "protocol": f"fine-tuned, BatchNorm in evaluation mode, encoder lr {config.encoder_lr:g}"
+        if probe.tunes
+        else "linear, the encoder is frozen",
+        "data": f"{config.data.name}: {share} training, "
         f"{len(splits.validation):,} validation and {len(splits.test):,} test images, "
         f"{len(splits.train.classes)} classes",
         "images": splits.held,
-        "features": f"{probe.heads.heads[TRAINED].in_features}, "
+        "features": f"{probe.heads.weight.shape[4]}, "
         + ("new views in each epoch" if config.augment else "computed once, without augmentation"),
-        "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}",
-        "steps": f"{probe.plan.steps_per_epoch:,} an epoch, "
+        "heads": f"{len(probe.names)} encoders x {config.seeds} seeds x "
+        f"{len(probe.points)} settings",
+        "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}"
+        if config.augment or probe.tunes
+        else f"{config.batch_size}, whole on each process",
+        "steps": f"{probe.steps_per_epoch:,} an epoch, "
         f"{probe.total_steps:,} in {config.epochs} epochs",
     }
     runtime.banner(probe.session, "probe", rows)
 
 
-def summarize(probe: LinearProbe, results: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print the figures of the last epoch, trained encoder and control side by side."""
+def summarize(probe: LinearProbe, results: Results) -> None:
+    """Print the figures of the last epoch, those of the grid, and what they mean."""
     if not comms.is_main():
         return
-    top_k = f"top{probe.config.top_k}"
-    titles = {TRAINED: "trained", CONTROL: "random control"}
-    columns = ("encoder", "images", "top-1", top_k.replace("top", "top-"), "loss", "kNN top-1")
-    rows = [columns]
-    for name, parts in results.items():
-        for part, figures in parts.items():
-            top1, top_few, knn = (f"{100 * figures[k]:.2f} %" for k in ("top1", top_k, "knn_top1"))
-            rows.append((titles[name], part, top1, top_few, f"{figures['loss']:.4f}", knn))
-    title = f"{probe.session.directory}: linear probe after {probe.config.epochs} epochs"
-    console_lines.table(console, title, rows, words=2)
+    config, chosen = probe.config, results["selected"]
+    if len(probe.points) > 1:
+        title = "grid: top-1 of the trained encoder after the last epoch, and after the best one"
+        console_lines.table(console, title, probe_results.grid_rows(results), words=0)
+    title = (
+        f"{probe.session.directory}: {config.protocol} probe after {config.epochs} epochs, "
+        f"lr {chosen['lr']:g}, weight decay {chosen['weight_decay']:g}"
+    )
+    console_lines.table(console, title, probe_results.summary_rows(results), words=2)
+    for sentence in (results["verdict"], *results["faults"]):
+        console_lines.write_line(console, sentence)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     SHUFFLE = 3
     VIEW = 4
     SHAPES = 5
+    LABELS = 6
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

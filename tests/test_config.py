@@ -26,7 +26,9 @@ def refusal(*arguments: str, schema: type = PretrainConfig) -> str:
 def test_the_promised_configurations_are_there() -> None:
     names = {"paper", "cifar10", "cifar10_symmetric", "imagenet_v1", "imagenet_v2", "demo"}
     assert {path.stem for path in PRETRAIN} == names
-    assert {path.stem for path in PROBE} == {"paper", "cifar10", "imagenet", "demo"}
+    assert {path.stem for path in PROBE} == {
+        *("paper", "cifar10", "cifar10_grid", "cifar10_finetune", "imagenet", "demo")
+    }
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)

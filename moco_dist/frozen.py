@@ -1,0 +1,79 @@
+"""The proof that an encoder under a probe stays as it was, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from moco_dist import fingerprint
+from moco_dist.errors import DataError, UserError
+
+
+class Frozen:
+    """What tensors of encoders were; `parameters` is whether these may not move either.
+
+    The statistics of BatchNorm never may: they belong to the encoder, not to the data of the probe.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], parameters: bool) -> None:
+        self._encoders, self._parameters = encoders, parameters
+        self._before = dict(self._fingerprints())
+
+    def check(self) -> None:
+        """Raise UserError, naming a tensor, if one has moved or is about to."""
+        self.check_modes()
+        for name, now in self._fingerprints():
+            if now != self._before[name]:
+                raise UserError(
+                    f"{name} moved during the probe ({self._before[name]} -> {now}), and the "
+                    "encoder is to stay as it was; no result is written: look for what writes to it"
+                )
+
+    def check_modes(self) -> None:
+        """Raise UserError, naming its tensors, if a BatchNorm is in training mode."""
+        for name, encoder in self._encoders.items():
+            for key, module in encoder.named_modules():
+                if module.training and getattr(module, "running_mean", None) is not None:
+                    raise UserError(
+                        f"the {name} encoder's {key}.running_mean and {key}.running_var: this "
+                        "BatchNorm is in training mode, and would measure the probe's batches and "
+                        "not the encoder; no result is written: call eval() on the encoder"
+                    )
+
+    def _fingerprints(self) -> Iterator[tuple[str, str]]:
+        for name, encoder in self._encoders.items():
+            for key, tensor in _tensors(encoder, self._parameters):
+                yield f"the {name} encoder's {key}", fingerprint.of_tensors(tensor)
+
+
+def _tensors(encoder: nn.Module, parameters: bool) -> Iterator[tuple[str, Tensor]]:
+    # Buffers that no state dict holds are among them.
+    yield from encoder.named_buffers()
+    if parameters:
+        yield from encoder.named_parameters()
+
+
+def require_trained(backbone: nn.Module, source: object) -> None:
+    """Raise DataError if a backbone is as it was initialised, or holds what is not finite.
+
+    Each BatchNorm layer begins with weights of 1 (or 0) and biases of 0; a step moves them all.
+    """
+    norms = {
+        name: each for name, each in backbone.named_modules() if isinstance(each, nn.BatchNorm2d)
+    }
+    for name, tensor in backbone.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise DataError(f"{source}: {name} is not finite; use another checkpoint")
+    if all(map(_untouched, norms.values())):
+        raise DataError(
+            f"{source}: is a random encoder and no trained one: the weights of all its "
+            f"{len(norms)} BatchNorm layers ({next(iter(norms))}.weight and so on) are 1 and the "
+            "biases 0, as before the first step; give the trained one (control=true probes a "
+            "random one)"
+        )
+
+
+def _untouched(norm: nn.BatchNorm2d) -> bool:
+    alike = bool((norm.weight == 1).all()) or bool((norm.weight == 0).all())
+    return alike and not bool(norm.bias.any())

@@ -1,0 +1,79 @@
+"""Small pretrainings and probes that the tests of the probe share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco_dist import data, encoder_source, fingerprint, linear_probe, probe, runtime
+from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config_files import load
+from moco_dist.shapes import CLASSES
+from moco_dist.trainer import Trainer
+
+DATA = ["data.shapes_train=150", "data.shapes_test=37", "data.size=16", "views.size=16"]
+PRETRAIN = [
+    *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=32"),
+    *DATA,
+    "runtime.device=cpu",
+]
+PROBE = [*DATA, "batch_size=32", "epochs=3", "optim.lr=1", "runtime.device=cpu", "precision=fp64"]
+
+
+def pretrain(output: Path, *overrides: str) -> Path:
+    """Do five steps of a pretraining; return its run directory."""
+    config = load(PretrainConfig, [*PRETRAIN, f"output={output}", "name=tiny", *overrides])
+    session = runtime.start(config)
+    trainer = Trainer(config, session, data.load(config.data))
+    for _ in range(5):
+        trainer.train_step()
+    trainer.save(wait=True)
+    session.close()
+    return output / "tiny"
+
+
+def tinted(train: int, validation: int, test: int) -> data.Splits:
+    """Return images whose colour tells their class, more often right than wrong.
+
+    A colour for each class, a shift for each image, and noise.
+    """
+    generator = torch.Generator().manual_seed(5)
+    colours = 60 + 130 * torch.rand(10, 3, generator=generator)
+
+    def draw(count: int) -> data.Images:
+        labels = torch.arange(count) % 10
+        shifts = 25 * torch.randn(count, 3, generator=generator)
+        noise = 25 * torch.randn(count, 3, 16, 16, generator=generator)
+        pixels = (colours[labels] + shifts)[:, :, None, None] + noise
+        return data.Images(pixels.clamp(0, 255).to(torch.uint8), labels, CLASSES)
+
+    parts = draw(train), draw(validation), draw(test)
+    content = fingerprint.of_tensors(*(part.pixels for part in parts))
+    return data.Splits(*parts, content)
+
+
+def prepared(
+    pretrained: Path, output: Path, *overrides: str, splits: data.Splits | None = None
+) -> linear_probe.LinearProbe:
+    """Return a probe before its first step, of other images than its configuration's if given."""
+    arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", "name=prepared", *overrides]
+    config = load(ProbeConfig, arguments)
+    source = encoder_source.find(pretrained)
+    splits = splits or data.load(config.data)
+    return linear_probe.LinearProbe(config, runtime.start(config), splits, source)
+
+
+def run(pretrained: str, output: str, *overrides: str) -> dict[str, Any]:
+    """Probe in this process (one of several, maybe) and return what DONE holds."""
+    probe.run(load(ProbeConfig, [*PROBE, f"encoder={pretrained}", f"output={output}", *overrides]))
+    done: dict[str, Any] = json.loads((Path(output) / "tiny-probe" / "DONE").read_text())
+    return done
+
+
+def results(run: Path) -> dict[str, Any]:
+    """Return the content of results.json."""
+    content: dict[str, Any] = json.loads((run / "results.json").read_text())
+    return content

@@ -1,0 +1,288 @@
+"""Faults that make a probe lie, each planted on purpose, are caught with a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moco_dist import (
+    checkpoint,
+    data,
+    encoder_source,
+    label_fraction,
+    overlap,
+    probe,
+    probe_results,
+    saving,
+)
+from moco_dist.config import EncoderConfig, ProbeConfig
+from moco_dist.config_files import load
+from moco_dist.encoder import build_encoder
+from moco_dist.errors import ConfigError, DataError, UserError
+from moco_dist.linear_probe import LinearProbe
+from moco_dist.shapes import CLASSES
+from tests.probes import prepared, pretrain, results, run, tinted
+
+# Enough images to tell a few points from chance.
+MANY = ["augment=false", "batch_size=150"]
+TINY = EncoderConfig(width=4)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrain(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def many() -> data.Splits:
+    return tinted(1350, 600, 600)
+
+
+def tensors(pretrained: Path) -> dict[str, Tensor]:
+    """Return the state dict of the pretrained backbone."""
+    return encoder_source.find(pretrained).backbone.state_dict()
+
+
+def trained(trial: LinearProbe) -> LinearProbe:
+    while trial.step < trial.total_steps:
+        trial.train_step()
+        if trial.step % trial.steps_per_epoch == 0:
+            trial.note_best()
+    return trial
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DataError) as error:
+        encoder_source.find(path)
+    return str(error.value)
+
+
+def test_missing_and_renamed_tensors_of_a_run_are_named(pretrained: Path, tmp_path: Path) -> None:
+    found = checkpoint.find(pretrained)
+    model = dict(found.model)
+    model["query_encoder.backbone.layer3.norm"] = model.pop(
+        "query_encoder.backbone.layer3.0.bn1.bias"
+    )
+    del model["query_encoder.backbone.layer1.0.conv1.weight"]
+    path = saving.write(tmp_path, 5, model, found.optimizer, found.state)
+    message = refusal(path)
+    for fault in (
+        "backbone.layer1.0.conv1.weight is missing",
+        "backbone.layer3.0.bn1.bias is missing",
+        "backbone.layer3.norm is not expected",
+    ):
+        assert fault in message
+    assert message.startswith(f"{path}: holds another architecture than its configuration says")
+
+
+def test_missing_and_renamed_tensors_of_a_file_are_named(pretrained: Path, tmp_path: Path) -> None:
+    good = tensors(pretrained)
+    path = tmp_path / "encoder.safetensors"
+    save_file({k: v for k, v in good.items() if k != "layer2.0.bn2.weight"}, path)
+    assert "layer2.0.bn2.weight is missing" in refusal(path)
+    save_file({**good, "layer2.0.bn9.weight": torch.ones(3)}, path)
+    assert "layer2.0.bn9.weight is not expected" in refusal(path)
+    save_file({f"module.{k}": v for k, v in good.items()}, path)
+    message = refusal(path)
+    assert "has no conv1.weight as a torchvision ResNet has, it holds module." in message
+    assert "take 'module.' from its names: nothing is renamed here" in message
+    save_file({k: v for k, v in good.items() if not k.startswith("layer1.1.")}, path)
+    assert "basic blocks 1-2-2-2 behind a 3-pixel convolution are none of resnet18" in refusal(path)
+
+
+def test_an_encoder_without_training_is_no_trained_one(pretrained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_file(build_encoder(TINY, seed=5).backbone.state_dict(), path)
+    assert refusal(path).startswith(
+        f"{path}: is a random encoder and no trained one: the weights of all its 20 BatchNorm "
+        "layers (bn1.weight and so on) are 1 and the biases 0, as before the first step"
+    )
+    found = checkpoint.find(pretrained)
+    first = saving.write(tmp_path, 0, found.model, found.optimizer, found.state)
+    assert "is the state before the first step, a random encoder" in refusal(first)
+    broken = tensors(pretrained) | {"bn1.bias": torch.full((4,), torch.nan)}
+    save_file(broken, path)
+    assert refusal(path) == f"{path}: bn1.bias is not finite; use another checkpoint"
+
+
+def test_a_random_encoder_passed_off_as_trained_is_not_better_than_the_control(
+    tmp_path: Path, many: data.Splits
+) -> None:
+    """Disguised: its BatchNorm has been touched, and only the figures can tell."""
+    path = tmp_path / "encoder.safetensors"
+    random = build_encoder(TINY, seed=5).backbone
+    with torch.no_grad():
+        for name, parameter in random.named_parameters():
+            if "bn" in name:
+                parameter.add_(1e-4)
+    save_file(random.state_dict(), path)
+    trial = prepared(path, tmp_path, *MANY, "epochs=20", "optim.lr=0.3", splits=many)
+    content = probe_results.measure(trained(trial), [])
+    assert content["verdict"].startswith(
+        "The trained encoder is NOT better than a random one by more than the intervals: test "
+    )
+    assert "it may be a random one itself" in content["verdict"]
+
+
+@pytest.mark.parametrize("arguments", [["augment=true"], ["protocol=finetune", "augment=false"]])
+def test_batchnorm_in_training_mode_is_named(
+    pretrained: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    trial = prepared(pretrained, tmp_path, *arguments, "optim.lr=0.1")
+    trial.train_step()
+    trial.backbones["probe"].get_submodule("layer2.0.bn1").train()
+    with pytest.raises(UserError) as error:
+        trial.train_step()
+    assert str(error.value).startswith(
+        "the probe encoder's layer2.0.bn1.running_mean and layer2.0.bn1.running_var: this "
+        "BatchNorm is in training mode"
+    )
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_batchnorm_that_was_in_training_mode_meanwhile_is_named(
+    pretrained: Path, tmp_path: Path, plain: bool
+) -> None:
+    trial = prepared(pretrained, tmp_path)
+    norm = trial.backbones["control"].get_submodule("layer1.0.bn1")
+    norm.train()
+    if plain:  # as PyTorch's own layer moves its statistics
+        norm.__class__, kept = nn.BatchNorm2d, norm.__class__
+        trial.backbones["control"](torch.rand(2, 3, 16, 16).double())
+        norm.__class__ = kept
+    else:
+        trial.backbones["control"](torch.rand(16, 3, 16, 16).double())
+    norm.eval()
+    with pytest.raises(UserError) as error:
+        trial.save(wait=True)
+    which = "running_mean" if plain else "group_mean"
+    assert str(error.value).startswith(f"the control encoder's layer1.0.bn1.{which} moved during")
+
+
+def shuffled(images: data.Images, seed: int) -> data.Images:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return dataclasses.replace(images, labels=images.labels[order])
+
+
+def test_shuffled_labels_are_told_from_a_bad_encoder(
+    pretrained: Path, tmp_path: Path, many: data.Splits
+) -> None:
+    fault = dataclasses.replace(
+        many, train=shuffled(many.train, 1), validation=shuffled(many.validation, 2)
+    )
+    trial = prepared(pretrained, tmp_path, *MANY, "epochs=20", "optim.lr=0.3", splits=fault)
+    content = probe_results.measure(trained(trial), [])
+    assert content["verdict"].startswith("Nothing was learned: test top-1 is ")
+    assert "look whether the labels belong to the images (shuffled?)" in content["verdict"]
+    # The heads learn by heart what they can.
+    assert content["encoders"]["probe"]["train_top1"] > 0.12
+
+
+def test_shuffled_test_labels_are_told_by_the_validation_images(
+    pretrained: Path, tmp_path: Path, many: data.Splits
+) -> None:
+    fault = dataclasses.replace(many, validation=many.train, test=shuffled(many.test, 3))
+    trial = prepared(pretrained, tmp_path, *MANY, "epochs=20", "optim.lr=0.3", splits=fault)
+    content = probe_results.measure(trained(trial), [])
+    (sentence,) = content["faults"]
+    assert sentence.endswith("the test labels don't belong to the test images")
+
+
+def test_test_images_among_the_training_images_are_counted_and_named(
+    pretrained: Path, tmp_path: Path, many: data.Splits
+) -> None:
+    pixels = many.train.pixels.clone()
+    pixels[[7, 40, 900]] = many.test.pixels[[3, 3, 55]]
+    fault = dataclasses.replace(many, train=dataclasses.replace(many.train, pixels=pixels))
+    found = {each.part: each for each in probe.find_overlaps(fault)}
+    pairs = [
+        (test, train)
+        for test in range(len(fault.test))
+        for train in (7, 40, 900)
+        if fault.test.pixels[test].equal(fault.train.pixels[train])
+    ]
+    assert found["test"].pairs == [(3, 7), (55, 900)]
+    assert set(found["test"].pairs) < set(pairs)
+    assert found["validation"].sentence() == ""
+    sentence = found["test"].sentence()
+    assert sentence.startswith(
+        "2 of 600 test images are training images too, to the last pixel (test 3 = training 7, "
+        "55 = training 900): test accuracy is too high by them"
+    )
+    trial = prepared(pretrained, tmp_path, *MANY, splits=fault)
+    content = probe_results.measure(trial, list(found.values()))
+    assert sentence in content["faults"]
+    assert content["overlap"]["test"] == {"images": 2, "pairs": [(3, 7), (55, 900)]}
+    pixels[41] = pixels[42]
+    one = dataclasses.replace(fault.train, pixels=pixels)
+    assert overlap.find(many.train, one[torch.tensor([1])], "test").pairs == [(0, 1)]
+
+
+def test_a_class_without_images_is_named(many: data.Splits) -> None:
+    train = many.train
+    ghost = dataclasses.replace(train, classes=(*train.classes, "ghost"))
+    with pytest.raises(DataError) as error:
+        label_fraction.require_classes(ghost)
+    assert str(error.value).startswith(
+        f"the head would have {len(CLASSES) + 1} outputs and only {len(CLASSES)} classes have "
+        "training images: none has 'ghost'; "
+    )
+    without = train[(train.labels != 4).nonzero().flatten()]
+    with pytest.raises(DataError, match=f"none has '{CLASSES[4]}'"):
+        label_fraction.require_classes(without)
+    beyond = dataclasses.replace(train, labels=train.labels + 1)
+    with pytest.raises(DataError, match="labels up to 10 and there are 10 classes"):
+        label_fraction.require_classes(beyond)
+    label_fraction.require_classes(train)
+
+
+def test_a_class_that_the_label_fraction_can_not_fill_is_named(many: data.Splits) -> None:
+    train = many.train
+    rare = (train.labels == 2).nonzero().flatten()[3:]
+    kept = torch.ones(len(train), dtype=torch.bool)
+    kept[rare] = False
+    few = train[kept.nonzero().flatten()]
+    with pytest.raises(DataError) as error:
+        label_fraction.draw(few, 0.1, seed=0)
+    assert f"class '{CLASSES[2]}' has 3 training images; use " in str(error.value)
+    with pytest.raises(ConfigError) as none:
+        label_fraction.draw(train, 0.0001, seed=0)
+    assert str(none.value).startswith(
+        f"label_fraction=0.0001 of {len(train)} images is less than one for each of the 10 classes"
+    )
+
+
+def test_what_can_not_be_chosen_fairly_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    def message(*arguments: str) -> str:
+        with pytest.raises(ConfigError) as error:
+            load(ProbeConfig, list(arguments))
+        return str(error.value)
+
+    assert message("grid.lr=[1,2]", "data.validation=0").startswith(
+        "data.validation=0 leaves no images by which to choose from the grid, and the test images "
+        "must not choose"
+    )
+    assert message("protocol=finetune", "seeds=2").startswith(
+        "protocol=finetune trains one encoder"
+    )
+    assert "grid.lr=[1.0, 0.0] has a rate that is not above 0" in message("grid.lr=[1,0]")
+    assert message("label_fraction=1.5").startswith("label_fraction=1.5 is out of range")
+    fault = ["data.validation=0", "data.name=folder"]
+    assert load(ProbeConfig, [*fault, "grid.lr=[2]"]).grid.lr == [2.0]
+
+
+def test_a_grid_point_that_diverges_ends_the_run_by_name(pretrained: Path, tmp_path: Path) -> None:
+    # A step multiplies the weights by 1 - 10 x 10, with momentum.
+    arguments = ["grid.lr=[0.1,10]", "optim.weight_decay=10", "epochs=200", "augment=false"]
+    with pytest.raises(UserError) as error:
+        run(str(pretrained), str(tmp_path), *arguments, "checkpoint.every_epochs=0")
+    assert "not finite in step " in str(error.value)
+    assert "with lr 10 and weight decay 10); nothing of it was kept" in str(error.value)
+    assert not (tmp_path / "tiny-probe" / "DONE").exists()
+    with pytest.raises(FileNotFoundError):
+        results(tmp_path / "tiny-probe")

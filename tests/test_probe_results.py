@@ -1,0 +1,226 @@
+"""What results.json holds: figures that can be checked, and a sentence that follows from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.models import resnet18, resnet34, resnet50, resnet101
+
+from moco_dist import checkpoint, data, encoder_source, foreign_encoder, label_fraction, verdict
+from moco_dist.config import ProbeConfig
+from moco_dist.config_files import load
+from moco_dist.errors import DataError, MissingError
+from tests.probes import DATA, pretrain, results, run
+
+MANY = ["data.shapes_train=600", "data.shapes_test=200", "augment=false", "batch_size=60"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pretrain(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def probed(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A probe of a grid, with a learning rate that stays, so that epochs can be compared."""
+    output = tmp_path_factory.mktemp("probes")
+    grid = ["grid.lr=[0.1,3]", "grid.weight_decay=[0,0.001]", "seeds=2", "epochs=6"]
+    run(str(pretrained), str(output), *MANY, *grid, "optim.schedule=constant")
+    return output / "tiny-probe"
+
+
+def test_results_are_complete_and_consistent(probed: Path) -> None:
+    content, done = results(probed), json.loads((probed / "DONE").read_text())
+    assert (content["schema"], content["version"]) == ("moco_dist.probe", 1)
+    assert (content["protocol"], content["features"]) == ("linear", "cached")
+    assert (content["label_fraction"], content["seeds"], content["epochs"]) == (1.0, [0, 1], 6)
+    assert content["train_images"] == 540
+    assert content["interval"] == "95 %, Student t over 2 seeds"
+    images = {"validation": 60, "test": 200}
+    splits = data.load(load(ProbeConfig, [*DATA, *MANY]).data)
+    largest = splits.train.labels.bincount().argmax()
+    for part, share in content["majority_top1"].items():
+        labels = getattr(splits, part).labels
+        assert share == pytest.approx(float((labels == largest).double().mean()))
+    for name in ("probe", "control"):
+        for part, count in images.items():
+            figures = content["encoders"][name][part]
+            assert figures["images"] == count
+            for key in ("top1", "top5", "loss"):
+                values = figures[key]["values"]
+                assert figures[key]["mean"] == pytest.approx(sum(values) / 2)
+                assert figures[key]["low"] <= figures[key]["mean"] <= figures[key]["high"]
+                assert done[name][part][key] == figures[key]["mean"]
+            assert done[name][part]["knn_top1"] == figures["knn_top1"]
+            confusion = torch.tensor(figures["confusion"])
+            labels = getattr(splits, part).labels
+            assert confusion.sum(1).tolist() == labels.bincount(minlength=10).tolist()
+            first = float(confusion.diagonal().sum()) / count
+            assert first == pytest.approx(figures["top1"]["values"][0])
+            shares = [s for s in figures["per_class"] if s is not None]
+            weights = [n for n in confusion.sum(1).tolist() if n]
+            whole = sum(s * n for s, n in zip(shares, weights, strict=True)) / count
+            assert whole == pytest.approx(figures["top1"]["mean"])
+
+
+def test_the_grid_is_chosen_by_the_last_validation_and_tells_of_the_best_epoch(
+    pretrained: Path, probed: Path, tmp_path: Path
+) -> None:
+    content = results(probed)
+    rows = content["grid"]
+    points = [(row["lr"], row["weight_decay"]) for row in rows]
+    assert points == [(0.1, 0.0), (3.0, 0.0), (0.1, 0.001), (3.0, 0.001)]
+    (best,) = [row for row in rows if row["best"]]
+    last = "validation_top1"
+    assert best[last] == max(row[last] for row in rows)
+    assert content["selected"] == {key: best[key] for key in ("lr", "weight_decay")}
+    parts = content["encoders"]["probe"]
+    assert best[last] == pytest.approx(parts["validation"]["top1"]["mean"])
+    assert best["test_top1"] == pytest.approx(parts["test"]["top1"]["mean"])
+    assert all(row["best_epoch_validation_top1"] >= row[last] for row in rows)
+    # The rate stays: a probe that ends with an epoch shows what this one was after it.
+    early = next(row for row in rows if row["best_epoch"][1] < 6)
+    alone = [f"optim.lr={early['lr']}", f"optim.weight_decay={early['weight_decay']}", "seed=1"]
+    epochs = [f"epochs={early['best_epoch'][1]}", "optim.schedule=constant", "control=false"]
+    run(str(pretrained), str(tmp_path), *MANY, *alone, *epochs)
+    other = [f"optim.lr={early['lr']}", f"optim.weight_decay={early['weight_decay']}", "seed=0"]
+    first = [f"epochs={early['best_epoch'][0]}", "optim.schedule=constant", "control=false"]
+    run(str(pretrained), str(tmp_path / "first"), *MANY, *other, *first)
+    ends = [
+        results(folder / "tiny-probe")["encoders"]["probe"]
+        for folder in (tmp_path, tmp_path / "first")
+    ]
+    for part in ("validation", "test"):
+        mean = sum(end[part]["top1"]["mean"] for end in ends) / 2
+        assert early[f"best_epoch_{part}_top1"] == pytest.approx(mean, abs=1e-12)
+
+
+def told(trained: float, control: float | None, images: int, **changes: Any) -> str:
+    """Return the verdict on these shares of so many test images, ten classes alike."""
+
+    def figures(share: float) -> dict[str, Any]:
+        return {"images": images, "top1": {"mean": share, "low": share, "high": share}}
+
+    encoders = {"probe": {"test": figures(trained)}}
+    if control is not None:
+        encoders["control"] = {"test": figures(control)}
+    content = {
+        "protocol": "linear",
+        "classes": list("abcdefghij"),
+        "majority_top1": {"test": 0.1},
+        "encoders": encoders,
+    }
+    return verdict.sentence(content | changes)
+
+
+def test_the_verdict_follows_from_the_figures() -> None:
+    # Half of 10000 within 1 point, of 100 within 10, by the law of large numbers.
+    assert told(0.53, 0.50, 10000).startswith("The trained encoder is better than a random one by")
+    assert told(0.53, 0.50, 100).startswith("The trained encoder is NOT better than a random one")
+    assert told(0.505, 0.50, 10000).startswith("The trained encoder is NOT better")
+    assert told(0.40, 0.50, 10000).startswith("The trained encoder is WORSE than a random one")
+    assert told(0.10, 0.50, 10000).startswith("The encoder tells nothing of the classes")
+    assert told(0.10, 0.10, 10000).startswith("Nothing was learned")
+    assert told(0.53, None, 10000).endswith("was not tried (control=false)")
+    assert "than one trained from scratch" in told(0.53, 0.50, 10000, protocol="finetune")
+    assert "53.0 % (52.0 to 54.0) against 50.0 % (49.0 to 51.0)" in told(0.53, 0.5, 10000)
+
+
+def test_a_label_fraction_is_balanced_and_drawn_by_the_seed() -> None:
+    train = data.load(load(ProbeConfig, [*DATA, *MANY]).data).train
+    drawn = [label_fraction.draw(train, 0.1, seed) for seed in (0, 0, 1)]
+    assert len(drawn[0]) == 50  # 5.4 of each class
+    for rows in drawn:
+        assert train.labels[rows].bincount().tolist() == [5] * 10
+        assert rows.tolist() == sorted(set(rows.tolist()))
+    assert drawn[0].equal(drawn[1])
+    assert not drawn[0].equal(drawn[2])
+    assert label_fraction.draw(train, 1.0, 0).tolist() == list(range(540))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_state_dict_is_probed_as_its_run_is(
+    pretrained: Path, tmp_path: Path, suffix: str
+) -> None:
+    state = encoder_source.find(pretrained).backbone.state_dict()
+    path = tmp_path / f"tiny.{suffix}"
+    if suffix == "pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    whole, file = (
+        run(str(encoder), str(tmp_path / name), *MANY)
+        for name, encoder in (("run", pretrained), ("file", path))
+    )
+    assert whole == file
+
+
+def test_published_architectures_are_known_by_their_tensors() -> None:
+    for build in (resnet18, resnet34, resnet50, resnet101):
+        with torch.device("meta"):
+            state = build().state_dict()
+        found = foreign_encoder.infer(state, Path("x"))
+        assert (found.backbone, found.width, found.stem) == (build.__name__, 64, "imagenet")
+
+
+def test_features_of_a_torchvision_file_are_those_of_torchvision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = resnet18(num_classes=7).train()
+    theirs(torch.randn(4, 3, 64, 64))  # moves the statistics
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours = encoder_source.find(tmp_path / "theirs.pth").backbone
+    theirs.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_state_dict_has_its_sentence(tmp_path: Path) -> None:
+    def refusal(path: Path) -> str:
+        with pytest.raises((DataError, MissingError)) as error:
+            encoder_source.find(path)
+        return str(error.value)
+
+    path = tmp_path / "x.pth"
+    assert refusal(path) == f"{path}: no such file; give the state dict of a torchvision ResNet"
+    torch.save({"state_dict": {"conv1.weight": torch.ones(1)}, "epoch": 3}, path)
+    assert refusal(path).startswith(f"{path}: is no state dict, it holds state_dict, epoch; save")
+    torch.save(Path("code"), path)  # would run code if it were unpickled at will
+    assert f"{path}: can't be read as tensors alone (" in refusal(path)
+    path.write_bytes(b"junk")
+    assert f"{path}: can't be read as tensors alone (" in refusal(path)
+    other = path.with_suffix(".safetensors")
+    other.write_bytes(b"junk" * 9)
+    assert f"{other}: can't be read as tensors alone (" in refusal(other)
+
+
+def test_an_encoder_is_probed_on_other_data_than_that_of_its_pretraining(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    for part, count in (("train", 12), ("test", 6)):
+        for name, colour in (("light", 200), ("dark", 30)):
+            folder = tmp_path / "pictures" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (16, 16), (colour, colour + i, colour)).save(folder / f"{i}.png")
+    where = [f"data.root={tmp_path / 'pictures'}", f"data.cache={tmp_path / 'cache'}", "top_k=2"]
+    settings = ["data.name=folder", "data.validation=0", "batch_size=8", "epochs=20"]
+    run(str(pretrained), str(tmp_path), *where, *settings, "augment=false")
+    content = results(tmp_path / "tiny-probe")
+    assert content["classes"] == ["dark", "light"]
+    assert content["majority_top1"] == {"test": 0.5}
+    assert content["encoders"]["probe"]["test"]["top1"]["mean"] == 1
+    assert content["encoders"]["probe"]["test"]["confusion"] == [[6, 0], [0, 6]]
+    # The test images have the colours of training images.
+    assert content["overlap"]["test"]["images"] == 12
+    assert "12 of 12 test images are training images too" in content["faults"][0]
+    found = checkpoint.find(tmp_path / "tiny-probe")
+    assert found.state["classes"] == ["dark", "light"]
