@@ -52,7 +52,7 @@ def tinted(train: int, validation: int, test: int) -> data.Splits:
 
     parts = draw(train), draw(validation), draw(test)
     content = fingerprint.of_tensors(*(part.pixels for part in parts))
-    return data.Splits(*parts, content)
+    return data.Splits(*parts, content, "in memory")
 
 
 def prepared(

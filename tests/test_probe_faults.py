@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from moco_dist import (
@@ -164,7 +165,17 @@ def test_batchnorm_that_was_in_training_mode_meanwhile_is_named(
     assert str(error.value).startswith(f"the control encoder's layer1.0.bn1.{which} moved during")
 
 
-def shuffled(images: data.Images, seed: int) -> data.Images:
+def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file of tensors, whichever memory format they have."""
+    safetensors.save_file({name: each.contiguous() for name, each in tensors.items()}, path)
+
+
+def held(images: data.AnyImages) -> data.Images:
+    assert isinstance(images, data.Images)
+    return images
+
+
+def shuffled(images: data.AnyImages, seed: int) -> data.AnyImages:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return dataclasses.replace(images, labels=images.labels[order])
 
@@ -196,15 +207,16 @@ def test_shuffled_test_labels_are_told_by_the_validation_images(
 def test_test_images_among_the_training_images_are_counted_and_named(
     pretrained: Path, tmp_path: Path, many: data.Splits
 ) -> None:
-    pixels = many.train.pixels.clone()
-    pixels[[7, 40, 900]] = many.test.pixels[[3, 3, 55]]
-    fault = dataclasses.replace(many, train=dataclasses.replace(many.train, pixels=pixels))
+    train, test = held(many.train), held(many.test)
+    pixels = train.pixels.clone()
+    pixels[[7, 40, 900]] = test.pixels[[3, 3, 55]]
+    fault = dataclasses.replace(many, train=dataclasses.replace(train, pixels=pixels))
     found = {each.part: each for each in probe.find_overlaps(fault)}
     pairs = [
-        (test, train)
-        for test in range(len(fault.test))
-        for train in (7, 40, 900)
-        if fault.test.pixels[test].equal(fault.train.pixels[train])
+        (own, other)
+        for own in range(len(test))
+        for other in (7, 40, 900)
+        if test.pixels[own].equal(pixels[other])
     ]
     assert found["test"].pairs == [(3, 7), (55, 900)]
     assert set(found["test"].pairs) < set(pairs)
@@ -219,8 +231,8 @@ def test_test_images_among_the_training_images_are_counted_and_named(
     assert sentence in content["faults"]
     assert content["overlap"]["test"] == {"images": 2, "pairs": [(3, 7), (55, 900)]}
     pixels[41] = pixels[42]
-    one = dataclasses.replace(fault.train, pixels=pixels)
-    assert overlap.find(many.train, one[torch.tensor([1])], "test").pairs == [(0, 1)]
+    one = dataclasses.replace(train, pixels=pixels)
+    assert overlap.find(train, one[torch.tensor([1])], "test").pairs == [(0, 1)]
 
 
 def test_a_class_without_images_is_named(many: data.Splits) -> None:

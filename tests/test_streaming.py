@@ -16,6 +16,7 @@ from moco_dist import comms, data, features, image_file, media, peers, pictures,
 from moco_dist.config import DataConfig, EncoderConfig, PretrainConfig, ProbeConfig, ViewsConfig
 from moco_dist.config_files import load
 from moco_dist.encoder import build_encoder
+from moco_dist.encoder_source import Source
 from moco_dist.errors import DataError
 from moco_dist.image_file import Recipe
 from moco_dist.linear_probe import LinearProbe
@@ -303,19 +304,16 @@ def test_a_probe_trains_on_new_views_of_streamed_images(folder: Path, tmp_path: 
     settings = [f"data.root={folder}", f"data.cache={tmp_path}", f"output={tmp_path}"]
     settings += ["data.name=folder", "data.size=32", "data.memory_gb=0", "data.workers=1"]
     settings += ["views.size=24", "batch_size=16", "top_k=2", "name=p", "runtime.device=cpu"]
-    config = load(ProbeConfig, settings)
+    config = load(ProbeConfig, [*settings, "control=false"])
     architecture = EncoderConfig(width=2, dim=8)
-    trial = LinearProbe(
-        config,
-        runtime.start(config),
-        data.load(config.data),
-        build_encoder(architecture, 0),
-        architecture,
-    )
-    rows = trial.plan.step(0)
-    samples = rows.samples[rows.query_rows]
-    inputs = trial.inputs(rows.epoch, samples)["probe"]
-    expected = trial.encoders["probe"].backbone(trial.source.any_views(samples, rows.epoch, 0))
-    assert inputs.equal(expected)
-    assert trial.train_step().isfinite()
+    backbone = build_encoder(architecture, 0).backbone
+    source = Source(backbone, architecture, config.views, "built here", "none", {})
+    trial = LinearProbe(config, runtime.start(config), data.load(config.data), source)
+    rows = trial.plans[0].step(0)
+    inputs, labels, batch = trial.inputs()
+    views = trial.sources[0].any_views(rows.samples, rows.epoch, 0)
+    assert inputs[0, 0].equal(backbone(views))
+    assert batch[0].equal(rows.samples)
+    assert labels[0].equal(trial.splits.train.labels[rows.samples])
+    assert bool(trial.train_step().isfinite().all())
     close(trial.splits)

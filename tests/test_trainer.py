@@ -150,7 +150,7 @@ def test_a_step_makes_no_tensor_as_large_as_the_queue(tmp_path: Path, masked: st
     trainer = build(tmp_path, *queue, "tracking.health_every_steps=0")
     fill_queue(trainer)
     for _ in range(2):  # before the second one the momentum of SGD is made
-        with Largest() as largest:
+        with Largest() as largest:  # type: ignore[no-untyped-call]
             trainer.train_step()
     # The logits, and their shares in the gradient, are (16, 1 + 65536).
     assert largest.elements == 16 * (1 + 65536)
