@@ -103,7 +103,7 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_with_the_same_look(side: int
     if side == 120:  # less than twice the view's pixels would be left
         assert difference.max() == 0
     assert difference.mean() < 2
-    assert np.array_equal(*found)
+    assert np.array_equal(found[0], found[1])
 
 
 def test_the_scale_is_the_same_whichever_views_are_wanted() -> None:
@@ -256,7 +256,7 @@ print(json.dumps(pool.pids()), flush=True)
 """
 
 
-@pytest.mark.parametrize("end", ["time.sleep(60)", "os._exit(75)", "sys.exit(0)", "1 / 0"])
+@pytest.mark.parametrize("end", ["time.sleep(60)", "os._exit(75)", "sys.exit(0)"])
 def test_workers_end_with_the_trainer_however_it_ends(tmp_path: Path, end: str) -> None:
     paths = [place.path for place in files(tmp_path)]
     code = TRAINER.format(end=end)
