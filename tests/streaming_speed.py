@@ -72,8 +72,8 @@ def main(kind: str, place: str, *settings: str) -> None:
         if turn:  # the first one has read the files for the first time
             rates["decoder alone"].append(alone)
             rates["pipeline"].append((rate, cpu_rate))
-    for kind, what in enumerate(("by the clock", "by the workers' CPU time")):
-        alone_rates, whole_rates = ([each[kind] for each in found] for found in rates.values())
+    for place_of, what in enumerate(("by the clock", "by the workers' CPU time")):
+        alone_rates, whole_rates = ([each[place_of] for each in found] for found in rates.values())
         ratios = sorted(a / b for a, b in zip(whole_rates, alone_rates, strict=True))
         print(
             f"{what}: decoder alone {statistics.median(alone_rates):,.0f} images/s, pipeline "
