@@ -3,7 +3,8 @@
   python -m tests.streaming_speed folder|shards DIR [key=value ...]
 
 Takes turns: the workers' decoding alone (as many processes, no requests, nothing handed over), then
-the whole pipeline to batches at hand, over the same images; prints both medians and their ratio.
+the whole pipeline to batches at hand, over the same images; prints both medians and their ratio, by
+the clock and by the workers' CPU time, which other work on the machine disturbs less.
 With epochs=3 the pipeline then runs over all images, and the memory of all processes is printed.
 `python -m tests.streaming_speed tar FOLDER DIR` makes shards of a folder of class folders.
 """
@@ -55,24 +56,31 @@ def main(kind: str, place: str, *settings: str) -> None:
     plan = Plan(len(images), given["batch"], 0)
     source = StreamedSource(images, cut, torch.float32, plan, [(0, 1)], "exchange")
     steps, step = given["images"] // given["batch"], 0
-    rates: dict[str, list[float]] = {"decoder alone": [], "pipeline": []}
+    rates: dict[str, list[tuple[float, float]]] = {"decoder alone": [], "pipeline": []}
     for turn in range(given["turns"] + 1):
         samples = torch.cat([plan.step(step + n).samples for n in range(steps)])
         alone = decoder_alone(images, cut, samples, given["workers"])
         source.begin(step)  # what is ahead is decoded before the clock starts, as after it
-        began = time.monotonic()
+        began, busy = time.monotonic(), cpu_seconds(images)
         for number in range(step + 1, step + steps):
             source.begin(number)
-        rate = (steps - 1) * given["batch"] / (time.monotonic() - began)
+        count = (steps - 1) * given["batch"]
+        rate = count / (time.monotonic() - began)
+        cpu_rate = given["workers"] * count / (cpu_seconds(images) - busy)
         source.forget()
         step += steps
         if turn:  # the first one has read the files for the first time
             rates["decoder alone"].append(alone)
-            rates["pipeline"].append(rate)
-    for name, found in rates.items():
-        print(f"{name}: {statistics.median(found):,.0f} images/s ({len(found)} turns)")
-    ratios = [a / b for a, b in zip(rates["pipeline"], rates["decoder alone"], strict=True)]
-    print(f"pipeline / decoder alone: median {statistics.median(ratios):.2f}", sorted(ratios))
+            rates["pipeline"].append((rate, cpu_rate))
+    for place_of, what in enumerate(("by the clock", "by the workers' CPU time")):
+        alone_rates, whole_rates = ([each[place_of] for each in found] for found in rates.values())
+        ratios = sorted(a / b for a, b in zip(whole_rates, alone_rates, strict=True))
+        print(
+            f"{what}: decoder alone {statistics.median(alone_rates):,.0f} images/s, pipeline "
+            f"{statistics.median(whole_rates):,.0f}, ratio {statistics.median(ratios):.2f} "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} turns)",
+            flush=True,
+        )
     for epoch in range(given["epochs"]):
         for number in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
             source.begin(number)
@@ -85,10 +93,16 @@ def main(kind: str, place: str, *settings: str) -> None:
     images.pool.close()
 
 
+def cpu_seconds(images: StreamedImages) -> float:
+    """Return the CPU time that the workers have taken."""
+    times = [psutil.Process(pid).cpu_times() for pid in images.pool.pids()]
+    return sum(each.user + each.system for each in times)
+
+
 def decoder_alone(
     images: StreamedImages, config: ViewsConfig, samples: torch.Tensor, workers: int
-) -> float:
-    """Return images a second of what the workers do with images, in as many processes, alone."""
+) -> tuple[float, float]:
+    """Return images a second, and a CPU second, of as many processes that do the workers' work."""
     drawn = torch.stack([views.crop_numbers(config, 0, 0, samples, v) for v in (0, 1)], dim=1)
     numbers = drawn.tolist()
     recipe = Recipe(config.size, (0, 1), config.ratio_min, config.ratio_max)
@@ -114,14 +128,15 @@ def decoder_alone(
     for process in started:
         assert process.stdout
         process.stdout.readline()  # all are ready
-    rate = 0.0
+    rate = cpu_rate = 0.0
     for process in started:
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
     for process in started:
-        rate += float(process.communicate()[0])
-    return rate
+        clock, cpu = process.communicate()[0].split()
+        rate, cpu_rate = rate + float(clock), cpu_rate + float(cpu)
+    return rate, cpu_rate
 
 
 def alone() -> None:
@@ -132,10 +147,11 @@ def alone() -> None:
     memory = mmap.mmap(-1, worker_pool.SLOT_BYTES)
     print(flush=True)
     sys.stdin.readline()
-    began = time.monotonic()
+    began, busy = time.monotonic(), time.process_time()
     for each, numbers in content:
         assert image_worker.answer(each, numbers, memory) == ""
-    print(sum(len(each["places"]) for each in requests) / (time.monotonic() - began))
+    count = sum(len(each["places"]) for each in requests)
+    print(count / (time.monotonic() - began), count / (time.process_time() - busy))
 
 
 def make_shards(folder: Path, root: Path) -> None:

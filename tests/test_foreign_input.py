@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from moco_dist import data, fingerprint, image_folder
+from moco_dist import data, fingerprint, image_file, image_folder
 from moco_dist.config import DataConfig, PretrainConfig
 from moco_dist.config_files import from_dict, load, to_dict
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
@@ -250,12 +250,12 @@ def test_a_thousand_unreadable_images_are_not_all_tried(
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     tried = []
 
-    def read(path: Path, size: int) -> None:
-        tried.append(path)
+    def square(content: bytes, size: int) -> None:
+        tried.append(content)
         time.sleep(0.001)
         raise ValueError("bad")
 
-    monkeypatch.setattr(image_folder, "_read", read)
+    monkeypatch.setattr(image_file, "square", square)
     with pytest.raises(DataError, match="100 or more of 1000 images are not readable"):
         image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
     assert len(tried) < 500

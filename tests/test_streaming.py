@@ -170,6 +170,8 @@ def hashes(root: str, cache: str) -> list[list[str]]:
         passes = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
         source = StreamedSource(splits.train, config, torch.float64, plan, passes, way)
         found.append([step_hash(source, plan.step(n, len(passes)), n) for n in range(4)])
+        again = step_hash(source, plan.step(1, len(passes)), 1)
+        assert again == found[-1][1]  # also out of turn
         source.forget()
     splits.train.pool.close()
     return found
