@@ -59,14 +59,14 @@ class Trainer:
         )
         self.optimizer = torch.optim.SGD(
             self.moco.query_encoder.parameters(),
-            lr=config.optim.lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
+            *(config.optim.lr, config.optim.momentum, 0, config.optim.weight_decay),
             fused=True,
         )
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
+        if config.runtime.compile:
+            self.moco.compile_encoders()
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
         # at each step. It would also give each process the BatchNorm statistics of process 0.
         self.query = self.accelerator.prepare(self.moco.query_encoder)
@@ -195,8 +195,7 @@ class Trainer:
         And this process's queries of the first pass, (rows, dim).
         """
         config = self.config
-        queue = self.moco.queue
-        negatives, _ = queue.negatives()
+        negatives, _ = self.moco.queue.negatives()
         pieces = [
             (number, view, piece)
             for number, (view, _) in enumerate(self.passes)
@@ -207,7 +206,7 @@ class Trainer:
             with nullcontext() if place == len(pieces) else self.accelerator.no_sync(self.query):
                 samples = rows.samples[piece]
                 queries = self.query(self.source.views(samples, rows.epoch, view))
-                owners = queue.owners(samples) if config.moco.mask_own_keys else None
+                owners = self.moco.queue.owners(samples) if config.moco.mask_own_keys else None
                 loss, logits = moco.info_nce(
                     queries, keys[number][piece], negatives, config.moco.temperature, owners
                 )

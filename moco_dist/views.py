@@ -19,8 +19,14 @@ from torch.nn import functional
 
 from moco_dist.config import ViewsConfig
 from moco_dist.randomness import Key, Purpose, uniform
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+from moco_dist.view_colors import (
+    HUE,
+    adjust_hue,
+    adjust_tone,
+    column,
+    select,
+    to_grayscale,
+)
 
 
 @dataclass(frozen=True)
@@ -127,18 +133,6 @@ def draw(
     )
 
 
-def _column(values: Tensor) -> Tensor:
-    return values.reshape(-1, 1, 1, 1)
-
-
-def _select(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    """Return where(condition, chosen, other), exactly, for finite numbers.
-
-    `lerp` returns its end points as they are; on a CPU `where` takes 4 to 30 times as long.
-    """
-    return torch.lerp(other, chosen, condition.to(other.dtype))
-
-
 def _resize_weights(
     start: Tensor, length: Tensor, flip: Tensor, source: int, size: int, dtype: torch.dtype
 ) -> Tensor:
@@ -176,60 +170,6 @@ def crop_and_resize(images: Tensor, draws: Draws, size: int) -> Tensor:
     return rows[:, None] @ narrow.reshape(-1, channels, height, size)
 
 
-def to_grayscale(images: Tensor) -> Tensor:
-    """Return the luma (n, 1, H, W) of images (n, 3, H, W), with torchvision's digits of BT.601."""
-    red, green, blue = images.chunk(3, dim=1)
-    return torch.add(torch.add(0.2989 * red, green, alpha=0.587), blue, alpha=0.114)
-
-
-def blend(images: Tensor, reference: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return factor * images + (1 - factor) * reference, clamped to [0, 1]; `factor` is (n,).
-
-    A factor of 1 changes no bit of images in [0, 1]. `out` may be `images`.
-    """
-    share = _column(factor).to(images.dtype)
-    return torch.lerp(reference, images, share, out=out).clamp_(0, 1)
-
-
-def adjust_tone(
-    images: Tensor, operation: Tensor, factor: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """Return images (n, 3, H, W) in [0, 1] with one of three operations for each sample.
-
-    BRIGHTNESS blends with black, CONTRAST with the mean of the gray image, SATURATION with the
-    gray image; `operation` is int64 (n,), `factor` float (n,). Formulas: torchvision's.
-    """
-    gray = to_grayscale(images)
-    saturates, contrasts = (
-        _column(operation == which).to(images.dtype) for which in (SATURATION, CONTRAST)
-    )
-    mean = gray.mean(dim=(1, 2, 3), keepdim=True).mul_(contrasts)
-    return blend(images, torch.addcmul(mean, gray, saturates), factor, out)
-
-
-def adjust_hue(images: Tensor, hue: Tensor) -> Tensor:
-    """Return images (n, 3, H, W) in [0, 1] with their hue turned by `hue` (n,), in turns.
-
-    HSV after Smith, Color gamut transform pairs, SIGGRAPH 1978. Turning leaves the largest and the
-    smallest channel values as they are, so value and saturation are never computed. With channels
-    scaled to smallest 0 and largest 1 the hue, in sixths of a turn, is 1 + green + blue - red where
-    green is more than blue, and the negative of that where it is less: the six cases as one.
-    """
-    red, green, blue = images.unbind(1)
-    largest = torch.maximum(torch.maximum(red, green), blue)
-    smallest = torch.minimum(torch.minimum(red, green), blue)
-    chroma = largest.sub_(smallest)
-    sector = (green + blue).sub_(red).sub_(smallest)
-    sector.div_(chroma.clamp(min=torch.finfo(images.dtype).tiny)).add_(1)
-    sector.copysign_(green - blue).add_((6 * hue).to(images.dtype)[:, None, None])
-    sector -= (sector / 6).floor_().mul_(6)
-    red, green, blue = (sector - 3).abs_() - 1, 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_()
-    turned = torch.empty_like(images)
-    for channel, x in zip(turned.unbind(1), (red, green, blue), strict=True):
-        torch.addcmul(smallest, chroma, x.clamp_(0, 1), out=channel)
-    return turned
-
-
 def color_jitter(images: Tensor, draws: Draws) -> Tensor:
     """Return images (n, 3, H, W) in [0, 1] with the four operations in each sample's own order.
 
@@ -259,7 +199,7 @@ def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
     after = torch.where(jitter & (place > place_of_hue[:, None]), strengths, 1.0)
     for slot in (0, 1, 2):
         images = adjust_tone(images, draws.order[:, slot], before[:, slot])
-    images = _select(_column(draws.jitter), adjust_hue(images, draws.hue), images)
+    images = select(column(draws.jitter), adjust_hue(images, draws.hue), images)
     for slot in (1, 2, 3):
         images = adjust_tone(images, draws.order[:, slot], after[:, slot])
     return images
@@ -330,19 +270,19 @@ def apply(
     the crop; it commutes with all that follows.
     """
     assert images.dtype == torch.uint8, f"images are uint8, got {images.dtype}"
-    gray = _column(draws.grayscale)
+    gray = column(draws.grayscale)
     with torch.autocast(images.device.type, enabled=False):
         views = crop_and_resize(images.to(dtype) / 255, draws, config.size)
         if config.grayscale_before_jitter and config.grayscale > 0:
-            views = _select(gray, to_grayscale(views), views)
+            views = select(gray, to_grayscale(views), views)
         if config.jitter > 0:
             views = color_jitter(views, draws)
         if not config.grayscale_before_jitter and config.grayscale > 0:
-            views = _select(gray, to_grayscale(views), views)
+            views = select(gray, to_grayscale(views), views)
         if config.blur > 0:
             # The odd number nearest to a tenth of the side: 23 for 224, as SimCLR has it.
             blurred = gaussian_blur(views, draws.sigma, max(3, config.size // 20 * 2 + 1))
-            views = _select(_column(draws.blur), blurred, views)
+            views = select(column(draws.blur), blurred, views)
         return normalize(views, config)
 
 
