@@ -226,7 +226,7 @@ def grid_rows(results: Results) -> list[tuple[str, ...]]:
             )
         ]
         epochs = ",".join(map(str, row["best_epoch"]))
-        mark = "<- best" if row["best"] else ""
+        mark = "best" if row["best"] else ""
         rates = f"{row['lr']:g}", f"{row['weight_decay']:g}"
         rows.append((*rates, *shares[:2], epochs, *shares[2:], mark))
     return rows
