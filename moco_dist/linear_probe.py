@@ -14,7 +14,6 @@ from moco_dist import (
     features,
     fingerprint,
     heads,
-    knn,
     label_fraction,
     peers,
     views,
@@ -246,48 +245,6 @@ class LinearProbe:
         tensors = self.best.tensors if best else self.heads.state_dict()
         sums = heads.sums(inputs, labels, tensors["weight"], tensors["bias"], self.config.top_k)
         return comms.total(sums) / len(self.parts[part])
-
-    @torch.no_grad()
-    def train_top1(self) -> Tensor:
-        """Return each head's share of hits among the images that it learns from."""
-        tensors, found = self.heads.state_dict(), []
-        for seed, rows in enumerate(self.subsets):
-            weight, bias = (tensors[key][:, seed, None] for key in ("weight", "bias"))
-            inputs, labels = self.features["train"][:, None, rows], self.parts["train"].labels[rows]
-            found.append(heads.sums(inputs, labels[None], weight, bias, 1)[..., 2] / len(rows))
-        return torch.cat(found, dim=1)
-
-    @torch.no_grad()
-    def confusion(self, name: str, part: str, point: int) -> Tensor:
-        """Return how many images of each class are taken for which, int64 (seeds, true, predicted).
-
-        By the heads of one encoder and point of the grid.
-        """
-        place, classes = self.names.index(name), len(self.splits.train.classes)
-        mine = slice(comms.rank(), None, comms.world_size())
-        weight, bias = self.heads.weight[place, :, point], self.heads.bias[place, :, point]
-        found = self.features[part][place, mine] @ weight.mT + bias[:, None]
-        pairs = self.parts[part].labels[mine] * classes + found.argmax(2)
-        counts = torch.stack([each.bincount(minlength=classes**2) for each in pairs])
-        return comms.total(counts).reshape(-1, classes, classes)
-
-    def knn_top1(self, name: str, part: str) -> float:
-        """Return the share of a part's images that the nearest training images classify rightly.
-
-        The neighbours are those whose labels the first seed knows.
-        """
-        images, settings, place = self.parts[part], self.config.knn, self.names.index(name)
-        mine, known = features.share(len(images)).to(self.session.device), self.subsets[0]
-        train = self.parts["train"]
-        predicted = knn.predict(
-            self.features[part][place, mine],
-            self.features["train"][place, known],
-            train.labels[known],
-            len(train.classes),
-            settings.k,
-            settings.temperature,
-        )
-        return float(comms.total((predicted == images.labels[mine]).sum())) / len(images)
 
     def note_best(self) -> Tensor:
         """Return the figures of the epoch that has ended on the validation images.

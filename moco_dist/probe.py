@@ -40,7 +40,8 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     """Probe an encoder from where the run directory stands to the end, or to a request to stop."""
     if not config.encoder:
         raise ConfigError(
-            "encoder is empty; give encoder=runs/NAME, a run directory or a checkpoint folder"
+            "encoder is empty; give encoder=runs/NAME, a run directory, a checkpoint folder, or a "
+            "file with a state dict"
         )
     path = Path(config.encoder).expanduser()
     config = dataclasses.replace(config, name=config.run_name())

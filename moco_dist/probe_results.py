@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moco_dist import intervals, overlap, verdict
+from moco_dist import intervals, overlap, probe_figures, verdict
 from moco_dist.linear_probe import LinearProbe
 
 Results = dict[str, Any]
@@ -30,7 +30,7 @@ def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
     last = {part: probe.evaluate(part) for part in parts}
     best = {part: probe.evaluate(part, best=True) for part in parts} if keeps_best(probe) else last
     chosen = select(probe, last)
-    train = probe.train_top1().mean(1)
+    train = probe_figures.train_top1(probe).mean(1)
     encoders: dict[str, Any] = {}
     for place, name in enumerate(probe.names):
         rows = grid(probe, place, last, best, chosen[place])
@@ -127,7 +127,7 @@ def _figures(
 ) -> dict[str, Any]:
     """Return the figures of an encoder's selected heads on a part."""
     rows, count = figures[probe.names.index(name), :, point].tolist(), len(probe.parts[part])
-    counts = probe.confusion(name, part, point)
+    counts = probe_figures.confusion(probe, name, part, point)
     images = counts.sum(2).clamp(min=1).double()
     shares = (counts.diagonal(dim1=1, dim2=2) / images).mean(0).tolist()
     empty = (counts[0].sum(1) == 0).tolist()
@@ -136,7 +136,7 @@ def _figures(
         "top1": _share([row[TOP1] for row in rows], count),
         f"top{probe.config.top_k}": _share([row[TOP_K] for row in rows], count),
         "loss": _loss([row[LOSS] for row in rows], rows[0][SQUARE], count),
-        "knn_top1": probe.knn_top1(name, part),
+        "knn_top1": probe_figures.knn_top1(probe, name, part),
         "per_class": [None if e else s for s, e in zip(shares, empty, strict=True)],
         # Of the first seed: each image counts once.
         "confusion": counts[0].tolist(),
@@ -226,7 +226,7 @@ def grid_rows(results: Results) -> list[tuple[str, ...]]:
             )
         ]
         epochs = ",".join(map(str, row["best_epoch"]))
-        mark = "<- best" if row["best"] else ""
+        mark = "best" if row["best"] else ""
         rates = f"{row['lr']:g}", f"{row['weight_decay']:g}"
         rows.append((*rates, *shares[:2], epochs, *shares[2:], mark))
     return rows

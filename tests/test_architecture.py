@@ -55,6 +55,17 @@ FORBIDDEN = {
     "trainer": {"moco_dist.probe", "moco_dist.linear_probe"},
     "probe": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
     "linear_probe": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
+    "probe_results": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
+    "probe_figures": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
+    "finetune": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
+    "heads": {"accelerate", "moco_dist.comms", "moco_dist.data"},
+    "frozen": {"accelerate", "moco_dist.comms", "moco_dist.data"},
+    "overlap": {"accelerate", "moco_dist.comms"},
+    "label_fraction": {"accelerate", "moco_dist.comms"},
+    "encoder_source": {"accelerate", "moco_dist.comms", "moco_dist.data", "moco_dist.moco"},
+    "foreign_encoder": {"accelerate", "moco_dist.comms", "moco_dist.data", "moco_dist.moco"},
+    "verdict": {"torch", "accelerate"},
+    "intervals": {"torch", "accelerate", "moco_dist"},
 }
 
 

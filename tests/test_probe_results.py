@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 
-from moco_dist import checkpoint, data, encoder_source, foreign_encoder, label_fraction, verdict
+from moco_dist import (
+    checkpoint,
+    data,
+    encoder_source,
+    foreign_encoder,
+    label_fraction,
+    probe_results,
+    verdict,
+)
 from moco_dist.config import ProbeConfig
 from moco_dist.config_files import load
 from moco_dist.errors import DataError, MissingError
@@ -99,6 +108,18 @@ def test_the_grid_is_chosen_by_the_last_validation_and_tells_of_the_best_epoch(
     for part in ("validation", "test"):
         mean = sum(end[part]["top1"]["mean"] for end in ends) / 2
         assert early[f"best_epoch_{part}_top1"] == pytest.approx(mean, abs=1e-12)
+
+
+def test_the_validation_images_choose_and_of_equal_points_that_with_less_loss() -> None:
+    names: Any = SimpleNamespace(names=["probe", "control"])
+    figures = torch.zeros(2, 2, 3, 4)  # encoders, seeds, points, and loss, its square, top-1, top-5
+    figures[0, :, :, 2] = torch.tensor([[0.9, 0.5, 0.6], [0.1, 0.5, 0.5]])  # the mean decides
+    figures[1, :, :, 2] = 0.4
+    figures[1, 0, :, 0] = torch.tensor([2.0, 1.0, 3.0])
+    other = figures.flip(2)
+    chosen = probe_results.select(names, {"test": other, "validation": figures})
+    assert chosen == [2, 1]
+    assert probe_results.select(names, {"test": figures}) == [0, 0]
 
 
 def told(trained: float, control: float | None, images: int, **changes: Any) -> str:
