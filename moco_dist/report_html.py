@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -54,17 +55,13 @@ def element(tag: str, *children: object, **attributes: object) -> Html:
 
 def join(children: Iterable[object]) -> Html:
     """Return the children, one after the other, each escaped unless it is Html."""
-    return Html(
-        "".join(
-            child if isinstance(child, Html) else _escaped(child)
-            for child in children
-            if child is not None
-        )
-    )
+    return Html("".join(_escaped(child) for child in children if child is not None))
 
 
 def _escaped(value: object) -> str:
-    return html.escape(shown(value, limit=100_000), quote=True)
+    if isinstance(value, Html):
+        return value
+    return html.escape(shown(value, limit=sys.maxsize), quote=True)
 
 
 def paragraphs(*texts: object) -> Html:
@@ -131,14 +128,14 @@ class Gallery:
         image = element(
             *("img",),
             **{"src": _uri(picture.light), "alt": picture.alt},
-            **{"width": picture.width, "height": picture.height},
+            **{"width": picture.width, "height": picture.height, "decoding": "sync"},
         )
         content = element("picture", dark, image), element("figcaption", caption)
         return element("figure", *content, id=picture.name)
 
 
-def _uri(content: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+def _uri(content: bytes) -> Html:
+    return Html(f"data:image/png;base64,{base64.b64encode(content).decode()}")
 
 
 def page(title: str, *body: object) -> str:

@@ -73,6 +73,11 @@ def overview(named: Sequence[tuple[str, Record]]) -> Iterator[Html]:
     """Yield the key figures of one pretraining and its probe, or a table of all runs; alarms."""
     probes = [(name, found) for name, r in named if (found := results(r))]
     pretrainings = [record for _, record in named if record.kind == "pretrain"]
+    for name, found in probes:
+        sentence, better = found.verdict
+        if sentence:
+            about = f"{name}: {sentence}" if len(probes) > 1 else sentence
+            yield element("p", about, class_="note" if better else "note warn")
     if len(pretrainings) <= 1 and len([r for _, r in named if r.kind == "probe"]) <= 1:
         cells = [_key(*key) for key in _key_figures(pretrainings, [each for _, each in probes])]
         if cells:

@@ -41,9 +41,6 @@ def parts(record: Record, gallery: Gallery, prefix: str) -> Iterator[Html]:
     if found is None:
         yield element("p", "No results yet: they come with the probe's last step.", class_="note")
         return
-    sentence, better = found.verdict
-    if sentence:
-        yield element("p", sentence, class_="note" if better else "note warn")
     yield from _results(found)
     yield from _grid(found)
     yield from _confusion(found, gallery, prefix)

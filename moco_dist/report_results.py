@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,24 +85,39 @@ class Results:
         entries = found[:MAX_GRID] if isinstance(found, list) else []
         return [entry for entry in entries if isinstance(entry, dict)]
 
+    def _spread(self, trained: Value, control: Value) -> float:
+        """Return the points by which two encoders may differ by chance (95 %).
+
+        From the intervals over seeds, or else as shares of so many images (binomial), or 0 where
+        their number isn't known.
+        """
+        wide = [
+            v.high - v.low for v in (trained, control) if v.high is not None and v.low is not None
+        ]
+        if wide:
+            return 50 * sum(wide)
+        images = sum(map(sum, self.confusion)) if self.confusion_part == self.part else 0
+        variance = sum(max(0.0, v.mean * (1 - v.mean)) for v in (trained, control))
+        return 196 * math.sqrt(variance / images) if images else 0.0
+
     @property
     def verdict(self) -> tuple[str, bool]:
         """Return in words whether the trained encoder beats the random one, and whether it does."""
         trained, control = (self.value(each, self.part, "top1") for each in TITLES)
         if trained is None or control is None:
             return text_of(self.content.get("verdict") or ""), True
-        points = 100 * (trained.mean - control.mean)
-        spread = 50 * sum((v.high or 0) - (v.low or 0) for v in (trained, control) if v.high)
+        points, spread = 100 * (trained.mean - control.mean), self._spread(trained, control)
         better = points > spread
         if isinstance(said := self.content.get("verdict"), str) and said:
             return text_of(said), better
         images = f"on the {self.part} images"
+        chance = f" (chance alone gives up to {spread:.2f})" if spread else ""
         if better:
-            return f"Top-1 {images} is {points:.2f} points above that of a random encoder.", True
+            return f"Top-1 {images} is {points:.2f} points above a random encoder's{chance}.", True
         return (
             f"The trained encoder is not better than a random one: top-1 {images} is "
-            f"{abs(points):.2f} points {'below' if points < 0 else 'above'} it. Pretraining has "
-            "taught it nothing that this probe can see.",
+            f"{abs(points):.2f} points {'below' if points < 0 else 'above'} it{chance}. Pretraining "
+            "has taught it nothing that this probe can see.",
             False,
         )
 
