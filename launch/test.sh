@@ -7,4 +7,4 @@ ruff check .
 ruff format --check .
 mypy
 find . -name .venv -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print0 | xargs -0 -n 1 bash -n
-pytest -m "not slow and not slurm" "$@"
+pytest -m "not slow and not slurm and not browser" "$@"

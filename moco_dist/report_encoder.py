@@ -118,7 +118,7 @@ def _of_folder(config: DataConfig, root: Path) -> tuple[str, Images]:
     listing = image_folder.scan(tests[0], bool(classes), classes or None)
     rows = sample(len(listing.files), config).tolist()
     files, labels = ([each[row] for row in rows] for each in (listing.files, listing.labels))
-    some = image_folder.Listing(listing.root, files, labels, listing.classes)  # type: ignore[arg-type]
+    some = image_folder.Listing(listing.root, files, labels, listing.classes)
     pixels = image_folder.decode(some, config.size)
     return "test", Images(pixels, torch.tensor(labels), listing.classes)
 

@@ -12,7 +12,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.collections import PathCollection
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -99,7 +100,7 @@ def drawn(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Picture:
 
 
 def _png(draw: Callable[[Theme], Figure], theme: Theme) -> tuple[bytes, tuple[float, float]]:
-    settings = {
+    settings: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 8.5,
         "axes.titlesize": 9.5,
@@ -240,7 +241,7 @@ def matrix(
 
     right = 100 * np.trace(numbers) / max(1.0, numbers.sum())
     wrong = numbers - np.diag(np.diag(numbers))
-    row, column = np.unravel_index(int(wrong.argmax()), wrong.shape)
+    row, column = divmod(int(wrong.argmax()), len(classes))
     worst = (
         f" Most frequent confusion: {wrong[row, column]:.0f} images of {classes[row]} taken for "
         f"{classes[column]}."
@@ -270,15 +271,16 @@ def scatter(
         map_of_colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"]
         if coloured:
             handles = [
-                axes.scatter(*points[labels == i].T, s=4, color=map_of_colours(i), linewidths=0)
-                for i in range(len(classes))
+                _points(axes, points[labels == i], map_of_colours(i)) for i in range(len(classes))
             ]
             cut = [_cut(each, 12) for each in classes]
             _legend(figure, handles, cut, ncols=columns, markerscale=2.2, handletextpad=0.1)
         else:
             many = matplotlib.colormaps["twilight_shifted"]
-            colours = many(labels / max(1, len(classes))) if len(classes) else theme.curves[0]
-            axes.scatter(*points.T, s=4, c=colours, linewidths=0)
+            colours = (
+                many(labels / max(1, len(classes))) if len(classes) else to_rgba(theme.curves[0])
+            )
+            _points(axes, points, colours)
         axes.set_title(title)
         axes.set_xticks([], [])
         axes.set_yticks([], [])
@@ -288,6 +290,10 @@ def scatter(
 
     named = f", coloured by {len(classes)} classes" if len(classes) else ""
     return drawn(name, f"{title}: {len(points)} images as points{named}.", draw)
+
+
+def _points(axes: Axes, points: NDArray[np.floating], colour: Any) -> PathCollection:
+    return axes.scatter(points[:, 0], points[:, 1], s=4, c=np.atleast_2d(colour), linewidths=0)
 
 
 @dataclass(frozen=True)
@@ -305,7 +311,8 @@ def tiles(name: str, rows: Sequence[Sequence[Tile]], alt: str, inches: float = 0
     def draw(theme: Theme) -> Figure:
         columns, text = len(rows[0]), 0.2 if any(t.text for row in rows for t in row) else 0.05
         size = (inches * columns, (inches + text) * len(rows))
-        figure = Figure(figsize=size, layout="none")
+        figure = Figure(figsize=size)
+        figure.set_layout_engine("none")
         for y, row in enumerate(rows):
             for x, tile in enumerate(row):
                 left, bottom = x / columns, 1 - (y + 1) / len(rows) + text / size[1]

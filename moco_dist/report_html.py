@@ -101,11 +101,13 @@ def table(
     )
     content = element(
         "table",
-        element("caption", caption),
         element("thead", element("tr", *header)) if head else None,
         element("tbody", *body),
+        aria_label=caption,
     )
-    return element("div", content, class_="wide", role="region", aria_label=caption, tabindex=0)
+    scrolled = element("div", content, class_="wide", role="region", tabindex=0, aria_label=caption)
+    # Above it and not in it, where it would be as wide as the table.
+    return join([element("p", caption, class_="caption"), scrolled])
 
 
 def details(title: str, *children: object) -> Html:
@@ -125,11 +127,9 @@ class Gallery:
         dark = picture.dark and element(
             "source", srcset=_uri(picture.dark), media="(prefers-color-scheme: dark)"
         )
-        image = element(
-            *("img",),
-            **{"src": _uri(picture.light), "alt": picture.alt},
-            **{"width": picture.width, "height": picture.height, "decoding": "sync"},
-        )
+        size = {"width": picture.width, "height": picture.height}
+        source: dict[str, object] = {"src": _uri(picture.light), "alt": picture.alt}
+        image = element("img", decoding="sync", **source, **size)
         content = element("picture", dark, image), element("figcaption", caption)
         return element("figure", *content, id=picture.name)
 

@@ -137,10 +137,10 @@ def _key_figures(
 
 def _run_table(named: Sequence[tuple[str, Record]]) -> Html:
     head = ("run", "kind", "state", "step", "loss", "kNN best, %", "kNN last, %")
-    rows: list[list[object]] = []
+    rows: list[list[str]] = []
     for name, record in named:
         value, best, found = record.last("train/loss"), record.best_knn, results(record)
-        figures = [found and found.value(each, found.part, "top1") for each in TITLES]
+        figures = [found.value(e, found.part, "top1") if found else None for e in TITLES]
         rows.append(
             [name, KINDS[record.kind], record.state]
             + [f"{record.step:,} of {record.total_steps:,}" if record.total_steps else NONE]

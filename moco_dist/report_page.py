@@ -57,7 +57,7 @@ def build(records: Sequence[Record], looks: Looks) -> tuple[str, list[Picture]]:
     for (name, record), slug in zip(named, slugs, strict=True):
         alone = len(kinds.get(record.kind, ())) == 1
         sections.append(_own_section(name, record, looks, gallery, "" if alone else f"{slug}_"))
-    sections += [_differences(kinds[kind]) for kind in kinds]
+    sections += [each for kind in kinds if (each := _differences(kinds[kind]))]
     body = page(
         f"{title}: moco_dist report",
         element("h1", title),

@@ -48,7 +48,7 @@ def parts(record: Record, gallery: Gallery, prefix: str) -> Iterator[Html]:
 
 def _results(found: Results) -> Iterator[Html]:
     names = found.names
-    rows: list[list[object]] = [
+    rows: list[list[str]] = [
         [TITLES[encoder], part]
         + [shown(found.value(encoder, part, name), name != "loss") for name in names]
         for encoder, part in found.rows

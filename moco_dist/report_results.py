@@ -66,7 +66,8 @@ class Results:
                     content = content.get(key) if isinstance(content, dict) else None
                 figures = content if isinstance(content, dict) else {}
                 found |= dict.fromkeys(k for k, v in figures.items() if value(v))
-        return list(found)
+        order = {name: place for place, name in enumerate(("top1", "top5", "loss", "knn_top1"))}
+        return sorted(found, key=lambda name: order.get(name, 1))
 
     @property
     def part(self) -> str:
@@ -91,10 +92,8 @@ class Results:
         From the intervals over seeds, or else as shares of so many images (binomial), or 0 where
         their number isn't known.
         """
-        wide = [
-            v.high - v.low for v in (trained, control) if v.high is not None and v.low is not None
-        ]
-        if wide:
+        ends = [(v.low, v.high) for v in (trained, control)]
+        if wide := [high - low for low, high in ends if low is not None and high is not None]:
             return 50 * sum(wide)
         images = sum(map(sum, self.confusion)) if self.confusion_part == self.part else 0
         variance = sum(max(0.0, v.mean * (1 - v.mean)) for v in (trained, control))
@@ -116,8 +115,8 @@ class Results:
             return f"Top-1 {images} is {points:.2f} points above a random encoder's{chance}.", True
         return (
             f"The trained encoder is not better than a random one: top-1 {images} is "
-            f"{abs(points):.2f} points {'below' if points < 0 else 'above'} it{chance}. Pretraining "
-            "has taught it nothing that this probe can see.",
+            f"{abs(points):.2f} points {'below' if points < 0 else 'above'} it{chance}. "
+            "Pretraining has taught it nothing that this probe can see.",
             False,
         )
 
@@ -128,8 +127,9 @@ def value(found: object) -> Value | None:
         mean, low, high = (number(found.get(key)) for key in ("mean", "low", "high"))
         each = found.get("values")
         seeds = len(each) if isinstance(each, list) else 1
-        both = low is not None and high is not None and seeds > 1
-        return None if mean is None else Value(mean, *((low, high) if both else ()), seeds=seeds)
+        if seeds < 2 or low is None or high is None:
+            low = high = None
+        return None if mean is None else Value(mean, low, high, seeds)
     plain = number(found)
     return None if plain is None else Value(plain)
 

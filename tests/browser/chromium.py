@@ -105,16 +105,15 @@ class Chromium:
 
     def script(self, expression: str) -> Any:
         """Return the value of an expression in the page."""
-        found = self.ask(
-            *("Runtime.evaluate",),
-            **{"expression": expression, "awaitPromise": True, "returnByValue": True},
-        )
+        wanted: dict[str, Any] = {"awaitPromise": True, "returnByValue": True}
+        found = self.ask("Runtime.evaluate", expression=expression, **wanted)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
     def show_as(self, width: int, height: int, scheme: str, phone: bool = False) -> None:
         """Show the page in a window of so many CSS pixels, light or dark."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1}
+        size: dict[str, Any] = {"width": width, "height": height}
+        size["deviceScaleFactor"] = 2 if phone else 1
         self.ask("Emulation.setDeviceMetricsOverride", **size, mobile=phone)
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.ask("Emulation.setEmulatedMedia", features=[feature])
