@@ -225,4 +225,5 @@ def _pixels(image: Tensor) -> NDArray[np.uint8]:
 
 def _name(images: Images, row: int) -> str:
     label = int(images.labels[row])
-    return shown(images.classes[label])[:9] if 0 <= label < len(images.classes) else ""
+    name = shown(images.classes[label]) if 0 <= label < len(images.classes) else ""
+    return name if len(name) <= 8 else f"{name[:7]}."

@@ -9,7 +9,7 @@ from moco_dist import report_curves
 from moco_dist.console_lines import loss
 from moco_dist.report_html import NONE, Html, element, section, table
 from moco_dist.report_probe import percent, shown
-from moco_dist.report_results import TITLES, Results, results
+from moco_dist.report_results import CONTROL, TITLES, Results, results
 from moco_dist.run_progress import RunProgress, duration
 from moco_dist.run_record import Record, number, text_of
 
@@ -76,8 +76,10 @@ def overview(named: Sequence[tuple[str, Record]]) -> Iterator[Html]:
     for name, found in probes:
         sentence, better = found.verdict
         if sentence:
-            about = f"{name}: {sentence}" if len(probes) > 1 else sentence
-            yield element("p", about, class_="note" if better else "note warn")
+            about = f"{name}: " if len(probes) > 1 else ""
+            yield element("p", about + sentence, class_="note" if better else "note warn")
+        for fault in found.faults:
+            yield element("p", f"{name}: {fault}", class_="note warn")
     if len(pretrainings) <= 1 and len([r for _, r in named if r.kind == "probe"]) <= 1:
         cells = [_key(*key) for key in _key_figures(pretrainings, [each for _, each in probes])]
         if cells:
@@ -109,14 +111,14 @@ def _key_figures(
     pretrainings: Sequence[Record], probes: Sequence[Results]
 ) -> Iterator[tuple[str, str, str]]:
     for found in probes:
-        for name in ("top1", "top5"):
+        for name in [name for name in found.names if name.startswith("top")][:2]:
             trained, control = (found.value(e, found.part, name) for e in ("probe", "control"))
             if trained is None:
                 continue
             beside = [f"{found.part} images"]
             if trained.low is not None and trained.high is not None:
                 beside.append(f"95 % interval {percent(trained.low)} to {percent(trained.high)}")
-            beside += [f"random encoder {percent(control.mean)} %"] if control else []
+            beside += [f"{found.titles[CONTROL]} {percent(control.mean)} %"] if control else []
             majority = found.majority(found.part) if name == "top1" else None
             beside += [f"majority class {percent(majority)} %"] if majority is not None else []
             title = f"Linear probe, {name.replace('top', 'top-')}"
@@ -136,7 +138,7 @@ def _key_figures(
 
 
 def _run_table(named: Sequence[tuple[str, Record]]) -> Html:
-    head = ("run", "kind", "state", "step", "loss", "kNN best, %", "kNN last, %")
+    head = ("run", "kind", "state", "step", "loss", "kNN, best %")
     rows: list[list[str]] = []
     for name, record in named:
         value, best, found = record.last("train/loss"), record.best_knn, results(record)
@@ -145,8 +147,11 @@ def _run_table(named: Sequence[tuple[str, Record]]) -> Html:
             [name, KINDS[record.kind], record.state]
             + [f"{record.step:,} of {record.total_steps:,}" if record.total_steps else NONE]
             + [NONE if value is None else loss(value)]
-            + [percent(best and best[1]), percent(record.last("knn/top1"))]
+            + [percent(best and best[1])]
             + [shown(figure) for figure in figures]
         )
-    caption = "Top-1 of a probe is on the test images; where there are none, on validation images."
-    return table(caption, (*head, "probe top-1, %", "random encoder, %"), rows, (0, 1, 2))
+    caption = (
+        "Top-1 of probes, and of the random encoder beside each, is on the test images; where "
+        "there are none, on the validation images."
+    )
+    return table(caption, (*head, "probe, %", "random, %"), rows, (0, 1, 2))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from moco_dist import report_figures
 from moco_dist.report_html import NONE, Gallery, Html, details, element, table
-from moco_dist.report_results import CONTROL, PARTS, TITLES, TRAINED, Results, Value, results
+from moco_dist.report_results import CONTROL, PARTS, TRAINED, Results, Value, results
 from moco_dist.run_record import Record, number, text_of
 
 
@@ -49,7 +49,7 @@ def parts(record: Record, gallery: Gallery, prefix: str) -> Iterator[Html]:
 def _results(found: Results) -> Iterator[Html]:
     names = found.names
     rows: list[list[str]] = [
-        [TITLES[encoder], part]
+        [found.titles[encoder], part]
         + [shown(found.value(encoder, part, name), name != "loss") for name in names]
         for encoder, part in found.rows
     ]
@@ -69,7 +69,10 @@ def _results(found: Results) -> Iterator[Html]:
         facts.append(f"{images:,.0f} training images")
     if (fraction := number(content.get("label_fraction"))) is not None and fraction < 1:
         facts.append(f"{100 * fraction:g} % of the labels")
-    interval = f"; mean and 95 % interval of {seeds} seeds" if seeds > 1 else ""
+    means = f"means of {seeds} seeds; " if seeds > 1 else ""
+    kind = content.get("interval")
+    interval = f"; {means}intervals: {text_of(kind)}" if isinstance(kind, str) else ""
+    interval = interval or (f"; {means}with intervals" if seeds > 1 else "")
     told = f" ({'; '.join(facts)})" if facts else ""
     yield table(
         f"After the last epoch{told}{interval}.",
@@ -90,14 +93,22 @@ def _grid(found: Results) -> Iterator[Html]:
     if len(found.grid) < 2:
         return
     rows = []
+    best_epochs = any("best_epoch" in entry for entry in found.grid)
     for entry in found.grid:
         rate, decay = (number(entry.get(key)) for key in ("lr", "weight_decay"))
         cells = [NONE if cell is None else f"{cell:g}" for cell in (rate, decay)]
         cells += [percent(number(entry.get(f"{part}_top1"))) for part in PARTS]
+        if best_epochs:
+            epochs = entry.get("best_epoch")
+            cells.append(", ".join(map(text_of, epochs)) if isinstance(epochs, list) else NONE)
+            cells += [percent(number(entry.get(f"best_epoch_{part}_top1"))) for part in PARTS]
         rows.append([*cells, "chosen" if entry.get("best") is True else ""])
-    head = ("learning rate", "weight decay", "validation top-1, %", "test top-1, %", "")
+    head = ["learning rate", "weight decay", "validation top-1, %", "test top-1, %"]
     caption = "Learning rates and weight decays tried; the one chosen is the best on validation."
-    content = table(caption, head, rows, (4,))
+    if best_epochs:
+        head += ["best epoch", "validation then, %", "test then, %"]
+        caption += " Beside the last epoch's, the figures after the best epoch on validation."
+    content = table(caption, [*head, ""], rows, (len(head),))
     yield content if len(rows) <= 12 else details(f"All {len(rows)} combinations", content)
 
 

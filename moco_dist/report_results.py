@@ -22,7 +22,7 @@ MAX_CLASSES, MAX_GRID = 100_000, 10_000
 
 @dataclass(frozen=True)
 class Value:
-    """A figure: the mean over seeds, and the ends of its interval where there are several."""
+    """A figure: the mean over seeds, and the ends of its interval where it has one."""
 
     mean: float
     low: float | None = None
@@ -65,7 +65,11 @@ class Results:
                 for key in (encoder, part):
                     content = content.get(key) if isinstance(content, dict) else None
                 figures = content if isinstance(content, dict) else {}
-                found |= dict.fromkeys(k for k, v in figures.items() if value(v))
+                found |= dict.fromkeys(
+                    name
+                    for name, figure in figures.items()
+                    if (name == "loss" or name.startswith(("top", "knn_"))) and value(figure)
+                )
         order = {name: place for place, name in enumerate(("top1", "top5", "loss", "knn_top1"))}
         return sorted(found, key=lambda name: order.get(name, 1))
 
@@ -80,6 +84,18 @@ class Results:
         return number(found.get(part)) if isinstance(found, dict) else None
 
     @property
+    def titles(self) -> dict[str, str]:
+        """Return what the encoders are called; fine-tuning has one trained from scratch beside."""
+        scratch = self.content.get("protocol") == "finetune"
+        return TITLES | ({CONTROL: "from scratch"} if scratch else {})
+
+    @property
+    def faults(self) -> list[str]:
+        """Return what the probe found wrong, a sentence each."""
+        found = self.content.get("faults")
+        return [text_of(each) for each in found[:20]] if isinstance(found, list) else []
+
+    @property
     def grid(self) -> list[dict[str, Any]]:
         """Return the combinations tried, with the accuracies of each."""
         found = self.content.get("grid")
@@ -89,7 +105,7 @@ class Results:
     def _spread(self, trained: Value, control: Value) -> float:
         """Return the points by which two encoders may differ by chance (95 %).
 
-        From the intervals over seeds, or else as shares of so many images (binomial), or 0 where
+        From their intervals, or else as shares of so many images (binomial), or 0 where
         their number isn't known.
         """
         ends = [(v.low, v.high) for v in (trained, control)]
@@ -127,7 +143,7 @@ def value(found: object) -> Value | None:
         mean, low, high = (number(found.get(key)) for key in ("mean", "low", "high"))
         each = found.get("values")
         seeds = len(each) if isinstance(each, list) else 1
-        if seeds < 2 or low is None or high is None:
+        if low is None or high is None:
             low = high = None
         return None if mean is None else Value(mean, low, high, seeds)
     plain = number(found)

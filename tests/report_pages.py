@@ -64,7 +64,9 @@ def hostile(output: Path, name: str = "<script>alert(1)<b>$x_$") -> Path:
         (each / "environment.json").write_text(json.dumps(environment))
     (run / "config.yaml").write_text(f"name: p\nmoco:\n  queue_size: 8\n'{attack}': '{attack}'\n")
     (probe / "config.yaml").write_text(f"encoder: {run}\nname: '{attack}'\ntop_k: 5\n")
-    metrics = [{"step": n, "epoch": n / 2, "train/loss": 1.0, "knn/top1": 0.5} for n in (1, 2)]
+    metrics: list[dict[str, object]] = [
+        {"step": n, "epoch": n / 2, "train/loss": 1.0, "knn/top1": 0.5} for n in (1, 2)
+    ]
     metrics.append({"step": 2, "alarm": attack, "text": attack})
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
     (probe / "metrics.jsonl").write_text('{"step": 2, "epoch": 1, "probe/top1": 0.5}\n')

@@ -29,6 +29,7 @@ from moco_dist import (
 )
 from moco_dist.config import DataConfig
 from moco_dist.data import Images
+from moco_dist.errors import MissingError
 from tests.report_pages import Page, hostile, picture
 from tests.test_report import entries, runs, write
 
@@ -119,10 +120,10 @@ def test_a_curve_holds_the_numbers_of_the_lines(runs: Path) -> None:
     assert len(lines) == 3
     for chart, key, factor in ((top1, "top1", 100), (top5, "top5", 100), (loss, "loss", 1)):
         figure = report_figures.curves(chart, report_figures.LIGHT)
-        drawn = [line.get_xydata() for line in figure.axes[0].lines]
+        drawn: list[Any] = [line.get_xydata() for line in figure.axes[0].lines]
         for encoder, found in zip(("probe", "control"), drawn, strict=True):
             expected = [(line["epoch"], factor * line[f"{encoder}/{key}"]) for line in lines]
-            np.testing.assert_allclose(found, expected, rtol=1e-12)
+            np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-12)
 
 
 def test_a_long_curve_is_drawn_as_means_inside_its_range() -> None:
@@ -131,10 +132,10 @@ def test_a_long_curve_is_drawn_as_means_inside_its_range() -> None:
     y[7] = math.nan
     chart = report_figures.Chart("a", "a", [report_figures.Series("a", x.tolist(), y.tolist())])
     axes = report_figures.curves(chart, report_figures.LIGHT).axes[0]
-    found = np.asarray(axes.lines[0].get_xydata())
+    found: Any = axes.lines[0].get_xydata()
     expected = [np.nanmean(part) for part in y.reshape(report_figures.BINS, -1)]
     np.testing.assert_allclose(found[:, 1], expected, rtol=1e-9)
-    band = axes.collections[0].get_paths()[0].vertices
+    band: Any = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(np.nanmax(y))
     assert band[:, 1].min() == pytest.approx(np.nanmin(y))
 
@@ -227,7 +228,7 @@ def test_a_bare_folder_gets_no_report_and_one_without_anything_readable_a_page(
 
 def test_data_that_are_gone_are_told_and_the_rest_is_there(runs: Path, tmp_path: Path) -> None:
     config = DataConfig(name="cifar10", root=str(tmp_path / "nowhere"))
-    with pytest.raises(report_encoder.MissingError, match="a report downloads nothing"):
+    with pytest.raises(MissingError, match="a report downloads nothing"):
         report_encoder.held_out(config)
     run = tmp_path / "early"
     shutil.copytree(runs / "real", run, ignore=shutil.ignore_patterns("checkpoints"))
@@ -303,10 +304,15 @@ def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_p
     shutil.copytree(runs / "real-probe", run)
     top1 = {"mean": 0.8125, "low": 0.79, "high": 0.83, "values": [0.81, 0.815]}
     figures = {"top1": top1, "knn_top1": 0.7, "confusion": [[3, 1], [0, 4]]}
-    grid = [{"lr": r, "weight_decay": 0, "validation_top1": r / 100} for r in (10, 30)]
+    grid: list[dict[str, object]] = [
+        {"lr": r, "weight_decay": 0, "validation_top1": r / 100} for r in (10, 30)
+    ]
+    grid[0] |= {"best_epoch": [3, 4], "best_epoch_validation_top1": 0.125}
+    faults = ["3 of the test images are among the training images."]
     content = {
         **{"schema": "moco_dist.probe", "version": 1, "classes": ["cat", "dog"], "grid": grid},
         **{"majority_top1": {"test": 0.5}, "encoders": {"probe": {"test": figures}}},
+        **{"faults": faults, "interval": "95 %, Student t over 2 seeds", "train_images": 1234},
     }
     (run / "results.json").write_text(json.dumps(content))
     text = quick(tmp_path / "out", run).text
@@ -314,6 +320,9 @@ def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_p
     assert "majority classtest50.00" in text
     assert "30030.00" in text  # learning rate 30, weight decay 0, 30 %
     assert "control=false" in text
+    assert "3, 412.50" in text  # best epochs, 12.5 %
+    assert faults[0] in text
+    assert "(1,234 training images); means of 2 seeds; intervals: 95 %, Student t" in text
     assert "cat475.00dog (25.0 %)" in text
     (run / "DONE").unlink()  # of an earlier end: the probe goes on
     assert "81.25" not in quick(tmp_path / "out", run).text
