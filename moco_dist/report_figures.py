@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 
 from moco_dist.report_html import Picture
@@ -72,6 +73,8 @@ class Chart:
     x_label: str = "epoch"
     y_label: str = ""
     reference: tuple[float, str] | None = None
+    # Whether the values, all above 0, are on a logarithmic axis if they differ widely.
+    may_be_logarithmic: bool = False
 
     @property
     def alt(self) -> str:
@@ -153,6 +156,11 @@ def curves(content: Chart, theme: Theme) -> Figure:
     axes.set_xlabel(content.x_label)
     axes.set_ylabel(content.y_label)
     axes.margins(x=0.02)
+    finite = [y for each in content.series for y in each.y if math.isfinite(y)]
+    if content.may_be_logarithmic and finite and 0 < 20 * min(finite) < max(finite):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if len(entries) > 1:
         shown = entries[:ENTRIES]
         more = [f"and {len(entries) - ENTRIES} more"] if len(entries) > ENTRIES else []

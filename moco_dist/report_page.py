@@ -47,7 +47,8 @@ def build(records: Sequence[Record], looks: Looks) -> tuple[str, list[Picture]]:
     named = list(zip(labels(records), records, strict=True))
     kinds = {kind: [(n, r) for n, r in named if r.kind == kind] for kind in ("pretrain", "probe")}
     # The page of one run is the report of that run; what belongs to it is on it too.
-    title = named[0][0] if len(kinds["pretrain"]) < 2 > len(kinds["probe"]) else "Runs compared"
+    one = len(kinds["pretrain"]) == 1 or len(named) == 1
+    title = named[0][0] if one else "Runs compared"
     sections = [
         *overview(named),
         *_probe_curves(kinds["probe"], gallery),

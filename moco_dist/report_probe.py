@@ -97,18 +97,19 @@ def _grid(found: Results) -> Iterator[Html]:
     for entry in found.grid:
         rate, decay = (number(entry.get(key)) for key in ("lr", "weight_decay"))
         cells = [NONE if cell is None else f"{cell:g}" for cell in (rate, decay)]
+        cells[0] += " (chosen)" if entry.get("best") is True else ""
         cells += [percent(number(entry.get(f"{part}_top1"))) for part in PARTS]
         if best_epochs:
             epochs = entry.get("best_epoch")
             cells.append(", ".join(map(text_of, epochs)) if isinstance(epochs, list) else NONE)
             cells += [percent(number(entry.get(f"best_epoch_{part}_top1"))) for part in PARTS]
-        rows.append([*cells, "chosen" if entry.get("best") is True else ""])
+        rows.append(cells)
     head = ["learning rate", "weight decay", "validation top-1, %", "test top-1, %"]
     caption = "Learning rates and weight decays tried; the one chosen is the best on validation."
     if best_epochs:
         head += ["best epoch", "validation then, %", "test then, %"]
         caption += " Beside the last epoch's, the figures after the best epoch on validation."
-    content = table(caption, [*head, ""], rows, (len(head),))
+    content = table(caption, head, rows, (0,))
     yield content if len(rows) <= 12 else details(f"All {len(rows)} combinations", content)
 
 

@@ -126,6 +126,22 @@ def test_a_curve_holds_the_numbers_of_the_lines(runs: Path) -> None:
             np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-12)
 
 
+def test_a_line_without_an_epoch_stands_at_that_of_its_step(tmp_path: Path) -> None:
+    lines = [{"step": 10, "epoch": 2.0, "train/loss": 1.0}, {"step": 25, "knn/top1": 0.5}]
+    write(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    record = run_record.read(tmp_path / "run")
+    assert report_curves.epochs(record, "knn/top1") == ([5.0], [0.5])
+
+
+def test_losses_that_differ_widely_are_on_a_logarithmic_axis() -> None:
+    for values, scale in (([100.0, 1.0], "log"), ([100.0, 50.0], "linear"), ([9.0, 0.0], "linear")):
+        series = [report_figures.Series("a", [1, 2], values)]
+        chart = report_figures.Chart("a", "a", series, may_be_logarithmic=True)
+        axes = report_figures.curves(chart, report_figures.LIGHT).axes[0]
+        assert axes.get_yscale() == scale
+
+
 def test_a_long_curve_is_drawn_as_means_inside_its_range() -> None:
     x = np.arange(40_000) / 100
     y = np.sin(x / 40) + np.random.default_rng(0).normal(size=x.size)
@@ -307,6 +323,7 @@ def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_p
     grid: list[dict[str, object]] = [
         {"lr": r, "weight_decay": 0, "validation_top1": r / 100} for r in (10, 30)
     ]
+    grid[1]["best"] = True
     grid[0] |= {"best_epoch": [3, 4], "best_epoch_validation_top1": 0.125}
     faults = ["3 of the test images are among the training images."]
     content = {
@@ -318,7 +335,7 @@ def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_p
     text = quick(tmp_path / "out", run).text
     assert "81.25 (79.00 to 83.00)" in text
     assert "majority classtest50.00" in text
-    assert "30030.00" in text  # learning rate 30, weight decay 0, 30 %
+    assert "30 (chosen)030.00" in text  # learning rate 30, weight decay 0, 30 %
     assert "control=false" in text
     assert "3, 412.50" in text  # best epochs, 12.5 %
     assert faults[0] in text
