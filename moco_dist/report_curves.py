@@ -151,7 +151,11 @@ def of_probes(runs: Sequence[tuple[str, Record]]) -> Iterator[tuple[Chart, str]]
                 if x:
                     series.append(Series(name, x, values, place, dashed=encoder == "control"))
         if series:
-            chart = Chart(f"probe_{metric}", f"Probe {title}, {where} images", series, y_label=unit)
+            chart = Chart(
+                *(f"probe_{metric}", f"Probe {title}, {where} images", series),
+                y_label=unit,
+                may_be_logarithmic=metric == "loss",
+            )
             yield chart, _probe_caption(metric, title, where)
 
 

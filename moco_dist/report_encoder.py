@@ -25,7 +25,7 @@ from moco_dist.data import Images
 from moco_dist.encoder import Encoder
 from moco_dist.errors import MissingError, shown
 from moco_dist.randomness import Purpose, permutation
-from moco_dist.report_figures import Tile
+from moco_dist.report_pictures import Tile
 
 # Images of the sample, of them on the map by t-SNE, in a batch, and seconds for their features.
 SAMPLE, NEIGHBOUR_EMBEDDING, BATCH, SECONDS = 2000, 1000, 100, 60.0

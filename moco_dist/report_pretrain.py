@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
-from moco_dist import report_figures
+from moco_dist import report_figures, report_pictures
 from moco_dist.report_html import Gallery, Html, Picture, element
 from moco_dist.run_record import Record, number, read_object
 
@@ -89,7 +89,7 @@ def _pairs(
             stored(f"{prefix}pairs", alt, picture), f"{what} Of the batch of step {step:,}."
         )
     elif looked and not isinstance(looked, str) and looked.pairs:
-        tiles = report_figures.tiles(f"{prefix}pairs", looked.pairs, alt, inches=0.7)
+        tiles = report_pictures.tiles(f"{prefix}pairs", looked.pairs, alt, inches=0.7)
         yield gallery.show(
             tiles, f"{what} Drawn for this report, by the recipe of the run; it saved none itself."
         )
@@ -149,7 +149,7 @@ def _map(looked: Look, gallery: Gallery, prefix: str) -> Iterator[Html]:
     images = f"{looked.images:,} {looked.part} images"
     shown = [
         gallery.show(
-            report_figures.scatter(
+            report_pictures.scatter(
                 f"{prefix}map_pca",
                 "Features by PCA",
                 looked.components,
@@ -165,7 +165,7 @@ def _map(looked: Look, gallery: Gallery, prefix: str) -> Iterator[Html]:
         count = len(looked.embedding)
         shown.append(
             gallery.show(
-                report_figures.scatter(
+                report_pictures.scatter(
                     f"{prefix}map_tsne",
                     "Features by t-SNE",
                     looked.embedding,
@@ -181,7 +181,7 @@ def _map(looked: Look, gallery: Gallery, prefix: str) -> Iterator[Html]:
     remarks = []
     if not looked.classes:
         remarks.append("The data have no classes to colour it by.")
-    elif len(looked.classes) > report_figures.COLOURED:
+    elif len(looked.classes) > report_pictures.COLOURED:
         remarks.append(
             f"Colours run around a circle, as {len(looked.classes)} classes are too many to tell."
         )
@@ -199,7 +199,7 @@ def _neighbours(looked: Look, gallery: Gallery, prefix: str) -> Iterator[Html]:
     alt = f"Rows of an image followed by its nearest others. {right}".strip()
     framed = f" ✓ is an image of the same class, ✗ one of another: {right}." if signs else ""
     yield gallery.show(
-        report_figures.tiles(f"{prefix}neighbours", looked.neighbours, alt),
+        report_pictures.tiles(f"{prefix}neighbours", looked.neighbours, alt),
         f"Left, {looked.part} images; beside each the nearest of {looked.images - 1:,} others "
         f"by cosine similarity of backbone features, which stands below.{framed}",
     )

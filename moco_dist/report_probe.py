@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moco_dist import report_figures
+from moco_dist import report_pictures
 from moco_dist.report_html import NONE, Gallery, Html, details, element, table
 from moco_dist.report_results import CONTROL, PARTS, TRAINED, Results, Value, results
 from moco_dist.run_record import Record, number, text_of
@@ -118,7 +118,7 @@ def _confusion(found: Results, gallery: Gallery, prefix: str) -> Iterator[Html]:
         return
     part, classes, counts = found.confusion_part, found.classes, found.confusion
     title = f"Confusion, {part} images"
-    picture = report_figures.matrix(f"{prefix}confusion", title, counts, classes)
+    picture = report_pictures.matrix(f"{prefix}confusion", title, counts, classes)
     caption = (
         "Of the images of each true class (row), the percentage taken for each class (column). "
         "A good classifier has a dark diagonal and nothing beside it."

@@ -54,6 +54,7 @@ FORBIDDEN = {
     "report_page": {"torch", "accelerate"},
     "report_html": {"torch", "accelerate", "matplotlib"},
     "report_figures": {"torch", "accelerate", "moco_dist.run_record"},
+    "report_pictures": {"torch", "accelerate", "moco_dist.run_record"},
     "report_results": {"torch", "accelerate", "matplotlib"},
     "report_runs": {"torch", "accelerate", "matplotlib"},
     "report_encoder": {"accelerate", "moco_dist.trainer", "moco_dist.moco"},
