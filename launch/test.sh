@@ -9,6 +9,7 @@ ruff check .
 ruff format --check .
 mypy
 find . -name .venv -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print0 | xargs -0 -n 1 bash -n
-if (($#)); then exec pytest -m "not slow and not slurm" "$@"; fi
-pytest -m "not slow and not slurm" tests/test_faults.py
-pytest -m "not slow and not slurm" --ignore tests/test_faults.py -n 2 --dist loadfile
+some="not slow and not slurm and not browser"
+if (($#)); then exec pytest -m "$some" "$@"; fi
+pytest -m "$some" tests/test_faults.py
+pytest -m "$some" --ignore tests/test_faults.py -n 2 --dist loadfile

@@ -1,16 +1,21 @@
-"""Show how runs stand, from the files of their run directories.
+"""Show how runs stand, from the files of their run directories, and write a page about them.
 
-  python -m moco_dist.report runs/cifar10                       one run, with its details
-  python -m moco_dist.report runs/cifar10 runs/cifar10-probe    one table of several
-  python -m moco_dist.report runs/cifar10 --follow              its course, until it is done
+  python -m moco_dist.report runs/cifar10               one run; its page in runs/cifar10/report
+  python -m moco_dist.report runs/cifar10 runs/other    several, side by side; in runs/report
+  python -m moco_dist.report runs/cifar10 --output DIR  the page and its pictures in DIR
+  python -m moco_dist.report runs/cifar10 --quick       without the encoder's features: seconds
+  python -m moco_dist.report runs/cifar10 --text        what is printed alone, no files
+  python -m moco_dist.report runs/cifar10 --follow      its course, until it is done
 
 The columns: the last loss, the last and the best kNN accuracy on the validation images, and a
 probe's top-1 on the test images, of the trained encoder and of the random one (control).
-It only reads: the runs may be going on, on this machine or on another one that shares the disk.
+A run's probes, or a probe's pretraining, are on its page too. The runs may be going on, on this
+machine or on another one that shares the disk; nothing of them is changed.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -18,44 +23,63 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
+from moco_dist import report_files
 from moco_dist.console_lines import layout, loss
 from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, shown
 from moco_dist.follow import follow
-from moco_dist.run_record import Record, number, read, text_of
+from moco_dist.report_runs import is_report, labels
+from moco_dist.run_record import Record, read, text_of
 
 # Columns with numbers stand to the right.
 COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
 WORDS = 3
-FOLLOW = "--follow"
 # States that need no reason.
 WELL = ("done", "running", "starting")
 
 
+class Arguments(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{shown(message)}; see --help")
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """Return the command line's runs and options."""
+    parser = Arguments("moco_dist.report", add_help=False, allow_abbrev=False)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--output")
+    for option in ("--follow", "--text", "--quick"):
+        parser.add_argument(option, action="store_true")
+    return parser.parse_args(arguments)
+
+
 def main(arguments: list[str]) -> int:
-    """Print what the arguments ask for; return the exit state."""
+    """Print and write what the arguments ask for; return the exit state."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    options = [argument for argument in arguments if argument.startswith("-")]
-    runs = [argument for argument in arguments if argument not in options]
-    if unknown := [option for option in options if option != FOLLOW]:
-        raise ConfigError(f"{shown(unknown[0])}: no such option; see --help")
+    asked = parsed(arguments)
+    runs = [Path(run).expanduser() for run in asked.runs]
+    if len(runs) > 1:
+        runs = [run for run in runs if not is_report(run)]  # as runs/* brings it along
     if not runs:
         raise ConfigError("no run directory was given; give runs/NAME, one or several")
-    if options:
+    if asked.follow:
         # A shell's background job ignores it, and nothing else ends the following of a run.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if len(runs) > 1:
-            raise ConfigError(f"{FOLLOW} shows one run and {len(runs)} were given; give one")
-        follow(Path(runs[0]).expanduser(), Console())
+            raise ConfigError(f"--follow shows one run and {len(runs)} were given; give one")
+        follow(runs[0], Console())
         return 0
     records, missing = [], []
-    for argument in runs:
+    for run in runs:
         try:
-            records.append(read(Path(argument).expanduser()))
+            records.append(read(run))
         except MissingError as error:
             missing.append(error)
     if records:
@@ -63,9 +87,24 @@ def main(arguments: list[str]) -> int:
         print("\n".join(table(records, width)))
         if len(runs) == 1:
             print("\n".join(["", *details(records[0])]))
+        if not asked.text:
+            write(records, asked.output, asked.quick)
     if missing:
         raise MissingError("\nerror: ".join(map(str, missing)))
     return 0
+
+
+def write(records: list[Record], output: str | None, quick: bool) -> None:
+    """Write the page and its pictures, and print where; there is none of folders without a run."""
+    found = [record for record in records if record.state != "empty"]
+    if not found:
+        return
+    print(flush=True)
+    place = report_files.folder(found, output)
+    page, pictures, size = report_files.write(
+        found, place, quick, lambda text: print(text, flush=True)
+    )
+    print(f"report: {shown(page)} ({size / 1e6:.1f} MB, {pictures} pictures, also as PNG)")
 
 
 def table(records: list[Record], width: int | None) -> Iterator[str]:
@@ -93,15 +132,6 @@ def table(records: list[Record], width: int | None) -> Iterator[str]:
         yield ""
     for note in notes:
         yield from textwrap.wrap(note, width, subsequent_indent="  ") if width else [note]
-
-
-def labels(records: list[Record]) -> list[str]:
-    """Return a name for each run: its directory's, or the whole path where two have the same."""
-    names = [record.directory.resolve().name for record in records]
-    return [
-        shown(record.directory if names.count(name) > 1 else name)
-        for name, record in zip(names, records, strict=True)
-    ]
 
 
 def row(name: str, record: Record) -> tuple[str, ...]:
@@ -186,8 +216,8 @@ def figures(record: Record) -> dict[str, str]:
             if isinstance(content, dict):
                 shares = [
                     f"{text_of(name)} {percent(share)} %"
-                    for name, item in content.items()
-                    if "top" in name and (share := number(item)) is not None
+                    for name in content
+                    if "top" in name and (share := record.result(encoder, part, name)) is not None
                 ]
                 rows[f"{title}, {part}"] = ", ".join(shares)
     return rows

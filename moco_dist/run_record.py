@@ -92,7 +92,7 @@ class Record:
         found: Any = self.results
         for key in (encoder, part, name):
             found = found.get(key) if isinstance(found, dict) else None
-        return number(found)
+        return number(found.get("mean") if isinstance(found, dict) else found)
 
 
 def read(directory: Path) -> Record:

@@ -49,7 +49,15 @@ FORBIDDEN = {
     "run_record": {"torch", "accelerate", "rich"},
     "run_progress": {"torch", "accelerate", "rich"},
     "follow": {"torch", "accelerate"},
-    "report": {"torch", "accelerate"},
+    "report": {"torch", "accelerate", "matplotlib"},
+    "report_files": {"torch", "accelerate", "matplotlib"},
+    "report_page": {"torch", "accelerate"},
+    "report_html": {"torch", "accelerate", "matplotlib"},
+    "report_figures": {"torch", "accelerate", "moco_dist.run_record"},
+    "report_pictures": {"torch", "accelerate", "moco_dist.run_record"},
+    "report_results": {"torch", "accelerate", "matplotlib"},
+    "report_runs": {"torch", "accelerate", "matplotlib"},
+    "report_encoder": {"accelerate", "moco_dist.trainer", "moco_dist.moco"},
     "runtime": {"moco_dist.moco", "moco_dist.data"},
     "pretrain": {"moco_dist.probe", "moco_dist.linear_probe"},
     "trainer": {"moco_dist.probe", "moco_dist.linear_probe"},
@@ -92,7 +100,8 @@ def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
 
 def test_a_report_starts_without_torch() -> None:
     """It runs on login nodes; what its imports import counts too."""
-    code = "import sys, moco_dist.report; print(sorted({'torch', 'accelerate'} & set(sys.modules)))"
+    code = "import sys, moco_dist.report; "
+    code += "print(sorted({'torch', 'accelerate', 'matplotlib'} & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -39,7 +39,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> Text:
     """Return what the command prints; no error may go beside it."""
 
     def tell(*runs: Path) -> str:
-        assert report.run([str(run) for run in runs]) == 0
+        assert report.run(["--text", *map(str, runs)]) == 0
         captured = capsys.readouterr()
         assert captured.err == ""
         assert captured.out.isascii()
@@ -203,7 +203,8 @@ def test_runs_that_are_not_there_have_a_sentence_and_the_others_a_table(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        report.run([str(tmp_path / "nowhere"), str(runs / "real"), str(runs / "real/DONE")]) == 66
+        report.run(["--text", *map(str, (tmp_path / "nowhere", runs / "real", runs / "real/DONE"))])
+        == 66
     )
     captured = capsys.readouterr()
     assert captured.err == (
@@ -221,7 +222,7 @@ def test_a_command_line_without_a_run_is_refused(capsys: pytest.CaptureFixture[s
     assert report.run(["--colour"]) == 78
     assert capsys.readouterr().err == (
         "error: no run directory was given; give runs/NAME, one or several\n"
-        "error: --colour: no such option; see --help\n"
+        "error: unrecognized arguments: --colour; see --help\n"
     )
 
 
