@@ -127,7 +127,8 @@ def _of_splits(config: DataConfig) -> tuple[str, Images]:
     splits = data.load(config)
     parts = {"test": splits.test, "validation": splits.validation, "training": splits.train}
     part, images = next((name, images) for name, images in parts.items() if len(images))
-    return part, images[sample(len(images), config)]
+    rows = sample(len(images), config)
+    return part, Images(images.squares(rows), images.labels[rows], images.classes)
 
 
 def sample(size: int, config: DataConfig) -> Tensor:
