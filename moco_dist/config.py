@@ -16,6 +16,7 @@ from moco_dist.config_operation import (
     RuntimeConfig,
     TrackingConfig,
 )
+from moco_dist.errors import shown
 from moco_dist.ranges import check, check_name, require
 
 
@@ -96,11 +97,21 @@ class ViewsConfig:
         )
 
 
+# The ResNets, ResNeXts and Wide ResNets of torchvision; `encoder.py` has their shapes.
+BACKBONES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+)
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A torchvision ResNet with a projection head."""
+    """A backbone with a projection head."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
+    # resnet18, 34, 50, 101, 152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
+    # wide_resnet50_2, wide_resnet101_2, or a model of timm, as timm/regnety_002 (needs timm).
+    backbone: str = "resnet18"
     # Channels of the first stage; 64 is the published width.
     width: int = 64
     # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
@@ -112,6 +123,28 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check("encoder.", self, width=(1, None), dim=(2, None))
+        name = shown(self.backbone)
+        require(
+            self.is_timm or self.backbone in BACKBONES,
+            f"encoder.backbone={name} is not one of {', '.join(BACKBONES)}, or timm/ and a name",
+        )
+        require(
+            not self.is_timm or (self.width, self.stem) == (64, "imagenet"),
+            f"encoder.backbone={name} has the width and stem that timm gives it; "
+            "use encoder.width=64 encoder.stem=imagenet, or another name of timm",
+        )
+        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}
+        lowest = least.get(self.backbone, 1)
+        require(
+            self.width >= lowest,
+            f"encoder.width={self.width} leaves the groups of {name} without a channel; "
+            f"use {lowest} or more",
+        )
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the backbone is one of timm's."""
+        return self.backbone.startswith("timm/")
 
 
 @dataclass(frozen=True)

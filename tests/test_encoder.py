@@ -86,7 +86,7 @@ def test_a_batch_that_is_no_whole_groups_is_refused() -> None:
 
 @pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("resnet50", 2048)])
 def test_backbone_at_published_width_is_torchvisions(name: str, features: int) -> None:
-    config = dataclasses.replace(EncoderConfig(), backbone=name, stem="imagenet")  # type: ignore[arg-type]
+    config = dataclasses.replace(EncoderConfig(), backbone=name, stem="imagenet")
     encoder = build_encoder(config, seed=0).eval()
     theirs = torchvision.models.get_model(name, weights=None)
     theirs.fc = nn.Identity()
