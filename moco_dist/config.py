@@ -225,6 +225,8 @@ class PretrainConfig:
     precision: Precision = "fp32"
     # End after this step, to be resumed later; 0 means at the end. Schedules don't change.
     stop_at_step: int = 0
+    # Start with the backbone of this run, checkpoint, export or state dict; empty: with a new one.
+    init_from: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from moco_dist import checkpoint, moco_layout, views
+from moco_dist import checkpoint, comms, moco_layout, views
 from moco_dist.checkpoint import Checkpoint
 from moco_dist.config import EncoderConfig, ViewsConfig
 from moco_dist.config_files import from_dict
 from moco_dist.encoder import Encoder, batch_norms, build_encoder
-from moco_dist.errors import ConfigError, DataError, MissingError, shown
+from moco_dist.errors import ConfigError, DataError, MissingError, output_errors, shown
 from moco_dist.export_targets import READABLE
 
 # The file of an exported folder that says what is in it.
@@ -115,6 +115,21 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise MissingError(f"{path}: no such file; export it again") from error
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: no whole safetensors file ({error}); use another one") from error
+
+
+def start(encoder: Encoder, path: Path, directory: Path) -> str:
+    """Give the backbone the tensors of `path`; list them in init_from.json; return a sentence."""
+    path = path.expanduser()
+    taken, left = start_from(encoder, path)
+    if comms.is_main():
+        listed = {"source": str(path), "taken": taken, "left": left}
+        with output_errors(directory):
+            (directory / "init_from.json").write_text(json.dumps(listed, indent=1) + "\n")
+    names = ", ".join(map(shown, left[:4])) + (", ..." if len(left) > 4 else "")
+    return (
+        f"init_from={path}: took {len(taken)} tensors for the backbone and left {len(left)}"
+        f"{f' ({names})' if left else ''}; init_from.json lists them"
+    )
 
 
 def start_from(encoder: Encoder, path: Path) -> tuple[list[str], list[str]]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
+from torch import Tensor
 
 from moco_dist import checkpoint, export_card, shapes, views
 from moco_dist.encoder_files import DESCRIPTION, chosen, resize_of
@@ -53,6 +54,7 @@ def export(
     picked = chosen(found, which)
     encoder, config, view = checkpoint.load_encoder(picked)
     source = Source(picked, encoder.backbone, config, view)
+    expected = _expected(source)
     folder = output or _place(found, target if which == "query" else f"{target}-key")
     if folder.exists() and not (folder / DESCRIPTION).is_file():
         raise OutputError(f"{folder}: exists and is no export of ours; give another --output DIR")
@@ -63,7 +65,9 @@ def export(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the library, about its own inside
                 lines = TARGETS[target](source, temporary)
-                _prove(source, target, lines, temporary)
+                # Without lines the exporter has proved it itself, as the library is not at hand.
+                for images, features in expected if lines else ():
+                    same(run_lines(lines, temporary, images), features, target)
             described = export_card.description(source, which, target, resize_of(found, view))
             (temporary / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
             card = export_card.text(source, encoder, which, target, lines, folder)
@@ -77,21 +81,18 @@ def export(
     return folder
 
 
-def _prove(source: Source, target: str, lines: str, folder: Path) -> None:
-    """Run the lines of the card; AssertionError unless they give the encoder's features."""
-    if not lines:
-        return  # proved by the exporter, without the library
+def _expected(source: Source) -> list[tuple[Tensor, Tensor]]:
+    """Return batches of drawn images, many and one, and the encoder's features of them."""
     pixels, _ = shapes.draw(IMAGES, max(source.views.size, 16), seed=0)
-    for count in (IMAGES, 1):
-        images = views.center(pixels[:count], source.views)
-        with torch.no_grad():
-            ours = source.backbone(images)
-        if not ours.isfinite().all():
-            raise DataError(
-                f"{source.checkpoint.path}: the encoder gives features that are not finite, "
-                "maybe after too few steps; export a later checkpoint"
-            )
-        same(run_lines(lines, folder, images), ours, target)
+    batches = [views.center(pixels[:count], source.views) for count in (IMAGES, 1)]
+    with torch.no_grad():
+        expected = [(images, source.backbone(images)) for images in batches]
+    if not all(features.isfinite().all() for _, features in expected):
+        raise DataError(
+            f"{source.checkpoint.path}: the encoder gives features that are not finite, maybe "
+            "after too few steps; export a later checkpoint"
+        )
+    return expected
 
 
 def _place(found: checkpoint.Checkpoint, name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from moco_dist import (
     checkpoint,
     comms,
+    console_lines,
     data,
+    encoder_files,
     features,
     fingerprint,
     guard,
@@ -27,10 +30,10 @@ from moco_dist import (
 )
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import to_dict
-from moco_dist.encoder import build_encoder
+from moco_dist.encoder import Encoder, build_encoder
 from moco_dist.errors import ConfigError, NumbersError, UserError
 from moco_dist.plan import Plan, Step, check_batch, check_groups
-from moco_dist.runtime import Session
+from moco_dist.runtime import Session, console
 
 
 class Trainer:
@@ -51,6 +54,8 @@ class Trainer:
             rows_per_group=config.batch_size // config.bn_groups,
             groups=config.bn_groups // processes,
         )
+        if config.init_from and not session.resumed:
+            self._start_from(encoder)
         self.moco = moco.MoCo(encoder, config.moco.queue_size, config.encoder.dim).to(
             device, self.dtype
         )
@@ -97,6 +102,12 @@ class Trainer:
             world_size=processes,
             device=self.session.device,
         )
+
+    def _start_from(self, encoder: Encoder) -> None:
+        source, run = Path(self.config.init_from), self.session.directory
+        sentence = peers.together(lambda: encoder_files.start(encoder, source, run))
+        if comms.is_main():
+            console_lines.write_line(console, sentence)
 
     def _settle_buckets(self) -> None:
         """Do a backward pass that changes nothing: after its first one DDP lays out anew its sums.
