@@ -33,8 +33,9 @@ class TrainedEncoder(nn.Module):
         self, backbone: nn.Module, config: EncoderConfig, view: ViewsConfig, resize: int
     ) -> None:
         super().__init__()
-        self.backbone = backbone.requires_grad_(False).eval()
+        self.backbone = backbone.requires_grad_(False)
         self.config, self.view, self.resize = config, view, resize
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features, float (n, length), of uint8 images (n, 3, height, width).

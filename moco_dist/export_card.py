@@ -14,6 +14,8 @@ from moco_dist.encoder import Encoder
 from moco_dist.errors import UserError
 from moco_dist.export_targets import Source
 
+# What a probe calls the two encoders in its results.
+_TRAINED, _CONTROL = "probe", "control"
 # Keys of the pretraining that the card shows, with the words for them.
 _SETTINGS = {
     "batch_size": "batch size",
@@ -163,15 +165,15 @@ def _probed(run: Path, encoder: Encoder) -> Iterator[str]:
     )
     top_k = config.get("top_k", 5)
     for part in ("test", "validation"):
-        top1 = record.result("trained", part, "top1")
+        top1 = record.result(_TRAINED, part, "top1")
         if top1 is None:
             continue
         line = f"linear probe ({way}), {part} images: top-1 {top1:.2%}"
         more = {f"top-{top_k}": f"top{top_k}", "kNN top-1": "knn_top1"}
         for words, key in more.items():
-            if (value := record.result("trained", part, key)) is not None:
+            if (value := record.result(_TRAINED, part, key)) is not None:
                 line += f", {words} {value:.2%}"
-        control = record.result("control", part, "top1")
+        control = record.result(_CONTROL, part, "top1")
         beside = f"; a random encoder of this architecture: {control:.2%}"
         yield line + (beside if control is not None else "")
 
