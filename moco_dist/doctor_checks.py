@@ -105,7 +105,8 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
         "batch",
         f"{rows} = {world} x {rows // world}, {groups} BatchNorm groups of {rows // groups}, "
         f"{micro} micro-batch(es)",
-        lambda: (plan.check_batch(rows, world), plan.check_groups(groups, world, micro)),
+        lambda: plan.check_batch(rows, world),
+        lambda: plan.check_groups(groups, world, micro),
     )
     if not images:
         return
@@ -120,9 +121,10 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
     yield Finding("queue", f"{queue:,} keys, {queue / images:.1%} of {images:,} images", long)
 
 
-def _ruled(about: str, found: str, rule: Callable[[], object]) -> Finding:
+def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:
     try:
-        rule()
+        for rule in rules:
+            rule()
     except UserError as error:
         return Finding(about, found, str(error))
     return Finding(about, found)

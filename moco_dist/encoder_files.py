@@ -24,6 +24,8 @@ from moco_dist.export_targets import READABLE
 
 # The file of an exported folder that says what is in it.
 DESCRIPTION = "moco_dist.json"
+# What a run notes of the weights that it started with.
+STARTED = "init_from.json"
 
 
 class TrainedEncoder(nn.Module):
@@ -118,18 +120,24 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: no whole safetensors file ({error}); use another one") from error
 
 
-def start(encoder: Encoder, path: Path, directory: Path) -> str:
-    """Give the backbone the tensors of `path`; list them in init_from.json; return a sentence."""
+def start(encoder: Encoder, path: Path, directory: Path) -> None:
+    """Give the backbone the tensors of `path`; list them in the run's init_from.json."""
     path = path.expanduser()
     taken, left = start_from(encoder, path)
     if comms.is_main():
         listed = {"source": str(path), "taken": taken, "left": left}
         with output_errors(directory):
-            (directory / "init_from.json").write_text(json.dumps(listed, indent=1) + "\n")
+            (directory / STARTED).write_text(json.dumps(listed, indent=1) + "\n")
+
+
+def start_sentence(directory: Path) -> str:
+    """Return what `start` noted in a run directory, in words."""
+    noted = json.loads((directory / STARTED).read_text())
+    left = noted["left"]
     names = ", ".join(map(shown, left[:4])) + (", ..." if len(left) > 4 else "")
     return (
-        f"init_from={path}: took {len(taken)} tensors for the backbone and left {len(left)}"
-        f"{f' ({names})' if left else ''}; init_from.json lists them"
+        f"{shown(noted['source'])}: {len(noted['taken'])} tensors for the backbone, {len(left)} "
+        f"left{f' ({names})' if left else ''}; {STARTED} lists them"
     )
 
 

@@ -14,6 +14,7 @@ from moco_dist import (
     comms,
     console_lines,
     data,
+    encoder_files,
     peers,
     pictures,
     runtime,
@@ -210,6 +211,8 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
         f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
+    if config.init_from and not trainer.session.resumed and comms.is_main():
+        rows["start"] = encoder_files.start_sentence(trainer.session.directory)
     runtime.banner(trainer.session, "pretrain", rows)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from moco_dist import (
     checkpoint,
     comms,
-    console_lines,
     data,
     encoder_files,
     features,
@@ -30,10 +29,10 @@ from moco_dist import (
 )
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import to_dict
-from moco_dist.encoder import Encoder, build_encoder
+from moco_dist.encoder import build_encoder
 from moco_dist.errors import ConfigError, NumbersError, UserError
 from moco_dist.plan import Plan, Step, check_batch, check_groups
-from moco_dist.runtime import Session, console
+from moco_dist.runtime import Session
 
 
 class Trainer:
@@ -48,14 +47,11 @@ class Trainer:
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        encoder = build_encoder(
-            config.encoder,
-            config.seed,
-            rows_per_group=config.batch_size // config.bn_groups,
-            groups=config.bn_groups // processes,
-        )
+        rows, groups = config.batch_size // config.bn_groups, config.bn_groups // processes
+        encoder = build_encoder(config.encoder, config.seed, rows, groups)
         if config.init_from and not session.resumed:
-            self._start_from(encoder)
+            source, run = Path(config.init_from), session.directory
+            peers.together(lambda: encoder_files.start(encoder, source, run))
         self.moco = moco.MoCo(encoder, config.moco.queue_size, config.encoder.dim).to(
             device, self.dtype
         )
@@ -102,12 +98,6 @@ class Trainer:
             world_size=processes,
             device=self.session.device,
         )
-
-    def _start_from(self, encoder: Encoder) -> None:
-        source, run = Path(self.config.init_from), self.session.directory
-        sentence = peers.together(lambda: encoder_files.start(encoder, source, run))
-        if comms.is_main():
-            console_lines.write_line(console, sentence)
 
     def _settle_buckets(self) -> None:
         """Do a backward pass that changes nothing: after its first one DDP lays out anew its sums.

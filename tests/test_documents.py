@@ -35,7 +35,12 @@ def commands(page: Path) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_the_commands_of_a_page_are_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exported: list[Any] = []
-    monkeypatch.setattr(export, "export", lambda *a: exported.append(a) or page.parent)
+
+    def note(*arguments: Any) -> Path:
+        exported.append(arguments)
+        return page.parent
+
+    monkeypatch.setattr(export, "export", note)
     found = list(commands(page))
     assert found
     for words in found:

@@ -102,7 +102,7 @@ def test_timm_loads_the_folder_by_name_with_its_normalisation(imagenet: Path) ->
 
     model = timm.create_model(f"local-dir:{export.export(imagenet, 'timm')}", pretrained=True)
     assert_same(model.eval()(IMAGES), imagenet)
-    settings = timm.data.resolve_data_config({}, model=model)
+    settings = model.pretrained_cfg
     assert list(settings["mean"]) == ViewsConfig().mean
     assert list(settings["input_size"]) == [3, 32, 32]
 
@@ -111,7 +111,8 @@ def test_transformers_loads_it(imagenet: Path) -> None:
     from transformers import ResNetModel
 
     folder = export.export(imagenet, "huggingface")
-    model, found = ResNetModel.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = ResNetModel.from_pretrained(folder, output_loading_info=True)
+    model, found = loaded
     assert not any(found.values())
     assert_same(model.eval()(IMAGES).pooler_output.flatten(1), imagenet)
 
@@ -120,7 +121,8 @@ def test_a_narrow_bottleneck_fits_into_transformers(tmp_path: Path) -> None:
     from transformers import ResNetModel
 
     run = written(tmp_path / "r", backbone="resnet50", width=8, stem="imagenet")
-    model = ResNetModel.from_pretrained(export.export(run, "huggingface")).eval()
+    model: Any = ResNetModel.from_pretrained(export.export(run, "huggingface"))
+    model.eval()
     theirs, ours = model(IMAGES).pooler_output.flatten(1), encoder_of(run).backbone(IMAGES)
     torch.testing.assert_close(theirs.detach(), ours)
 
@@ -184,7 +186,7 @@ def test_the_original_scripts_find_both_encoders_and_the_queue(imagenet: Path) -
 def test_moco_to_ours_to_moco_keeps_every_bit(tmp_path: Path, head: str, enqueued: int) -> None:
     """From a file as torchvision and the original builder make it; ours is written and read."""
     torch.manual_seed(0)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for which in ("q", "k"):
         model = torchvision.models.resnet18(num_classes=8)
         if head == "mlp":
@@ -320,7 +322,8 @@ def test_load_encoder_reads_runs_and_exports_alike(imagenet: Path, tmp_path: Pat
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ViewsConfig().mean, ViewsConfig().std))
     expected = encoder_of(imagenet).backbone((images / 255 - mean) / std)
     folders = [export.export(imagenet, target) for target in ("torchvision", "huggingface", "moco")]
-    for path in (imagenet, str(checkpoint.find(imagenet).path), *folders):
+    paths: list[str | Path] = [imagenet, str(checkpoint.find(imagenet).path), *folders]
+    for path in paths:
         encoder = moco_dist.load_encoder(path)
         torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
         assert not encoder.training
