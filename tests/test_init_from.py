@@ -24,7 +24,8 @@ ARGUMENTS = [
 
 
 def started(output: Path, source: Path | str, *more: str) -> Trainer:
-    arguments = [*ARGUMENTS, f"output={output}", f"init_from={source}", *more]
+    start = [f"init_from={source}"] if source else []
+    arguments = [*ARGUMENTS, f"output={output}", *start, *more]
     config = load(PretrainConfig, arguments)
     session = runtime.start(config)
     try:
@@ -95,7 +96,7 @@ def test_a_resumed_run_does_not_read_it_again_and_keeps_its_name(
     again = started(tmp_path, path)
     assert again.step == 1
     assert again.moco.query_encoder.backbone.conv1.weight.equal(weight)
-    with pytest.raises(ConfigError, match="init_from"):
+    with pytest.raises(ConfigError, match="init_from: /"):
         started(tmp_path, "")
 
 
