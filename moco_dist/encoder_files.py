@@ -97,8 +97,9 @@ def _exported(folder: Path) -> TrainedEncoder:
         view = from_dict(ViewsConfig, described["views"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise DataError(f"{source}: can't be read ({error!r}); export it again") from error
-    if target == "moco":
-        return load_encoder(folder / "model.pth.tar")
+    if target == "moco":  # the file itself doesn't know with which views it was trained
+        whole, config, _ = checkpoint.load_encoder(checkpoint.find(folder / "model.pth.tar"))
+        return TrainedEncoder(whole.backbone, config, view, resize)
     if target not in READABLE:
         raise DataError(
             f"{folder}: an export for {shown(target)} can't be read back; give the run that it is "
