@@ -97,9 +97,17 @@ def read(path: Path) -> Checkpoint:
 
 
 def find(path: Path) -> Checkpoint:
-    """Return the checkpoint that `path` names: its folder, or a run directory with one in it."""
+    """Return the checkpoint that `path` names: its folder, or a run directory with one in it.
+
+    Also a file that the original MoCo scripts wrote.
+    """
     if (path / "state.json").is_file():
         return read(path)
+    if path.is_file():
+        from moco_dist import moco_layout  # it imports this file
+
+        if path.name.endswith(moco_layout.SUFFIXES):
+            return moco_layout.read(path)
     if path.is_file():
         raise DataError(
             f"{path}: a file, and a checkpoint is a folder; give the run directory of a "

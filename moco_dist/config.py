@@ -16,6 +16,7 @@ from moco_dist.config_operation import (
     RuntimeConfig,
     TrackingConfig,
 )
+from moco_dist.errors import shown
 from moco_dist.ranges import check, check_name, require
 
 
@@ -107,11 +108,21 @@ class ViewsConfig:
         )
 
 
+# The ResNets, ResNeXts and Wide ResNets of torchvision; `encoder.py` has their shapes.
+BACKBONES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+)
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
-    """A torchvision ResNet with a projection head."""
+    """A backbone with a projection head."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet18"
+    # resnet18, 34, 50, 101, 152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
+    # wide_resnet50_2, wide_resnet101_2, or a model of timm, as timm/regnety_002 (needs timm).
+    backbone: str = "resnet18"
     # Channels of the first stage; 64 is the published width.
     width: int = 64
     # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
@@ -123,6 +134,28 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check("encoder.", self, width=(1, None), dim=(2, None))
+        name = shown(self.backbone)
+        require(
+            self.is_timm or self.backbone in BACKBONES,
+            f"encoder.backbone={name} is not one of {', '.join(BACKBONES)}, or timm/ and a name",
+        )
+        require(
+            not self.is_timm or (self.width, self.stem) == (64, "imagenet"),
+            f"encoder.backbone={name} has the width and stem that timm gives it; "
+            "use encoder.width=64 encoder.stem=imagenet, or another name of timm",
+        )
+        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}
+        lowest = least.get(self.backbone, 1)
+        require(
+            self.width >= lowest,
+            f"encoder.width={self.width} leaves the groups of {name} without a channel; "
+            f"use {lowest} or more",
+        )
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the backbone is one of timm's."""
+        return self.backbone.startswith("timm/")
 
 
 @dataclass(frozen=True)
@@ -206,6 +239,8 @@ class PretrainConfig:
     precision: Precision = "fp32"
     # End after this step, to be resumed later; 0 means at the end. Schedules don't change.
     stop_at_step: int = 0
+    # Start with the backbone of this run, checkpoint, export or state dict; empty: with a new one.
+    init_from: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from moco_dist import packaged
 from moco_dist.config import FREE_ON_RESUME
 from moco_dist.errors import ConfigError, shown
 
@@ -133,13 +134,15 @@ def _to_object(schema: type[Schema], config: Any) -> Schema:
 def _read(argument: str, schema: type[Any]) -> str:
     """Return the text of a YAML file; `os.path`, because a name may be too long to ask for."""
     name = shown(argument)
+    if not os.path.isfile(argument) and (own := packaged.config(argument)):
+        argument = str(own)
     if not argument.endswith((".yaml", ".yml")) and not os.path.exists(argument):
         near = _nearest(argument, _keys(schema))
         hint = f"did you mean '{near}=...'?" if near else "see --help for the keys"
         raise ConfigError(f"{name}: neither a YAML file nor a key=value; {hint}")
     if not os.path.isfile(argument):
         raise ConfigError(
-            f"{name}: no such file; the project's own are in configs/pretrain and configs/probe"
+            f"{name}: no such file; the project's own are listed by python -m moco_dist.packaged"
         )
     try:
         with Path(argument).open("rb") as file:

@@ -1,33 +1,55 @@
-"""Measure what may be wrong with a pretraining, and say in a sentence what to do.
+"""Find what may be wrong with a pretraining, before or after it, and say what to do.
 
-  python -m moco_dist.doctor RUN|CONFIG [key=value ...] --bn-leak
+  accelerate launch -m moco_dist.doctor CONFIG [key=value ...]     before: one table, in seconds
+  python -m moco_dist.doctor RUN|CONFIG [key=value ...] --bn-leak  is its BatchNorm a leak?
 
-RUN is a run directory; a CONFIG stands for the run that pretraining under it writes, or, if there
-is none yet, for a short training whose result is thrown away. Leaves with 0 if all is well.
+The table has processes, versions, network, batch, queue, data, memory, disk and W&B, as launcher
+and configuration have them. Leaves with 1, and the list, if something will fail.
+
+For --bn-leak RUN is a run directory; a CONFIG stands for the run that pretraining under it writes,
+or, if there is none yet, for a short training whose result is thrown away. Leaves with 78 if the
+run leaks.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import platform
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.table import Table
 from torch import Tensor
 
-from moco_dist import checkpoint, command, config_files, data, runtime, views
+from moco_dist import (
+    checkpoint,
+    command,
+    comms,
+    config_files,
+    console_lines,
+    data,
+    doctor_checks,
+    peers,
+    runtime,
+    views,
+)
 from moco_dist.config import PretrainConfig
 from moco_dist.encoder import Encoder, batch_norms, build_encoder
-from moco_dist.errors import ConfigError
+from moco_dist.errors import ConfigError, FaultsError, shown
 from moco_dist.plan import Plan
 from moco_dist.runtime import console
 from moco_dist.stopping import StopRequests
 from moco_dist.trainer import Trainer
 
+# Seconds in which all processes must have met.
+REACH = 15.0
 # Steps of the short training where there is no run yet.
 STEPS = 200
 # BatchNorm groups among which keys are shuffled where the run has fewer: MoCo's own number.
@@ -151,6 +173,56 @@ def bn_leak(config: PretrainConfig, device: torch.device) -> None:
     console.print(verdict, highlight=False, soft_wrap=True)
 
 
+def join(config: PretrainConfig) -> torch.device:
+    """Return this process's device once it has met the others; FaultsError if it can't."""
+    seconds = min(config.runtime.timeout_seconds, REACH)
+    try:
+        accelerator = Accelerator(
+            cpu=config.runtime.device == "cpu",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
+        )
+    except RuntimeError as error:
+        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise FaultsError(
+            f"network: process {rank} of {world} on {platform.node()} did not meet the others at "
+            f"{place} within {seconds:.0f} s ({shown(str(error).splitlines()[0])}); start all of "
+            "them, and look at the address, the port and the firewall between the machines"
+        ) from error
+    peers.me.join(seconds)
+    if not comms.is_main():
+        logging.disable(logging.WARNING)
+    device: torch.device = accelerator.device
+    return device
+
+
+def examine(config: PretrainConfig) -> None:
+    """Print what a run under `config` would meet here; FaultsError, on all, with what will fail."""
+    device = join(config)
+    found, images = peers.from_main(lambda: doctor_checks.data(config.data))
+    findings = [
+        *doctor_checks.processes(config, device),
+        *doctor_checks.network(config, device),
+        *doctor_checks.batch(config, images),
+        *found,
+        *doctor_checks.memory(config, device, images),
+        *peers.from_main(lambda: list(doctor_checks.disk(config))),
+        peers.from_main(lambda: doctor_checks.wandb(config)),
+    ]
+    if comms.is_main():
+        marks = ["FAIL" if f.fault else "warn" if f.warning else "ok" for f in findings]
+        rows = [(f.about, mark, f.found) for mark, f in zip(marks, findings, strict=True)]
+        title = f"moco_dist doctor: {config.name}"
+        console_lines.table(console, title, [("what", "", "found"), *rows], words=3)
+        for finding in findings:
+            if finding.warning:
+                console_lines.write_line(console, f"warning: {finding.warning}")
+    faults = [f"{finding.about}: {finding.fault}" for finding in findings if finding.fault]
+    if faults:
+        listed = "".join(f"\n  {number}. {fault}" for number, fault in enumerate(faults, 1))
+        raise FaultsError(f"{len(faults)} will fail:{listed}").on_all()
+
+
 CHECKS: dict[str, Callable[[PretrainConfig, torch.device], None]] = {"--bn-leak": bn_leak}
 
 
@@ -159,10 +231,14 @@ def main(arguments: list[str]) -> None:
     flags = [argument for argument in arguments if argument.startswith("-")]
 
     def run(config: PretrainConfig, stop: StopRequests) -> None:
-        unknown = sorted(set(flags) - CHECKS.keys())
-        if unknown or not flags:
-            what = f"there is no check {unknown[0]}" if unknown else "no check was asked for"
-            raise ConfigError(f"{what}; give one of {', '.join(CHECKS)}")
+        if unknown := sorted(set(flags) - CHECKS.keys()):
+            raise ConfigError(
+                f"there is no check {unknown[0]}; give one of {', '.join(CHECKS)}, or none for the "
+                "table"
+            )
+        if not flags:
+            examine(config)
+            return
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError(
                 f"{os.environ['WORLD_SIZE']} processes were started, and the doctor is one: "

@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from moco_dist import timm_backbone
 from moco_dist.config import EncoderConfig
 
-_STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
-    "resnet101": (Bottleneck, [3, 4, 23, 3]),
+# Block, blocks of each stage, groups and channels of a group's 3x3 convolution in stage 1 (at the
+# published width): He et al. 2016, table 1; Xie et al. 2017, table 1; Zagoruyko et al. 2016.
+_STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], int, int]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2], 1, 64),
+    "resnet34": (BasicBlock, [3, 4, 6, 3], 1, 64),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], 1, 64),
+    "resnet101": (Bottleneck, [3, 4, 23, 3], 1, 64),
+    "resnet152": (Bottleneck, [3, 8, 36, 3], 1, 64),
+    "resnext50_32x4d": (Bottleneck, [3, 4, 6, 3], 32, 4),
+    "resnext101_32x8d": (Bottleneck, [3, 4, 23, 3], 32, 8),
+    "resnext101_64x4d": (Bottleneck, [3, 4, 23, 3], 64, 4),
+    "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3], 1, 128),
+    "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3], 1, 128),
 }
 
 
@@ -125,9 +134,16 @@ class Backbone(ResNet):
     """torchvision's ResNet without its classifier; `width` channels in stage 1 (published: 64)."""
 
     def __init__(self, config: EncoderConfig, norm_layer: Any) -> None:
-        block, stages = _STAGES[config.backbone]
+        block, stages, groups, channels = _STAGES[config.backbone]
         self.width = config.width
-        super().__init__(block, stages, num_classes=1, norm_layer=norm_layer)
+        super().__init__(
+            block,
+            stages,
+            num_classes=1,
+            groups=groups,
+            width_per_group=channels,
+            norm_layer=norm_layer,
+        )
         if config.stem == "cifar":
             self.conv1 = nn.Conv2d(3, config.width, kernel_size=3, padding=1, bias=False)
             self.maxpool = nn.Identity()  # type: ignore[assignment]
@@ -146,14 +162,24 @@ class Backbone(ResNet):
         return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
 
 
+def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
+    """Return a backbone with new weights; its `num_features` is the length of its features.
+
+    Raises ConfigError for a model that this project can't train, or that is not there.
+    """
+    if config.is_timm:
+        return timm_backbone.build(config.backbone.removeprefix("timm/"), norm_layer)
+    return Backbone(config, norm_layer)
+
+
 class Encoder(nn.Module):
     """Backbone and head; `forward` returns keys or queries, the backbone alone features."""
 
     def __init__(self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1) -> None:
         super().__init__()
         norm_layer = partial(GroupedBatchNorm, rows_per_group=rows_per_group, groups=groups)
-        self.backbone = Backbone(config, norm_layer)
-        features = self.backbone.num_features
+        self.backbone = build_backbone(config, norm_layer)
+        features = self.num_features
         last = nn.Linear(features, config.dim)
         hidden = (
             [nn.Linear(features, features), nn.ReLU(inplace=True)] if config.head == "mlp" else []
@@ -171,7 +197,10 @@ class Encoder(nn.Module):
     @property
     def num_features(self) -> int:
         """Length of the backbone's features."""
-        return self.backbone.num_features
+        # Of timm's models some have a last layer behind what they call their features.
+        found = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
+        assert isinstance(found, int), f"a backbone with {found!r} features"
+        return found
 
 
 def build_encoder(

@@ -11,6 +11,7 @@ from typing import Any, Self
 # Exit states after sysexits.h, and the word for each in status.json.
 STATES = {
     0: "done",
+    1: "faults found",
     65: "data",
     66: "missing",
     70: "internal",
@@ -40,6 +41,12 @@ class ConfigError(UserError):
     """A key, type, value or combination that the configuration does not allow (EX_CONFIG)."""
 
     exit_status = 78
+
+
+class FaultsError(UserError):
+    """What the doctor found will end or spoil the run."""
+
+    exit_status = 1
 
 
 class DataError(UserError):

@@ -136,6 +136,8 @@ def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
         for number, norm in enumerate(batch_norms(encoder))
         for name in ("group_mean", "group_var")
     }
+    if not local:  # a backbone without BatchNorm
+        return {}
     gathered = comms.all_gather(torch.cat([each.flatten() for each in local.values()])[None])
     parts = gathered.split([each.numel() for each in local.values()], dim=1)
     return {

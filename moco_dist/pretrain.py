@@ -14,6 +14,7 @@ from moco_dist import (
     comms,
     console_lines,
     data,
+    encoder_files,
     peers,
     pictures,
     runtime,
@@ -213,6 +214,8 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
     }
     if config.runtime.compile:
         rows["compile"] = "both encoders, in the first step, which takes minutes"
+    if config.init_from and not trainer.session.resumed and comms.is_main():
+        rows["start"] = encoder_files.start_sentence(trainer.session.directory)
     runtime.banner(trainer.session, "pretrain", rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from moco_dist import (
     checkpoint,
     comms,
     data,
+    encoder_files,
     features,
     fingerprint,
     guard,
@@ -48,12 +50,11 @@ class Trainer:
         self.source = view_source(
             self.splits.train, config.views, self.plan, self.passes, self.dtype, config.data.keys_by
         )
-        encoder = build_encoder(
-            config.encoder,
-            config.seed,
-            rows_per_group=config.batch_size // config.bn_groups,
-            groups=config.bn_groups // processes,
-        )
+        rows, groups = config.batch_size // config.bn_groups, config.bn_groups // processes
+        encoder = build_encoder(config.encoder, config.seed, rows, groups)
+        if config.init_from and not session.resumed:
+            source, run = Path(config.init_from), session.directory
+            peers.together(lambda: encoder_files.start(encoder, source, run))
         self.moco = moco.MoCo(encoder, config.moco.queue_size, config.encoder.dim).to(
             device, self.dtype
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ import torchvision
 from torch import nn
 
 from moco_dist import moco
-from moco_dist.config import EncoderConfig
+from moco_dist.config import BACKBONES, EncoderConfig
 from moco_dist.encoder import GroupedBatchNorm, batch_norms, build_encoder
+from moco_dist.errors import ConfigError
 
 
 def separate_norms(groups: int, channels: int) -> list[nn.BatchNorm2d]:
@@ -86,7 +89,7 @@ def test_a_batch_that_is_no_whole_groups_is_refused() -> None:
 
 @pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("resnet50", 2048)])
 def test_backbone_at_published_width_is_torchvisions(name: str, features: int) -> None:
-    config = dataclasses.replace(EncoderConfig(), backbone=name, stem="imagenet")  # type: ignore[arg-type]
+    config = dataclasses.replace(EncoderConfig(), backbone=name, stem="imagenet")
     encoder = build_encoder(config, seed=0).eval().double()
     theirs = torchvision.models.get_model(name, weights=None)
     theirs.fc = nn.Identity()
@@ -133,3 +136,81 @@ def test_head_gives_unit_vectors(head: str, layers: int) -> None:
     assert queries.shape == (3, 7)
     torch.testing.assert_close(queries.norm(dim=1), torch.ones(3))
     assert len(batch_norms(encoder)) == 20
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_has_the_tensors_of_torchvisions_model(name: str) -> None:
+    with torch.device("meta"):
+        ours = build_encoder(EncoderConfig(backbone=name, stem="imagenet"), seed=0).backbone
+        theirs = torchvision.models.get_model(name, weights=None)
+        theirs.fc = nn.Identity()
+    shapes = {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == shapes
+    strides = [m.stride for m in theirs.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.stride for m in ours.modules() if isinstance(m, nn.Conv2d)] == strides
+
+
+def test_grouped_convolutions_are_torchvisions() -> None:
+    config = EncoderConfig(backbone="resnext50_32x4d", stem="imagenet")
+    ours = build_encoder(config, seed=0).backbone.eval()
+    theirs = torchvision.models.resnext50_32x4d().eval()
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("size", [16, 512])
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_images_of_any_size_have_features(size: int, stem: Literal["cifar", "imagenet"]) -> None:
+    backbone = build_encoder(EncoderConfig(width=2, stem=stem), seed=0).eval().backbone
+    assert backbone(torch.randn(1, 3, size, size)).shape == (1, 16)
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050"])
+def test_a_model_of_timm_has_its_features_and_grouped_norms(name: str) -> None:
+    import timm
+
+    encoder = build_encoder(EncoderConfig(backbone=f"timm/{name}", stem="imagenet"), 0, 2, 2)
+    theirs = timm.create_model(name, num_classes=0)
+    count = sum(isinstance(module, nn.BatchNorm2d) for module in theirs.modules())
+    assert len(batch_norms(encoder)) == count > 0
+    encoder.train()(torch.randn(4, 3, 64, 64))
+    moco.average_statistics(encoder)
+    theirs.load_state_dict(encoder.backbone.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    features = encoder.eval().backbone(x)
+    torch.testing.assert_close(features, theirs.eval()(x))
+    assert features.shape == (1, encoder.num_features)
+
+
+def test_a_model_of_timm_without_batchnorm_has_no_statistics() -> None:
+    encoder = build_encoder(
+        EncoderConfig(backbone="timm/vit_tiny_patch16_224", stem="imagenet"), 0, 2, 2
+    )
+    assert moco.group_statistics(encoder) == {}
+    moco.average_statistics(encoder)
+    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"backbone": "resnet19"}, "resnet19 is not one of resnet18, resnet34"),
+        ({"backbone": "timm/regnety_002"}, "has the width and stem that timm gives it"),
+        ({"backbone": "resnext50_32x4d", "width": 8}, "use 16 or more"),
+        ({"backbone": "timm/none_such", "stem": "imagenet"}, "timm has no such model"),
+        ({"backbone": "timm/levit_128s", "stem": "imagenet"}, "is a BatchNorm1d"),
+    ],
+)
+def test_a_backbone_that_can_not_be_trained_is_one_sentence(
+    settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        build_encoder(EncoderConfig(**settings), seed=0)
+
+
+def test_without_timm_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigError, match="pip install timm"):
+        build_encoder(EncoderConfig(backbone="timm/regnety_002", stem="imagenet"), seed=0)

@@ -1,0 +1,138 @@
+"""The doctor's table is of this configuration, and what is planted is in the list of faults."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from moco_dist import doctor, doctor_checks
+from moco_dist.config import PretrainConfig
+from moco_dist.config_files import load
+from moco_dist.errors import FaultsError
+from tests import processes
+
+SMALL = [
+    *("data.shapes_train=100", "data.size=16", "views.size=16", "encoder.width=4"),
+    *("batch_size=16", "bn_groups=8", "moco.queue_size=32", "tracking.wandb=disabled"),
+    "runtime.device=cpu",
+]
+
+
+def examined(*more: str) -> tuple[str, float]:
+    """Return the list of faults, '' without one, and the seconds that it took."""
+    began = time.monotonic()
+    try:
+        doctor.examine(load(PretrainConfig, [*SMALL, *more]))
+    except FaultsError as error:
+        return str(error), time.monotonic() - began
+    return "", time.monotonic() - began
+
+
+def test_two_processes_that_are_well_have_no_fault_in_under_30_seconds(tmp_path: Path) -> None:
+    for faults, seconds in processes.run(examined, 2, f"output={tmp_path}"):
+        assert faults == ""
+        assert seconds < 30
+
+
+def test_all_planted_faults_are_in_one_list_on_two_processes(tmp_path: Path) -> None:
+    for number in range(12):
+        Image.new("RGB", (20 + number, 30)).save(tmp_path / f"{number}.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    whole = (tmp_path / "3.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    more = [f"output={tmp_path}", "data.name=folder", f"data.root={tmp_path}", "batch_size=9"]
+    more += ["bn_groups=3", "runtime.processes=3", "moco.queue_size=500"]
+    for faults, seconds in processes.run(examined, 2, *more):
+        assert faults.startswith("4 will fail:")
+        for sentence in (
+            "runtime.processes=3 and 2 took part",
+            "batch_size=9 can't be split over 2 processes",
+            "moco.queue_size=500 is not below the 13 training images",
+            "2 of 14 sampled images can't be read",
+            "text.jpg",
+            "cut.png",
+        ):
+            assert sentence in faults
+        assert seconds < 30
+
+
+def test_a_wrong_number_of_groups_is_found_by_the_runs_own_rule() -> None:
+    (faults, _), (same, _) = processes.run(examined, 2, "bn_groups=1")
+    assert faults == same
+    assert "bn_groups=1 can't be shared by 2 processes" in faults
+
+
+def test_too_little_disk_and_memory_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load(PretrainConfig, [*SMALL, f"output={tmp_path}/new/runs"])
+    usage = shutil.disk_usage(tmp_path)
+    needs = doctor_checks.estimate(config, 100, 1)
+    assert not any(f.fault for f in doctor_checks.disk(config))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    (finding,) = doctor_checks.disk(config)
+    assert "has 0.0 GB free and the checkpoints need" in finding.fault
+    cpu = torch.device("cpu")
+    for pages, fault in ((2 * needs, False), (needs // 2, True)):
+        monkeypatch.setattr(os, "sysconf", lambda name, n=pages: 1 if "SIZE" in name else n)
+        (finding,) = doctor_checks.memory(config, cpu, 100)
+        assert bool(finding.fault) == fault
+
+
+def test_the_estimate_grows_with_the_rows_of_a_process() -> None:
+    """By what one more row keeps: the outputs of all layers, which two batches tell."""
+    config = load(PretrainConfig, SMALL)
+    one, two, four = (
+        doctor_checks.estimate(dataclasses.replace(config, batch_size=16 * n), 0, 1)
+        for n in (1, 2, 4)
+    )
+    assert four - two == 2 * (two - one) > 0
+    split = dataclasses.replace(config.runtime, micro_batches=2)
+    halves = dataclasses.replace(config, batch_size=32, runtime=split)
+    assert (
+        doctor_checks.estimate(halves, 0, 1)
+        == one
+        == doctor_checks.estimate(dataclasses.replace(config, batch_size=32), 0, 2)
+    )
+
+
+def test_a_silent_server_of_wandb_is_a_warning_after_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    config = load(PretrainConfig, [*SMALL, "tracking.wandb=online"])
+    began = time.monotonic()
+    finding = doctor_checks.wandb(config)
+    assert "does not answer" in finding.warning
+    assert not finding.fault
+    assert time.monotonic() - began < 10
+
+
+def test_a_process_that_can_not_reach_the_others_is_told_so(tmp_path: Path) -> None:
+    """The second of two processes is never started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    place |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    arguments = [*SMALL, f"output={tmp_path}", "runtime.timeout_seconds=2"]
+    command = [sys.executable, "-m", "moco_dist.doctor", *arguments]
+    done = subprocess.run(
+        command, env=os.environ | place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "process 0 of 2" in done.stderr
+    assert f"did not meet the others at 127.0.0.1:{port} within 2 s" in done.stderr

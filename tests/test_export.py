@@ -1,0 +1,370 @@
+"""An exported encoder is the same in the other library, or is not there; and comes back."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import moco_dist
+from moco_dist import (
+    checkpoint,
+    export,
+    export_targets,
+    fingerprint,
+    linear_probe,
+    moco_layout,
+    probe,
+    saving,
+)
+from moco_dist.config import EncoderConfig, PretrainConfig, ProbeConfig, ViewsConfig
+from moco_dist.config_files import load, to_dict
+from moco_dist.encoder import Encoder, build_encoder
+from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
+from moco_dist.moco import MoCo
+
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def written(run: Path, enqueued: int = 50, **encoder: Any) -> Path:
+    """A checkpoint with statistics as training leaves them, and a queue of 40."""
+    config = EncoderConfig(dim=8, **encoder)
+    torch.manual_seed(3)
+    network = MoCo(build_encoder(config, seed=1), 40, 8)
+    for name, tensor in network.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif name.endswith(("running_mean", "bias")) or name.startswith("key_encoder."):
+            tensor.add_(
+                torch.randn(tensor.shape).to(tensor.dtype), alpha=1 if "bias" in name else 0
+            )
+    network.queue.keys[: min(enqueued, 40)] = torch.randn(min(enqueued, 40), 8)
+    settings = to_dict(PretrainConfig(encoder=config))
+    state = {"config": settings, "epoch": 2.5, "enqueued": enqueued, "data": "0123", "run_id": "a"}
+    saving.write(run, 7, network.state_dict(), {}, state)
+    return run
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("runs") / "im", stem="imagenet", head="mlp")
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("runs") / "cifar")
+
+
+def encoder_of(run: Path) -> Encoder:
+    return checkpoint.load_encoder(checkpoint.find(run))[0]
+
+
+def assert_same(theirs: Tensor, run: Path) -> None:
+    ours = encoder_of(run).backbone(IMAGES)
+    assert theirs.shape == ours.shape == (3, 512)
+    assert float((theirs.detach() - ours).abs().max()) < 1e-5 * max(1, float(ours.abs().max()))
+
+
+def small_stem(model: Any) -> Any:
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_torchvision_and_timm_load_it(stem: str, request: pytest.FixtureRequest) -> None:
+    import timm
+
+    run: Path = request.getfixturevalue(stem)
+    for target, make in (
+        ("torchvision", lambda: torchvision.models.resnet18()),
+        ("timm", lambda: timm.create_model("resnet18", num_classes=0)),
+    ):
+        folder = export.export(run, target)
+        assert folder == run / "export" / target
+        model = make() if stem == "imagenet" else small_stem(make())
+        model.fc = nn.Identity()
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        assert_same(model.eval()(IMAGES), run)
+
+
+def test_timm_loads_the_folder_by_name_with_its_normalisation(imagenet: Path) -> None:
+    import timm
+
+    model = timm.create_model(f"local-dir:{export.export(imagenet, 'timm')}", pretrained=True)
+    assert_same(model.eval()(IMAGES), imagenet)
+    settings = model.pretrained_cfg
+    assert list(settings["mean"]) == ViewsConfig().mean
+    assert list(settings["input_size"]) == [3, 32, 32]
+
+
+def test_transformers_loads_it(imagenet: Path) -> None:
+    from transformers import ResNetModel
+
+    folder = export.export(imagenet, "huggingface")
+    loaded: Any = ResNetModel.from_pretrained(folder, output_loading_info=True)
+    model, found = loaded
+    assert not any(found.values())
+    assert_same(model.eval()(IMAGES).pooler_output.flatten(1), imagenet)
+
+
+def test_a_narrow_bottleneck_fits_into_transformers(tmp_path: Path) -> None:
+    from transformers import ResNetModel
+
+    run = written(tmp_path / "r", backbone="resnet50", width=8, stem="imagenet")
+    model: Any = ResNetModel.from_pretrained(export.export(run, "huggingface"))
+    model.eval()
+    theirs, ours = model(IMAGES).pooler_output.flatten(1), encoder_of(run).backbone(IMAGES)
+    torch.testing.assert_close(theirs.detach(), ours)
+
+
+def test_onnxruntime_runs_it_on_any_number_of_images(tmp_path: Path) -> None:
+    import onnxruntime
+
+    run = written(tmp_path / "narrow", width=8)
+    session = onnxruntime.InferenceSession(export.export(run, "onnx") / "model.onnx")
+    backbone = encoder_of(run).backbone
+    for rows in (1, 3):
+        (theirs,) = session.run(None, {"images": IMAGES[:rows].numpy()})
+        ours = backbone(IMAGES[:rows])
+        torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_detectron2_gets_its_names_and_every_weight_once(imagenet: Path) -> None:
+    """Its names written out for a block of each kind; detectron2 can't be installed by name."""
+    folder = export.export(imagenet, "detectron2")
+    with (folder / "backbone.pkl").open("rb") as file:
+        saved = pickle.load(file)
+    assert (saved["__author__"], saved["matching_heuristics"]) == ("moco_dist", True)
+    own, theirs = encoder_of(imagenet).backbone.state_dict(), saved["model"]
+    pairs = {
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.running_var": "bn1.running_var",
+        "res2.1.conv2.weight": "layer1.1.conv2.weight",
+        "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+        "res3.0.shortcut.norm.bias": "layer2.0.downsample.1.bias",
+        "res5.1.conv1.norm.running_mean": "layer4.1.bn1.running_mean",
+    }
+    for name, ours in pairs.items():
+        assert torch.from_numpy(theirs[name]).equal(own[ours])
+    kept = [name for name in own if not name.endswith("num_batches_tracked")]
+    assert sorted(map(export_targets.from_detectron2, theirs)) == sorted(kept)
+    assert "DEPTH: 18" in (folder / "README.md").read_text()
+
+
+def test_the_original_scripts_find_both_encoders_and_the_queue(imagenet: Path) -> None:
+    path = export.export(imagenet, "moco") / "model.pth.tar"
+    saved = torch.load(path, weights_only=True)
+    assert (saved["epoch"], saved["arch"]) == (2, "resnet18")
+    tensors, found = saved["state_dict"], checkpoint.find(imagenet)
+    assert tensors["module.queue"].equal(found.model["queue.keys"].T)
+    assert tensors["module.queue_ptr"].tolist() == [50 % 40]
+    for which, ours in (("q", "query"), ("k", "key")):
+        model = torchvision.models.resnet18(num_classes=8)
+        model.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), model.fc)
+        prefix = f"module.encoder_{which}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        model.load_state_dict(own)
+        # Of the key encoder there is no other way in than its tensors.
+        encoder = build_encoder(EncoderConfig(dim=8, stem="imagenet", head="mlp"), 0).eval()
+        names = {k: v for k, v in found.model.items() if k.startswith(f"{ours}_encoder.")}
+        encoder.load_state_dict({k.partition(".")[2]: v for k, v in names.items()})
+        theirs = nn.functional.normalize(model.eval()(IMAGES), dim=1)
+        torch.testing.assert_close(theirs, encoder(IMAGES))
+
+
+@pytest.mark.parametrize(("head", "enqueued"), [("mlp", 93), ("linear", 16)])
+def test_moco_to_ours_to_moco_keeps_every_bit(tmp_path: Path, head: str, enqueued: int) -> None:
+    """From a file as torchvision and the original builder make it; ours is written and read."""
+    torch.manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for which in ("q", "k"):
+        model = torchvision.models.resnet18(num_classes=8)
+        if head == "mlp":
+            model.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), model.fc)
+        tensors |= {f"module.encoder_{which}.{k}": v for k, v in model.state_dict().items()}
+    queue = torch.randn(8, 40)
+    queue[:, min(enqueued, 40) :] = 0
+    tensors |= {"module.queue": queue, "module.queue_ptr": torch.tensor([enqueued % 40])}
+    original = {"epoch": 200, "arch": "resnet18", "state_dict": tensors}
+    path = tmp_path / "moco.pth.tar"
+    torch.save(original, path)
+    found = checkpoint.find(path)
+    again = checkpoint.read(saving.write(tmp_path / "ours", 1, found.model, {}, found.state))
+    config = checkpoint.load_encoder(again)[1]
+    back = moco_layout.write(again.model, config, again.state["epoch"], again.state["enqueued"])
+    assert (back["epoch"], back["arch"]) == (200, "resnet18")
+    assert back["state_dict"].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert back["state_dict"][name].dtype == tensor.dtype
+        assert back["state_dict"][name].equal(tensor), name
+
+
+def test_a_checkpoint_of_the_original_scripts_is_probed(tmp_path: Path) -> None:
+    """Published ones hold the query encoder alone."""
+    model = torchvision.models.resnet18(num_classes=128)
+    tensors = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
+    path = tmp_path / "moco_v1.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": tensors}, path)
+    settings = ["data.shapes_train=60", "data.shapes_test=20", "batch_size=16", "epochs=1"]
+    settings += [f"encoder={path}", f"output={tmp_path}", "name=p", "augment=false", "knn.k=5"]
+    probe.run(load(ProbeConfig, [*settings, "runtime.device=cpu", "control=false"]))
+    results = json.loads((tmp_path / "p" / "DONE").read_text())
+    assert 0 <= results["probe"]["test"]["top1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"arch": "vit"}, "its 'arch' is vit, not one of resnet18"),
+        ({"state_dict": {}}, "no checkpoint of the original MoCo scripts"),
+        ({"extra": True}, "module.extra is not expected"),
+        ({"missing": True}, "bn1.bias is missing"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(
+    imagenet: Path, tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
+    found = checkpoint.find(imagenet)
+    content = moco_layout.write(found.model, EncoderConfig(head="mlp"), 1, 0)
+    if change.pop("extra", False):
+        content["state_dict"]["module.extra"] = torch.zeros(1)
+    if change.pop("missing", False):
+        del content["state_dict"]["module.encoder_q.bn1.bias"]
+    torch.save(content | change, tmp_path / "x.pth")
+    with pytest.raises(DataError, match=sentence):
+        checkpoint.find(tmp_path / "x.pth")
+
+
+def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": Path("x")}, tmp_path / "x.pth")
+    with pytest.raises(DataError, match=r"not a file of tensors that torch\.save wrote"):
+        checkpoint.find(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("target", "encoder", "reason"),
+    [
+        ("torchvision", {"width": 8}, "64 channels in stage 1; use --to onnx"),
+        ("timm", {"width": 8}, "64 channels in stage 1"),
+        ("moco", {"width": 8}, "64 channels in stage 1"),
+        ("huggingface", {"width": 8}, "begin with a 7x7"),
+        ("detectron2", {"width": 8}, "begin with a 7x7"),
+        ("huggingface", {"backbone": "wide_resnet50_2", "width": 4}, "no wider blocks"),
+    ],
+)
+def test_an_architecture_without_a_place_is_one_sentence(
+    tmp_path: Path, target: str, encoder: dict[str, Any], reason: str
+) -> None:
+    run = written(tmp_path / "r", **encoder)
+    with pytest.raises(ConfigError, match=reason):
+        export.export(run, target)
+    assert not any((run / "export").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("target", "module", "command"),
+    [
+        ("timm", "timm", "pip install timm"),
+        ("huggingface", "transformers", "pip install transformers"),
+        ("onnx", "onnxruntime", "pip install onnx onnxscript onnxruntime"),
+    ],
+)
+def test_without_the_library_there_is_a_sentence_and_no_file(
+    imagenet: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    module: str,
+    command: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingError, match=re.escape(command)):
+        export.export(imagenet, target, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_is_not_the_same_is_not_kept(
+    imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: export_targets.Source, folder: Path) -> str:
+        lines = export_targets.torchvision(source, folder)
+        return lines + "features = features + 1e-3 * features.abs().max()\n"
+
+    monkeypatch.setattr(export, "TARGETS", {"torchvision": broken})
+    with pytest.raises(AssertionError, match="its features differ by"):
+        export.export(imagenet, "torchvision", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_others_is_left_and_an_older_export_is_replaced(
+    imagenet: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OutputError, match="is no export of ours"):
+        export.export(imagenet, "torchvision", tmp_path / "mine")
+    for _ in range(2):
+        export.export(imagenet, "torchvision", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_load_encoder_reads_runs_and_exports_alike(imagenet: Path, tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ViewsConfig().mean, ViewsConfig().std))
+    expected = encoder_of(imagenet).backbone((images / 255 - mean) / std)
+    folders = [export.export(imagenet, target) for target in ("torchvision", "huggingface", "moco")]
+    paths: list[str | Path] = [imagenet, str(checkpoint.find(imagenet).path), *folders]
+    for path in paths:
+        encoder = moco_dist.load_encoder(path)
+        torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
+        assert not encoder.training
+    key = moco_dist.load_encoder(imagenet, "key")
+    assert fingerprint.of_module(key.backbone) != fingerprint.of_module(encoder.backbone)
+    with pytest.raises(DataError, match="an export for detectron2 can't be read back"):
+        moco_dist.load_encoder(export.export(imagenet, "detectron2"))
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, moco_dist; print('torch' in sys.modules, moco_dist.load_encoder.__name__)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "False load_encoder\n"
+
+
+def test_the_card_has_the_figures_of_this_checkpoint_alone(tmp_path: Path) -> None:
+    run = written(tmp_path / "r")
+    lines = [{"step": 6, "knn/top1": 0.111}, {"step": 7, "knn/top1": 0.222}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    probed = tmp_path / "r-probe"
+    results = {
+        linear_probe.TRAINED: {"test": {"top1": 0.4321}},
+        linear_probe.CONTROL: {"test": {"top1": 0.1234}},
+    }
+    for which, shown in (("another", False), (fingerprint.of_module(encoder_of(run)), True)):
+        saving.write(probed, 3, {"a": torch.zeros(1)}, {}, {"encoder": which})
+        (probed / "DONE").write_text(json.dumps(results))
+        card = (export.export(run, "torchvision") / "README.md").read_text()
+        assert "22.2%" in card
+        assert "11.1%" not in card
+        assert ("43.21%" in card) == ("12.34%" in card) == shown
+
+
+def test_the_command_exports_and_says_what_is_wrong(
+    imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert export.run([str(imagenet), "--to", "torchvision", "--output", str(out)]) == 0
+    assert (out / "README.md").is_file()
+    assert export.run([str(imagenet), "--to", "keras"]) == 78
+    assert "invalid choice: 'keras'" in capsys.readouterr().err
+    assert export.run([str(tmp_path / "none"), "--to", "timm"]) == 66
+    assert export.run([str(imagenet), "--to", "moco", "--encoder", "key"]) == 78

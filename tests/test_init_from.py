@@ -1,0 +1,110 @@
+"""A pretraining starts with the weights that it is given, all of them, and says which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from moco_dist import data, moco, runtime
+from moco_dist.config import PretrainConfig
+from moco_dist.config_files import load
+from moco_dist.errors import ConfigError, DataError, MissingError
+from moco_dist.trainer import Trainer
+
+ARGUMENTS = [
+    *("data.shapes_train=40", "data.shapes_test=10", "data.size=16", "views.size=16"),
+    *("batch_size=8", "bn_groups=2", "moco.queue_size=8", "encoder.dim=8", "name=started"),
+    *("encoder.stem=imagenet", "runtime.device=cpu"),
+]
+
+
+def started(output: Path, source: Path | str, *more: str) -> Trainer:
+    start = [f"init_from={source}"] if source else []
+    arguments = [*ARGUMENTS, f"output={output}", *start, *more]
+    config = load(PretrainConfig, arguments)
+    session = runtime.start(config)
+    try:
+        return Trainer(config, session, data.load(config.data))
+    finally:
+        session.close()
+
+
+@pytest.fixture
+def theirs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    tensors: dict[str, torch.Tensor] = torchvision.models.resnet18().state_dict()
+    for name, tensor in tensors.items():
+        if "running" in name:
+            tensor.uniform_(1, 2)
+    return tensors
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped", "without counters"])
+def test_the_backbone_is_the_files_and_the_head_is_new(
+    tmp_path: Path, theirs: dict[str, torch.Tensor], form: str
+) -> None:
+    path = tmp_path / ("resnet.safetensors" if form == "safetensors" else "resnet.pth")
+    saved = dict(theirs)
+    if form == "without counters":
+        saved = {k: v for k, v in theirs.items() if not k.endswith("num_batches_tracked")}
+    if form == "safetensors":
+        save_file(saved, path)
+    elif form == "wrapped":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in saved.items()}}, path)
+    else:
+        torch.save(saved, path)
+    trainer = started(tmp_path, path)
+    for encoder in (trainer.moco.query_encoder, trainer.moco.key_encoder):
+        moco.average_statistics(encoder)  # what an evaluation before the first step does
+        ours = encoder.backbone.state_dict()
+        assert all(ours[k].equal(v) for k, v in saved.items() if not k.startswith("fc."))
+    listed = json.loads((tmp_path / "started" / "init_from.json").read_text())
+    assert listed["left"] == ["fc.bias", "fc.weight"]
+    assert len(listed["taken"]) == len(saved) - 2
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path, theirs: dict[str, torch.Tensor]) -> None:
+    path = tmp_path / "resnet.pth"
+    torch.save(theirs, path)
+    with pytest.raises(
+        DataError, match=r"conv1\.weight is \(64, 3, 7, 7\) and should be \(64, 3, 3, 3"
+    ):
+        started(tmp_path, path, "encoder.stem=cifar")
+    del theirs["layer4.1.conv2.weight"]
+    torch.save(theirs, path)
+    with pytest.raises(DataError, match=r"layer4\.1\.conv2\.weight is missing"):
+        started(tmp_path, path)
+    with pytest.raises(MissingError, match="no such file or folder"):
+        started(tmp_path, tmp_path / "none.pth")
+
+
+def test_a_resumed_run_does_not_read_it_again_and_keeps_its_name(
+    tmp_path: Path, theirs: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / "resnet.pth"
+    torch.save(theirs, path)
+    trainer = started(tmp_path, path)
+    trainer.train_step()
+    trainer.save(wait=True)
+    weight = trainer.moco.query_encoder.backbone.conv1.weight.detach().clone()
+    path.unlink()
+    again = started(tmp_path, path)
+    assert again.step == 1
+    assert again.moco.query_encoder.backbone.conv1.weight.equal(weight)
+    with pytest.raises(ConfigError, match="init_from: /"):
+        started(tmp_path, "")
+
+
+def test_one_run_starts_from_another(tmp_path: Path) -> None:
+    first = started(tmp_path, "", "name=first")
+    first.train_step()
+    first.save(wait=True)
+    second = started(tmp_path, tmp_path / "first", "seed=5")
+    before, after = (each.moco.query_encoder.state_dict() for each in (first, second))
+    for name, tensor in before.items():
+        assert after[name].equal(tensor) == name.startswith("backbone."), name
