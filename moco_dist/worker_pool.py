@@ -126,7 +126,7 @@ class WorkerPool:
             self._receive(1.0)
             if time.monotonic() - began > most:
                 process = self._workers[ticket.worker].process
-                raise DataError(
+                raise _passing(
                     f"no data for {most:g} s: the data worker with pid {process.pid} is "
                     f"still at {_range(self._workers[ticket.worker].tickets[0])}; look at the "
                     "disk or file system (df, dmesg), or raise runtime.timeout_seconds"
@@ -226,10 +226,17 @@ class WorkerPool:
         )
         where = f" at {_range(worker.tickets[0])}" if worker.tickets else ""
         memory = " (a lack of memory, most likely)" if status == -signal.SIGKILL else ""
-        raise DataError(
+        raise _passing(
             f"the data worker with pid {worker.process.pid} {why}{memory}{where}; the same command "
             "goes on from the last checkpoint; fewer data.workers take less memory"
         )
+
+
+def _passing(sentence: str) -> DataError:
+    """Return an error of the machine, not of the data: the same command may well go on."""
+    error = DataError(sentence)
+    error.again = True
+    return error
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

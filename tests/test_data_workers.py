@@ -172,6 +172,7 @@ def test_a_file_that_goes_bad_is_named(
         pool.fetch(ticket)
     assert str(error.value).startswith(f"{path}: {sentence}")
     assert error.value.exit_status == 65
+    assert not error.value.again
     pool.fetch(pool.submit(places[:1], CENTRED, None))  # the worker is as well as before
 
 
@@ -215,6 +216,7 @@ def test_a_worker_that_is_killed_is_named(tmp_path: Path, pool: WorkerPool) -> N
         f"3 images from {places[0].path} on; the same command goes on from the last checkpoint; "
         "fewer data.workers take less memory"
     )
+    assert error.value.again  # a job script may start it again
 
 
 def test_a_worker_that_hangs_is_named(
