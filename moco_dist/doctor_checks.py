@@ -18,11 +18,10 @@ from urllib.parse import urlsplit
 
 import accelerate
 import torch
-from PIL import Image
 from torch import nn
 
 import moco_dist
-from moco_dist import alarms, comms, image_archive, image_folder, plan, wandb_run
+from moco_dist import alarms, comms, image_archive, image_file, image_folder, plan, wandb_run
 from moco_dist.config import DataConfig, PretrainConfig
 from moco_dist.encoder import build_encoder
 from moco_dist.errors import ConfigError, UserError, shown
@@ -140,6 +139,10 @@ def data(config: DataConfig) -> tuple[list[Finding], int]:
         kept = min(kept, config.limit or kept)
         return [Finding("data", f"shapes: draws {config.shapes_train:,} images")], kept
     root = Path(os.path.expanduser(config.root))
+    if config.name == "shards":
+        count, places = len(list(root.rglob("*.tar"))), shown(root)
+        fault = "" if count else f"{places}: no .tar files in this folder; give theirs as data.root"
+        return [Finding("data", f"shards: {count:,} tar files in {places}", fault)], 0
     if config.name != "folder":
         there = any(root.glob("*")) if root.is_dir() else False
         state = "is there" if there else "will be downloaded"
@@ -158,10 +161,10 @@ def data(config: DataConfig) -> tuple[list[Finding], int]:
     sizes, bad = [], []
     for file in (listing.files[number] for number in order):
         try:
-            with Image.open(file, formats=image_folder.FORMATS) as image:
-                image.convert("RGB")
-                sizes.append(image.size)
-        except Exception as error:  # as in image_folder.decode: of any kind, all the file's
+            image = image_file.opened(file.read_bytes())
+            image.convert("RGB")
+            sizes.append(image.size)
+        except Exception as error:  # of any kind, as decoders raise them, all the file's
             bad.append(f"{shown(file, 4096)} ({shown(str(error) or type(error).__name__)})")
     spans = [(min(side), max(side)) for side in zip(*sizes, strict=True)] or [(0, 0)] * 2
     fault = ""
@@ -226,7 +229,9 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     weights = sum(parameter.numel() for parameter in encoder.parameters())
     activations = outputs * rows * (2 if config.precision == "bf16" else size)
     queue = config.moco.queue_size * (config.encoder.dim + rows) * size
-    return 4 * weights * size + activations + queue + images * 3 * config.data.size**2
+    pixels = images * 3 * config.data.size**2
+    streamed = pixels > 1e9 * config.data.memory_gb
+    return 4 * weights * size + activations + queue + (0 if streamed else pixels)
 
 
 def disk(config: PretrainConfig) -> Iterator[Finding]:
