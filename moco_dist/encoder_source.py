@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moco_dist import checkpoint, foreign_encoder
-from moco_dist.config import FOREIGN, EncoderConfig, ViewsConfig
+from moco_dist.config import EncoderConfig, ViewsConfig
+from moco_dist.config_probe import FOREIGN
 from moco_dist.encoder import Backbone
 from moco_dist.errors import DataError
 from moco_dist.frozen import require_trained

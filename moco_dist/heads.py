@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moco_dist import schedule
-from moco_dist.config import GridConfig, OptimConfig
+from moco_dist.config import OptimConfig
+from moco_dist.config_probe import GridConfig
 
 # Numbers that the logits of one evaluation may take at once.
 _LOGITS = 2**24

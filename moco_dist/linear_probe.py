@@ -18,8 +18,8 @@ from moco_dist import (
     peers,
     views,
 )
-from moco_dist.config import ProbeConfig
 from moco_dist.config_files import to_dict
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import Backbone, build_encoder
 from moco_dist.encoder_source import Source
 from moco_dist.errors import ConfigError, NumbersError

@@ -23,7 +23,7 @@ from moco_dist import (
     runtime,
     verdict,
 )
-from moco_dist.config import ProbeConfig
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder_source import Source
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
 from moco_dist.label_fraction import require_classes

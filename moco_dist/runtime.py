@@ -34,7 +34,8 @@ from moco_dist import (
     tracking,
     wandb_run,
 )
-from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.environment import environment, shared_environment
 from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
 from moco_dist.feed import Feed, Service

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moco_dist import config_files
-from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.errors import ConfigError, UserError
 from moco_dist.run_directory import write_status
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from moco_dist import data, encoder_source, fingerprint, linear_probe, probe, runtime
-from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config import PretrainConfig
 from moco_dist.config_files import load
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.shapes import CLASSES
 from moco_dist.trainer import Trainer
 

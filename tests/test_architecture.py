@@ -17,6 +17,7 @@ MAX_LINES = 350
 FORBIDDEN = {
     "config": {"torch", "accelerate"},
     "config_operation": {"torch", "accelerate"},
+    "config_probe": {"torch", "accelerate"},
     "config_files": {"torch", "accelerate"},
     "comms": {"moco_dist", "accelerate"},
     "peers": {"moco_dist.config", "moco_dist.moco", "moco_dist.encoder", "accelerate"},

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config import PretrainConfig
 from moco_dist.config_files import changed_keys, flat, from_dict, load, to_dict, to_yaml
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from moco_dist import export
-from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config import PretrainConfig
 from moco_dist.config_files import flat, load, to_dict
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.export_targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]

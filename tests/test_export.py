@@ -27,8 +27,9 @@ from moco_dist import (
     probe,
     saving,
 )
-from moco_dist.config import EncoderConfig, PretrainConfig, ProbeConfig, ViewsConfig
+from moco_dist.config import EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config_files import load, to_dict
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import Encoder, build_encoder
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
 from moco_dist.moco import MoCo

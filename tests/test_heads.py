@@ -12,7 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from moco_dist import heads
-from moco_dist.config import GridConfig, OptimConfig
+from moco_dist.config import OptimConfig
+from moco_dist.config_probe import GridConfig
 from tests.probes import prepared, pretrain, tinted
 
 

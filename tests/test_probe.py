@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moco_dist import checkpoint, data, probe, probe_figures, saving
-from moco_dist.config import ProbeConfig
 from moco_dist.config_files import load
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.errors import ConfigError, DataError, MissingError, UserError
 from tests import processes
 from tests.probes import PROBE, prepared, pretrain, run

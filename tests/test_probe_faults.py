@@ -21,8 +21,9 @@ from moco_dist import (
     probe_results,
     saving,
 )
-from moco_dist.config import EncoderConfig, ProbeConfig
+from moco_dist.config import EncoderConfig
 from moco_dist.config_files import load
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import build_encoder
 from moco_dist.errors import ConfigError, DataError, UserError
 from moco_dist.linear_probe import LinearProbe

@@ -22,8 +22,8 @@ from moco_dist import (
     probe_results,
     verdict,
 )
-from moco_dist.config import ProbeConfig
 from moco_dist.config_files import load
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.errors import DataError, MissingError
 from tests.probes import DATA, pretrain, results, run
 

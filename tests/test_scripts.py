@@ -194,10 +194,11 @@ def test_failed_installation_is_one_sentence_and_is_tried_again(checkout: Checko
     assert checkout.installed() == ["."], "the same .venv is filled"
 
 
-def test_continuous_integration_runs_the_test_script_and_the_slurm_set() -> None:
+def test_continuous_integration_runs_the_test_script_and_the_other_sets() -> None:
     lines = (ROOT / ".ci/run").read_text().splitlines()
     commands = [line for line in lines if line.startswith("bash ")]
-    assert commands == ["bash launch/test.sh", "bash tests/slurm/test.sh"]
+    sets = [f"bash tests/{name}/test.sh" for name in ("slurm", "browser")]
+    assert commands == ["bash launch/test.sh", *sets]
 
 
 def test_contributing_is_under_forty_lines() -> None:

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from moco_dist import comms, data, features, image_file, media, peers, pictures, runtime, views
-from moco_dist.config import DataConfig, EncoderConfig, PretrainConfig, ProbeConfig, ViewsConfig
+from moco_dist.config import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config_files import load
+from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import build_encoder
 from moco_dist.encoder_source import Source
 from moco_dist.errors import DataError

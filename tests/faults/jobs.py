@@ -18,7 +18,8 @@ from torch._C._distributed_c10d import TCPStore
 
 from moco_dist import checkpoint, command, pretrain, probe
 from moco_dist.alarms import NOT_FINITE
-from moco_dist.config import PretrainConfig, ProbeConfig
+from moco_dist.config import PretrainConfig
+from moco_dist.config_probe import ProbeConfig
 from tests.processes import _context
 
 # A run of 40 images of 16 x 16 pixels: some ten milliseconds a step.
