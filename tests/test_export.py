@@ -102,7 +102,7 @@ def test_timm_loads_the_folder_by_name_with_its_normalisation(imagenet: Path) ->
 
     model = timm.create_model(f"local-dir:{export.export(imagenet, 'timm')}", pretrained=True)
     assert_same(model.eval()(IMAGES), imagenet)
-    settings = model.pretrained_cfg
+    settings: Any = model.pretrained_cfg
     assert list(settings["mean"]) == ViewsConfig().mean
     assert list(settings["input_size"]) == [3, 32, 32]
 
