@@ -91,7 +91,7 @@ def test_too_little_disk_and_memory_are_found(
 
 def test_the_estimate_grows_with_the_rows_of_a_process() -> None:
     """By what one more row keeps: the outputs of all layers, which two batches tell."""
-    config = load(PretrainConfig, SMALL)
+    config = load(PretrainConfig, [*SMALL, "moco.queue_size=64"])
     one, two, four = (
         doctor_checks.estimate(dataclasses.replace(config, batch_size=16 * n), 0, 1)
         for n in (1, 2, 4)
