@@ -210,8 +210,6 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
         f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
-    if config.runtime.compile:
-        rows["compile"] = "both encoders, in the first step, which takes minutes"
     runtime.banner(trainer.session, "pretrain", rows)
 
 

@@ -144,7 +144,8 @@ def test_grayscale_is_torchvisions(dtype: torch.dtype) -> None:
 def test_each_tone_operation_is_torchvisions(factor: float, dtype: torch.dtype) -> None:
     images = make_pixels(9, 16, dtype)
     operation = torch.arange(9) % 3
-    adjusted = view_colors.adjust_tone(images, operation, torch.full((9,), factor, dtype=torch.float64))
+    factors = torch.full((9,), factor, dtype=torch.float64)
+    adjusted = view_colors.adjust_tone(images, operation, factors)
     functions = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
     for row in range(9):
         expected = functions[row % 3](images[row], factor)
@@ -154,7 +155,8 @@ def test_each_tone_operation_is_torchvisions(factor: float, dtype: torch.dtype) 
 def test_blend_is_clamped_and_a_factor_of_one_changes_no_bit() -> None:
     images = make_pixels(2, 16, torch.float32)
     reference = torch.full((2, 1, 16, 16), 0.7)
-    same, strong = view_colors.blend(images, reference, torch.tensor([1.0, 9.0], dtype=torch.float64))
+    factors = torch.tensor([1.0, 9.0], dtype=torch.float64)
+    same, strong = view_colors.blend(images, reference, factors)
     assert torch.equal(same, images[0])
     close(strong, (9 * images[1] - 8 * reference[1]).clamp(0, 1), 2e-6)
 
@@ -168,7 +170,9 @@ def test_hue_is_turned_as_in_torchvision_and_colorsys(hue: float) -> None:
     adjusted = view_colors.adjust_hue(images, turns)
     close(adjusted, tv.adjust_hue(images, hue), HUE_TOLERANCE)
     close(
-        view_colors.adjust_hue(images.float(), turns), tv.adjust_hue(images.float(), hue), HUE_TOLERANCE
+        view_colors.adjust_hue(images.float(), turns),
+        tv.adjust_hue(images.float(), hue),
+        HUE_TOLERANCE,
     )
     for row, place in itertools.product(range(3), range(64)):
         h, s, v = colorsys.rgb_to_hsv(*images[row].flatten(1)[:, place].tolist())
