@@ -233,12 +233,10 @@ def pipeline(trainer: Trainer, repeats: int) -> float:
 
 def step_flops(trainer: Trainer) -> int:
     """Return the floating-point operations of a step on this process, without those of views."""
-    # What is compiled shows no operations.
-    with torch.compiler.set_stance("force_eager"):
-        with FlopCounterMode(display=False) as views:
-            both_views(trainer)
-        with FlopCounterMode(display=False) as whole:
-            trainer.train_step()
+    with FlopCounterMode(display=False) as views:
+        both_views(trainer)
+    with FlopCounterMode(display=False) as whole:
+        trainer.train_step()
     in_views = views.get_total_flops() * len(trainer.passes)
     return int(whole.get_total_flops() - in_views)
 

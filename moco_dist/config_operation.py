@@ -88,8 +88,6 @@ class RuntimeConfig:
     processes: int = 0
     # Choose deterministic kernels, so that the same machine gives the same bits.
     deterministic: bool = True
-    # Compile the encoders, which takes minutes before the first step; needs a C++ compiler.
-    compile: bool = False
     # Save and stop before the run has taken so long; 0 is no limit. Slurm's end counts too.
     max_hours: float = 0.0
     # Seconds that a process may keep the others waiting in a collective before the run ends.
@@ -99,9 +97,4 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         check("runtime.", self, micro_batches=(1, None), processes=(0, None), max_hours=(0, None))
-        require(
-            not self.compile or self.micro_batches == 1,
-            f"runtime.compile=true would compile each of runtime.micro_batches={self.micro_batches}"
-            " by itself; use runtime.micro_batches=1",
-        )
         check("runtime.", self, timeout_seconds=(1, None), grace_seconds=(1, None))

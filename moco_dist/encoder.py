@@ -67,13 +67,10 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         mean = [self.group_mean[(first + place) % groups] for place in range(count)]
         var = [self.group_var[(first + place) % groups] for place in range(count)]
         momentum = self.momentum or 0.1
-        # A compiler joins groups by itself, in what it makes of the layers around.
-        if count == 1 or torch.compiler.is_compiling():
-            parts = [
-                F.batch_norm(part, m, v, self.weight, self.bias, True, momentum, self.eps)
-                for part, m, v in zip(x.split(rows), mean, var, strict=True)
-            ]
-            return parts[0] if count == 1 else torch.cat(parts)
+        if count == 1:
+            return F.batch_norm(
+                x, mean[0], var[0], self.weight, self.bias, True, momentum, self.eps
+            )
         normalized: Tensor = _NormalizeGroups.apply(
             x, self.weight, self.bias, mean, var, momentum, self.eps
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco_dist import checkpoint, foreign_encoder
+from moco_dist import checkpoint, foreign_encoder, moco_layout
 from moco_dist.config import EncoderConfig, ViewsConfig
 from moco_dist.config_probe import FOREIGN
 from moco_dist.encoder import Backbone
@@ -36,6 +36,13 @@ def find(path: Path) -> Source:
     exported = path / "model.safetensors"
     if exported.is_file() and not (path / "state.json").exists():
         path = exported  # a folder of moco_dist.export
+    if path.is_file() and moco_layout.is_one(path):
+        original = moco_layout.read(path)
+        encoder, architecture, views = checkpoint.load_encoder(original)
+        require_trained(encoder.backbone, path)
+        place = f"{path} (of the original scripts, epoch {original.state['epoch']})"
+        identity = f"{path} {original.state['sha256']}"
+        return Source(encoder.backbone, architecture, views, place, identity, {})
     if path.suffix in FOREIGN and not path.is_dir():
         backbone, architecture, sha256 = foreign_encoder.load(path)
         require_trained(backbone, path)

@@ -28,11 +28,6 @@ class MoCo(nn.Module):
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.queue = KeyQueue(queue_size, dim)
 
-    def compile_encoders(self) -> None:
-        """Have both encoders compiled when they are first called; hooks on them stay outside."""
-        for encoder in (self.query_encoder, self.key_encoder):
-            encoder.forward = torch.compile(encoder.forward)  # type: ignore[method-assign]
-
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key parameters to momentum * key + (1 - momentum) * query (equation 2)."""

@@ -113,6 +113,17 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, 0, model, {}, state)
 
 
+def is_one(path: Path) -> bool:
+    """Return whether a file holds a checkpoint of the original scripts."""
+    if not path.name.endswith(SUFFIXES):
+        return False
+    try:
+        tensors = load_pickle(path).get("state_dict")
+    except DataError:
+        return False
+    return isinstance(tensors, dict) and any("encoder_q." in str(name) for name in tensors)
+
+
 def load_pickle(path: Path) -> dict[Any, Any]:
     """Return the dict that torch.save wrote to a file; DataError if it holds code or no dict."""
     try:

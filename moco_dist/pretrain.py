@@ -212,8 +212,6 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
         f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
-    if config.runtime.compile:
-        rows["compile"] = "both encoders, in the first step, which takes minutes"
     if config.init_from and not trainer.session.resumed and comms.is_main():
         rows["start"] = encoder_files.start_sentence(trainer.session.directory)
     runtime.banner(trainer.session, "pretrain", rows)

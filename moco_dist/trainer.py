@@ -66,8 +66,6 @@ class Trainer:
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
-        if config.runtime.compile:
-            self.moco.compile_encoders()
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
         # at each step. It would also give each process the BatchNorm statistics of process 0.
         self.query = self.accelerator.prepare(self.moco.query_encoder)

@@ -179,7 +179,7 @@ def test_resuming_may_change_the_length_the_logging_and_the_machine_only() -> No
         (
             ["configs/pretrain/papers.yaml"],
             "configs/pretrain/papers.yaml: no such file; "
-            "the project's own are in configs/pretrain and configs/probe",
+            "the project's own are listed by python -m moco_dist.packaged",
         ),
         (["epoch"], "epoch: neither a YAML file nor a key=value; did you mean 'epochs=...'?"),
     ],

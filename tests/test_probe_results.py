@@ -174,7 +174,7 @@ def test_a_state_dict_is_probed_as_its_run_is(
     if suffix == "pth":
         torch.save(state, path)
     else:
-        save_file(state, path)
+        save_file({name: each.contiguous() for name, each in state.items()}, path)
     whole, file = (
         run(str(encoder), str(tmp_path / name), *MANY)
         for name, encoder in (("run", pretrained), ("file", path))

@@ -144,9 +144,8 @@ def test_grayscale_is_torchvisions(dtype: torch.dtype) -> None:
 def test_each_tone_operation_is_torchvisions(factor: float, dtype: torch.dtype) -> None:
     images = make_pixels(9, 16, dtype)
     operation = torch.arange(9) % 3
-    adjusted = view_colors.adjust_tone(
-        images, operation, torch.full((9,), factor, dtype=torch.float64)
-    )
+    factors = torch.full((9,), factor, dtype=torch.float64)
+    adjusted = view_colors.adjust_tone(images, operation, factors)
     functions = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
     for row in range(9):
         expected = functions[row % 3](images[row], factor)
@@ -156,9 +155,8 @@ def test_each_tone_operation_is_torchvisions(factor: float, dtype: torch.dtype) 
 def test_blend_is_clamped_and_a_factor_of_one_changes_no_bit() -> None:
     images = make_pixels(2, 16, torch.float32)
     reference = torch.full((2, 1, 16, 16), 0.7)
-    same, strong = view_colors.blend(
-        images, reference, torch.tensor([1.0, 9.0], dtype=torch.float64)
-    )
+    factors = torch.tensor([1.0, 9.0], dtype=torch.float64)
+    same, strong = view_colors.blend(images, reference, factors)
     assert torch.equal(same, images[0])
     close(strong, (9 * images[1] - 8 * reference[1]).clamp(0, 1), 2e-6)
 
