@@ -35,6 +35,8 @@ class DataConfig:
     # A folder or shards whose squares take more than so many GB (10^9 bytes) are streamed: decoded
     # by workers each time they are needed. 0 streams all of them. It decides which views there are.
     memory_gb: float = 16.0
+    # Leave out images that can't be read, with one warning; else they are an error.
+    skip_unreadable: bool = False
     # Processes that decode streamed images beside each process of the run; 0 is one for each core.
     workers: int = 0
     # How streamed keys get to their process: its crops are sent, or it decodes them a second time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from moco_dist.randomness import Purpose, permutation
 from moco_dist.streamed_images import StreamedImages
 from moco_dist.worker_pool import WorkerPool
 
+logger = logging.getLogger(__name__)
+
 # Data sets that may be streamed.
 ON_DISK = ("folder", "shards")
 # What fingerprints of streamed data sets begin with.
@@ -44,6 +47,8 @@ class Images:
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    # Files that could not be read, of the whole list that these images are from.
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -141,7 +146,13 @@ def _held(config: DataConfig, loaded: Loaded) -> str:
             f"than data.memory_gb={limit}"
         )
     rule = f"data.memory_gb={limit} allows it" if config.name in ON_DISK else f"as {config.name} is"
-    return f"in memory: {squares}, {rule}"
+    assert isinstance(test, Images), "all parts are streamed or none is"
+    left_out = (
+        f"; {count} unreadable left out"
+        if (count := train.left_out + (test.left_out if len(test) else 0))
+        else ""
+    )
+    return f"in memory: {squares}, {rule}{left_out}"
 
 
 def _gigabytes(count: int, size: int) -> float:
@@ -181,6 +192,11 @@ def _read_files(config: DataConfig) -> Loaded:
     train, test = (_shards if config.name == "shards" else _folders)(config, cache, labelled)
     parts = [part for part in (train, test) if part]
     if _gigabytes(sum(map(len, parts)), config.size) > config.memory_gb:
+        if config.skip_unreadable:
+            raise ConfigError(
+                "data.skip_unreadable=true needs images that are decoded at the start, and these "
+                "are streamed; raise data.memory_gb, or leave it out and replace what is named"
+            )
         pool = WorkerPool(config.workers)
         streamed = [
             StreamedImages(
@@ -189,11 +205,23 @@ def _read_files(config: DataConfig) -> Loaded:
             for part in parts
         ]
         return streamed[0], streamed[1] if test else streamed[0][torch.arange(0)]
-    held = [
-        _images(image_folder.load(part, config.size, cache), part.labels, part.classes)
-        for part in parts
-    ]
+    held = [_held_in_memory(part, config, cache) for part in parts]
     return held[0], held[1] if test else held[0][torch.arange(0)]
+
+
+def _held_in_memory(part: ImageIndex, config: DataConfig, cache: Path) -> Images:
+    """Return the images of a list; those that can't be read are left out if the config says so."""
+    unreadable: list[image_folder.Unreadable] | None = [] if config.skip_unreadable else None
+    pixels = image_folder.load(part, config.size, cache, unreadable)
+    images = _images(pixels, part.labels, part.classes)
+    if not unreadable:
+        return images
+    logger.warning(
+        "%s: %s; they are left out", shown(part.root), image_folder.counted(part, unreadable)
+    )
+    good = torch.ones(len(images), dtype=torch.bool)
+    good[[row for row, _ in unreadable]] = False
+    return replace(images[good], left_out=len(unreadable))
 
 
 def _folders(

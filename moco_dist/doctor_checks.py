@@ -168,10 +168,11 @@ def data(config: DataConfig) -> tuple[list[Finding], int]:
             bad.append(f"{shown(file, 4096)} ({shown(str(error) or type(error).__name__)})")
     spans = [(min(side), max(side)) for side in zip(*sizes, strict=True)] or [(0, 0)] * 2
     fault = ""
-    if bad:
+    if bad and not config.skip_unreadable:
         fault = (
             f"{len(bad)} of {len(order)} sampled images can't be read: {', '.join(bad[:3])}"
-            f"{', ...' if len(bad) > 3 else ''}; replace or remove them"
+            f"{', ...' if len(bad) > 3 else ''}; replace or remove them, or give "
+            "data.skip_unreadable=true"
         )
     (width, height), classes = spans, len(listing.classes) or "no"
     found = (

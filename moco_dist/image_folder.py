@@ -144,10 +144,15 @@ def _walk(root: Path) -> tuple[list[Path], tuple[str, ...]]:
     return files, tuple(read)
 
 
-def decode(images: Located, size: int) -> Tensor:
+# Row and reason of an image that can't be read.
+Unreadable = tuple[int, str]
+
+
+def decode(images: Located, size: int, unreadable: list[Unreadable] | None = None) -> Tensor:
     """Return the pixels, uint8 (n, 3, size, size): shorter side resized to `size`, centre cut out.
 
-    Raises DataError, naming the first files, if some can't be decoded.
+    Raises DataError, naming the first files, if some can't be decoded; with a list `unreadable`
+    they are added to it instead, and are black.
     """
     places = images.all_places()
     needed = len(places) * 3 * size * size
@@ -158,7 +163,7 @@ def decode(images: Located, size: int) -> Tensor:
             f"{needed / 1e9:.0f} GB of memory and {free / 1e9:.0f} GB are free; lower "
             "data.memory_gb to stream them from the disk, or lower data.size"
         )
-    pixels = np.empty((len(places), size, size, 3), dtype=np.uint8)
+    pixels = np.zeros((len(places), size, size, 3), dtype=np.uint8)
 
     def read(number: int) -> str | None:
         try:
@@ -168,29 +173,40 @@ def decode(images: Located, size: int) -> Tensor:
             return shown(str(error) or type(error).__name__)
         return None
 
-    bad = []
+    bad: list[Unreadable] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for place, reason in zip(places, pool.map(read, range(len(places))), strict=True):
-            bad += [] if reason is None else [(shown(place, 4096), reason)]
-            if len(bad) == MAX_BAD:
+        for row, reason in enumerate(pool.map(read, range(len(places)))):
+            bad += [] if reason is None else [(row, reason)]
+            if len(bad) == MAX_BAD and unreadable is None:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
-    if len(bad) == 1:
+    if unreadable is not None and len(bad) < len(places):
+        unreadable += bad
+    elif len(bad) == 1:
         raise DataError(
-            f"{bad[0][0]}: not a readable image ({bad[0][1]}); replace or remove this file"
+            f"{shown(places[bad[0][0]], 4096)}: not a readable image ({bad[0][1]}); replace or "
+            "remove this file, or give data.skip_unreadable=true"
         )
-    if bad:
-        count = f"{len(bad)}{' or more' if len(bad) == MAX_BAD else ''} of {len(places)}"
-        first = ", ".join(f"{file} ({reason})" for file, reason in bad[:5])
-        more = ", ..." if len(bad) > 5 else ""
+    elif bad:
         raise DataError(
-            f"{shown(images.root)}: {count} images are not readable: {first}{more}; replace or "
-            "remove these files"
+            f"{shown(images.root)}: {counted(images, bad)}; replace or remove these files, or give "
+            "data.skip_unreadable=true"
         )
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def load(images: Located, size: int, cache: Path) -> Tensor:
+def counted(images: Located, unreadable: list[Unreadable]) -> str:
+    """Return how many images can't be read, the first of them, and why, in words."""
+    places = images.all_places()
+    first = ", ".join(f"{shown(places[row], 4096)} ({reason})" for row, reason in unreadable[:5])
+    more = ", ..." if len(unreadable) > 5 else ""
+    count = f"{len(unreadable)}{' or more' if len(unreadable) == MAX_BAD else ''} of {len(places)}"
+    return f"{count} images are not readable: {first}{more}"
+
+
+def load(
+    images: Located, size: int, cache: Path, unreadable: list[Unreadable] | None = None
+) -> Tensor:
     """Return what `decode` returns, from `cache` if these very files were decoded before.
 
     Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a
@@ -202,18 +218,30 @@ def load(images: Located, size: int, cache: Path) -> Tensor:
         try:
             with safe_open(path, framework="pt") as file:
                 pixels: Tensor = file.get_tensor("pixels")
-                expected = (file.metadata() or {})["fingerprint"]
+                metadata = file.metadata() or {}
                 fits = (pixels.dtype, pixels.shape) == (torch.uint8, (count, 3, size, size))
-                if fits and fingerprint.of_tensors(pixels) == expected:
-                    return pixels
+                whole = fits and fingerprint.of_tensors(pixels) == metadata["fingerprint"]
+                bad = [
+                    (int(row), str(why))
+                    for row, why in json.loads(metadata.get("unreadable", "[]"))
+                ]
+            if whole and unreadable is None and bad:
+                return decode(images, size)  # which says what is wrong
+            if whole:
+                if unreadable is not None:
+                    unreadable += bad
+                return pixels
             logger.warning("%s: its content changed on disk; decoding the images again", path)
-        except (SafetensorError, OSError, KeyError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s: can't be read (%s); decoding the images again", path, error)
-    pixels = decode(images, size)
+    pixels = decode(images, size, unreadable)
     temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        save_file({"pixels": pixels}, temporary, {"fingerprint": fingerprint.of_tensors(pixels)})
+        noted = {"fingerprint": fingerprint.of_tensors(pixels)}
+        save_file(
+            {"pixels": pixels}, temporary, noted | {"unreadable": json.dumps(unreadable or [])}
+        )
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

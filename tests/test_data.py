@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pickle
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import datasets
 
 from moco_dist import data, image_folder
@@ -184,7 +185,9 @@ def test_a_corrupt_image_is_named_with_its_path(
     with pytest.raises(DataError) as error:
         data.load(folder(labelled, tmp_path / "cache"))
     assert str(error.value).startswith(f"{path}: not a readable image (")
-    assert str(error.value).endswith("); replace or remove this file")
+    assert str(error.value).endswith(
+        "); replace or remove this file, or give data.skip_unreadable=true"
+    )
     assert error.value.exit_status == 65
 
 
@@ -236,3 +239,52 @@ def test_cifar10_is_read_from_its_archive_format(
     assert splits.test.labels.tolist() == batch["labels"]
     assert (len(splits.train), len(splits.validation)) == (90, 10)
     assert splits.train.classes == tuple("abcdefghij")
+
+
+def own_images(folder: Path) -> list[str]:
+    """Write 200 images of the kinds that people have; return the names of the two bad ones."""
+    random = np.random.default_rng(0)
+    for number in range(200):
+        mode = {1: "L", 2: "RGBA", 3: "CMYK"}.get(number, "RGB")
+        shape = int(random.integers(20, 90)), int(random.integers(20, 90)), Image.getmodebands(mode)
+        pixels = random.integers(0, 256, shape, dtype=np.uint8).squeeze()
+        turned = Image.Exif()
+        turned[0x0112] = 6 if number == 4 else 1
+        path = folder / "ab"[number % 2] / f"{number:03}.{'png' if mode == 'RGBA' else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels, mode).save(path, exif=turned)
+    half = folder / "a" / "100.jpg"
+    half.write_bytes(half.read_bytes()[:200])
+    (folder / "b" / "101.jpg").write_text("this is no picture")
+    return [str(half), str(folder / "b" / "101.jpg")]
+
+
+def test_unreadable_images_are_named_and_left_out_if_one_wants_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = own_images(tmp_path / "own")
+    where = {"name": "folder", "root": str(tmp_path / "own"), "size": 16, "validation": 0.0}
+    strict = DataConfig(**where, cache=str(tmp_path / "cache"))  # type: ignore[arg-type]
+    lenient = dataclasses.replace(strict, skip_unreadable=True)
+    for _ in ("decoded", "from the cache"):
+        with pytest.raises(DataError, match="2 of 200 images are not readable") as error:
+            data.load(strict)
+        assert all(name in str(error.value) for name in bad)
+        caplog.clear()
+        splits = data.load(lenient)
+        (warning,) = caplog.messages
+        assert warning.endswith("; they are left out")
+        assert all(name in warning for name in bad)
+        assert len(splits.train) == 198
+        assert splits.train.labels.bincount().tolist() == [99, 99]
+        assert splits.held.endswith("; 2 unreadable left out")
+    whole = image_folder.scan(tmp_path / "own", labelled=True)
+    good = [file for file in whole.files if str(file) not in bad]
+    for row in (0, 1, 60, 197):
+        with Image.open(good[row]) as image:
+            square = ImageOps.fit(image.convert("RGB"), (16, 16), Image.Resampling.BICUBIC)
+        assert np.array_equal(
+            splits.train.squares(torch.tensor(row)).permute(1, 2, 0), np.asarray(square)
+        )
+    with pytest.raises(ConfigError, match="needs images that are decoded at the start"):
+        data.load(dataclasses.replace(lenient, memory_gb=0))

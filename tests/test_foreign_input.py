@@ -209,7 +209,7 @@ def test_an_image_that_unpacks_to_gigabytes_is_refused_undecoded(tmp_path: Path,
         f"{tmp_path / 'bomb.png'}: not a readable image (too large, 160,000,000 pixels are "
         "allowed; scale it down:"
     )
-    assert said.endswith("; replace or remove this file")
+    assert said.endswith("; replace or remove this file, or give data.skip_unreadable=true")
     assert mebibytes < 64
 
 
@@ -239,7 +239,7 @@ def test_all_unreadable_images_are_counted_and_five_are_named(tmp_path: Path) ->
     assert [f"{tmp_path / f'{i}.png'} (" in said for i in range(9)] == [
         i in (1, 2, 4, 5, 6) for i in range(9)
     ]
-    assert said.endswith("; replace or remove these files")
+    assert said.endswith("; replace or remove these files, or give data.skip_unreadable=true")
 
 
 def test_a_thousand_unreadable_images_are_not_all_tried(
@@ -458,12 +458,18 @@ FORBIDDEN_CALLS = {
 }
 
 
-def unsafe_calls(source: str) -> list[str]:
+# They read the files of tensors that others wrote, and may load those, as tensors alone.
+IMPORTERS = ("foreign_encoder", "moco_layout")
+
+
+def unsafe_calls(source: str, loads_tensors: bool = False) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             shell = any(keyword.arg == "shell" for keyword in node.keywords)
-            found += [ast.unparse(node.func)] * (ast.unparse(node.func) in FORBIDDEN_CALLS or shell)
+            name, named = ast.unparse(node.func), [ast.unparse(each) for each in node.keywords]
+            tensors = loads_tensors and name == "torch.load" and "weights_only=True" in named
+            found += [name] * ((name in FORBIDDEN_CALLS and not tensors) or shell)
         elif isinstance(node, ast.ImportFrom):
             imported = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [name for name in imported if name in FORBIDDEN_CALLS]
@@ -472,7 +478,9 @@ def unsafe_calls(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("**/*.py")), ids=lambda path: path.stem)
 def test_no_file_calls_what_runs_the_code_of_its_input(path: Path) -> None:
-    assert unsafe_calls(path.read_text()) == []
+    found = unsafe_calls(path.read_text(), path.stem in IMPORTERS)
+    # An export proves the lines that it has just written itself, of numbers and known names.
+    assert found == (["exec", "compile"] if path.stem == "export_targets" else [])
 
 
 def test_each_call_that_runs_code_would_be_found() -> None:
@@ -480,4 +488,7 @@ def test_each_call_that_runs_code_would_be_found() -> None:
         assert unsafe_calls(f"{name}(x)") == [name]
     assert unsafe_calls("subprocess.run(x, shell=True)") == ["subprocess.run"]
     assert unsafe_calls("from torch import load") == ["torch.load"]
+    assert unsafe_calls("torch.load(x, weights_only=True)", True) == []
+    for loose in ("torch.load(x)", "torch.load(x, weights_only=False)"):
+        assert unsafe_calls(loose, True) == ["torch.load"]
     assert unsafe_calls("module.eval(); safetensors.load(x)") == []
