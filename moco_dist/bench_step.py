@@ -107,7 +107,7 @@ def timed_parts(trainer: Trainer, clock: Clock) -> Iterator[None]:
     """Have `clock` count the parts of the trainer's steps."""
     network, before = trainer.moco, list[tuple[Any, str, Any]]()
     functions: list[tuple[Any, str, str]] = [
-        (trainer, "views", "views"),
+        (trainer.source, "views", "views"),
         (moco, "info_nce", "loss"),
         (trainer.accelerator, "backward", "backward"),
         (trainer.optimizer, "step", "optimizer"),

@@ -26,7 +26,7 @@ STEPS_AHEAD = 2
 IMAGES_AHEAD = 32
 
 
-@dataclass(frozen=True)
+@dataclass
 class MemorySource:
     """Views of images in memory, made when they are asked for."""
 

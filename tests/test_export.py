@@ -213,6 +213,7 @@ def test_moco_to_ours_to_moco_keeps_every_bit(tmp_path: Path, head: str, enqueue
 def test_a_checkpoint_of_the_original_scripts_is_probed(tmp_path: Path) -> None:
     """Published ones hold the query encoder alone."""
     model = torchvision.models.resnet18(num_classes=128)
+    torch.nn.init.uniform_(model.bn1.weight)  # as training would have moved it
     tensors = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
     path = tmp_path / "moco_v1.pth.tar"
     torch.save({"epoch": 200, "arch": "resnet18", "state_dict": tensors}, path)
