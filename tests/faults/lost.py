@@ -239,7 +239,8 @@ def _step_back(self: Trainer) -> None:
 @torch.no_grad()
 def _flip(tensor: Tensor) -> None:
     """Flip a bit in the middle of a tensor of 32-bit numbers, which stay finite."""
-    tensor.detach().view(-1).view(torch.int32)[tensor.numel() // 2] ^= 1 << 20
+    bits = tensor.detach().view(torch.int32)  # in either memory format
+    bits[tuple(size // 2 for size in bits.shape)] ^= 1 << 20
 
 
 _PLANTS: dict[str, Callable[[], None]] = {
@@ -327,7 +328,7 @@ def _spoil_loss(by: Callable[[Tensor], Tensor], step: int, sample: int) -> None:
 def _spoil_gradient(step: int, sample: int) -> None:
     def spoiled(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
-        gradient.view(-1)[sample % gradient.numel()] = torch.nan
+        gradient[tuple(sample % size for size in gradient.shape)] = torch.nan
         return gradient
 
     def act(self: Trainer) -> None:
