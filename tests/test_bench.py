@@ -45,7 +45,9 @@ def traffic(output: str) -> tuple[float, int, int, int]:
     for _ in range(3):
         trainer.train_step()
     comms.all_gather(torch.zeros(1))  # nobody is behind
-    steps, before, counted = 4, received(), comms.sent_bytes
+    before = received()
+    comms.all_gather(torch.zeros(1))  # nobody has sent of the next step before all have looked
+    steps, counted = 4, comms.sent_bytes
     for _ in range(steps):
         trainer.train_step()
     counted = (comms.sent_bytes - counted) // steps
