@@ -6,5 +6,6 @@ if ! command -v chromium >/dev/null; then
     apt-get update --quiet
     DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends chromium
 fi
+# shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/../../launch/environment.sh" ".[dev]"
 pytest -m browser tests/browser "$@"
