@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from moco_dist import command, comms, config_files, console_lines, data, peers, runtime
-from moco_dist.bench_step import PARTS, Speed, both_views, measure, parameters, seconds
+from moco_dist.bench_step import PARTS, Speed, measure, parameters, pipeline, seconds
 from moco_dist.bench_textbook import Textbook
 from moco_dist.config import PretrainConfig
 from moco_dist.errors import ConfigError
@@ -160,7 +160,7 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
     plain = Textbook(trainer.config, train.squares(torch.arange(len(train))), device, workers)
     pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "step": (trainer.train_step, plain.step),
-        "pipeline": (partial(both_views, trainer), plain.views),
+        "pipeline": (pipeline(trainer), plain.views),
     }
     found: dict[str, Any] = {"workers": workers}
     for what, (ours, theirs) in pairs.items():

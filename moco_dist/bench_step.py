@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moco_dist import comms, guard, health, metrics, moco
 from moco_dist.trainer import Trainer
+from moco_dist.view_source import views_of
 
 # What a step is made of, in the order in which it comes. The gradients of several processes are
 # summed within "backward"; "rest" is the plan of the rows, and what all processes agree on.
@@ -205,7 +207,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
         step_seconds=step,
         cpu_seconds=statistics.median(cpus),
         parts=medians,
-        pipeline_images_per_second=pipeline(trainer, repeats),
+        pipeline_images_per_second=pipeline_speed(trainer, repeats),
         bytes_of_keys=sent,
         bytes_of_gradients=comms.all_reduce_bytes(sum(p.nbytes for p in trainer.parameters)),
         memory_gb=metrics.memory_gb(device),
@@ -214,31 +216,37 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
     )
 
 
-def both_views(trainer: Trainer) -> None:
+def both_views(trainer: Trainer, step: int) -> None:
     """Make the views of a step, those of the queries and those of the keys."""
-    rows = trainer.plan.step(trainer.step, len(trainer.passes))
-    mine = rows.samples[rows.query_rows]
-    for view in (0, 1):
-        for piece in mine.chunk(trainer.config.runtime.micro_batches):
-            trainer.views(piece, rows.epoch, view)
+    trainer.source.begin(step)
+    rows = trainer.plan.step(step, len(trainer.passes))
+    micro_batches = trainer.config.runtime.micro_batches
+    for views in views_of(rows, trainer.passes, trainer.source, micro_batches):
+        for make in chain.from_iterable(views):
+            make()
 
 
-def pipeline(trainer: Trainer, repeats: int) -> float:
+def pipeline(trainer: Trainer) -> Callable[[], None]:
+    """Return what makes the views of the next step, and does nothing else, at each call."""
+    steps = count(trainer.step)
+    return lambda: both_views(trainer, next(steps))
+
+
+def pipeline_speed(trainer: Trainer, repeats: int) -> float:
     """Return how many images a second all processes make both views of, and do nothing else."""
-    device = trainer.session.device
-    both_views(trainer)
-    walls = [seconds(lambda: both_views(trainer), device)[0] for _ in range(max(repeats, 5))]
+    device, work = trainer.session.device, pipeline(trainer)
+    work()
+    walls = [seconds(work, device)[0] for _ in range(max(repeats, 5))]
     return trainer.config.batch_size / statistics.median(walls)
 
 
 def step_flops(trainer: Trainer) -> int:
     """Return the floating-point operations of a step on this process, without those of views."""
     with FlopCounterMode(display=False) as views:
-        both_views(trainer)
+        both_views(trainer, trainer.step)
     with FlopCounterMode(display=False) as whole:
         trainer.train_step()
-    in_views = views.get_total_flops() * len(trainer.passes)
-    return int(whole.get_total_flops() - in_views)
+    return int(whole.get_total_flops() - views.get_total_flops())
 
 
 def peak_flops(trainer: Trainer) -> float:

@@ -170,7 +170,7 @@ class LinearProbe:
             if self.config.augment:
                 source = self.sources[number]
                 source.begin(self.step)
-                made = source.views(step.samples[local], step.epoch, 0)
+                (made,) = source.views([(step.samples[local], 0)], step.epoch)
             else:
                 pixels = self.splits.train.squares(samples)
                 made = views.center(pixels, self.config.views, self.dtype)

@@ -32,7 +32,7 @@ from moco_dist.encoder import build_encoder
 from moco_dist.errors import NumbersError, UserError
 from moco_dist.plan import Plan, Step, check_batch, check_groups
 from moco_dist.runtime import Session
-from moco_dist.view_source import view_source
+from moco_dist.view_source import Pieces, view_source, views_of
 
 
 class Trainer:
@@ -135,9 +135,11 @@ class Trainer:
         network.train()
         self.undo.keep()
         note = guard.note(self.step, rows.samples, self.session.request(), wants_save)
+        micro_batches = config.runtime.micro_batches
+        key_views, query_views = views_of(rows, self.passes, self.source, micro_batches)
         keys = []
-        for number, (_, view) in enumerate(self.passes):
-            encoded, notes = self.keys(rows, number, view, note)
+        for number, views in enumerate(key_views):
+            encoded, notes = self.keys(rows, number, views, note)
             keys.append(encoded)
             if number == 0:
                 self.agreed = guard.agree(notes)
@@ -145,7 +147,7 @@ class Trainer:
                     self.undo.restore()
                     self.session.stop_for(self.agreed.stop)
         me.mark(self.step, "encoding queries")
-        losses, all_logits, queries = self.backward(rows, keys)
+        losses, all_logits, queries = self.backward(rows, keys, query_views)
         self.gradient_norm, keys_norm = guard.norms(self.parameters, *keys)
         # Either is not finite if a number in it isn't.
         if not (self.gradient_norm + keys_norm).isfinite():
@@ -167,44 +169,42 @@ class Trainer:
         self.step += 1
         return torch.stack(losses).mean(), all_logits
 
-    def keys(self, rows: Step, number: int, view: int, note: Tensor) -> tuple[Tensor, Tensor]:
+    def keys(self, rows: Step, number: int, views: Pieces, note: Tensor) -> tuple[Tensor, Tensor]:
         """Return the whole batch's keys for pass `number`, (batch_size, dim), without gradients.
 
         And the notes of all processes, int64 (processes, fields), which come by the same gather.
         """
-        mine = rows.samples[rows.key_rows[number]]
-        size = self.config.batch_size
-        others = {len(rows.samples), len(mine) * comms.world_size()} - {size}
+        size, mine = self.config.batch_size, len(rows.key_rows[number])
+        others = {len(rows.samples), mine * comms.world_size()} - {size}
         if others:  # a gather of unequal messages would kill the other processes
             raise UserError(
                 f"process {comms.rank()} is at a batch of {max(others)} in step {self.step} and "
                 f"batch_size={size}; nothing was changed by it: start all processes with the same "
                 "command, files and versions"
             )
-        pieces = [
-            partial(self.source.views, piece, rows.epoch, view)
-            for piece in mine.chunk(self.config.runtime.micro_batches)
-        ]
         with self.accelerator.autocast():
-            return moco.shuffled_keys(self.moco.key_encoder, pieces, rows.unshuffle[number], note)
+            return moco.shuffled_keys(self.moco.key_encoder, views, rows.unshuffle[number], note)
 
-    def backward(self, rows: Step, keys: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def backward(
+        self, rows: Step, keys: list[Tensor], views: list[Pieces]
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Compute the gradients of a step; return losses and logits, pass by piece.
 
         And this process's queries of the first pass, (rows, dim).
         """
         config = self.config
         negatives, _ = self.moco.queue.negatives()
+        micro_batches = rows.query_rows.chunk(config.runtime.micro_batches)
         pieces = [
-            (number, view, piece)
-            for number, (view, _) in enumerate(self.passes)
-            for piece in rows.query_rows.chunk(config.runtime.micro_batches)
+            (number, piece, make)
+            for number, makes in enumerate(views)
+            for piece, make in zip(micro_batches, makes, strict=True)
         ]
         losses, all_logits, all_queries = [], [], []
-        for place, (number, view, piece) in enumerate(pieces, start=1):
+        for place, (number, piece, make) in enumerate(pieces, start=1):
             with nullcontext() if place == len(pieces) else self.accelerator.no_sync(self.query):
                 samples = rows.samples[piece]
-                queries = self.query(self.source.views(samples, rows.epoch, view))
+                queries = self.query(make())
                 owners = self.moco.queue.owners(samples) if config.moco.mask_own_keys else None
                 loss, logits = moco.info_nce(
                     queries, keys[number][piece], negatives, config.moco.temperature, owners
@@ -254,7 +254,7 @@ class Trainer:
 
     def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
         """Return view number `view` of the training images `samples`, (rows, 3, size, size)."""
-        return self.source.any_views(samples, epoch, view)
+        return self.source.any_views([(samples, view)], epoch)[0]
 
     def knn_top1(self) -> float:
         """Return the share of validation images that the nearest training images get right."""

@@ -5,10 +5,14 @@ Formulas are those of torchvision's transforms on float tensors, written for who
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+# Of red, green and blue, as torchvision rounds those of BT.601.
+LUMA = 0.2989, 0.587, 0.114
 
 
 def column(values: Tensor) -> Tensor:
@@ -20,42 +24,69 @@ def select(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
 
     `lerp` returns its end points as they are; on a CPU `where` takes 4 to 30 times as long.
     """
-    return torch.lerp(other, chosen, condition.to(other.dtype))
+    return torch.lerp(other, chosen, column(condition).to(other.dtype))
+
+
+def change_some(
+    images: Tensor, which: Tensor, change: Callable[[Tensor, Tensor | slice], Tensor]
+) -> Tensor:
+    """Return images (n, c, H, W), those of `which`, bool (n,), as `change` returns them.
+
+    It is called with images and their rows. A CPU changes no others, in place; a GPU would have to
+    wait to learn which they are, and changes all.
+    """
+    if images.device.type != "cpu":
+        return select(which, change(images, slice(None)), images)
+    rows = which.nonzero().squeeze(1)
+    return images.index_copy_(0, rows, change(images.index_select(0, rows), rows))
+
+
+def _luma(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the shares of red, green and blue in the luma, (3,)."""
+    # Filled on the device: a tensor made of a list would be copied there, and waited for.
+    return torch.cat([torch.full((1,), share, dtype=dtype, device=device) for share in LUMA])
 
 
 def to_grayscale(images: Tensor) -> Tensor:
-    """Return the luma (n, 1, H, W) of images (n, 3, H, W), with torchvision's digits of BT.601."""
+    """Return the luma (n, 1, H, W) of images (n, 3, H, W)."""
     red, green, blue = images.chunk(3, dim=1)
-    return torch.add(torch.add(0.2989 * red, green, alpha=0.587), blue, alpha=0.114)
+    return torch.add(torch.add(LUMA[0] * red, green, alpha=LUMA[1]), blue, alpha=LUMA[2])
 
 
-def blend(images: Tensor, reference: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return factor * images + (1 - factor) * reference, clamped to [0, 1]; `factor` is (n,).
+def make_gray(images: Tensor, which: Tensor) -> Tensor:
+    """Return images (n, 3, H, W), those of `which`, bool (n,), gray; on a CPU in place."""
+    return change_some(images, which, lambda some, _: to_grayscale(some).expand_as(some))
 
-    A factor of 1 changes no bit of images in [0, 1]. `out` may be `images`.
+
+def tones(operation: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return what `adjust_tone` takes: matrices (..., n, 3, 3) and weights (..., n, 3) of means.
+
+    `operation`, int64 (..., n), is BRIGHTNESS, CONTRAST or SATURATION; `factor`, float (..., n).
     """
-    share = column(factor).to(images.dtype)
-    return torch.lerp(reference, images, share, out=out).clamp_(0, 1)
-
-
-def adjust_tone(
-    images: Tensor, operation: Tensor, factor: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """Return images (n, 3, H, W) in [0, 1] with one of three operations for each sample.
-
-    BRIGHTNESS blends with black, CONTRAST with the mean of the gray image, SATURATION with the
-    gray image; `operation` is int64 (n,), `factor` float (n,). Formulas: torchvision's.
-    """
-    gray = to_grayscale(images)
-    saturates, contrasts = (
-        column(operation == which).to(images.dtype) for which in (SATURATION, CONTRAST)
+    rest = 1 - factor
+    luma = _luma(factor.dtype, factor.device)
+    of_gray, of_mean = (
+        (rest * (operation == which))[..., None] * luma for which in (SATURATION, CONTRAST)
     )
-    mean = gray.mean(dim=(1, 2, 3), keepdim=True).mul_(contrasts)
-    return blend(images, torch.addcmul(mean, gray, saturates), factor, out)
+    own = factor[..., None, None] * torch.eye(3, dtype=factor.dtype, device=factor.device)
+    return (own + of_gray[..., None, :]).to(dtype), of_mean.to(dtype)
 
 
-def adjust_hue(images: Tensor, hue: Tensor) -> Tensor:
-    """Return images (n, 3, H, W) in [0, 1] with their hue turned by `hue` (n,), in turns.
+def adjust_tone(images: Tensor, matrix: Tensor, of_mean: Tensor) -> Tensor:
+    """Return images (n, 3, H, W) changed by one of three operations each, from `tones`.
+
+    factor * image + (1 - factor) * reference, clamped to [0, 1]: BRIGHTNESS blends with black,
+    CONTRAST with the mean of the gray image, SATURATION with the gray image (torchvision's
+    formulas). Each is a matrix (3, 3) for the colours of all pixels, and one number to add. A
+    factor of 1 changes no bit of images in [0, 1].
+    """
+    colors = images.flatten(2)
+    offset = (colors.mean(2) * of_mean).sum(1).reshape(-1, 1, 1)
+    return torch.baddbmm(offset, matrix, colors).clamp_(0, 1).view_as(images)
+
+
+def adjust_hue_(images: Tensor, hue: Tensor) -> Tensor:
+    """Turn the hue of images (n, 3, H, W) in [0, 1], in place, by `hue` (n,), in turns.
 
     HSV after Smith, Color gamut transform pairs, SIGGRAPH 1978. Turning leaves the largest and the
     smallest channel values as they are, so value and saturation are never computed. With channels
@@ -63,15 +94,16 @@ def adjust_hue(images: Tensor, hue: Tensor) -> Tensor:
     green is more than blue, and the negative of that where it is less: the six cases as one.
     """
     red, green, blue = images.unbind(1)
-    largest = torch.maximum(torch.maximum(red, green), blue)
-    smallest = torch.minimum(torch.minimum(red, green), blue)
-    chroma = largest.sub_(smallest)
+    smallest, largest = torch.minimum(green, blue), torch.maximum(green, blue)
+    torch.minimum(smallest, red, out=smallest)
+    chroma = torch.maximum(largest, red, out=largest).sub_(smallest)
     sector = (green + blue).sub_(red).sub_(smallest)
-    sector.div_(chroma.clamp(min=torch.finfo(images.dtype).tiny)).add_(1)
-    sector.copysign_(green - blue).add_((6 * hue).to(images.dtype)[:, None, None])
-    sector -= (sector / 6).floor_().mul_(6)
-    red, green, blue = (sector - 3).abs_() - 1, 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_()
-    turned = torch.empty_like(images)
-    for channel, x in zip(turned.unbind(1), (red, green, blue), strict=True):
-        torch.addcmul(smallest, chroma, x.clamp_(0, 1), out=channel)
-    return turned
+    # One tensor serves all that is needed for a moment: a core's cache holds few.
+    spare = chroma.clamp(min=torch.finfo(images.dtype).tiny)
+    sector.div_(spare).add_(1).copysign_(torch.sub(green, blue, out=spare))
+    sector.add_((6 * hue).to(images.dtype)[:, None, None])
+    sector.sub_(torch.div(sector, 6, out=spare).floor_().mul_(6))
+    for channel, at, slope, offset in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
+        share = torch.sub(sector, at, out=spare).abs_().mul_(slope).add_(offset)
+        torch.addcmul(smallest, chroma, share.clamp_(0, 1), out=channel)
+    return images

@@ -8,8 +8,9 @@ where the permutation has them. By plan: each decodes the images of its keys as 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -26,6 +27,19 @@ STEPS_AHEAD = 2
 IMAGES_AHEAD = 32
 
 
+# Samples, int64 (n,), and the number of their view.
+Wanted = tuple[Tensor, int]
+# Each gives the views of one micro-batch.
+Pieces = list[Callable[[], Tensor]]
+
+
+def _joined(wanted: Sequence[Wanted]) -> tuple[Tensor, Tensor, list[int]]:
+    """Return all samples, the number of each one's view, both int64 (n,), and the lengths."""
+    numbers = [torch.full_like(samples, view) for samples, view in wanted]
+    samples = torch.cat([samples for samples, _ in wanted])
+    return samples, torch.cat(numbers), [len(each) for each in numbers]
+
+
 @dataclass
 class MemorySource:
     """Views of images in memory, made when they are asked for."""
@@ -38,10 +52,12 @@ class MemorySource:
     def begin(self, step: int) -> None:
         """Get ready for step `step`: nothing is to be done."""
 
-    def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
-        """Return view number `view` of the images `samples`, (n, 3, size, size)."""
+    def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return the views of each of `wanted`, (n, 3, size, size), made in one pass."""
+        samples, numbers, sizes = _joined(wanted)
         pixels = self.images.pixels[samples]
-        return views.make(pixels, self.config, self.seed, epoch, samples, view, self.dtype)
+        made = views.make(pixels, self.config, self.seed, epoch, samples, numbers, self.dtype)
+        return list(made.split(sizes))
 
     any_views = views
 
@@ -128,29 +144,75 @@ class StreamedSource:
             for order in self._ahead.pop()[1]:
                 order.abandon()
 
-    def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
-        """Return view number `view` of `samples`, queries or keys of the step that was begun.
+    def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return the views of each of `wanted`, queries or keys of the step that was begun.
 
-        float (n, 3, size, size).
+        float (n, 3, size, size), made in one pass.
         """
-        known, crops = self._crops[view]
-        return self._finished(crops[torch.searchsorted(known, samples)], samples, epoch, view)
+        crops = []
+        for samples, view in wanted:
+            known, of_view = self._crops[view]
+            crops.append(of_view[torch.searchsorted(known, samples)])
+        return self._finished(torch.cat(crops), wanted, epoch)
 
-    def any_views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
+    def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
         """Return what `views` does, of any images, which are decoded for it."""
-        order = self.images.order_crops(self.config, self.seed, epoch, samples, (view,))
-        return self._finished(order.collect(self.device)[:, 0], samples, epoch, view)
+        orders = [
+            self.images.order_crops(self.config, self.seed, epoch, samples, (view,))
+            for samples, view in wanted
+        ]
+        crops = [order.collect(self.device)[:, 0] for order in orders]
+        return self._finished(torch.cat(crops), wanted, epoch)
 
-    def _finished(self, crops: Tensor, samples: Tensor, epoch: int, view: int) -> Tensor:
+    def _finished(self, crops: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        samples, numbers, sizes = _joined(wanted)
         size = self.config.size
-        draws = views.draw(self.config, self.seed, epoch, samples, view, size, size)
+        draws = views.draw(self.config, self.seed, epoch, samples, numbers, size, size)
         zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, size)
         # The window is the whole crop: what is left of that stage is its flip, exactly.
         draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
-        return views.apply(crops, draws, self.config, self.dtype)
+        return list(views.apply(crops, draws, self.config, self.dtype).split(sizes))
 
 
 ViewSource = MemorySource | StreamedSource
+
+
+def views_of(
+    rows: Step, passes: Sequence[tuple[int, int]], source: ViewSource, micro_batches: int
+) -> tuple[list[Pieces], list[Pieces]]:
+    """Return what gives the views of keys and of queries of a step, for each pass over the batch.
+
+    One call of the source makes all of them. Of micro-batches each is made when its turn comes, so
+    that there is never more than that in memory.
+    """
+    wanted = [
+        *(
+            (rows.samples[keys], view)
+            for keys, (_, view) in zip(rows.key_rows, passes, strict=True)
+        ),
+        *((rows.samples[rows.query_rows], view) for view, _ in passes),
+    ]
+    found: list[Pieces]
+    if micro_batches == 1:
+        found = [[partial(_same, made)] for made in source.views(wanted, rows.epoch)]
+    else:
+        found = [
+            [
+                partial(_one, source, (piece, view), rows.epoch)
+                for piece in samples.chunk(micro_batches)
+            ]
+            for samples, view in wanted
+        ]
+    return found[: len(passes)], found[len(passes) :]
+
+
+def _one(source: ViewSource, wanted: Wanted, epoch: int) -> Tensor:
+    (views,) = source.views([wanted], epoch)
+    return views
+
+
+def _same(views: Tensor) -> Tensor:
+    return views
 
 
 def view_source(

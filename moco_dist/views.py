@@ -21,12 +21,16 @@ from moco_dist.config import ViewsConfig
 from moco_dist.randomness import Key, Purpose, uniform
 from moco_dist.view_colors import (
     HUE,
-    adjust_hue,
+    adjust_hue_,
     adjust_tone,
-    column,
+    change_some,
+    make_gray,
     select,
-    to_grayscale,
+    tones,
 )
+
+# Numbers of images of which an operation keeps all that it needs in a core's cache.
+_IN_CACHE = 2**18
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ class Draws:
     grayscale: Tensor  # bool
     blur: Tensor  # bool
     sigma: Tensor  # float64, pixels of the view
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the jitter at each of its places, float64 (4, n), and the hue's
+        place, int64 (n,)."""
+        factors = torch.stack([self.brightness, self.contrast, self.saturation, self.hue])
+        return factors.gather(0, self.order.T), (self.order == HUE).long().argmax(dim=1)
 
 
 def _between(number: Tensor, low: float, high: float) -> Tensor:
@@ -99,17 +109,19 @@ def draw(
     seed: int,
     epoch: Key,
     index: Tensor,
-    view: int,
+    view: Key,
     image_height: int,
     image_width: int,
 ) -> Draws:
     """Return the parameters of view number `view` of the samples `index` (int64, (n,)).
 
-    `epoch` is a number, or an int64 tensor without dimensions. The crop is that of Inception
-    (Szegedy et al. 2015, arXiv:1409.4842, section 6) with torchvision's ten attempts, the other
-    laws are those of SimCLR's appendix A (Chen et al. 2020, arXiv:2002.05709) in torchvision.
+    `view` is a number, or int64 (n,); `epoch` a number, or an int64 tensor without dimensions. The
+    crop is that of Inception (Szegedy et al. 2015, arXiv:1409.4842, section 6) with torchvision's
+    ten attempts, the other laws are those of SimCLR's appendix A (Chen et al. 2020,
+    arXiv:2002.05709) in torchvision.
     """
     slots = torch.arange(35, device=index.device)
+    view = view[:, None] if isinstance(view, Tensor) else view
     numbers = uniform(seed, Purpose.VIEW, epoch, view, index[:, None], slots)
     attempts, order, rest = numbers[:, :20], numbers[:, 20:24], numbers[:, 24:].unbind(1)
     top, left, flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma = rest
@@ -171,19 +183,14 @@ def crop_and_resize(images: Tensor, draws: Draws, size: int) -> Tensor:
 
 
 def color_jitter(images: Tensor, draws: Draws) -> Tensor:
-    """Return images (n, 3, H, W) in [0, 1] with the four operations in each sample's own order.
+    """Return images (n, 3, H, W) with the four operations in each sample's own order, in [0, 1].
 
-    The same bits from both ways: a CPU takes the samples by the place of their hue, and a GPU all
-    of them alike, since it would have to wait to learn which are which.
+    On a CPU it changes `images` themselves. The same bits from both ways: a CPU takes the samples
+    by the place of their hue, and a GPU all of them alike, since it would have to wait to learn
+    which are which.
     """
     way = _jitter_by_place if images.device.type == "cpu" else _jitter_alike
     return way(images, draws)
-
-
-def _strengths(draws: Draws) -> tuple[Tensor, Tensor]:
-    """Return the strengths in the order of operations, (n, 4), and the place of the hue, (n,)."""
-    strengths = torch.stack([draws.brightness, draws.contrast, draws.saturation, draws.hue], dim=1)
-    return strengths.gather(1, draws.order), (draws.order == HUE).long().argmax(dim=1)
 
 
 def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
@@ -192,44 +199,45 @@ def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
     Three blends, one turn of the hue and three blends do for all 24 orders: a blend is made before
     or after the hue, and on the other side it has the factor 1. No jitter is the exact identity.
     """
-    strengths, place_of_hue = _strengths(draws)
-    place = torch.arange(4, device=images.device)
-    jitter = draws.jitter[:, None]
-    before = torch.where(jitter & (place < place_of_hue[:, None]), strengths, 1.0)
-    after = torch.where(jitter & (place > place_of_hue[:, None]), strengths, 1.0)
+    factors, place_of_hue = draws.factors()
+    place = torch.arange(4, device=images.device)[:, None]
+    before, after = place < place_of_hue, place > place_of_hue
+    images = images.clamp(0, 1)
+    early, late = (
+        tones(draws.order.T, torch.where(draws.jitter & when, factors, 1.0), images.dtype)
+        for when in (before, after)
+    )
     for slot in (0, 1, 2):
-        images = adjust_tone(images, draws.order[:, slot], before[:, slot])
-    images = select(column(draws.jitter), adjust_hue(images, draws.hue), images)
+        images = adjust_tone(images, early[0][slot], early[1][slot])
+    images = select(draws.jitter, adjust_hue_(images.clone(), draws.hue), images)
     for slot in (1, 2, 3):
-        images = adjust_tone(images, draws.order[:, slot], after[:, slot])
+        images = adjust_tone(images, late[0][slot], late[1][slot])
     return images
 
 
 def _jitter_by_place(images: Tensor, draws: Draws) -> Tensor:
-    """Jitter those that are jittered, in the order of the place of their hue: a blend is a slice.
+    """Jitter those that are jittered, in place, by the place of their hue.
 
-    It clamps where the other way has blends of factor 1.
+    As many at a time as stay in the caches. It clamps where the other way has blends of factor 1.
     """
-    strengths, place_of_hue = _strengths(draws)
-    out = images.clamp(0, 1)
-    rows = draws.jitter.nonzero().squeeze(1)
-    rows = rows[place_of_hue[rows].argsort()]
-    # The jittered whose hue is turned at a place or before it are so many.
-    ends = place_of_hue[rows].bincount(minlength=4).cumsum(0).tolist()
-    part, order, strength = images[rows], draws.order[rows], strengths[rows]
-
-    def blend_at(slot: int, some: slice) -> None:
-        adjust_tone(part[some], order[some, slot], strength[some, slot], out=part[some])
-
-    part[: ends[0]].clamp_(0, 1)
-    for slot in (0, 1, 2):
-        blend_at(slot, slice(ends[slot], None))
-    part = adjust_hue(part, draws.hue[rows])
-    part[ends[0] :].clamp_(0, 1)
-    for slot in (1, 2, 3):
-        blend_at(slot, slice(0, ends[slot - 1]))
-    out[rows] = part
-    return out
+    factors, place_of_hue = draws.factors()
+    matrices, of_mean = tones(draws.order.T, factors, images.dtype)
+    images.clamp_(0, 1)
+    at_once = max(1, _IN_CACHE * torch.get_num_threads() // images[0].numel())
+    for place in range(4):
+        rows = (draws.jitter & (place_of_hue == place)).nonzero().squeeze(1)
+        for some in rows.split(at_once):
+            part = images.index_select(0, some)
+            tone = matrices.index_select(1, some), of_mean.index_select(1, some)
+            for slot in range(place):
+                part = adjust_tone(part, tone[0][slot], tone[1][slot])
+            part = adjust_hue_(part, draws.hue[some])
+            if place:
+                part.clamp_(0, 1)
+            for slot in range(place + 1, 4):
+                part = adjust_tone(part, tone[0][slot], tone[1][slot])
+            images.index_copy_(0, some, part)
+    return images
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
@@ -253,12 +261,12 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     return weights(height) @ images @ weights(width).mT
 
 
-def normalize(images: Tensor, config: ViewsConfig) -> Tensor:
-    """Return images (n, 3, H, W) less the channel's mean, over its standard deviation."""
+def normalize_(images: Tensor, config: ViewsConfig) -> Tensor:
+    """Take the channel's mean off images (n, 3, H, W), in place, and divide by its deviation."""
     # Filled on the device: a tensor made of a list would be copied there, and waited for.
     mean = torch.cat([images.new_full((1, 1, 1), value) for value in config.mean])
     std = torch.cat([images.new_full((1, 1, 1), value) for value in config.std])
-    return (images - mean).div_(std)
+    return images.sub_(mean).div_(std)
 
 
 def apply(
@@ -270,20 +278,23 @@ def apply(
     the crop; it commutes with all that follows.
     """
     assert images.dtype == torch.uint8, f"images are uint8, got {images.dtype}"
-    gray = column(draws.grayscale)
     with torch.autocast(images.device.type, enabled=False):
-        views = crop_and_resize(images.to(dtype) / 255, draws, config.size)
+        views = crop_and_resize(images.to(dtype).div_(255), draws, config.size)
         if config.grayscale_before_jitter and config.grayscale > 0:
-            views = select(gray, to_grayscale(views), views)
+            views = make_gray(views, draws.grayscale)
         if config.jitter > 0:
             views = color_jitter(views, draws)
         if not config.grayscale_before_jitter and config.grayscale > 0:
-            views = select(gray, to_grayscale(views), views)
+            views = make_gray(views, draws.grayscale)
         if config.blur > 0:
             # The odd number nearest to a tenth of the side: 23 for 224, as SimCLR has it.
-            blurred = gaussian_blur(views, draws.sigma, max(3, config.size // 20 * 2 + 1))
-            views = select(column(draws.blur), blurred, views)
-        return normalize(views, config)
+            taps = max(3, config.size // 20 * 2 + 1)
+            views = change_some(
+                views,
+                draws.blur,
+                lambda some, rows: gaussian_blur(some, draws.sigma[rows], taps),
+            )
+        return normalize_(views, config)
 
 
 def center(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -292,14 +303,14 @@ def center(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float
     Images whose shorter side is below `config.size` are enlarged until it is that long.
     """
     size = config.size
-    pixels = images.to(dtype) / 255
+    pixels = images.to(dtype).div_(255)
     height, width = images.shape[2:]
     shorter = min(height, width)
     if shorter < size:
         height, width = size * height // shorter, size * width // shorter
         pixels = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return normalize(pixels[:, :, top : top + size, left : left + size], config)
+    return normalize_(pixels[:, :, top : top + size, left : left + size], config)
 
 
 def make(
@@ -308,7 +319,7 @@ def make(
     seed: int,
     epoch: Key,
     index: Tensor,
-    view: int,
+    view: Key,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Return view number `view` of uint8 images, (n, 3, size, size): `apply` of `draw`."""

@@ -52,6 +52,7 @@ def traffic(output: str) -> tuple[float, int, int, int]:
         trainer.train_step()
     counted = (comms.sent_bytes - counted) // steps
     each = (received() - before) / steps
+    comms.all_gather(torch.zeros(1))  # nobody leaves, and ends its connections, before all have
     gradients = comms.all_reduce_bytes(sum(p.nbytes for p in trainer.parameters))
     return each, counted, gradients, bench_step.parameters(trainer.moco.query_encoder)
 

@@ -188,9 +188,12 @@ def crops_hash(source: StreamedSource, rows: Step) -> str:
     digest = hashlib.sha256(rows.samples.numpy().tobytes())
     for number, (view, key_view) in enumerate(source.passes):
         assert key_view is not None
-        queries = source.views(rows.samples[rows.query_rows], rows.epoch, view)
+        wanted = [
+            (rows.samples[rows.query_rows], view),
+            (rows.samples[rows.key_rows[number]], key_view),
+        ]
+        queries, keys = source.views(wanted, rows.epoch)
         digest.update(comms.all_gather(queries).numpy().tobytes())
-        keys = source.views(rows.samples[rows.key_rows[number]], rows.epoch, key_view)
         digest.update(comms.all_gather(keys)[rows.unshuffle[number]].numpy().tobytes())
     return digest.hexdigest()
 
@@ -314,7 +317,7 @@ def test_a_probe_trains_on_new_views_of_streamed_images(folder: Path, tmp_path: 
     trial = LinearProbe(config, runtime.start(config), data.load(config.data), source)
     rows = trial.plans[0].step(0)
     inputs, labels, batch = trial.inputs()
-    views = trial.sources[0].any_views(rows.samples, rows.epoch, 0)
+    (views,) = trial.sources[0].any_views([(rows.samples, 0)], rows.epoch)
     assert inputs[0, 0].equal(backbone(views))
     assert batch[0].equal(rows.samples)
     assert labels[0].equal(trial.splits.train.labels[rows.samples])

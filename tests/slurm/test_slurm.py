@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,8 +100,13 @@ def undisturbed(runs: Path) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="session")
-def limited(slurm: Slurm, runs: Path, undisturbed: dict[int, Path]) -> tuple[str, list[str]]:
-    """A job that needs a minute and a half, and may run for half a minute; it runs beside tests."""
+def limited(
+    slurm: Slurm, runs: Path, undisturbed: dict[int, Path]
+) -> Iterator[tuple[str, Future[Path]]]:
+    """A job that needs a minute and a half, and may run for half a minute; it runs beside tests.
+
+    And the same run without Slurm, which goes on beside them as well.
+    """
     lines = [
         json.loads(line) for line in (undisturbed[1] / "metrics.jsonl").read_text().splitlines()
     ]
@@ -109,7 +115,8 @@ def limited(slurm: Slurm, runs: Path, undisturbed: dict[int, Path]) -> tuple[str
     arguments = [*TINY, f"epochs={round(90 / seconds_a_step / 5)}"]
     options = ("--time=1", "--signal=USR1@15")
     job = slurm.pretrain("limited", *arguments, "tracking.wandb=offline", options=options)
-    return job, arguments
+    with ThreadPoolExecutor(1) as pool:
+        yield job, pool.submit(workstation, runs, 1, "whole", *arguments)
 
 
 def workstation(runs: Path, processes: int, name: str, *arguments: str) -> Path:
@@ -163,7 +170,7 @@ def assert_no_orphans(cluster: Cluster) -> None:
 
 
 def test_two_nodes_give_the_run_of_four_processes_then_probe_and_report(
-    slurm: Slurm, runs: Path, limited: tuple[str, list[str]]
+    slurm: Slurm, runs: Path, limited: tuple[str, Future[Path]]
 ) -> None:
     options = [*CPUS, "--nodes=2", "--ntasks-per-node=2"]
     arguments = [*TINY, "epochs=12", f"output={runs}", "name=nodes"]
@@ -408,10 +415,10 @@ def test_an_archive_is_unpacked_once_on_the_disk_of_the_node(
 
 
 def test_a_job_that_is_too_long_for_its_time_is_requeued_until_it_is_done(
-    slurm: Slurm, runs: Path, limited: tuple[str, list[str]]
+    slurm: Slurm, runs: Path, limited: tuple[str, Future[Path]]
 ) -> None:
-    job, arguments = limited
-    whole = workstation(runs, 1, "whole", *arguments)
+    job, without_slurm = limited
+    whole = without_slurm.result()
     slurm.wait(job)
     facts = slurm.facts(job)
     assert facts["JobState"] == "COMPLETED", slurm.text(job)
