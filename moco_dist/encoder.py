@@ -64,8 +64,9 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         assert len(x) % rows == 0, f"{len(x)} rows are not whole groups of {rows}"
         first, count = self.next_group, len(x) // rows
         self.next_group = (first + count) % groups
-        mean = [self.group_mean[(first + place) % groups] for place in range(count)]
-        var = [self.group_var[(first + place) % groups] for place in range(count)]
+        places = [(first + place) % groups for place in range(count)]
+        means, variances = self.group_mean.unbind(), self.group_var.unbind()
+        mean, var = [means[place] for place in places], [variances[place] for place in places]
         momentum = self.momentum or 0.1
         if count == 1:
             return F.batch_norm(
@@ -97,13 +98,11 @@ class _NormalizeGroups(torch.autograd.Function):
     ) -> Tensor:
         """Return `x` normalised; update a `mean` and `var`, float (channels,), for each group."""
         y, used = torch.empty_like(x), weight.new_empty(2, len(mean), len(weight))
-        parts = zip(x.chunk(len(mean)), mean, var, y.chunk(len(mean)), *used, strict=True)
-        for part, running_mean, running_var, out, saved_mean, saved_invstd in parts:
-            torch.ops.aten.native_batch_norm.out(
-                *(part, weight, bias, running_mean, running_var, True, momentum, eps),
-                out=out,
-                save_mean=saved_mean,
-                save_invstd=saved_invstd,
+        outs = zip(y.chunk(len(mean)), *(each.unbind() for each in used), strict=True)
+        parts = zip(x.chunk(len(mean)), mean, var, outs, strict=True)
+        for part, running_mean, running_var, out in parts:
+            torch.native_batch_norm(
+                *(part, weight, bias, running_mean, running_var, True, momentum, eps), out=out
             )
         ctx.save_for_backward(x, weight, used)
         ctx.eps = eps
