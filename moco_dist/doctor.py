@@ -126,7 +126,7 @@ def trained(
             session.close()
         encoders = trainer.moco.query_encoder, trainer.moco.key_encoder
         return *encoders, trainer.splits.train, f"{trainer.step} steps of training"
-    changed = config_files.changed_keys(found.piece("config"), config_files.to_dict(config))
+    changed = config_files.changed_keys(found.piece("config"), config)
     if changed:
         raise ConfigError(
             f"{directory} holds a run with another configuration ({'; '.join(changed)}); give "
