@@ -213,7 +213,7 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     try:
         with torch.device("meta"):
             encoder = build_encoder(config.encoder, 0)
-            view = torch.zeros(1, 3, config.views.size, config.views.size)
+            view = torch.zeros(1, config.encoder.channels, config.views.size, config.views.size)
     except ConfigError:
         return 0  # said elsewhere
     outputs = 0
@@ -230,7 +230,7 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     weights = sum(parameter.numel() for parameter in encoder.parameters())
     activations = outputs * rows * (2 if config.precision == "bf16" else size)
     queue = config.moco.queue_size * (config.encoder.dim + rows) * size
-    pixels = images * 3 * config.data.size**2
+    pixels = images * config.encoder.channels * config.data.size**2
     streamed = pixels > 1e9 * config.data.memory_gb
     return 4 * weights * size + activations + queue + (0 if streamed else pixels)
 

@@ -24,7 +24,12 @@ def select(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
 
 
 def to_grayscale(images: Tensor) -> Tensor:
-    """Return the luma (n, 1, H, W) of images (n, 3, H, W), with torchvision's digits of BT.601."""
+    """Return the luma (n, 1, H, W) of images (n, 3, H, W), with torchvision's digits of BT.601.
+
+    Images of one channel are gray, and returned as they are.
+    """
+    if images.shape[1] == 1:
+        return images
     red, green, blue = images.chunk(3, dim=1)
     return torch.add(torch.add(0.2989 * red, green, alpha=0.587), blue, alpha=0.114)
 
@@ -41,10 +46,11 @@ def blend(images: Tensor, reference: Tensor, factor: Tensor, out: Tensor | None 
 def adjust_tone(
     images: Tensor, operation: Tensor, factor: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """Return images (n, 3, H, W) in [0, 1] with one of three operations for each sample.
+    """Return images (n, 1 or 3, H, W) in [0, 1] with one of three operations for each sample.
 
     BRIGHTNESS blends with black, CONTRAST with the mean of the gray image, SATURATION with the
-    gray image; `operation` is int64 (n,), `factor` float (n,). Formulas: torchvision's.
+    gray image, which leaves one channel as it is; `operation` is int64 (n,), `factor` float (n,).
+    Formulas: torchvision's.
     """
     gray = to_grayscale(images)
     saturates, contrasts = (
@@ -61,7 +67,10 @@ def adjust_hue(images: Tensor, hue: Tensor) -> Tensor:
     smallest channel values as they are, so value and saturation are never computed. With channels
     scaled to smallest 0 and largest 1 the hue, in sixths of a turn, is 1 + green + blue - red where
     green is more than blue, and the negative of that where it is less: the six cases as one.
+    One channel has no hue: it is returned as it is.
     """
+    if images.shape[1] == 1:
+        return images
     red, green, blue = images.unbind(1)
     largest = torch.maximum(torch.maximum(red, green), blue)
     smallest = torch.minimum(torch.minimum(red, green), blue)

@@ -39,7 +39,7 @@ class MemorySource:
         """Get ready for step `step`: nothing is to be done."""
 
     def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
-        """Return view number `view` of the images `samples`, (n, 3, size, size)."""
+        """Return view number `view` of the images `samples`, (n, c, size, size)."""
         pixels = self.images.pixels[samples]
         return views.make(pixels, self.config, self.seed, epoch, samples, view, self.dtype)
 
@@ -131,7 +131,7 @@ class StreamedSource:
     def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
         """Return view number `view` of `samples`, queries or keys of the step that was begun.
 
-        float (n, 3, size, size).
+        float (n, c, size, size).
         """
         known, crops = self._crops[view]
         return self._finished(crops[torch.searchsorted(known, samples)], samples, epoch, view)

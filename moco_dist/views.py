@@ -171,7 +171,7 @@ def crop_and_resize(images: Tensor, draws: Draws, size: int) -> Tensor:
 
 
 def color_jitter(images: Tensor, draws: Draws) -> Tensor:
-    """Return images (n, 3, H, W) in [0, 1] with the four operations in each sample's own order.
+    """Return images (n, 1 or 3, H, W) in [0, 1] with the four operations in each one's own order.
 
     The same bits from both ways: a CPU takes the samples by the place of their hue, and a GPU all
     of them alike, since it would have to wait to learn which are which.
@@ -254,7 +254,10 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 def normalize(images: Tensor, config: ViewsConfig) -> Tensor:
-    """Return images (n, 3, H, W) less the channel's mean, over its standard deviation."""
+    """Return images (n, c, H, W) less the channel's mean, over its standard deviation."""
+    assert images.shape[1] == len(config.mean), (
+        f"images have {images.shape[1]} channels, and mean and std are of {len(config.mean)}"
+    )
     # Filled on the device: a tensor made of a list would be copied there, and waited for.
     mean = torch.cat([images.new_full((1, 1, 1), value) for value in config.mean])
     std = torch.cat([images.new_full((1, 1, 1), value) for value in config.std])
@@ -264,7 +267,7 @@ def normalize(images: Tensor, config: ViewsConfig) -> Tensor:
 def apply(
     images: Tensor, draws: Draws, config: ViewsConfig, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the normalised views (n, 3, size, size) of uint8 images (n, 3, H, W).
+    """Return the normalised views (n, c, size, size) of uint8 images (n, c, H, W).
 
     All arithmetic is done in `dtype`, float32 or float64, also under autocast. The flip belongs to
     the crop; it commutes with all that follows.
@@ -287,7 +290,7 @@ def apply(
 
 
 def center(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the evaluation view: the normalised centre (n, 3, size, size) of uint8 images.
+    """Return the evaluation view: the normalised centre (n, c, size, size) of uint8 images.
 
     Images whose shorter side is below `config.size` are enlarged until it is that long.
     """
@@ -311,6 +314,6 @@ def make(
     view: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return view number `view` of uint8 images, (n, 3, size, size): `apply` of `draw`."""
+    """Return view number `view` of uint8 images, (n, c, size, size): `apply` of `draw`."""
     draws = draw(config, seed, epoch, index, view, *images.shape[2:])
     return apply(images, draws, config, dtype)
