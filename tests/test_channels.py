@@ -142,7 +142,9 @@ def test_gray_pixels_are_those_of_pil_from_files_and_from_memory(tmp_path: Path)
     assert drawn.fingerprint != gray_ones.fingerprint
 
 
-def test_the_cache_holds_gray_and_coloured_images_apart(tmp_path: Path) -> None:
+def test_the_cache_holds_gray_and_coloured_images_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = DataConfig(
         name="folder", root=str(gray_folder(tmp_path / "set", 6)), size=16, cache=str(tmp_path)
     )
@@ -150,6 +152,7 @@ def test_the_cache_holds_gray_and_coloured_images_apart(tmp_path: Path) -> None:
         images = data.load(config, channels).train
         assert isinstance(images, data.Images)
         assert images.pixels.shape[1:] == (channels, 16, 16)
+    assert "decoding the images again" not in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
