@@ -23,7 +23,7 @@ from tests.test_one_run_any_machine import STEPS, one
 Account = dict[str, Any]
 
 # Steps of the first column of losses.
-FIRST = 10
+FIRST = 4
 
 KINDS = f"loss of {FIRST} steps", f"of {STEPS}", "state"
 PRECISIONS = {"float64": "precision=fp64", "float32": "precision=fp32"}
