@@ -57,12 +57,18 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
     if asked.against and asked.against not in AGAINST:
         raise ConfigError(f"--against {asked.against}: give one of {', '.join(AGAINST)}")
     configs = swept(config, asked)
+    if asked.against and any(each.encoder.channels != 3 for each in configs):
+        raise ConfigError(
+            f"--against {asked.against}: its images are RGB, and encoder.channels is not 3; leave "
+            "one of the two out"
+        )
     folder = shared_folder()
     try:
         found = []
         for each in configs:
             session = runtime.start(replace(each, output=str(folder)), stop)
-            found.append(one(Trainer(each, session, data.load(each.data)), session, asked))
+            splits = data.load(each.data, each.encoder.channels)
+            found.append(one(Trainer(each, session, splits), session, asked))
             session.close()
     finally:
         if comms.is_main():

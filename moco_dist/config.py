@@ -87,7 +87,8 @@ class ViewsConfig:
     # Standard deviation of the blur, in pixels.
     blur_sigma_min: float = 0.1
     blur_sigma_max: float = 2.0
-    # Mean and standard deviation of the channels, with pixels in [0, 1] (CIFAR-10's).
+    # Mean and standard deviation of the channels, with pixels in [0, 1] (CIFAR-10's; in gray
+    # [0.4807] and [0.2392]).
     mean: list[float] = field(default_factory=lambda: [0.4914, 0.4822, 0.4465])
     std: list[float] = field(default_factory=lambda: [0.2023, 0.1994, 0.2010])
 
@@ -99,14 +100,21 @@ class ViewsConfig:
         check("views.", self, ratio_max=(0.1, 10), ratio_min=(0.1, self.ratio_max))
         sigma_max = self.blur_sigma_max
         check("views.", self, blur_sigma_max=(0.001, None), blur_sigma_min=(0.001, sigma_max))
-        for key in ("mean", "std"):
-            values = getattr(self, key)
-            require(
-                len(values) == 3,
-                f"views.{key}={values} is not one number for each channel; give three",
-            )
         require(
-            min(self.std) > 0, f"views.std={self.std} is not positive; give three numbers above 0"
+            0 < len(self.mean) == len(self.std),
+            f"views.mean={self.mean} and views.std={self.std} are not one number each for every "
+            "channel; give both as many",
+        )
+        require(min(self.std) > 0, f"views.std={self.std} is not positive; give numbers above 0")
+
+    def check_channels(self, channels: int) -> None:
+        """Raise ConfigError unless mean and standard deviation are those of so many channels."""
+        example = "; for gray images maybe views.mean=[0.48] views.std=[0.24]"
+        require(
+            len(self.mean) == channels,
+            f"views.mean={self.mean} and views.std={self.std} are for {len(self.mean)} channels "
+            f"and the encoder takes {channels}; give {channels} number(s) each"
+            f"{example if channels == 1 else ''}",
         )
 
 
@@ -125,6 +133,9 @@ class EncoderConfig:
     # resnet18, 34, 50, 101, 152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
     # wide_resnet50_2, wide_resnet101_2, or a model of timm, as timm/regnety_002 (needs timm).
     backbone: str = "resnet18"
+    # Channels of an image: 3 (RGB), or 1 (gray, to which images in colour are turned; saturation,
+    # hue and grayscale then change nothing). Others only where an encoder is built in Python.
+    channels: int = 3
     # Channels of the first stage; 64 is the published width.
     width: int = 64
     # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
@@ -135,7 +146,7 @@ class EncoderConfig:
     dim: int = 128
 
     def __post_init__(self) -> None:
-        check("encoder.", self, width=(1, None), dim=(2, None))
+        check("encoder.", self, channels=(1, None), width=(1, None), dim=(2, None))
         name = shown(self.backbone)
         require(
             self.is_timm or self.backbone in BACKBONES,
@@ -254,6 +265,12 @@ class PretrainConfig:
         check_name(self.name)
         check("", self, epochs=(1, None), stop_at_step=(0, None))
         check("", self, batch_size=(2, None), bn_groups=(1, None))
+        channels = self.encoder.channels
+        require(
+            channels in (1, 3),
+            f"encoder.channels={channels} can't be read from images; use 3 (RGB) or 1 (gray)",
+        )
+        self.views.check_channels(channels)
         b, g = self.batch_size, self.bn_groups
         lower = max(g, b // g * g)
         require(

@@ -74,9 +74,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return 'key: old -> new' for each dotted key that differs and a resumed run must keep."""
-    before, after = flat(old), flat(new)
+def changed_keys(old: dict[str, Any], new: Any) -> list[str]:
+    """Return 'key: old -> new' for each dotted key that differs and a resumed run must keep.
+
+    `old` is what `to_dict` made of a configuration, maybe in an older version: a key that it lacks
+    has its default, which is what was done before there was the key. `new` is a configuration.
+    """
+    before, after = flat(to_dict(type(new)())) | flat(old), flat(to_dict(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())

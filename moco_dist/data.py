@@ -42,7 +42,7 @@ STREAMED = "streamed-"
 
 @dataclass(frozen=True)
 class Images:
-    """Images and classes: `pixels` uint8 (n, 3, size, size), `labels` int64 (n,), -1 if unknown."""
+    """Images and classes: `pixels` uint8 (n, c, size, size), `labels` int64 (n,), -1 if unknown."""
 
     pixels: Tensor
     labels: Tensor
@@ -57,7 +57,7 @@ class Images:
         return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
 
     def squares(self, rows: Tensor) -> Tensor:
-        """Return the pixels of some images, uint8 (*rows.shape, 3, size, size)."""
+        """Return the pixels of some images, uint8 (*rows.shape, c, size, size)."""
         return self.pixels[rows]
 
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -101,8 +101,10 @@ class Splits:
         )
 
 
-def load(config: DataConfig) -> Splits:
+def load(config: DataConfig, channels: int = 3) -> Splits:
     """Return the data set that `config` names, split; call it on all processes.
+
+    In RGB or, with one channel, in gray.
 
     One process of each machine downloads, unpacks or decodes while the others wait for it; the
     first one downloads before those of other machines, which may share its folder.
@@ -111,17 +113,17 @@ def load(config: DataConfig) -> Splits:
     loaded: Loaded | None = None
     downloads = config.name not in ("shapes", "folder", "shards")
     for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
-        loaded = peers.together(partial(_once, loaded, config, my_turn))
+        loaded = peers.together(partial(_once, loaded, config, channels, my_turn))
     assert loaded, "the last turn is everyone's"
     train, test = loaded
     content = _fingerprint(train, test)
     peers.same_everywhere("the data set's fingerprint", content)
     train, validation = _split(train, config)
-    return Splits(train, validation, test, content, _held(config, loaded))
+    return Splits(train, validation, test, content, _held(config, channels, loaded))
 
 
-def _once(loaded: Loaded | None, config: DataConfig, my_turn: bool) -> Loaded | None:
-    return loaded or (_read(config) if my_turn else None)
+def _once(loaded: Loaded | None, config: DataConfig, channels: int, my_turn: bool) -> Loaded | None:
+    return loaded or (_read(config, channels) if my_turn else None)
 
 
 def _fingerprint(train: AnyImages, test: AnyImages) -> str:
@@ -134,11 +136,12 @@ def _fingerprint(train: AnyImages, test: AnyImages) -> str:
     return STREAMED + hashlib.sha256(" ".join(lists).encode()).hexdigest()[:16]
 
 
-def _held(config: DataConfig, loaded: Loaded) -> str:
+def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
     """Return where the images are, and why."""
     train, test = loaded
-    size, need = config.size, _gigabytes(len(train) + len(test), config.size)
-    squares, limit = f"squares of {size} x {size} take {need:.3g} GB", f"{config.memory_gb:g}"
+    size, need = config.size, _gigabytes(len(train) + len(test), config.size, channels)
+    kind = "gray squares" if channels == 1 else "squares"
+    squares, limit = f"{kind} of {size} x {size} take {need:.3g} GB", f"{config.memory_gb:g}"
     if isinstance(train, StreamedImages):
         workers = train.pool.size
         return (
@@ -155,19 +158,28 @@ def _held(config: DataConfig, loaded: Loaded) -> str:
     return f"in memory: {squares}, {rule}{left_out}"
 
 
-def _gigabytes(count: int, size: int) -> float:
-    return count * 3 * size * size / 1e9
+def _gigabytes(count: int, size: int, channels: int) -> float:
+    return count * channels * size * size / 1e9
 
 
-def _read(config: DataConfig) -> Loaded:
-    if config.name == "shapes":
-        train = shapes.draw(config.shapes_train, config.size, seed=0)
-        test = shapes.draw(config.shapes_test, config.size, seed=0, first=config.shapes_train)
-        return Images(*train, shapes.CLASSES), Images(*test, shapes.CLASSES)
+def _read(config: DataConfig, channels: int) -> Loaded:
     if config.name in ON_DISK:
-        return _read_files(config)
-    train_part, test_part = torchvision_sets.read(config, _root(config))
-    return _images(*train_part), _images(*test_part)
+        return _read_files(config, channels)
+    if config.name == "shapes":
+        drawn = shapes.draw(config.shapes_train, config.size, seed=0)
+        test_drawn = shapes.draw(config.shapes_test, config.size, seed=0, first=config.shapes_train)
+        train, test = Images(*drawn, shapes.CLASSES), Images(*test_drawn, shapes.CLASSES)
+    else:
+        train_part, test_part = torchvision_sets.read(config, _root(config))
+        train, test = _images(*train_part), _images(*test_part)
+    return (_gray(train), _gray(test)) if channels == 1 else (train, test)
+
+
+def _gray(images: Images) -> Images:
+    """Return images in colour as gray ones, of the same bits as those that PIL turns to gray."""
+    red, green, blue = images.pixels.int().chunk(3, dim=1)
+    luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return replace(images, pixels=luma.to(torch.uint8))
 
 
 def _root(config: DataConfig) -> Path:
@@ -186,12 +198,12 @@ def _root(config: DataConfig) -> Path:
     )
 
 
-def _read_files(config: DataConfig) -> Loaded:
+def _read_files(config: DataConfig, channels: int) -> Loaded:
     """Read a folder or shards; stream them if their squares take more than data.memory_gb."""
     cache, labelled = _cache(config), config.labels == "folders"
     train, test = (_shards if config.name == "shards" else _folders)(config, cache, labelled)
     parts = [part for part in (train, test) if part]
-    if _gigabytes(sum(map(len, parts)), config.size) > config.memory_gb:
+    if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
         if config.skip_unreadable:
             raise ConfigError(
                 "data.skip_unreadable=true needs images that are decoded at the start, and these "
@@ -200,19 +212,25 @@ def _read_files(config: DataConfig) -> Loaded:
         pool = WorkerPool(config.workers)
         streamed = [
             StreamedImages(
-                part, pool, torch.arange(len(part)), part.labels, part.classes, config.size
+                part,
+                pool,
+                torch.arange(len(part)),
+                part.labels,
+                part.classes,
+                config.size,
+                channels,
             )
             for part in parts
         ]
         return streamed[0], streamed[1] if test else streamed[0][torch.arange(0)]
-    held = [_held_in_memory(part, config, cache) for part in parts]
+    held = [_held_in_memory(part, config, channels, cache) for part in parts]
     return held[0], held[1] if test else held[0][torch.arange(0)]
 
 
-def _held_in_memory(part: ImageIndex, config: DataConfig, cache: Path) -> Images:
+def _held_in_memory(part: ImageIndex, config: DataConfig, channels: int, cache: Path) -> Images:
     """Return the images of a list; those that can't be read are left out if the config says so."""
     unreadable: list[image_folder.Unreadable] | None = [] if config.skip_unreadable else None
-    pixels = image_folder.load(part, config.size, cache, unreadable)
+    pixels = image_folder.load(part, config.size, cache, unreadable, channels)
     images = _images(pixels, part.labels, part.classes)
     if not unreadable:
         return images

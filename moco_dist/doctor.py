@@ -120,13 +120,13 @@ def trained(
         with tempfile.TemporaryDirectory() as folder:
             short = replace(config, output=folder, name="doctor")
             session = runtime.start(short)
-            trainer = Trainer(short, session, data.load(config.data))
+            trainer = Trainer(short, session, data.load(config.data, config.encoder.channels))
             while trainer.step < min(STEPS, trainer.total_steps):
                 trainer.train_step()
             session.close()
         encoders = trainer.moco.query_encoder, trainer.moco.key_encoder
         return *encoders, trainer.splits.train, f"{trainer.step} steps of training"
-    changed = config_files.changed_keys(found.piece("config"), config_files.to_dict(config))
+    changed = config_files.changed_keys(found.piece("config"), config)
     if changed:
         raise ConfigError(
             f"{directory} holds a run with another configuration ({'; '.join(changed)}); give "
@@ -136,7 +136,7 @@ def trained(
     for encoder, prefix in ((query, "query_encoder."), (key, "key_encoder.")):
         own = {k.removeprefix(prefix): v for k, v in found.model.items() if k.startswith(prefix)}
         checkpoint.load_tensors(encoder, own, found.path)
-    images = data.load(config.data).train.to(device)
+    images = data.load(config.data, config.encoder.channels).train.to(device)
     return query, key, images, f"{directory} after step {found.step:,}"
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -178,6 +179,7 @@ def data(config: DataConfig) -> tuple[list[Finding], int]:
     found = (
         f"{count:,} images, {classes} classes, {width[0]}-{width[1]} x {height[0]}-{height[1]} "
         f"pixels in {len(order)} sampled files"
+        f"{f', {len(bad)} of them unreadable and left out' if bad and not fault else ''}"
     )
     return [Finding("data", found, fault)], kept
 
@@ -213,7 +215,7 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     try:
         with torch.device("meta"):
             encoder = build_encoder(config.encoder, 0)
-            view = torch.zeros(1, 3, config.views.size, config.views.size)
+            view = torch.zeros(1, config.encoder.channels, config.views.size, config.views.size)
     except ConfigError:
         return 0  # said elsewhere
     outputs = 0
@@ -230,7 +232,7 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     weights = sum(parameter.numel() for parameter in encoder.parameters())
     activations = outputs * rows * (2 if config.precision == "bf16" else size)
     queue = config.moco.queue_size * (config.encoder.dim + rows) * size
-    pixels = images * 3 * config.data.size**2
+    pixels = images * config.encoder.channels * config.data.size**2
     streamed = pixels > 1e9 * config.data.memory_gb
     return 4 * weights * size + activations + queue + (0 if streamed else pixels)
 
@@ -273,9 +275,20 @@ def wandb(config: PretrainConfig) -> Finding:
         return Finding("W&B", mode)
     url = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
     port = url.port or (80 if url.scheme == "http" else 443)
-    try:
-        socket.create_connection((url.hostname or "", port), timeout=PATIENCE).close()
-    except OSError as error:
+    said: list[str] = []
+
+    def ask() -> None:
+        try:
+            socket.create_connection((url.hostname or "", port), timeout=PATIENCE).close()
+            said.append("")
+        except OSError as error:
+            said.append(str(error))
+
+    # In a thread: nothing else bounds the time in which a name is looked up.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PATIENCE + 1)
+    if error := said[0] if said else f"nothing within {PATIENCE + 1:g} s":
         warning = f"{url.hostname}:{port} does not answer ({error}); the run would go on offline"
         return Finding("W&B", f"{mode}: {url.hostname} does not answer", warning=warning)
     return Finding("W&B", f"{mode}: {url.hostname} answers")

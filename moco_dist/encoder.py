@@ -126,25 +126,46 @@ class _NormalizeGroups(torch.autograd.Function):
         return dx, *sums, None, None, None, None
 
 
+class PointwiseShortcut(nn.Conv2d):
+    """A 1x1 convolution with a stride, of the pixels that the stride leaves.
+
+    The same sums; but oneDNN's own way, in channels_last, writes beyond its memory for the gradient
+    of the weights if there are fewer channels than a register holds
+    (github.com/uxlfoundation/oneDNN/issues/6035, seen with PyTorch 2.15).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of `input` (rows, c, height, width)."""
+        if input.device.type != "cpu":
+            return super().forward(input)
+        down, across = self.stride
+        return F.conv2d(input[:, :, ::down, ::across], self.weight)
+
+
+# Channels of the widest registers of a CPU, in single precision.
+_REGISTER = 16
+
+
 class Backbone(ResNet):
     """torchvision's ResNet without its classifier; `width` channels in stage 1 (published: 64)."""
 
     def __init__(self, config: EncoderConfig, norm_layer: Any) -> None:
-        block, stages, groups, channels = _STAGES[config.backbone]
+        block, stages, groups, group_width = _STAGES[config.backbone]
+        channels = config.channels
         self.width = config.width
         super().__init__(
             block,
             stages,
             num_classes=1,
             groups=groups,
-            width_per_group=channels,
+            width_per_group=group_width,
             norm_layer=norm_layer,
         )
         if config.stem == "cifar":
-            self.conv1 = nn.Conv2d(3, config.width, kernel_size=3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(channels, config.width, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()  # type: ignore[assignment]
         else:
-            self.conv1 = nn.Conv2d(3, config.width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(channels, config.width, 7, 2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = norm_layer(config.width)
         self.fc = nn.Identity()  # type: ignore[assignment]
@@ -155,7 +176,13 @@ class Backbone(ResNet):
     ) -> nn.Sequential:
         if planes == 64:
             self.inplanes = self.width
-        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+        layer = super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+        shortcut: Any = layer[0].downsample
+        if stride > 1 and shortcut[0].in_channels < _REGISTER:
+            sizes = shortcut[0].in_channels, shortcut[0].out_channels, 1, stride
+            # Without drawing weights: those of the layers after it would be others.
+            shortcut[0] = nn.utils.skip_init(PointwiseShortcut, *sizes, bias=False)
+        return layer
 
 
 def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
@@ -164,7 +191,9 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
     Raises ConfigError for a model that this project can't train, or that is not there.
     """
     if config.is_timm:
-        return timm_backbone.build(config.backbone.removeprefix("timm/"), norm_layer)
+        return timm_backbone.build(
+            config.backbone.removeprefix("timm/"), config.channels, norm_layer
+        )
     return Backbone(config, norm_layer)
 
 
@@ -186,7 +215,7 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, views: Tensor) -> Tensor:
-        """Return unit vectors (rows, dim), float32 or more, of `views` (rows, 3, height, width)."""
+        """Return unit vectors (rows, dim), float32 or more, of `views` (rows, c, height, width)."""
         out = self.head(self.backbone(views))
         return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=1)
 

@@ -40,7 +40,7 @@ class TrainedEncoder(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features, float (n, length), of uint8 images (n, 3, height, width).
+        """Return the features, float (n, length), of uint8 images (n, c, height, width).
 
         The shorter side is resized to what the training images had, and the centre is cut out.
         """

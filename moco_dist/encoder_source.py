@@ -63,4 +63,5 @@ def find(path: Path) -> Source:
 
 def described(architecture: EncoderConfig) -> str:
     """Return the architecture in words."""
-    return f"{architecture.backbone}, width {architecture.width}, {architecture.stem} stem"
+    gray = ", gray images" if architecture.channels == 1 else ""
+    return f"{architecture.backbone}, width {architecture.width}, {architecture.stem} stem{gray}"

@@ -84,6 +84,8 @@ def export(
 def _expected(source: Source) -> list[tuple[Tensor, Tensor]]:
     """Return batches of drawn images, many and one, and the encoder's features of them."""
     pixels, _ = shapes.draw(IMAGES, max(source.views.size, 16), seed=0)
+    # Drawn in RGB; channels beyond these repeat them.
+    pixels = pixels[:, torch.arange(source.config.channels) % 3]
     batches = [views.center(pixels[:count], source.views) for count in (IMAGES, 1)]
     with torch.no_grad():
         expected = [(images, source.backbone(images)) for images in batches]

@@ -58,7 +58,8 @@ def text(
         if target == "detectron2"
         else f'```python\nfolder = "{folder}"\n{lines}```'
     )
-    views = source.views
+    views, channels = source.views, source.config.channels
+    kind = {1: "gray", 3: "RGB"}.get(channels, f"of {channels} channels")
     proof = (
         "detectron2 was not at hand to build the model: the names were taken back to torchvision's "
         "by a second map, and the features are those of the encoder within 1e-5."
@@ -85,8 +86,8 @@ without the projection head.
 
 {load}
 
-`images` are RGB, float (n, 3, {views.size}, {views.size}): pixels in [0, 1], less the mean
-{views.mean}, divided by {views.std}.
+`images` are {kind}, float (n, {channels}, {views.size}, {views.size}): pixels in [0, 1],
+less the mean {views.mean}, divided by {views.std}.
 {proof}
 
 ## Measured

@@ -1,7 +1,7 @@
 """The backbone as other libraries have it: files under their names, and the lines that load them.
 
 Each exporter writes into a folder and returns Python lines for its user. Run with `folder` and
-`images`, normalised float (rows, 3, height, width), the lines set `features` (rows, length).
+`images`, normalised float (rows, c, height, width), the lines set `features` (rows, length).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from moco_dist.encoder import Backbone
 from moco_dist.errors import ConfigError, MissingError
 
 Lines = str
+
+_RGB = "its images have three channels"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def refuse(source: Source, target: str, holds: bool, reason: str, others: str) -
     if not holds:
         raise ConfigError(
             f"{target} can't hold this encoder ({config.backbone}, width {config.width}, "
-            f"{config.stem} stem): {reason}; use --to {others}"
+            f"{config.stem} stem, {config.channels} channel(s)): {reason}; use --to {others}"
         )
 
 
@@ -82,7 +84,7 @@ from safetensors.torch import load_file
 
 model = torchvision.models.{config.backbone}()
 model.fc = torch.nn.Identity()
-{_small_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
+{_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
 features = model.eval()(images)
 """
 
@@ -101,10 +103,10 @@ import timm, torch
 from safetensors.torch import load_file
 
 model = timm.create_model("{name}", num_classes=0)
-{_small_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
+{_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
 features = model.eval()(images)
 """
-    size = [3, views.size, views.size]
+    size = [config.channels, views.size, views.size]
     described = {
         "architecture": name,
         "num_classes": 0,
@@ -118,10 +120,11 @@ features = model.eval()(images)
         },
     }
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-    return """\
+    channels = "" if config.channels == 3 else f", in_chans={config.channels}"
+    return f"""\
 import timm
 
-model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+model = timm.create_model(f"local-dir:{{folder}}", pretrained=True{channels})
 features = model.eval()(images)
 """
 
@@ -141,6 +144,7 @@ def huggingface(source: Source, folder: Path) -> Lines:
     assert isinstance(backbone, Backbone), "a ResNet of torchvision"
     stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
     described = ResNetConfig(
+        num_channels=config.channels,
         embedding_size=config.width,
         hidden_sizes=[config.width * source.expansion * 2**i for i in range(4)],
         depths=[len(stage) for stage in stages],
@@ -190,6 +194,7 @@ def detectron2(source: Source, folder: Path) -> Lines:
     refuse(source, "detectron2", not config.is_timm, "it is timm's", "timm or onnx")
     reason = "its ResNets begin with a 7x7 convolution and pooling"
     refuse(source, "detectron2", config.stem == "imagenet", reason, "timm or onnx")
+    refuse(source, "detectron2", config.channels == 3, _RGB, "timm or onnx")
     arrays = {
         to_detectron2(name): t.numpy()
         for name, t in source.tensors().items()
@@ -244,6 +249,7 @@ def moco(source: Source, folder: Path) -> Lines:
     refuse(source, "moco", not config.is_timm, "it is timm's", "timm or onnx")
     reason = "the original scripts build torchvision's models, 64 channels in stage 1"
     refuse(source, "moco", config.width == 64, reason, "onnx or huggingface")
+    refuse(source, "moco", config.channels == 3, _RGB, "torchvision or onnx")
     state = found.state
     content = moco_layout.write(
         found.model, config, int(state.get("epoch") or 0), state.get("enqueued") or 0
@@ -263,7 +269,7 @@ saved = torch.load(f"{{folder}}/model.pth.tar", weights_only=True)
 tensors, prefix = saved["state_dict"], "module.encoder_q."
 own = {{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}}
 model = torchvision.models.__dict__[saved["arch"]](num_classes={config.dim})
-{head}{_small_stem(config)}model.load_state_dict(own)
+{head}{_stem(config)}model.load_state_dict(own)
 model.fc = torch.nn.Identity()
 features = model.eval()(images)
 """
@@ -276,7 +282,7 @@ def onnx(source: Source, folder: Path) -> Lines:
     size = source.views.size
     torch.onnx.export(
         source.backbone,
-        (torch.zeros(2, 3, size, size),),
+        (torch.zeros(2, source.config.channels, size, size),),
         folder / "model.onnx",
         input_names=["images"],
         output_names=["features"],
@@ -293,13 +299,14 @@ features = torch.from_numpy(found)
 """
 
 
-def _small_stem(config: EncoderConfig) -> Lines:
-    if config.stem != "cifar":
-        return ""
-    return (
-        f"model.conv1 = torch.nn.Conv2d(3, {config.width}, kernel_size=3, padding=1, bias=False)\n"
-        "model.maxpool = torch.nn.Identity()\n"
-    )
+def _stem(config: EncoderConfig) -> Lines:
+    """Return the lines that give a library's ResNet another first layer than it has."""
+    layer = f"model.conv1 = torch.nn.Conv2d({config.channels}, {config.width}, "
+    if config.stem == "cifar":
+        layer += "kernel_size=3, padding=1, bias=False)\n"
+        return layer + "model.maxpool = torch.nn.Identity()\n"
+    layer += "kernel_size=7, stride=2, padding=3, bias=False)\n"
+    return "" if config.channels == 3 else layer
 
 
 def same(theirs: Tensor, ours: Tensor, target: str) -> float:

@@ -104,7 +104,12 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
             f"convolution are none of {', '.join(_STAGES.values())} "
             "with a stem of 3 or 7 pixels; give one of these"
         )
-    return EncoderConfig(backbone=cast(Any, name), width=stem.shape[0], stem=cast(Any, sort))
+    return EncoderConfig(
+        backbone=cast(Any, name),
+        channels=stem.shape[1],
+        width=stem.shape[0],
+        stem=cast(Any, sort),
+    )
 
 
 def _blocks(tensors: Mapping[str, Tensor], stage: int) -> int:

@@ -26,6 +26,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 # What may lie behind those names, told by content: PIL would also call Ghostscript for an EPS.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
+# What images become, by their channels.
+MODES = {1: "L", 3: "RGB"}
+
 # Above the 151 million of the largest cameras; an image takes 3 or 4 bytes a pixel, twice.
 MAX_PIXELS = 160_000_000
 # PIL warns above its limit without the path, and from half of ours on if it is left as it is.
@@ -76,6 +79,8 @@ class Recipe(NamedTuple):
     # Width to height of a crop.
     ratio_min: float = 1.0
     ratio_max: float = 1.0
+    # 3 for RGB, 1 for gray.
+    channels: int = 3
 
 
 def read(place: Place) -> bytes:
@@ -112,6 +117,10 @@ def opened(content: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        if image.mode[0] in "IF":  # PIL would cut them off at 255: all white
+            raise ValueError(
+                f"its pixels have more than 8 bits (mode {image.mode}); scale them to 0 to 255"
+            )
     except UnidentifiedImageError:
         raise ValueError(f"its content is none of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -125,13 +134,16 @@ def _turn(image: Image.Image) -> Any:
     return _one_large if image.width * image.height >= LARGE_PIXELS else nullcontext()
 
 
-def square(content: bytes, size: int) -> Pixels:
-    """Return the image as RGB (size, size, 3): shorter side resized to `size`, centre cut out."""
+def square(content: bytes, size: int, channels: int = 3) -> Pixels:
+    """Return the image (size, size, channels): shorter side resized to `size`, centre cut out.
+
+    In RGB or, with one channel, in gray, by PIL's digits of BT.601.
+    """
     with opened(content) as image, _turn(image):
-        rgb = image.convert("RGB")
-        if rgb.size != (size, size):
-            rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(rgb)
+        converted = image.convert(MODES[channels])
+        if converted.size != (size, size):
+            converted = ImageOps.fit(converted, (size, size), Image.Resampling.BICUBIC)
+        return np.asarray(converted).reshape(size, size, channels)
 
 
 def box(numbers: Sequence[float], height: int, width: int, recipe: Recipe) -> Box:
@@ -152,7 +164,7 @@ def box(numbers: Sequence[float], height: int, width: int, recipe: Recipe) -> Bo
 
 
 def crops(content: bytes, numbers: Sequence[Sequence[float]], recipe: Recipe) -> list[Pixels]:
-    """Return the wanted views' crops, RGB (size, size, 3) each, of one decoding of the image.
+    """Return the wanted views' crops, (size, size, channels) each, of one decoding of the image.
 
     `numbers` has a row for each view, wanted or not: together they decide at which scale a JPEG is
     decoded, so that a crop is the same whichever views it comes with. The resize is antialiased
@@ -168,16 +180,21 @@ def crops(content: bytes, numbers: Sequence[Sequence[float]], recipe: Recipe) ->
             image.draft(None, (full_width // factor, full_height // factor))
         image.load()
         return [
-            np.asarray(_cut(image, boxes[v], full_height, full_width, size)) for v in recipe.views
+            np.asarray(_cut(image, boxes[v], full_height, full_width, recipe)).reshape(
+                size, size, recipe.channels
+            )
+            for v in recipe.views
         ]
 
 
-def _cut(image: Image.Image, box: Box, full_height: int, full_width: int, size: int) -> Image.Image:
+def _cut(
+    image: Image.Image, box: Box, full_height: int, full_width: int, recipe: Recipe
+) -> Image.Image:
     top, left, bottom, right = box.top, box.left, box.top + box.height, box.left + box.width
     if image.size != (full_width, full_height):
         across, down = image.width / full_width, image.height / full_height
         # Whole pixels of the scaled image, which has at least twice as many as the view.
         top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
         left, right = round(left * across), max(round(right * across), round(left * across) + 1)
-    window = image.crop((left, top, right, bottom)).convert("RGB")
-    return window.resize((size, size), Image.Resampling.BILINEAR)
+    window = image.crop((left, top, right, bottom)).convert(MODES[recipe.channels])
+    return window.resize((recipe.size, recipe.size), Image.Resampling.BILINEAR)

@@ -148,14 +148,21 @@ def _walk(root: Path) -> tuple[list[Path], tuple[str, ...]]:
 Unreadable = tuple[int, str]
 
 
-def decode(images: Located, size: int, unreadable: list[Unreadable] | None = None) -> Tensor:
-    """Return the pixels, uint8 (n, 3, size, size): shorter side resized to `size`, centre cut out.
+def decode(
+    images: Located,
+    size: int,
+    unreadable: list[Unreadable] | None = None,
+    channels: int = 3,
+) -> Tensor:
+    """Return the pixels, uint8 (n, channels, size, size).
+
+    The shorter side is resized to `size`, and the centre cut out.
 
     Raises DataError, naming the first files, if some can't be decoded; with a list `unreadable`
     they are added to it instead, and are black.
     """
     places = images.all_places()
-    needed = len(places) * 3 * size * size
+    needed = len(places) * channels * size * size
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > free:
         raise ConfigError(
@@ -163,11 +170,11 @@ def decode(images: Located, size: int, unreadable: list[Unreadable] | None = Non
             f"{needed / 1e9:.0f} GB of memory and {free / 1e9:.0f} GB are free; lower "
             "data.memory_gb to stream them from the disk, or lower data.size"
         )
-    pixels = np.zeros((len(places), size, size, 3), dtype=np.uint8)
+    pixels = np.zeros((len(places), size, size, channels), dtype=np.uint8)
 
     def read(number: int) -> str | None:
         try:
-            pixels[number] = image_file.square(image_file.read(places[number]), size)
+            pixels[number] = image_file.square(image_file.read(places[number]), size, channels)
         except Exception as error:
             # Any kind: decoders raise many for bytes that are no image, all of them the file's.
             return shown(str(error) or type(error).__name__)
@@ -205,28 +212,32 @@ def counted(images: Located, unreadable: list[Unreadable]) -> str:
 
 
 def load(
-    images: Located, size: int, cache: Path, unreadable: list[Unreadable] | None = None
+    images: Located,
+    size: int,
+    cache: Path,
+    unreadable: list[Unreadable] | None = None,
+    channels: int = 3,
 ) -> Tensor:
     """Return what `decode` returns, from `cache` if these very files were decoded before.
 
     Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a
     warning.
     """
-    path = cache / f"{_key(images, size)}.safetensors"
+    path = cache / f"{_key(images, size, channels)}.safetensors"
     count = len(images.all_places())
     if os.path.isfile(path):
         try:
             with safe_open(path, framework="pt") as file:
                 pixels: Tensor = file.get_tensor("pixels")
                 metadata = file.metadata() or {}
-                fits = (pixels.dtype, pixels.shape) == (torch.uint8, (count, 3, size, size))
+                fits = (pixels.dtype, pixels.shape) == (torch.uint8, (count, channels, size, size))
                 whole = fits and fingerprint.of_tensors(pixels) == metadata["fingerprint"]
                 bad = [
                     (int(row), str(why))
                     for row, why in json.loads(metadata.get("unreadable", "[]"))
                 ]
             if whole and unreadable is None and bad:
-                return decode(images, size)  # which says what is wrong
+                return decode(images, size, channels=channels)  # which says what is wrong
             if whole:
                 if unreadable is not None:
                     unreadable += bad
@@ -234,7 +245,7 @@ def load(
             logger.warning("%s: its content changed on disk; decoding the images again", path)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s: can't be read (%s); decoding the images again", path, error)
-    pixels = decode(images, size, unreadable)
+    pixels = decode(images, size, unreadable, channels)
     temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -254,7 +265,7 @@ def load(
     return pixels
 
 
-def _key(images: Located, size: int) -> str:
+def _key(images: Located, size: int, channels: int) -> str:
     places, root = images.all_places(), str(images.root)
     try:
         states = {path: os.stat(path) for path in {place.path for place in places}}
@@ -267,6 +278,8 @@ def _key(images: Located, size: int) -> str:
         (os.path.relpath(path, root), states[path].st_size, states[path].st_mtime_ns, *member)
         for path, *member in places
     ]
+    # Images in colour have the key that they had when there were no others.
+    kind = [] if channels == 3 else [channels]
     return hashlib.sha256(
-        json.dumps([str(images.root.resolve()), size, rows]).encode()
+        json.dumps([str(images.root.resolve()), size, rows, *kind]).encode()
     ).hexdigest()[:32]

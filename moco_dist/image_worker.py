@@ -29,7 +29,7 @@ def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> str:
     """Do a request; return what is wrong with an image of it, nothing if all is well."""
     recipe = Recipe(*request["recipe"])
     places = [Place(*place) for place in request["places"]]
-    shape = len(places), max(1, len(recipe.views)), 3, recipe.size, recipe.size
+    shape = len(places), max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
     pixels = np.ndarray(shape, np.uint8, memory)
     rows = np.frombuffer(numbers).reshape(len(places), -1, 22).tolist() if recipe.views else []
     for number, place in enumerate(places):
@@ -42,7 +42,7 @@ def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> str:
             if recipe.views:
                 found = image_file.crops(content, rows[number], recipe)
             else:
-                found = [image_file.square(content, recipe.size)]
+                found = [image_file.square(content, recipe.size, recipe.channels)]
         except Exception as error:
             # Any kind: decoders raise many for bytes that are no image, all of them the file's.
             reason = shown(str(error) or type(error).__name__)

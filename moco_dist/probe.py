@@ -26,6 +26,7 @@ from moco_dist import (
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder_source import Source
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
+from moco_dist.image_file import MODES
 from moco_dist.label_fraction import require_classes
 from moco_dist.linear_probe import TRAINED, LinearProbe
 from moco_dist.metrics import memory_gb
@@ -49,7 +50,9 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     session = runtime.start(config, stop)
     # Each process looked for itself, and a pretraining may be going on.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
-    splits = data.load(config.data)
+    channels = source.architecture.channels
+    peers.together(lambda: require_channels(config, source))
+    splits = data.load(config.data, channels)
     splits = peers.together(lambda: labelled(splits, config))
     warn_of_views(config, source)
     overlaps = find_overlaps(splits)
@@ -75,6 +78,17 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         peers.from_main(lambda: write(results_file, results))
         runtime.finish(session, probe_results.brief(results))
         summarize(probe, results)
+
+
+def require_channels(config: ProbeConfig, source: Source) -> None:
+    """Raise ConfigError unless images can be had in the channels that the encoder takes."""
+    channels = source.architecture.channels
+    if channels not in MODES:
+        raise ConfigError(
+            f"{source.place}: takes images of {channels} channels, and images are read with 3 "
+            "(RGB) or 1 (gray); give another encoder"
+        )
+    config.views.check_channels(channels)
 
 
 def labelled(splits: data.Splits, config: ProbeConfig) -> data.Splits:

@@ -67,9 +67,9 @@ def look(run: Path) -> Look:
     Raises UserError, in a sentence, without a checkpoint or without the data.
     """
     found = checkpoint.find(run)
-    encoder, _, view = checkpoint.load_encoder(found)
+    encoder, architecture, view = checkpoint.load_encoder(found)
     config = from_dict(DataConfig, found.piece("config")["data"])
-    part, images = held_out(config)
+    part, images = held_out(config, architecture.channels)
     points = extract(encoder, images, view)
     images = images[torch.arange(len(points))]
     components, variance = principal(points)
@@ -87,22 +87,22 @@ def look(run: Path) -> Look:
     )
 
 
-def held_out(config: DataConfig) -> tuple[str, Images]:
+def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
     """Return what part the sample is of, and at most SAMPLE images: of the test set, or else of
     the validation images, or else of the training images. Nothing is downloaded for it.
     """
     root = Path(os.path.expanduser(config.root))
     if config.name == "folder":
-        return _of_folder(config, root)
+        return _of_folder(config, root, channels)
     if config.name in UNPACKED and not (root / UNPACKED[config.name]).is_dir():
         raise MissingError(
             f"data.root={shown(root)}: {config.name} is not there, and a report downloads nothing; "
             "start it where the run was started"
         )
-    return _of_splits(config)
+    return _of_splits(config, channels)
 
 
-def _of_folder(config: DataConfig, root: Path) -> tuple[str, Images]:
+def _of_folder(config: DataConfig, root: Path, channels: int) -> tuple[str, Images]:
     parted = (root / "train").is_dir()
     tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
     if not tests or config.labels == "none":
@@ -113,18 +113,18 @@ def _of_folder(config: DataConfig, root: Path) -> tuple[str, Images]:
                     f"data.root={shown(root)}: {count:,} images and no test set, too many "
                     f"to read for a report; up to {MOST_READ:,} are read"
                 )
-        return _of_splits(config)
+        return _of_splits(config, channels)
     classes = image_folder.scan(root / "train", True).classes
     listing = image_folder.scan(tests[0], bool(classes), classes or None)
     rows = sample(len(listing.files), config).tolist()
     files, labels = ([each[row] for row in rows] for each in (listing.files, listing.labels))
     some = image_folder.Listing(listing.root, files, labels, listing.classes)
-    pixels = image_folder.decode(some, config.size)
+    pixels = image_folder.decode(some, config.size, channels=channels)
     return "test", Images(pixels, torch.tensor(labels), listing.classes)
 
 
-def _of_splits(config: DataConfig) -> tuple[str, Images]:
-    splits = data.load(config)
+def _of_splits(config: DataConfig, channels: int) -> tuple[str, Images]:
+    splits = data.load(config, channels)
     parts = {"test": splits.test, "validation": splits.validation, "training": splits.train}
     part, images = next((name, images) for name, images in parts.items() if len(images))
     rows = sample(len(images), config)
@@ -220,7 +220,7 @@ def pairs(images: Images, config: ViewsConfig) -> list[list[Tile]]:
 
 
 def _pixels(image: Tensor) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = image.permute(1, 2, 0).numpy()
+    pixels: NDArray[np.uint8] = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
     return pixels
 
 

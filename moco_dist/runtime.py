@@ -202,8 +202,7 @@ def _require_same(
     directory: Path, settings: PretrainConfig | ProbeConfig, resumed: checkpoint.Checkpoint | None
 ) -> None:
     if resumed:
-        now = config_files.to_dict(settings)
-        changed = config_files.changed_keys(resumed.piece("config"), now)
+        changed = config_files.changed_keys(resumed.piece("config"), settings)
         if changed:
             raise ConfigError(
                 f"{directory} holds a run with another configuration ({'; '.join(changed)}); "

@@ -34,7 +34,7 @@ class Order:
     tickets: list[Ticket]
 
     def collect(self, device: torch.device) -> Tensor:
-        """Wait; return the pixels, uint8 (images, views, 3, size, size), on `device`."""
+        """Wait; return the pixels, uint8 (images, views, channels, size, size), on `device`."""
         shape = sum(ticket.shape[0] for ticket in self.tickets), *self.tickets[0].shape[1:]
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         first = 0
@@ -64,6 +64,12 @@ class StreamedImages:
     classes: tuple[str, ...]
     # Pixels a side of `squares`.
     size: int
+    channels: int = 3
+
+    @property
+    def squared(self) -> Recipe:
+        """The recipe of `squares`."""
+        return Recipe(self.size, channels=self.channels)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,8 +87,8 @@ class StreamedImages:
         return self if bool(known.all()) else self[known]
 
     def squares(self, rows: Tensor) -> Tensor:
-        """Return the centred squares of some images, uint8 (*rows.shape, 3, size, size)."""
-        pixels = self.order(rows.flatten(), Recipe(self.size)).collect(self.labels.device)
+        """Return the centred squares of some images, uint8 (*rows.shape, channels, size, size)."""
+        pixels = self.order(rows.flatten(), self.squared).collect(self.labels.device)
         return pixels.reshape(*rows.shape, *pixels.shape[2:])
 
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -92,7 +98,7 @@ class StreamedImages:
             for place in range(len(parts)):
                 while len(ahead) < 3 and place + len(ahead) < len(parts):
                     part = parts[place + len(ahead)]
-                    ahead.append(self.order(part, Recipe(self.size)))
+                    ahead.append(self.order(part, self.squared))
                 yield ahead.popleft().collect(self.labels.device)[:, 0]
         finally:
             for order in ahead:
@@ -117,5 +123,5 @@ class StreamedImages:
         numbers = torch.stack(
             [views.crop_numbers(config, seed, epoch, samples, view) for view in (0, 1)], dim=1
         )
-        recipe = Recipe(config.size, wanted, config.ratio_min, config.ratio_max)
+        recipe = Recipe(config.size, wanted, config.ratio_min, config.ratio_max, self.channels)
         return self.order(samples, recipe, numbers)

@@ -13,12 +13,13 @@ from moco_dist.errors import ConfigError, shown
 _RANDOM = {"p", "prob", "drop_prob"}
 
 
-def build(name: str, norm_layer: Callable[[int], nn.BatchNorm2d]) -> nn.Module:
-    """Return the model `name` of timm with new weights, without its classifier.
+def build(name: str, channels: int, norm_layer: Callable[[int], nn.BatchNorm2d]) -> nn.Module:
+    """Return the model `name` of timm for images of so many channels, without its classifier.
 
-    Each of its BatchNorm layers is one that `norm_layer` made, under the same name. Raises
-    ConfigError if timm or the model is not there, or if the model can't be trained the same on any
-    machine: it draws random numbers of its own, or normalises over the batch in another way.
+    Its weights are new. Each of its BatchNorm layers is one that `norm_layer` made, under the same
+    name. Raises ConfigError if timm or the model is not there, or if the model can't be trained the
+    same on any machine: it draws random numbers of its own, or normalises over the batch in another
+    way.
     """
     try:
         import timm
@@ -32,9 +33,11 @@ def build(name: str, norm_layer: Callable[[int], nn.BatchNorm2d]) -> nn.Module:
         hint = f"near it are {', '.join(near)}" if near else "timm.list_models() has all names"
         raise ConfigError(f"encoder.backbone=timm/{shown(name)}: timm has no such model; {hint}")
     try:  # what has position embeddings then takes any size of image
-        model: nn.Module = timm.create_model(name, num_classes=0, dynamic_img_size=True)
+        model: nn.Module = timm.create_model(
+            name, num_classes=0, in_chans=channels, dynamic_img_size=True
+        )
     except TypeError:
-        model = timm.create_model(name, num_classes=0)
+        model = timm.create_model(name, num_classes=0, in_chans=channels)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             model.set_submodule(path, _grouped(module, norm_layer))

@@ -109,7 +109,7 @@ class Trainer:
         """
         config = self.config
         rows = config.batch_size // comms.world_size() // config.runtime.micro_batches
-        shape = rows, 3, config.views.size, config.views.size
+        shape = rows, config.encoder.channels, config.views.size, config.views.size
         self.undo.keep()
         for _ in range(config.runtime.micro_batches):  # once round the BatchNorm groups
             images = torch.zeros(shape, dtype=self.dtype, device=self.session.device)
@@ -253,7 +253,7 @@ class Trainer:
         raise error.on_all()
 
     def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
-        """Return view number `view` of the training images `samples`, (rows, 3, size, size)."""
+        """Return view number `view` of the training images `samples`, (rows, c, size, size)."""
         return self.source.any_views([(samples, view)], epoch)[0]
 
     def knn_top1(self) -> float:

@@ -41,14 +41,17 @@ def change_some(
     return images.index_copy_(0, rows, change(images.index_select(0, rows), rows))
 
 
-def _luma(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the shares of red, green and blue in the luma, (3,)."""
+def _luma(channels: int, like: Tensor) -> Tensor:
+    """Return the shares of the channels in the luma, (channels,)."""
+    shares = LUMA if channels == 3 else (1.0,)
     # Filled on the device: a tensor made of a list would be copied there, and waited for.
-    return torch.cat([torch.full((1,), share, dtype=dtype, device=device) for share in LUMA])
+    return torch.cat([like.new_full((1,), share) for share in shares])
 
 
 def to_grayscale(images: Tensor) -> Tensor:
-    """Return the luma (n, 1, H, W) of images (n, 3, H, W)."""
+    """Return the luma (n, 1, H, W) of images (n, 1 or 3, H, W); one channel is gray as it is."""
+    if images.shape[1] == 1:
+        return images
     red, green, blue = images.chunk(3, dim=1)
     return torch.add(torch.add(LUMA[0] * red, green, alpha=LUMA[1]), blue, alpha=LUMA[2])
 
@@ -58,27 +61,29 @@ def make_gray(images: Tensor, which: Tensor) -> Tensor:
     return change_some(images, which, lambda some, _: to_grayscale(some).expand_as(some))
 
 
-def tones(operation: Tensor, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return what `adjust_tone` takes: matrices (..., n, 3, 3) and weights (..., n, 3) of means.
+def tones(operation: Tensor, factor: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `adjust_tone` takes: matrices (..., n, c, c) and weights (..., n, c) of means.
 
-    `operation`, int64 (..., n), is BRIGHTNESS, CONTRAST or SATURATION; `factor`, float (..., n).
+    `operation`, int64 (..., n), is BRIGHTNESS, CONTRAST or SATURATION; `factor`, float64 (..., n).
+    `images` say how many channels there are, 1 or 3, and in which dtype.
     """
     rest = 1 - factor
-    luma = _luma(factor.dtype, factor.device)
+    channels = images.shape[1]
+    luma = _luma(channels, factor)
     of_gray, of_mean = (
         (rest * (operation == which))[..., None] * luma for which in (SATURATION, CONTRAST)
     )
-    own = factor[..., None, None] * torch.eye(3, dtype=factor.dtype, device=factor.device)
-    return (own + of_gray[..., None, :]).to(dtype), of_mean.to(dtype)
+    own = factor[..., None, None] * torch.eye(channels, dtype=factor.dtype, device=factor.device)
+    return (own + of_gray[..., None, :]).to(images.dtype), of_mean.to(images.dtype)
 
 
 def adjust_tone(images: Tensor, matrix: Tensor, of_mean: Tensor) -> Tensor:
-    """Return images (n, 3, H, W) changed by one of three operations each, from `tones`.
+    """Return images (n, 1 or 3, H, W) changed by one of three operations each, from `tones`.
 
     factor * image + (1 - factor) * reference, clamped to [0, 1]: BRIGHTNESS blends with black,
     CONTRAST with the mean of the gray image, SATURATION with the gray image (torchvision's
-    formulas). Each is a matrix (3, 3) for the colours of all pixels, and one number to add. A
-    factor of 1 changes no bit of images in [0, 1].
+    formulas), which leaves one channel as it is. Each is a matrix (c, c) for the colours of all
+    pixels, and one number to add. A factor of 1 changes no bit of images in [0, 1].
     """
     colors = images.flatten(2)
     offset = (colors.mean(2) * of_mean).sum(1).reshape(-1, 1, 1)
@@ -92,7 +97,10 @@ def adjust_hue_(images: Tensor, hue: Tensor) -> Tensor:
     smallest channel values as they are, so value and saturation are never computed. With channels
     scaled to smallest 0 and largest 1 the hue, in sixths of a turn, is 1 + green + blue - red where
     green is more than blue, and the negative of that where it is less: the six cases as one.
+    One channel has no hue: it is returned as it is.
     """
+    if images.shape[1] == 1:
+        return images
     red, green, blue = images.unbind(1)
     smallest, largest = torch.minimum(green, blue), torch.maximum(green, blue)
     torch.minimum(smallest, red, out=smallest)

@@ -53,7 +53,7 @@ class MemorySource:
         """Get ready for step `step`: nothing is to be done."""
 
     def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
-        """Return the views of each of `wanted`, (n, 3, size, size), made in one pass."""
+        """Return the views of each of `wanted`, (n, c, size, size), made in one pass."""
         samples, numbers, sizes = _joined(wanted)
         pixels = self.images.pixels[samples]
         made = views.make(pixels, self.config, self.seed, epoch, samples, numbers, self.dtype)
@@ -147,7 +147,7 @@ class StreamedSource:
     def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
         """Return the views of each of `wanted`, queries or keys of the step that was begun.
 
-        float (n, 3, size, size), made in one pass.
+        float (n, c, size, size), made in one pass.
         """
         crops = []
         for samples, view in wanted:

@@ -183,7 +183,7 @@ def crop_and_resize(images: Tensor, draws: Draws, size: int) -> Tensor:
 
 
 def color_jitter(images: Tensor, draws: Draws) -> Tensor:
-    """Return images (n, 3, H, W) with the four operations in each sample's own order, in [0, 1].
+    """Return images (n, 1 or 3, H, W) with the four operations in each one's own order, in [0, 1].
 
     On a CPU it changes `images` themselves. The same bits from both ways: a CPU takes the samples
     by the place of their hue, and a GPU all of them alike, since it would have to wait to learn
@@ -204,7 +204,7 @@ def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
     before, after = place < place_of_hue, place > place_of_hue
     images = images.clamp(0, 1)
     early, late = (
-        tones(draws.order.T, torch.where(draws.jitter & when, factors, 1.0), images.dtype)
+        tones(draws.order.T, torch.where(draws.jitter & when, factors, 1.0), images)
         for when in (before, after)
     )
     for slot in (0, 1, 2):
@@ -221,7 +221,7 @@ def _jitter_by_place(images: Tensor, draws: Draws) -> Tensor:
     As many at a time as stay in the caches. It clamps where the other way has blends of factor 1.
     """
     factors, place_of_hue = draws.factors()
-    matrices, of_mean = tones(draws.order.T, factors, images.dtype)
+    matrices, of_mean = tones(draws.order.T, factors, images)
     images.clamp_(0, 1)
     at_once = max(1, _IN_CACHE * torch.get_num_threads() // images[0].numel())
     for place in range(4):
@@ -262,7 +262,10 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 def normalize_(images: Tensor, config: ViewsConfig) -> Tensor:
-    """Take the channel's mean off images (n, 3, H, W), in place, and divide by its deviation."""
+    """Take the channel's mean off images (n, c, H, W), in place, and divide by its deviation."""
+    assert images.shape[1] == len(config.mean), (
+        f"images have {images.shape[1]} channels, and mean and std are of {len(config.mean)}"
+    )
     # Filled on the device: a tensor made of a list would be copied there, and waited for.
     mean = torch.cat([images.new_full((1, 1, 1), value) for value in config.mean])
     std = torch.cat([images.new_full((1, 1, 1), value) for value in config.std])
@@ -272,7 +275,7 @@ def normalize_(images: Tensor, config: ViewsConfig) -> Tensor:
 def apply(
     images: Tensor, draws: Draws, config: ViewsConfig, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the normalised views (n, 3, size, size) of uint8 images (n, 3, H, W).
+    """Return the normalised views (n, c, size, size) of uint8 images (n, c, H, W).
 
     All arithmetic is done in `dtype`, float32 or float64, also under autocast. The flip belongs to
     the crop; it commutes with all that follows.
@@ -298,7 +301,7 @@ def apply(
 
 
 def center(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the evaluation view: the normalised centre (n, 3, size, size) of uint8 images.
+    """Return the evaluation view: the normalised centre (n, c, size, size) of uint8 images.
 
     Images whose shorter side is below `config.size` are enlarged until it is that long.
     """
@@ -322,6 +325,6 @@ def make(
     view: Key,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return view number `view` of uint8 images, (n, 3, size, size): `apply` of `draw`."""
+    """Return view number `view` of uint8 images, (n, c, size, size): `apply` of `draw`."""
     draws = draw(config, seed, epoch, index, view, *images.shape[2:])
     return apply(images, draws, config, dtype)

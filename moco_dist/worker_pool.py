@@ -44,7 +44,7 @@ class Ticket:
     """A request on its way, and where its pixels will lie."""
 
     places: Sequence[Place]
-    # (images, views, 3, size, size)
+    # (images, views, channels, size, size)
     shape: tuple[int, ...]
     worker: int
     slot: int
@@ -70,7 +70,7 @@ def default_workers() -> int:
 
 def images_of_request(recipe: Recipe) -> int:
     """Return how many images a request holds; ConfigError for those too large for one."""
-    each = max(1, len(recipe.views)) * 3 * recipe.size**2
+    each = max(1, len(recipe.views)) * recipe.channels * recipe.size**2
     if each > SLOT_BYTES:
         limit = int((SLOT_BYTES / 6) ** 0.5)
         raise ConfigError(
@@ -102,7 +102,7 @@ class WorkerPool:
         worker = self._workers[number]
         if not self._free:
             self._add_slot()
-        shape = len(places), max(1, len(recipe.views)), 3, recipe.size, recipe.size
+        shape = len(places), max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
         ticket = Ticket(places, shape, number, self._free.pop())
         content = b"" if numbers is None else numbers.numpy().tobytes()
         request = {"slot": ticket.slot, "recipe": recipe, "places": places, "bytes": len(content)}
@@ -116,7 +116,7 @@ class WorkerPool:
         return ticket
 
     def fetch(self, ticket: Ticket) -> Tensor:
-        """Wait for a request, return its pixels, uint8 (images, views, 3, size, size), not copied.
+        """Wait for a request, return its pixels, uint8 `ticket.shape`, not copied.
 
         They are there until `release`. DataError names an image that can't be read, a worker that
         died, and an image that takes too long.

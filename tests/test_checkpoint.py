@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from moco_dist import checkpoint, comms, data, peers, runtime, saving
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import load
 from moco_dist.config_operation import CheckpointConfig
-from moco_dist.errors import DataError, MissingError, OutputError
+from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
 from moco_dist.trainer import Trainer
 from tests import processes
 
@@ -240,3 +241,23 @@ def test_resuming_under_a_changed_configuration_names_the_keys(pretrained: Path)
         "seed: 0 -> 3); give it back to resume that run, or choose name=... for a new one"
     )
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_of_a_version_with_fewer_keys_is_resumed_with_their_defaults(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pretrained, tmp_path / "tiny")
+    folder = checkpoint.find(tmp_path / "tiny").path
+    state = {k: v for k, v in checkpoint.read(folder).state.items() if k != "sha256"}
+    assert state["config"].pop("init_from") == ""
+    assert state["config"]["data"].pop("skip_unreadable") is False
+    (folder / "state.json").unlink()
+    saving._write_state(folder / "state.json", state)
+    config = load(PretrainConfig, [*TINY, f"output={tmp_path}", "name=tiny"])
+    session = runtime.start(config)
+    trainer = Trainer(config, session, data.load(config.data))
+    session.close()
+    assert trainer.step == 2
+    given = dataclasses.replace(config.data, skip_unreadable=True)
+    with pytest.raises(ConfigError, match=r"\(data\.skip_unreadable: False -> True\)"):
+        runtime.start(dataclasses.replace(config, data=given))

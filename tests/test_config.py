@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,9 +100,9 @@ def test_resuming_may_change_the_length_the_logging_and_the_machine_only() -> No
         "runtime.micro_batches=2",
         "data.root=x",
     ]
-    assert changed_keys(old, to_dict(load(PretrainConfig, free))) == []
+    assert changed_keys(old, load(PretrainConfig, free)) == []
     fixed = ["seed=1", "optim.lr=0.5", "bn_groups=4", "moco.queue_size=1000", "precision=bf16"]
-    assert changed_keys(old, to_dict(load(PretrainConfig, fixed))) == [
+    assert changed_keys(old, load(PretrainConfig, fixed)) == [
         "bn_groups: 8 -> 4",
         "moco.queue_size: 4096 -> 1000",
         "optim.lr: 0.03 -> 0.5",
@@ -210,10 +211,24 @@ def test_a_resumed_run_may_change_its_machine_and_length_and_not_its_numbers() -
     old = to_dict(PretrainConfig())
     changed = ["encoder.width=32", "moco.queue_size=999", "runtime.micro_batches=2", "epochs=300"]
     changed += ["knn.k=7", "checkpoint.keep_last=5", "data.root=elsewhere", "name=other"]
-    new = to_dict(load(PretrainConfig, changed))
-    assert changed_keys(old, new) == [
+    assert changed_keys(old, load(PretrainConfig, changed)) == [
         "encoder.width: 64 -> 32",
         "moco.queue_size: 4096 -> 999",
     ]
     probe = [load(ProbeConfig, [f"encoder={path}"]) for path in ("runs/a", "runs/b")]
-    assert changed_keys(*map(to_dict, probe)) == []
+    assert changed_keys(to_dict(probe[0]), probe[1]) == []
+
+
+@pytest.mark.parametrize("schema", [PretrainConfig, ProbeConfig])
+def test_a_key_that_an_older_version_did_not_have_had_its_default(schema: type[Any]) -> None:
+    older = to_dict(schema())
+    assert older["views"].pop("flip") == 0.5
+    assert older.pop("precision") == "fp32"
+    assert changed_keys(older, schema()) == []
+    now = load(schema, ["views.flip=0.25", "precision=fp64"])
+    assert changed_keys(older, now) == ["precision: fp32 -> fp64", "views.flip: 0.5 -> 0.25"]
+
+
+def test_a_key_that_there_is_no_more_is_a_change() -> None:
+    older = to_dict(PretrainConfig()) | {"gone": 3}
+    assert changed_keys(older, PretrainConfig()) == ["gone: 3 -> None"]

@@ -121,6 +121,26 @@ def test_a_silent_server_of_wandb_is_a_warning_after_seconds(
     assert time.monotonic() - began < 10
 
 
+def test_a_name_that_is_looked_up_for_long_is_a_warning_after_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor_checks, "PATIENCE", 0.2)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(20))
+    began = time.monotonic()
+    finding = doctor_checks.wandb(load(PretrainConfig, [*SMALL, "tracking.wandb=online"]))
+    assert "does not answer (nothing within 1.2 s)" in finding.warning
+    assert time.monotonic() - began < 10
+
+
+def test_unreadable_images_that_are_to_be_skipped_are_counted(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 30)).save(tmp_path / "good.png")
+    (tmp_path / "text.jpg").write_text("no image")
+    given = ["data.name=folder", f"data.root={tmp_path}", "data.skip_unreadable=true"]
+    ((finding,), _) = doctor_checks.data(load(PretrainConfig, given).data)
+    assert finding.fault == ""
+    assert finding.found.endswith("in 2 sampled files, 1 of them unreadable and left out")
+
+
 def test_a_process_that_can_not_reach_the_others_is_told_so(tmp_path: Path) -> None:
     """The second of two processes is never started."""
     with socket.socket() as free:

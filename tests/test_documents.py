@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -9,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torchvision
+from torch import nn
 
-from moco_dist import export
-from moco_dist.config import PretrainConfig
+from moco_dist import encoder_files, export, foreign_encoder
+from moco_dist.config import EncoderConfig, PretrainConfig
 from moco_dist.config_files import flat, load, to_dict
 from moco_dist.config_probe import ProbeConfig
+from moco_dist.encoder import build_encoder
 from moco_dist.export_targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +51,9 @@ def test_the_commands_of_a_page_are_taken(page: Path, monkeypatch: pytest.Monkey
     assert found
     for words in found:
         module = words[words.index("-m") + 1].removeprefix("moco_dist.")
+        if module.startswith("tests."):
+            assert importlib.util.find_spec(module)
+            continue
         arguments = words[words.index("-m") + 2 :]
         if module == "export":
             assert export.run(arguments) == 0
@@ -60,6 +68,42 @@ def test_every_key_that_a_page_names_exists(page: Path) -> None:
     named = re.findall(r"\b([a-z]+\.[a-z_]+)(?==)", page.read_text())
     assert named
     assert set(named) <= known
+
+
+def backbone_as_saved(library: str, model: Any) -> dict[str, torch.Tensor]:
+    """Return torchvision's tensors under the names of the library's example."""
+    model.fc = nn.Identity()
+    if library == "lightly":
+        children = nn.Sequential(*list(model.children())[:-1])
+        return {f"backbone.{name}": tensor for name, tensor in children.state_dict().items()}
+    return {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("library", ["lightly", "solo-learn"])
+def test_the_lines_for_their_checkpoints_give_the_same_encoder(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model: Any = torchvision.models.resnet18()
+    for norm in (each for each in model.modules() if isinstance(each, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.normal_(norm.running_mean)
+    tensors = backbone_as_saved(library, model)
+    tensors |= {"queue": torch.zeros(2, 8), "projector.0.weight": torch.zeros(3, 3)}
+    tensors |= {f"momentum_{name}": tensor for name, tensor in tensors.items()}
+    torch.save({"epoch": 3, "state_dict": tensors}, "last.ckpt")
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "configs/migration.md").read_text(), re.S)
+    exec(compile(lines, "migration.md", "exec"), {})
+    path = tmp_path / "backbone.safetensors"
+    backbone, config, _ = foreign_encoder.load(path)
+    assert (config.backbone, config.stem) == ("resnet18", "imagenet")
+    images = torch.randn(2, 3, 64, 64).double()
+    theirs = model.double().eval()(images)
+    assert (backbone.double()(images) - theirs).abs().max() < 1e-9
+    encoder = build_encoder(EncoderConfig(stem="imagenet"), seed=3)
+    taken, left = encoder_files.start_from(encoder, path)
+    assert len(taken) == 120
+    assert left == []
 
 
 def test_the_table_of_settings_is_what_the_files_say() -> None:

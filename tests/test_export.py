@@ -50,7 +50,9 @@ def written(run: Path, enqueued: int = 50, **encoder: Any) -> Path:
                 torch.randn(tensor.shape).to(tensor.dtype), alpha=1 if "bias" in name else 0
             )
     network.queue.keys[: min(enqueued, 40)] = torch.randn(min(enqueued, 40), 8)
-    settings = to_dict(PretrainConfig(encoder=config))
+    other = ViewsConfig(mean=[0.5] * config.channels, std=[0.25] * config.channels)
+    views = ViewsConfig() if config.channels == 3 else other
+    settings = to_dict(PretrainConfig(encoder=config, views=views))
     state = {"config": settings, "epoch": 2.5, "enqueued": enqueued, "data": "0123", "run_id": "a"}
     saving.write(run, 7, network.state_dict(), {}, state)
     return run

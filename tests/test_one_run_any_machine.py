@@ -37,11 +37,20 @@ SMALL = [
 STEPS = 50
 
 
-def train(folder: str, overrides: list[str], until: int) -> dict[str, Any]:
-    """Train the run in `folder` on to step `until`; save; return losses and all state."""
+def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> dict[str, Any]:
+    """Train the run in `folder` on to step `until`; save; return losses and all state.
+
+    `nudge` changes each weight by at most that share of itself before the first step.
+    """
     config = load(PretrainConfig, [*SMALL, f"output={folder}", *overrides])
     session = runtime.start(config)
     trainer = Trainer(config, session, data.load(config.data))
+    if nudge:
+        for module in (trainer.moco.query_encoder, trainer.moco.key_encoder):
+            draws = torch.Generator().manual_seed(0)
+            for parameter in module.parameters():
+                share = 2 * torch.rand(parameter.shape, generator=draws, dtype=torch.float64) - 1
+                parameter.data *= 1 + nudge * share
     losses, queues = [], []
     while trainer.step < until:
         loss, _ = trainer.train_step()
@@ -56,9 +65,11 @@ def train(folder: str, overrides: list[str], until: int) -> dict[str, Any]:
     return {"losses": torch.tensor(losses, dtype=torch.float64), "queues": queues, "state": state}
 
 
-def one(folder: Path, world_size: int, *overrides: str, until: int = STEPS) -> dict[str, Any]:
+def one(
+    folder: Path, world_size: int, *overrides: str, until: int = STEPS, nudge: float = 0
+) -> dict[str, Any]:
     """Return rank 0's account of a run, once every rank tells the same of queue and state."""
-    accounts = processes.run(train, world_size, str(folder), list(overrides), until)
+    accounts = processes.run(train, world_size, str(folder), list(overrides), until, nudge)
     for rank, account in enumerate(accounts):
         assert account["queues"] == accounts[0]["queues"], (
             f"the queue of rank {rank} is another one"

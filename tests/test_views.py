@@ -145,7 +145,7 @@ def test_each_tone_operation_is_torchvisions(factor: float, dtype: torch.dtype) 
     images = make_pixels(9, 16, dtype)
     operation = torch.arange(9) % 3
     factors = torch.full((9,), factor, dtype=torch.float64)
-    adjusted = view_colors.adjust_tone(images, *view_colors.tones(operation, factors, dtype))
+    adjusted = view_colors.adjust_tone(images, *view_colors.tones(operation, factors, images))
     functions = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
     for row in range(9):
         expected = functions[row % 3](images[row], factor)
@@ -155,9 +155,9 @@ def test_each_tone_operation_is_torchvisions(factor: float, dtype: torch.dtype) 
 def test_tones_are_clamped_and_a_factor_of_one_changes_no_bit() -> None:
     images = make_pixels(6, 16, torch.float32)
     operation = torch.arange(6) % 3
-    same = view_colors.tones(operation, torch.ones(6, dtype=torch.float64), torch.float32)
+    same = view_colors.tones(operation, torch.ones(6, dtype=torch.float64), images)
     assert torch.equal(view_colors.adjust_tone(images, *same), images)
-    strong = view_colors.tones(operation, torch.full((6,), 9.0), torch.float32)
+    strong = view_colors.tones(operation, torch.full((6,), 9.0), images)
     changed = view_colors.adjust_tone(images, *strong)
     assert [float(changed.min()), float(changed.max())] == [0, 1]
 
