@@ -64,6 +64,8 @@ def needs(module: str, target: str, packages: str) -> None:
 def refuse(source: Source, target: str, holds: bool, reason: str, others: str) -> None:
     """Raise ConfigError with `reason` unless the target holds the architecture."""
     config = source.config
+    if config.stem == "cifar":  # which it has no place for either
+        others = others.replace(" or huggingface", "")
     if not holds:
         raise ConfigError(
             f"{target} can't hold this encoder ({config.backbone}, width {config.width}, "

@@ -85,9 +85,9 @@ def test_the_lines_for_their_checkpoints_give_the_same_encoder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model: Any = torchvision.models.resnet18()
-    for norm in (each for each in model.modules() if isinstance(each, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.running_var, 0.5, 2)
-        nn.init.normal_(norm.running_mean)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            nn.init.uniform_(buffer, 0.5, 2)
     tensors = backbone_as_saved(library, model)
     tensors |= {"queue": torch.zeros(2, 8), "projector.0.weight": torch.zeros(3, 3)}
     tensors |= {f"momentum_{name}": tensor for name, tensor in tensors.items()}
