@@ -14,23 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_dist import (
-    comms,
-    fingerprint,
+from moco_dist import comms, fingerprint, peers
+from moco_dist.config import DataConfig
+from moco_dist.errors import ConfigError, DataError, shown
+from moco_dist.images import (
     image_archive,
     image_folder,
     image_index,
-    peers,
     shapes,
     tar_shards,
     torchvision_sets,
 )
-from moco_dist.config import DataConfig
-from moco_dist.errors import ConfigError, DataError, shown
-from moco_dist.image_index import ImageIndex
+from moco_dist.images.image_index import ImageIndex
+from moco_dist.images.streamed_images import StreamedImages
+from moco_dist.images.worker_pool import WorkerPool
 from moco_dist.randomness import Purpose, permutation
-from moco_dist.streamed_images import StreamedImages
-from moco_dist.worker_pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,13 @@ import torch
 from torch import nn
 
 import moco_dist
-from moco_dist import alarms, comms, image_archive, image_file, image_folder, plan, wandb_run
+from moco_dist import alarms, comms, plan
 from moco_dist.config import DataConfig, PretrainConfig
 from moco_dist.encoder import build_encoder
 from moco_dist.errors import ConfigError, UserError, shown
+from moco_dist.images import image_archive, image_file, image_folder
 from moco_dist.randomness import Purpose, permutation
+from moco_dist.services import wandb_run
 
 # Files that are decoded to see whether they can be, spread over the whole set by chance.
 SAMPLED = 200

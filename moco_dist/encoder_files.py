@@ -20,7 +20,7 @@ from moco_dist.config import EncoderConfig, ViewsConfig
 from moco_dist.config_files import from_dict
 from moco_dist.encoder import Encoder, batch_norms, build_encoder
 from moco_dist.errors import ConfigError, DataError, MissingError, output_errors, shown
-from moco_dist.export_targets import READABLE
+from moco_dist.exporting.export_targets import READABLE
 
 # The file of an exported folder that says what is in it.
 DESCRIPTION = "moco_dist.json"

@@ -31,10 +31,12 @@ from typing import Literal, NoReturn
 import torch
 from torch import Tensor
 
-from moco_dist import checkpoint, export_card, shapes, views
+from moco_dist import checkpoint, views
 from moco_dist.encoder_files import DESCRIPTION, chosen, resize_of
 from moco_dist.errors import ConfigError, DataError, OutputError, UserError, output_errors, shown
-from moco_dist.export_targets import TARGETS, Source, run_lines, same
+from moco_dist.exporting import export_card
+from moco_dist.exporting.export_targets import TARGETS, Source, run_lines, same
+from moco_dist.images import shapes
 
 # Drawn images on which the library's model must give the encoder's features.
 IMAGES = 8

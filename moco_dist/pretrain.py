@@ -16,7 +16,6 @@ from moco_dist import (
     data,
     encoder_files,
     peers,
-    pictures,
     runtime,
     saving,
 )
@@ -24,6 +23,7 @@ from moco_dist.config import PretrainConfig
 from moco_dist.config_files import to_dict
 from moco_dist.errors import NumbersError, StoppedError
 from moco_dist.runtime import console, logger
+from moco_dist.services import pictures
 from moco_dist.stopping import StopRequests
 from moco_dist.tracking import Tracker
 from moco_dist.trainer import Trainer

@@ -11,26 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moco_dist import (
-    command,
-    comms,
-    console_lines,
-    data,
-    encoder_source,
-    overlap,
-    peers,
-    probe_results,
-    runtime,
-    verdict,
-)
+from moco_dist import command, comms, console_lines, data, peers, runtime
 from moco_dist.config_probe import ProbeConfig
-from moco_dist.encoder_source import Source
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
-from moco_dist.image_file import MODES
-from moco_dist.label_fraction import require_classes
-from moco_dist.linear_probe import TRAINED, LinearProbe
+from moco_dist.images import overlap
+from moco_dist.images.image_file import MODES
 from moco_dist.metrics import memory_gb
-from moco_dist.probe_results import LOSS, TOP1, TOP_K, Results
+from moco_dist.probing import encoder_source, probe_results, verdict
+from moco_dist.probing.encoder_source import Source
+from moco_dist.probing.label_fraction import require_classes
+from moco_dist.probing.linear_probe import TRAINED, LinearProbe
+from moco_dist.probing.probe_results import LOSS, TOP1, TOP_K, Results
 from moco_dist.run_directory import replace
 from moco_dist.runtime import console, logger
 from moco_dist.stopping import StopRequests

@@ -27,11 +27,11 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from moco_dist import report_files
 from moco_dist.console_lines import layout, loss
 from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, shown
-from moco_dist.follow import follow
-from moco_dist.report_runs import is_report, labels
+from moco_dist.reporting import report_files
+from moco_dist.reporting.follow import follow
+from moco_dist.reporting.report_runs import is_report, labels
 from moco_dist.run_record import Record, read, text_of
 
 # Columns with numbers stand to the right.

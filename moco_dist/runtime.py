@@ -32,19 +32,19 @@ from moco_dist import (
     saving,
     stopping,
     tracking,
-    wandb_run,
 )
 from moco_dist.config import PretrainConfig
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.environment import environment, shared_environment
 from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
-from moco_dist.feed import Feed, Service
-from moco_dist.media import Album
 from moco_dist.run_directory import note_outcome, replace, write_status
 from moco_dist.run_lock import RunLock
 from moco_dist.saving import Saver
+from moco_dist.services import wandb_run
+from moco_dist.services.feed import Feed, Service
+from moco_dist.services.media import Album
+from moco_dist.services.tensorboard_run import TensorBoardRun
 from moco_dist.stopping import StopRequests
-from moco_dist.tensorboard_run import TensorBoardRun
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from moco_dist.errors import StoppedError, UserError, output_errors
-from moco_dist.feed import Feed
-from moco_dist.media import Album
+from moco_dist.services.feed import Feed
+from moco_dist.services.media import Album
 
 Metrics = Mapping[str, float]
 Sink = Callable[[int, Metrics], None]

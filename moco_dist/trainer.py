@@ -20,7 +20,6 @@ from moco_dist import (
     guard,
     health,
     knn,
-    media,
     metrics,
     moco,
     peers,
@@ -32,6 +31,7 @@ from moco_dist.encoder import build_encoder
 from moco_dist.errors import NumbersError, UserError
 from moco_dist.plan import Plan, Step, check_batch, check_groups
 from moco_dist.runtime import Session
+from moco_dist.services import media
 from moco_dist.view_source import Pieces, view_source, views_of
 
 

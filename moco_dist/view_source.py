@@ -19,8 +19,8 @@ from torch import Tensor
 from moco_dist import comms, peers, views
 from moco_dist.config import ViewsConfig
 from moco_dist.data import AnyImages, Images
+from moco_dist.images.streamed_images import Order, StreamedImages
 from moco_dist.plan import Plan, Step
-from moco_dist.streamed_images import Order, StreamedImages
 
 # Steps, and images for each worker, that are decoded ahead.
 STEPS_AHEAD = 2

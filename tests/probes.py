@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from moco_dist import data, encoder_source, fingerprint, linear_probe, probe, runtime
+from moco_dist import data, fingerprint, probe, runtime
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import load
 from moco_dist.config_probe import ProbeConfig
-from moco_dist.shapes import CLASSES
+from moco_dist.images.shapes import CLASSES
+from moco_dist.probing import encoder_source, linear_probe
 from moco_dist.trainer import Trainer
 
 DATA = ["data.shapes_train=150", "data.shapes_test=37", "data.size=16", "views.size=16"]

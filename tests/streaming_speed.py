@@ -23,11 +23,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from moco_dist import data, image_worker, views, worker_pool
+from moco_dist import data, views
 from moco_dist.config import DataConfig, ViewsConfig
-from moco_dist.image_file import Recipe
+from moco_dist.images import image_worker, worker_pool
+from moco_dist.images.image_file import Recipe
+from moco_dist.images.streamed_images import StreamedImages
 from moco_dist.plan import Plan
-from moco_dist.streamed_images import StreamedImages
 from moco_dist.view_source import StreamedSource
 
 SHARD = 5000  # images in a tar

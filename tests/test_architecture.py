@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
-FILES = sorted(PACKAGE.glob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 350
 
 # What a file must not import, directly.
@@ -43,22 +43,22 @@ FORBIDDEN = {
     "moco_layout": {"moco_dist.moco", "moco_dist.data", "accelerate"},
     "encoder_files": {"moco_dist.moco", "moco_dist.trainer", "accelerate"},
     "export": {"moco_dist.moco", "moco_dist.trainer", "accelerate"},
-    "export_card": {"moco_dist.linear_probe", "moco_dist.trainer", "accelerate"},
+    "export_card": {"moco_dist.probing.linear_probe", "moco_dist.trainer", "accelerate"},
     "export_targets": {"moco_dist.moco", "moco_dist.trainer", "accelerate"},
     "timm_backbone": {"moco_dist.encoder", "moco_dist.moco", "accelerate"},
     "packaged": {"torch", "accelerate"},
     "console_commands": {"torch", "accelerate"},
     "doctor_checks": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
     "knn": {"accelerate"},
-    "tracking": {"moco_dist.moco", "moco_dist.wandb_run", "wandb", "torch"},
-    "feed": {"torch", "accelerate", "wandb", "moco_dist.wandb_run"},
+    "tracking": {"moco_dist.moco", "moco_dist.services.wandb_run", "wandb", "torch"},
+    "feed": {"torch", "accelerate", "wandb", "moco_dist.services.wandb_run"},
     "wandb_run": {"torch", "moco_dist.trainer", "moco_dist.comms"},
     "tensorboard_run": {"moco_dist.trainer", "wandb"},
     "media": {"wandb", "accelerate", "moco_dist.trainer", "moco_dist.comms"},
     "pictures": {"wandb", "accelerate", "moco_dist.comms"},
     "health": {"accelerate", "moco_dist.config", "moco_dist.trainer"},
     "alarms": {"torch", "accelerate", "moco_dist.comms", "moco_dist.trainer"},
-    "doctor": {"moco_dist.pretrain", "moco_dist.probe", "moco_dist.linear_probe"},
+    "doctor": {"moco_dist.pretrain", "moco_dist.probe", "moco_dist.probing.linear_probe"},
     "console_lines": {"torch", "accelerate"},
     "run_directory": {"moco_dist.moco", "moco_dist.data"},
     "run_record": {"torch", "accelerate", "rich"},
@@ -74,8 +74,8 @@ FORBIDDEN = {
     "report_runs": {"torch", "accelerate", "matplotlib"},
     "report_encoder": {"accelerate", "moco_dist.trainer", "moco_dist.moco"},
     "runtime": {"moco_dist.moco", "moco_dist.data"},
-    "pretrain": {"moco_dist.probe", "moco_dist.linear_probe"},
-    "trainer": {"moco_dist.probe", "moco_dist.linear_probe"},
+    "pretrain": {"moco_dist.probe", "moco_dist.probing.linear_probe"},
+    "trainer": {"moco_dist.probe", "moco_dist.probing.linear_probe"},
     "probe": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
     "linear_probe": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
     "probe_results": {"moco_dist.pretrain", "moco_dist.trainer", "moco_dist.moco"},
@@ -100,8 +100,8 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module}
-            if node.module == "moco_dist":
-                found |= {f"moco_dist.{alias.name}" for alias in node.names}
+            if node.module.partition(".")[0] == "moco_dist":
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
@@ -143,5 +143,13 @@ def test_no_file_is_named_like_the_standard_library_or_like_a_drawer() -> None:
     assert not names & {"utils", "common", "helpers", "base", "core", "misc"}
 
 
-def test_every_rule_is_about_a_file_that_exists() -> None:
+def test_every_rule_is_about_files_that_exist() -> None:
     assert FORBIDDEN.keys() <= {path.stem for path in FILES}
+    modules = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in FILES}
+    banned = {each for rule in FORBIDDEN.values() for each in rule if "." in each}
+    assert banned <= modules
+
+
+def test_a_name_stands_once() -> None:
+    names = [path.stem for path in FILES if path.stem != "__init__"]
+    assert len(set(names)) == len(names)

@@ -16,21 +16,15 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 import moco_dist
-from moco_dist import (
-    data,
-    export,
-    foreign_encoder,
-    image_folder,
-    pretrain,
-    probe,
-    report_encoder,
-    views,
-)
+from moco_dist import data, export, pretrain, probe, views
 from moco_dist.config import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config_files import load
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import build_encoder
 from moco_dist.errors import ConfigError, DataError
+from moco_dist.images import image_folder
+from moco_dist.probing import foreign_encoder
+from moco_dist.reporting import report_encoder
 from tests import image_sets, processes
 from tests.test_export import written
 

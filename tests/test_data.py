@@ -14,9 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import datasets
 
-from moco_dist import data, image_folder
+from moco_dist import data
 from moco_dist.config import DataConfig
 from moco_dist.errors import ConfigError, DataError, MissingError
+from moco_dist.images import image_folder
 
 
 def write_image(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (12, 12)) -> None:

@@ -14,12 +14,13 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_dist import encoder_files, export, foreign_encoder
+from moco_dist import encoder_files, export
 from moco_dist.config import EncoderConfig, PretrainConfig
 from moco_dist.config_files import flat, load, to_dict
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import build_encoder
-from moco_dist.export_targets import TARGETS
+from moco_dist.exporting.export_targets import TARGETS
+from moco_dist.probing import foreign_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "configs").glob("*.md"))

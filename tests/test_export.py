@@ -17,22 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import moco_dist
-from moco_dist import (
-    checkpoint,
-    export,
-    export_targets,
-    fingerprint,
-    linear_probe,
-    moco_layout,
-    probe,
-    saving,
-)
+from moco_dist import checkpoint, export, fingerprint, moco_layout, probe, saving
 from moco_dist.config import EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config_files import load, to_dict
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import Encoder, build_encoder
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
+from moco_dist.exporting import export_targets
 from moco_dist.moco import MoCo
+from moco_dist.probing import linear_probe
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moco_dist import views
 from moco_dist.config import EncoderConfig
 from moco_dist.encoder import batch_norms, build_encoder
-from moco_dist.finetune import calibrate
+from moco_dist.probing.finetune import calibrate
 from tests.probes import prepared, pretrain
 
 

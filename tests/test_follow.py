@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moco_dist import follow, run_lock
+from moco_dist import run_lock
+from moco_dist.reporting import follow
 from tests import terminal
 from tests.test_launch import TINY, python
 

@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from moco_dist import data, fingerprint, image_file, image_folder
+from moco_dist import data, fingerprint
 from moco_dist.config import DataConfig, PretrainConfig
 from moco_dist.config_files import from_dict, load, to_dict
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
+from moco_dist.images import image_file, image_folder
 
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
 
@@ -181,7 +182,7 @@ BOMB = """
 import resource, sys
 from dataclasses import replace
 from pathlib import Path
-from moco_dist import image_folder
+from moco_dist.images import image_folder
 from moco_dist.errors import DataError
 listing = image_folder.scan(Path(sys.argv[1]), labelled=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from moco_dist import data, image_file, image_folder, image_index, tar_shards
+from moco_dist import data
 from moco_dist.config import DataConfig
 from moco_dist.errors import ConfigError, DataError, MissingError
-from moco_dist.streamed_images import StreamedImages
-from moco_dist.worker_pool import WorkerPool
+from moco_dist.images import image_file, image_folder, image_index, tar_shards
+from moco_dist.images.streamed_images import StreamedImages
+from moco_dist.images.worker_pool import WorkerPool
 from tests import image_sets
 
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from moco_dist import checkpoint, data, probe, probe_figures, saving
+from moco_dist import checkpoint, data, probe, saving
 from moco_dist.config_files import load
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.errors import ConfigError, DataError, MissingError, UserError
+from moco_dist.probing import probe_figures
 from tests import processes
 from tests.probes import PROBE, prepared, pretrain, run
 

@@ -11,23 +11,16 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from moco_dist import (
-    checkpoint,
-    data,
-    encoder_source,
-    label_fraction,
-    overlap,
-    probe,
-    probe_results,
-    saving,
-)
+from moco_dist import checkpoint, data, probe, saving
 from moco_dist.config import EncoderConfig
 from moco_dist.config_files import load
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import build_encoder
 from moco_dist.errors import ConfigError, DataError, UserError
-from moco_dist.linear_probe import LinearProbe
-from moco_dist.shapes import CLASSES
+from moco_dist.images import overlap
+from moco_dist.images.shapes import CLASSES
+from moco_dist.probing import encoder_source, label_fraction, probe_results
+from moco_dist.probing.linear_probe import LinearProbe
 from tests.probes import prepared, pretrain, results, run, tinted
 
 # Enough images to tell a few points from chance.

@@ -13,18 +13,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 
-from moco_dist import (
-    checkpoint,
-    data,
+from moco_dist import checkpoint, data
+from moco_dist.config_files import load
+from moco_dist.config_probe import ProbeConfig
+from moco_dist.errors import DataError, MissingError
+from moco_dist.probing import (
     encoder_source,
     foreign_encoder,
     label_fraction,
     probe_results,
     verdict,
 )
-from moco_dist.config_files import load
-from moco_dist.config_probe import ProbeConfig
-from moco_dist.errors import DataError, MissingError
 from tests.probes import DATA, pretrain, results, run
 
 MANY = ["data.shapes_train=600", "data.shapes_test=200", "augment=false", "batch_size=60"]

@@ -17,19 +17,18 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from moco_dist import (
-    report,
+from moco_dist import report, run_record
+from moco_dist.config import DataConfig
+from moco_dist.data import Images
+from moco_dist.errors import MissingError
+from moco_dist.reporting import (
     report_curves,
     report_encoder,
     report_figures,
     report_overview,
     report_results,
     report_runs,
-    run_record,
 )
-from moco_dist.config import DataConfig
-from moco_dist.data import Images
-from moco_dist.errors import MissingError
 from tests.report_pages import Page, hostile, picture
 from tests.test_report import entries, runs, write
 

@@ -12,17 +12,19 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from moco_dist import comms, data, features, image_file, media, peers, pictures, runtime, views
+from moco_dist import comms, data, features, peers, runtime, views
 from moco_dist.config import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config_files import load
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import build_encoder
-from moco_dist.encoder_source import Source
 from moco_dist.errors import DataError
-from moco_dist.image_file import Recipe
-from moco_dist.linear_probe import LinearProbe
+from moco_dist.images import image_file
+from moco_dist.images.image_file import Recipe
+from moco_dist.images.streamed_images import StreamedImages
 from moco_dist.plan import Plan, Step
-from moco_dist.streamed_images import StreamedImages
+from moco_dist.probing.encoder_source import Source
+from moco_dist.probing.linear_probe import LinearProbe
+from moco_dist.services import media, pictures
 from moco_dist.trainer import Trainer
 from moco_dist.view_source import StreamedSource
 from tests import image_sets, processes

@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_dist import feed, knn, tracking
+from moco_dist import knn, tracking
 from moco_dist.config import ViewsConfig
 from moco_dist.errors import StoppedError
-from moco_dist.media import Album
+from moco_dist.services import feed
+from moco_dist.services.media import Album
 from tests.test_launch import TINY, lines, python
 
 HEADER = '{"schema": "moco_dist.metrics", "version": 1}\n'

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
-from moco_dist import checkpoint, wandb_run
+from moco_dist import checkpoint
 from moco_dist.config_operation import TrackingConfig
+from moco_dist.services import wandb_run
 from tests.faults.jobs import alive
 from tests.test_launch import ROOT, TINY, launch, lines, python
 from tests.wandb_files import Folder, folders

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_dist import checkpoint, comms, config_files, guard, moco, peers, shapes, trainer, views
+from moco_dist import checkpoint, comms, config_files, guard, moco, peers, trainer, views
+from moco_dist.images import shapes
 from moco_dist.plan import Plan, Step
 from moco_dist.trainer import Trainer
 from tests.faults.jobs import KILL, TERM, TINY, Job, account, last_step, status, undisturbed

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from moco_dist import report_curves
 from moco_dist.console_lines import loss
-from moco_dist.report_html import NONE, Html, element, section, table
-from moco_dist.report_probe import percent, shown
-from moco_dist.report_results import CONTROL, TITLES, Results, results
+from moco_dist.reporting import report_curves
+from moco_dist.reporting.report_html import NONE, Html, element, section, table
+from moco_dist.reporting.report_probe import percent, shown
+from moco_dist.reporting.report_results import CONTROL, TITLES, Results, results
 from moco_dist.run_progress import RunProgress, duration
 from moco_dist.run_record import Record, number, text_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moco_dist import media
-from moco_dist.media import Album
+from moco_dist.services import media
+from moco_dist.services.media import Album
 from moco_dist.trainer import Trainer
 
 

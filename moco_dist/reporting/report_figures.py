@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from moco_dist.report_html import Picture
+from moco_dist.reporting.report_html import Picture
 
 # Inches; a small figure is as wide as the page of a phone, two of them as a page of text.
 WIDTH, HEIGHT = 3.6, 2.5

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moco_dist import image_file
 from moco_dist.errors import shown
-from moco_dist.image_file import Place, Recipe
+from moco_dist.images import image_file
+from moco_dist.images.image_file import Place, Recipe
 
 # Signals that Slurm, a terminal or a launcher sends to every process of a run.
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)

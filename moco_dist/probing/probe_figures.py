@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moco_dist import comms, features, heads, knn
-from moco_dist.linear_probe import LinearProbe
+from moco_dist import comms, features, knn
+from moco_dist.probing import heads
+from moco_dist.probing.linear_probe import LinearProbe
 
 
 @torch.no_grad()

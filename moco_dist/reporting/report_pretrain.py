@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
-from moco_dist import report_figures, report_pictures
-from moco_dist.report_html import Gallery, Html, Picture, element
+from moco_dist.reporting import report_figures, report_pictures
+from moco_dist.reporting.report_html import Gallery, Html, Picture, element
 from moco_dist.run_record import Record, number, read_object
 
 if TYPE_CHECKING:
-    from moco_dist.report_encoder import Look
+    from moco_dist.reporting.report_encoder import Look
 
 # Bytes and pixels of a side above which a picture of the run is left out.
 MAX_BYTES, MAX_SIDE = 2**24, 8192

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco_dist import checkpoint, data, features, image_folder, knn, views
+from moco_dist import checkpoint, data, features, knn, views
 from moco_dist.config import DataConfig, ViewsConfig
 from moco_dist.config_files import from_dict
 from moco_dist.data import Images
 from moco_dist.encoder import Encoder
 from moco_dist.errors import MissingError, shown
+from moco_dist.images import image_folder
 from moco_dist.randomness import Purpose, permutation
-from moco_dist.report_pictures import Tile
+from moco_dist.reporting.report_pictures import Tile
 
 # Images of the sample, of them on the map by t-SNE, in a batch, and seconds for their features.
 SAMPLE, NEIGHBOUR_EMBEDDING, BATCH, SECONDS = 2000, 1000, 100, 60.0

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moco_dist.errors import ConfigError, OutputError, UserError, shown
-from moco_dist.report_runs import PAGE, with_partners
+from moco_dist.reporting.report_runs import PAGE, with_partners
 from moco_dist.run_record import Record
 
 if TYPE_CHECKING:
-    from moco_dist.report_encoder import Look
+    from moco_dist.reporting.report_encoder import Look
 
 # Pretrainings whose encoders are looked at; a map of each more would take half a minute.
 LOOKED_AT = 4
@@ -38,7 +38,9 @@ def write(
     `quick` leaves out what needs an encoder's checkpoint and the data. `say` is told what may take
     a while. Raises OutputError.
     """
-    from moco_dist import report_page  # matplotlib takes a second, which a look at a table need not
+    from moco_dist.reporting import (
+        report_page,  # matplotlib takes a second, which a look at a table need not
+    )
 
     runs = with_partners(list(records))
     page, pictures = report_page.build(runs, {} if quick else look_at(runs, say))
@@ -76,7 +78,7 @@ def look_at(runs: Sequence[Record], say: Callable[[str], None]) -> dict[Path, Lo
 
 
 def _look(run: Path) -> Look | str:
-    from moco_dist import report_encoder  # torch
+    from moco_dist.reporting import report_encoder  # torch
 
     try:
         return report_encoder.look(run)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import moco_dist
-from moco_dist import report_curves, report_figures, report_pretrain, report_probe
-from moco_dist.report_curves import Course
-from moco_dist.report_figures import Chart
-from moco_dist.report_html import (
+from moco_dist.reporting import report_curves, report_figures, report_pretrain, report_probe
+from moco_dist.reporting.report_curves import Course
+from moco_dist.reporting.report_figures import Chart
+from moco_dist.reporting.report_html import (
     NONE,
     Gallery,
     Html,
@@ -25,12 +25,12 @@ from moco_dist.report_html import (
     section,
     table,
 )
-from moco_dist.report_overview import KINDS, date, overview, standing
-from moco_dist.report_runs import labels
+from moco_dist.reporting.report_overview import KINDS, date, overview, standing
+from moco_dist.reporting.report_runs import labels
 from moco_dist.run_record import Record, number, read_object, text_of
 
 if TYPE_CHECKING:
-    from moco_dist.report_encoder import Look
+    from moco_dist.reporting.report_encoder import Look
 
 # Keys that say where a run is, not what it is.
 PLACES = ("name", "output", "encoder", "data.root", "data.cache")

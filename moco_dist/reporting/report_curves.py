@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from moco_dist.report_figures import Chart, Series
+from moco_dist.reporting.report_figures import Chart, Series
 from moco_dist.run_record import Record, number, steps_per_epoch
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moco_dist import intervals
+from moco_dist.probing import intervals
 
 # The names of the two encoders in results.json.
 TRAINED, CONTROL = "probe", "control"

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from moco_dist import peers
 from moco_dist.errors import ConfigError, DataError, shown
-from moco_dist.image_file import Place, Recipe
-from moco_dist.image_worker import IGNORED
+from moco_dist.images.image_file import Place, Recipe
+from moco_dist.images.image_worker import IGNORED
 
 # Bytes of a piece of shared memory; only what is written to takes memory.
 SLOT_BYTES = 2**24
@@ -175,9 +175,9 @@ class WorkerPool:
         else:
             with tempfile.TemporaryFile() as file:
                 self._memory = os.dup(file.fileno())
-        package = str(Path(__file__).parent.parent)
+        package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "moco_dist.image_worker"]
+        command = [sys.executable, "-m", "moco_dist.images.image_worker"]
         # They start with the signals blocked, and ignore them from then on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco_dist.errors import DataError, MissingError, shown
-from moco_dist.image_file import EXTENSIONS
+from moco_dist.images.image_file import EXTENSIONS
 
 # Names of a sample's class in its .json, the first of them that is there.
 JSON_KEYS = ("cls", "label", "class")

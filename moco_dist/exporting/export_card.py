@@ -12,7 +12,7 @@ from moco_dist.checkpoint import Checkpoint
 from moco_dist.config_files import flat
 from moco_dist.encoder import Encoder
 from moco_dist.errors import UserError
-from moco_dist.export_targets import Source
+from moco_dist.exporting.export_targets import Source
 
 # What a probe calls the two encoders in its results.
 _TRAINED, _CONTROL = "probe", "control"

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from moco_dist import intervals, overlap, probe_figures, verdict
-from moco_dist.linear_probe import LinearProbe
+from moco_dist.images import overlap
+from moco_dist.probing import intervals, probe_figures, verdict
+from moco_dist.probing.linear_probe import LinearProbe
 
 Results = dict[str, Any]
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco_dist import checkpoint, foreign_encoder, moco_layout
+from moco_dist import checkpoint, moco_layout
 from moco_dist.config import EncoderConfig, ViewsConfig
 from moco_dist.config_probe import FOREIGN
 from moco_dist.encoder import Backbone
 from moco_dist.errors import DataError
-from moco_dist.frozen import require_trained
+from moco_dist.probing import foreign_encoder
+from moco_dist.probing.frozen import require_trained
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moco_dist import fingerprint, image_folder, tar_shards
+from moco_dist import fingerprint
 from moco_dist.errors import DataError, shown
-from moco_dist.image_file import Place
+from moco_dist.images import image_folder, tar_shards
+from moco_dist.images.image_file import Place
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moco_dist import report_pictures
-from moco_dist.report_html import NONE, Gallery, Html, details, element, table
-from moco_dist.report_results import CONTROL, PARTS, TRAINED, Results, Value, results
+from moco_dist.reporting import report_pictures
+from moco_dist.reporting.report_html import NONE, Gallery, Html, details, element, table
+from moco_dist.reporting.report_results import CONTROL, PARTS, TRAINED, Results, Value, results
 from moco_dist.run_record import Record, number, text_of
 
 

@@ -15,8 +15,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moco_dist.report_figures import WIDTH, Theme, cut, drawn, legend
-from moco_dist.report_html import Picture
+from moco_dist.reporting.report_figures import WIDTH, Theme, cut, drawn, legend
+from moco_dist.reporting.report_html import Picture
 
 # Classes that colours tell apart, and whose names and numbers can be read in a matrix.
 COLOURED, READABLE = 20, 30

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moco_dist import fingerprint, image_file
+from moco_dist import fingerprint
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
-from moco_dist.image_file import EXTENSIONS, Place
+from moco_dist.images import image_file
+from moco_dist.images.image_file import EXTENSIONS, Place
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moco_dist import views, worker_pool
+from moco_dist import views
 from moco_dist.config import ViewsConfig
-from moco_dist.image_file import Place, Recipe
-from moco_dist.worker_pool import Ticket, WorkerPool
+from moco_dist.images import worker_pool
+from moco_dist.images.image_file import Place, Recipe
+from moco_dist.images.worker_pool import Ticket, WorkerPool
 
 
 class Catalogue(Protocol):

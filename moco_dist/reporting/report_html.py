@@ -140,7 +140,9 @@ def _uri(content: bytes) -> Html:
 
 def page(title: str, *body: object) -> str:
     """Return the whole document, which forbids a browser to load anything but its own pictures."""
-    style = resources.files("moco_dist").joinpath("report.css").read_text(encoding="utf-8")
+    style = (
+        resources.files("moco_dist.reporting").joinpath("report.css").read_text(encoding="utf-8")
+    )
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = (
         f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; "

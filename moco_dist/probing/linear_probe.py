@@ -7,25 +7,16 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from moco_dist import (
-    checkpoint,
-    comms,
-    data,
-    features,
-    fingerprint,
-    heads,
-    label_fraction,
-    peers,
-    views,
-)
+from moco_dist import checkpoint, comms, data, features, fingerprint, peers, views
 from moco_dist.config_files import to_dict
 from moco_dist.config_probe import ProbeConfig
 from moco_dist.encoder import Backbone, build_encoder
-from moco_dist.encoder_source import Source
 from moco_dist.errors import ConfigError, NumbersError
-from moco_dist.finetune import FineTuning, calibrate
-from moco_dist.frozen import Frozen
 from moco_dist.plan import Plan, check_batch
+from moco_dist.probing import heads, label_fraction
+from moco_dist.probing.encoder_source import Source
+from moco_dist.probing.finetune import FineTuning, calibrate
+from moco_dist.probing.frozen import Frozen
 from moco_dist.runtime import Session
 from moco_dist.view_source import view_source
 

@@ -1,0 +1,1 @@
+"""What `moco_dist.export` writes."""

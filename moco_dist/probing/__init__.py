@@ -1,0 +1,1 @@
+"""What `moco_dist.probe` trains and says of an encoder."""

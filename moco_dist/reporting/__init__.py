@@ -1,0 +1,1 @@
+"""What `moco_dist.report` prints and writes."""
