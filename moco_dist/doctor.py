@@ -3,8 +3,8 @@
   accelerate launch -m moco_dist.doctor CONFIG [key=value ...]     before: one table, in seconds
   python -m moco_dist.doctor RUN|CONFIG [key=value ...] --bn-leak  is its BatchNorm a leak?
 
-The table has processes, versions, network, batch, queue, data, memory, disk and W&B, as launcher
-and configuration have them. Leaves with 1, and the list, if something will fail.
+The table has processes, versions, network, batch, queue, data, colors, memory, disk and W&B, as
+launcher and configuration have them. Leaves with 1, and the list, if something will fail.
 
 For --bn-leak RUN is a run directory; a CONFIG stands for the run that pretraining under it writes,
 or, if there is none yet, for a short training whose result is thrown away. Leaves with 78 if the
@@ -199,7 +199,9 @@ def join(config: PretrainConfig) -> torch.device:
 def examine(config: PretrainConfig) -> None:
     """Print what a run under `config` would meet here; FaultsError, on all, with what will fail."""
     device = join(config)
-    found, images = peers.from_main(lambda: doctor_checks.data(config.data))
+    found, images = peers.from_main(
+        lambda: doctor_checks.data(config.data, config.encoder.channels)
+    )
     findings = [
         *doctor_checks.processes(config, device),
         *doctor_checks.network(config, device),

@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import accelerate
+import numpy as np
 import torch
 from torch import nn
 
@@ -132,7 +133,7 @@ def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:
     return Finding(about, found)
 
 
-def data(config: DataConfig) -> tuple[list[Finding], int]:
+def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
     """Return what the data set holds, by a sample of its files, and its training images.
 
     Nothing is downloaded, unpacked or kept: 0 training images where that would be needed.
@@ -161,12 +162,12 @@ def data(config: DataConfig) -> tuple[list[Finding], int]:
     kept = count - round(config.validation * count)
     kept = min(kept, config.limit or kept)
     order = permutation(count, 0, Purpose.SPLIT)[:SAMPLED].tolist()
-    sizes, bad = [], []
+    sizes, squares, bad = [], [], []
     for file in (listing.files[number] for number in order):
         try:
-            image = image_file.opened(file.read_bytes())
-            image.convert("RGB")
-            sizes.append(image.size)
+            content = file.read_bytes()
+            squares.append(image_file.square(content, config.size, channels))
+            sizes.append(image_file.opened(content).size)
         except Exception as error:  # of any kind, as decoders raise them, all the file's
             bad.append(f"{shown(file, 4096)} ({shown(str(error) or type(error).__name__)})")
     spans = [(min(side), max(side)) for side in zip(*sizes, strict=True)] or [(0, 0)] * 2
@@ -183,7 +184,17 @@ def data(config: DataConfig) -> tuple[list[Finding], int]:
         f"pixels in {len(order)} sampled files"
         f"{f', {len(bad)} of them unreadable and left out' if bad and not fault else ''}"
     )
-    return [Finding("data", found, fault)], kept
+    return [Finding("data", found, fault), *([colors(squares)] if squares else [])], kept
+
+
+def colors(squares: list[image_file.Pixels]) -> Finding:
+    """Return mean and standard deviation of each channel of images (size, size, c), in [0, 1]."""
+    pixels = np.stack(squares).astype(np.float64) / 255
+    mean, std = (
+        f"[{','.join(f'{value:.4f}' for value in way(pixels, axis=(0, 1, 2)))}]"
+        for way in (np.mean, np.std)
+    )
+    return Finding("colors", f"views.mean={mean} views.std={std} are those of the sampled images")
 
 
 def memory(config: PretrainConfig, device: torch.device, images: int) -> Iterator[Finding]:

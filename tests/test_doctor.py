@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -136,9 +137,21 @@ def test_unreadable_images_that_are_to_be_skipped_are_counted(tmp_path: Path) ->
     Image.new("RGB", (20, 30)).save(tmp_path / "good.png")
     (tmp_path / "text.jpg").write_text("no image")
     given = ["data.name=folder", f"data.root={tmp_path}", "data.skip_unreadable=true"]
-    ((finding,), _) = doctor_checks.data(load(PretrainConfig, given).data)
+    ((finding, _), _) = doctor_checks.data(load(PretrainConfig, given).data, channels=3)
     assert finding.fault == ""
     assert finding.found.endswith("in 2 sampled files, 1 of them unreadable and left out")
+
+
+def test_colors_of_the_images_are_those_of_their_squares(tmp_path: Path) -> None:
+    # Red is in all pixels of one image and in none of three; green is 51 of 255 in all.
+    for number, red in enumerate((255, 0, 0, 0)):
+        Image.new("RGB", (40, 30), (red, 51, 0)).save(tmp_path / f"{number}.png")
+    config = load(PretrainConfig, ["data.name=folder", f"data.root={tmp_path}"]).data
+    (_, colors), _ = doctor_checks.data(config, channels=3)
+    spread = (0.25 * 0.75) ** 0.5
+    assert f"views.mean=[0.2500,0.2000,0.0000] views.std=[{spread:.4f},0.0000," in colors.found
+    (_, gray), _ = doctor_checks.data(config, channels=1)
+    assert re.match(r"views.mean=\[0\.\d{4}\] views.std=\[0\.\d{4}\] are", gray.found)
 
 
 def test_a_process_that_can_not_reach_the_others_is_told_so(tmp_path: Path) -> None:
