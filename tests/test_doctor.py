@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -125,10 +126,17 @@ def test_a_silent_server_of_wandb_is_a_warning_after_seconds(
 def test_a_name_that_is_looked_up_for_long_is_a_warning_after_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    looked_up = threading.Event()
+
+    def connection(*_: object, **__: object) -> None:
+        looked_up.wait()
+        raise OSError
+
     monkeypatch.setattr(doctor_checks, "PATIENCE", 0.2)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(20))
+    monkeypatch.setattr(socket, "create_connection", connection)
     began = time.monotonic()
     finding = doctor_checks.wandb(load(PretrainConfig, [*SMALL, "tracking.wandb=online"]))
+    looked_up.set()
     assert "does not answer (nothing within 1.2 s)" in finding.warning
     assert time.monotonic() - began < 10
 
