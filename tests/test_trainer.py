@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco_dist import comms, data, metrics, moco, runtime
+from moco_dist import comms, data, metrics, moco, runtime, views
 from moco_dist.bench_step import fill_queue
 from moco_dist.config import PretrainConfig
 from moco_dist.config_files import load
@@ -125,6 +125,15 @@ def test_the_symmetric_loss_adds_both_directions_and_enqueues_both_views(tmp_pat
         total += moco.info_nce(queries, keys, negatives, 0.1, own)[0].detach()
     loss, _ = trainer.train_step()
     assert float(loss) == pytest.approx(float(total) / 2, abs=1e-12)
+
+
+def test_views_made_in_one_pass_are_those_of_their_samples_and_numbers(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    config, rows = trainer.config, trainer.plan.step(1)
+    wanted = [(rows.samples[rows.key_rows[0]], 1), (rows.samples, 0)]
+    for (samples, view), made in zip(wanted, trainer.source.views(wanted, 3), strict=True):
+        pixels = trainer.splits.train.squares(samples)
+        assert made.equal(views.make(pixels, config.views, config.seed, 3, samples, view))
 
 
 class Largest(TorchDispatchMode):
