@@ -25,6 +25,22 @@ def is_archive(path: Path) -> bool:
         return True  # compressed and damaged: `unpack` says so
 
 
+def _extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """Unpack what stays within `folder`; TarError for an entry that would leave it."""
+    if hasattr(tarfile, "data_filter"):
+        tar.extractall(folder, filter="data")
+        return
+    # Before Python 3.11.4 tarfile has no filters: files and folders alone, and no links.
+    for entry in tar:
+        place = Path(os.path.normpath(folder / entry.name))
+        if not place.is_relative_to(folder) or not (entry.isfile() or entry.isdir()):
+            raise tarfile.TarError(f"{entry.name} leaves the folder, or is neither file nor folder")
+        (place if entry.isdir() else place.parent).mkdir(parents=True, exist_ok=True)
+        if (content := tar.extractfile(entry)) is not None:
+            with content, place.open("xb") as file:
+                shutil.copyfileobj(content, file)
+
+
 def unpack(archive: Path, cache: Path) -> Path:
     """Return the folder below `cache` that holds the content of `archive`, unpacked if need be.
 
@@ -41,7 +57,7 @@ def unpack(archive: Path, cache: Path) -> Path:
         part.mkdir(parents=True)
         if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tar:
-                tar.extractall(part, filter="data")
+                _extract(tar, part)
         else:
             with zipfile.ZipFile(archive) as unzipped:
                 unzipped.extractall(part)  # which leaves out drives, roots and ".."
