@@ -85,9 +85,10 @@ def adjust_tone(images: Tensor, matrix: Tensor, of_mean: Tensor) -> Tensor:
     formulas), which leaves one channel as it is. Each is a matrix (c, c) for the colours of all
     pixels, and one number to add. A factor of 1 changes no bit of images in [0, 1].
     """
-    colors = images.flatten(2)
-    offset = (colors.mean(2) * of_mean).sum(1).reshape(-1, 1, 1)
-    return torch.baddbmm(offset, matrix, colors).clamp_(0, 1).view_as(images)
+    # A sum over one large image in one step would depend on the number of threads, and baddbmm has
+    # other bits for one image than for several.
+    offset = (images.mean(3).mean(2) * of_mean).sum(1).reshape(-1, 1, 1)
+    return torch.bmm(matrix, images.flatten(2)).add_(offset).clamp_(0, 1).view_as(images)
 
 
 def adjust_hue_(images: Tensor, hue: Tensor) -> Tensor:

@@ -305,6 +305,28 @@ def test_views_of_a_batch_are_those_of_its_samples_alone() -> None:
         close(batch[row], alone[0], 1e-12)
 
 
+@DTYPES
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_have_the_same_bits_in_any_batch_and_on_one_thread_or_two(
+    channels: int, dtype: torch.dtype
+) -> None:
+    config = ViewsConfig(size=224, mean=[0.5] * channels, std=[0.5] * channels)
+    images, index = make_images(12, 224, 224)[:, :channels], torch.arange(12)
+
+    def made(rows: int) -> Tensor:
+        parts = index.split(rows)
+        return torch.cat([views.make(images[i], config, 0, 0, i, 0, dtype) for i in parts])
+
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found += [made(rows) for rows in (12, 5, 1)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(each.equal(found[0]) for each in found)
+
+
 def test_views_are_a_function_of_the_sample_and_not_of_its_place() -> None:
     config = ViewsConfig(blur=0.5)
     images, order = make_images(16, 32, 32), torch.randperm(16, generator=torch.manual_seed(0))
