@@ -189,12 +189,13 @@ def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
 
 def colors(squares: list[image_file.Pixels]) -> Finding:
     """Return mean and standard deviation of each channel of images (size, size, c), in [0, 1]."""
-    pixels = np.stack(squares).astype(np.float64) / 255
-    mean, std = (
-        f"[{','.join(f'{value:.4f}' for value in way(pixels, axis=(0, 1, 2)))}]"
-        for way in (np.mean, np.std)
-    )
-    return Finding("colors", f"views.mean={mean} views.std={std} are those of the sampled images")
+    # Image by image: all of them at once in floating point would be gigabytes.
+    mean = np.mean([each.mean((0, 1)) for each in squares], axis=0) / 255
+    squared = np.mean([np.square(each, dtype=np.float64).mean((0, 1)) for each in squares], axis=0)
+    std = np.sqrt(np.maximum(squared / 255**2 - mean**2, 0))
+    means, stds = (",".join(f"{value:.4f}" for value in each) for each in (mean, std))
+    found = f"views.mean=[{means}] views.std=[{stds}] are those of the sampled images"
+    return Finding("colors", found)
 
 
 def memory(config: PretrainConfig, device: torch.device, images: int) -> Iterator[Finding]:

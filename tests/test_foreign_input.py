@@ -283,6 +283,14 @@ def packed(folder: Path, archive: Path, kind: str, around: bool) -> Path:
     return Path(shutil.make_archive(str(archive), kind, root, base))
 
 
+@pytest.fixture(params=["as it is", "before 3.11.4"])
+def python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python whose tarfile has filters, or none."""
+    if request.param != "as it is":
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+
+
+@pytest.mark.usefixtures("python")
 @pytest.mark.parametrize("kind", ["tar", "gztar", "zip"])
 @pytest.mark.parametrize("around", [True, False])
 def test_an_archive_gives_what_its_folder_gives(tmp_path: Path, kind: str, around: bool) -> None:
@@ -302,6 +310,7 @@ def test_an_archive_gives_what_its_folder_gives(tmp_path: Path, kind: str, aroun
     assert not [name for name in names if name.endswith(".tmp")]
 
 
+@pytest.mark.usefixtures("python")
 @pytest.mark.parametrize("place", ["../evil", "/evil", "link"])
 def test_an_archive_does_not_leave_its_folder(tmp_path: Path, place: str) -> None:
     archive, cache = tmp_path / "deep" / "set.tar", tmp_path / "cache"
