@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from moco_dist import timm_backbone
+from moco_dist import convolutions, timm_backbone
 from moco_dist.config import EncoderConfig
 
 # Block, blocks of each stage, groups and channels of a group's 3x3 convolution in stage 1 (at the
@@ -126,26 +126,6 @@ class _NormalizeGroups(torch.autograd.Function):
         return dx, *sums, None, None, None, None
 
 
-class PointwiseShortcut(nn.Conv2d):
-    """A 1x1 convolution with a stride, of the pixels that the stride leaves.
-
-    The same sums; but oneDNN's own way, in channels_last, writes beyond its memory for the gradient
-    of the weights if there are fewer channels than a register holds
-    (github.com/uxlfoundation/oneDNN/issues/6035, seen with PyTorch 2.15).
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the convolution of `input` (rows, c, height, width)."""
-        if input.device.type != "cpu":
-            return super().forward(input)
-        down, across = self.stride
-        return F.conv2d(input[:, :, ::down, ::across], self.weight)
-
-
-# Channels of the widest registers of a CPU, in single precision.
-_REGISTER = 16
-
-
 class Backbone(ResNet):
     """torchvision's ResNet without its classifier; `width` channels in stage 1 (published: 64)."""
 
@@ -176,13 +156,7 @@ class Backbone(ResNet):
     ) -> nn.Sequential:
         if planes == 64:
             self.inplanes = self.width
-        layer = super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
-        shortcut: Any = layer[0].downsample
-        if stride > 1 and shortcut[0].in_channels < _REGISTER:
-            sizes = shortcut[0].in_channels, shortcut[0].out_channels, 1, stride
-            # Without drawing weights: those of the layers after it would be others.
-            shortcut[0] = nn.utils.skip_init(PointwiseShortcut, *sizes, bias=False)
-        return layer
+        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
 
 
 def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
@@ -194,7 +168,9 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
         return timm_backbone.build(
             config.backbone.removeprefix("timm/"), config.channels, norm_layer
         )
-    return Backbone(config, norm_layer)
+    backbone = Backbone(config, norm_layer)
+    convolutions.suit(backbone)
+    return backbone
 
 
 class Encoder(nn.Module):

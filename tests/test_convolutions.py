@@ -1,0 +1,105 @@
+"""Convolutions that go another way on a CPU give what the library's give, and have its weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moco_dist import convolutions
+from moco_dist.config import EncoderConfig
+from moco_dist.convolutions import SmallMapConv, _SumOfProducts
+from moco_dist.encoder import build_encoder
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 2), (3, 5), (4, 4)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_sum_of_products_is_the_convolution(
+    size: tuple[int, int], memory_format: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return numbers.to(memory_format=memory_format)
+
+    x, weight = drawn(3, 5, *size).requires_grad_(), drawn(7, 5, 3, 3).requires_grad_()
+    ours, theirs = _SumOfProducts.apply(x, weight), functional.conv2d(x, weight, padding=1)
+    of_out = drawn(*theirs.shape)
+    found = torch.autograd.grad(ours, (x, weight), of_out)
+    expected = torch.autograd.grad(theirs, (x, weight), of_out)
+    torch.testing.assert_close((ours, *found), (theirs, *expected), rtol=0, atol=1e-12)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_encoder_of_published_width_goes_that_way_on_its_last_maps_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.Size] = []
+
+    def noted(x: Tensor, weight: Tensor) -> Any:
+        seen.append(x.shape)
+        return functional.conv2d(x, weight, padding=1)
+
+    monkeypatch.setattr(_SumOfProducts, "apply", noted)
+    backbone = build_encoder(EncoderConfig(), 0).backbone
+    images = torch.zeros(4, 3, 32, 32)
+    with torch.no_grad():
+        backbone(images)
+        assert seen == 3 * [torch.Size([4, 512, 4, 4])]
+        with torch.autocast("cpu", torch.bfloat16):
+            backbone(images)
+        backbone.eval()(images)
+        narrow = build_encoder(EncoderConfig(width=16), 0).backbone
+        narrow(images)
+    assert len(seen) == 3
+
+
+def test_weights_and_names_stay_and_nothing_is_drawn() -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(256, 256, 3, padding=1, bias=False),
+            nn.Conv2d(8, 8, 1, 2, bias=False),
+            nn.Conv2d(256, 256, 3, padding=1),
+            nn.Conv2d(256, 256, 3, padding=1, groups=2, bias=False),
+            nn.Conv2d(256, 256, 3, padding=2, dilation=2, bias=False),
+            nn.Conv2d(256, 256, 3, 2, padding=1, bias=False),
+            nn.Conv2d(255, 256, 3, padding=1, bias=False),
+        )
+
+    plain, suited = model(), model()
+    before = torch.get_rng_state()
+    convolutions.suit(suited)
+    assert torch.equal(torch.get_rng_state(), before)
+    kinds = [type(module) for module in suited]
+    assert kinds == [SmallMapConv, convolutions.PointwiseShortcut, *[nn.Conv2d] * 5]
+    torch.testing.assert_close(suited.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    for ours, theirs in zip(suited, plain, strict=True):
+        assert repr(ours).partition("(")[2] == repr(theirs).partition("(")[2]
+
+
+def test_shortcuts_of_narrow_encoders_do_not_write_beyond_their_memory() -> None:
+    """In a process of its own, which the fault of oneDNN ends; against the sum of products."""
+    code = """
+import torch
+from moco_dist.config import EncoderConfig
+from moco_dist.encoder import build_encoder
+for width in (4, 8):
+    shortcut = build_encoder(EncoderConfig(width=width), 0).backbone.layer2[0].downsample[0]
+    images = torch.randn(4, width, 128, 128).to(memory_format=torch.channels_last)
+    out = shortcut(images)
+    assert out.shape == (4, 2 * width, 64, 64)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    kept = images[:, :, ::2, ::2].double()
+    expected = torch.einsum("noyx,niyx->oi", gradient.double(), kept)
+    found = shortcut.weight.grad.flatten(1)
+    assert (found - expected).abs().max() < 1e-3, (found, expected)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
