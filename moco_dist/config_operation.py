@@ -86,6 +86,8 @@ class RuntimeConfig:
     micro_batches: int = 1
     # Processes that must take part; 0 accepts any number.
     processes: int = 0
+    # Compile views and encoders by torch.compile, a minute or more at each start (see SPEED.md).
+    compile: bool = False
     # Choose deterministic kernels, so that the same machine gives the same bits.
     deterministic: bool = True
     # Save and stop before the run has taken so long; 0 is no limit. Slurm's end counts too.

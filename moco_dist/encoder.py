@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_dist import convolutions, timm_backbone
+from moco_dist.compilation import compiled
 from moco_dist.config import EncoderConfig
 
 # Block, blocks of each stage, groups and channels of a group's 3x3 convolution in stage 1 (at the
@@ -48,6 +50,8 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     running_var: Tensor
     group_mean: Tensor
     group_var: Tensor
+    # Mean and variance of the groups of the last compiled pass, (its groups, channels).
+    seen: tuple[Tensor, Tensor]
 
     def __init__(self, channels: int, rows_per_group: int, groups: int) -> None:
         super().__init__(channels)
@@ -62,6 +66,8 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         rows, groups = self.rows_per_group, len(self.group_mean)
         assert len(x) % rows == 0, f"{len(x)} rows are not whole groups of {rows}"
+        if torch.compiler.is_compiling():
+            return self._by_formula(x)
         first, count = self.next_group, len(x) // rows
         self.next_group = (first + count) % groups
         places = [(first + place) % groups for place in range(count)]
@@ -76,6 +82,31 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             x, self.weight, self.bias, mean, var, momentum, self.eps
         )
         return normalized
+
+    def _by_formula(self, x: Tensor) -> Tensor:
+        """Return `x` normalised, by operations that a compiler fuses with those around them.
+
+        Its statistics are left in `seen`, for `take_in`: with that in the graph each of the places
+        in the turn of the groups would be compiled.
+        """
+        groups, channels = len(x) // self.rows_per_group, x.shape[1]
+        pixels = x.permute(0, 2, 3, 1).reshape(groups, -1, channels)
+        y, *self.seen = _NormFormula.apply(pixels, self.weight, self.bias, self.eps)
+        return y.reshape(len(x), *x.shape[2:], channels).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def take_in(norms: list[GroupedBatchNorm]) -> None:
+    """Have running statistics take in what a compiled pass has seen, and the next groups' turn."""
+    running, new = list[Tensor](), list[Tensor]()
+    for norm in norms:
+        groups, count = len(norm.group_mean), len(norm.seen[0])
+        places = slice(norm.next_group, norm.next_group + count)
+        norm.next_group = (norm.next_group + count) % groups
+        running += norm.group_mean[places], norm.group_var[places]
+        new += norm.seen
+    momenta = [norm.momentum or 0.1 for norm in norms for _ in range(2)]
+    torch._foreach_lerp_(running, new, momenta)
 
 
 class _NormalizeGroups(torch.autograd.Function):
@@ -124,6 +155,35 @@ class _NormalizeGroups(torch.autograd.Function):
             dx_part.copy_(found)
             sums = [a.add_(b) for a, b in zip(sums, ours, strict=True)] if sums else ours
         return dx, *sums, None, None, None, None
+
+
+class _NormFormula(torch.autograd.Function):
+    """BatchNorm of groups of pixels in plain operations (Ioffe and Szegedy 2015, section 3)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `x` (groups, pixels, channels) normalised, and each group's mean and variance."""
+        wide, number = x.to(weight.dtype), x.shape[1]
+        var, mean = torch.var_mean(wide, dim=1, correction=0)
+        invstd = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, invstd)
+        y = (wide - mean[:, None]) * (invstd * weight)[:, None] + bias
+        var = var * (number / (number - 1))
+        ctx.mark_non_differentiable(mean, var)
+        return y.to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of `x`, `weight` and `bias`."""
+        x, weight, mean, invstd = ctx.saved_tensors
+        wide = dy.to(weight.dtype)
+        unit = (x.to(weight.dtype) - mean[:, None]) * invstd[:, None]
+        of_bias, of_weight = wide.sum(1), (wide * unit).sum(1)
+        shared = (of_bias[:, None] + unit * of_weight[:, None]) / x.shape[1]
+        dx = (wide - shared) * (invstd * weight)[:, None]
+        return dx.to(x.dtype), of_weight.sum(0), of_bias.sum(0), None
 
 
 class Backbone(ResNet):
@@ -189,9 +249,21 @@ class Encoder(nn.Module):
         # Convolutions are 1.3 times as fast with the channels of a pixel side by side, also on a
         # CPU; what comes out of one stays so.
         self.to(memory_format=torch.channels_last)
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+
+    def compile_training(self) -> None:
+        """Have `forward` compiled, in training, at its first call."""
+        self._compiled = compiled(self._vectors)
 
     def forward(self, views: Tensor) -> Tensor:
         """Return unit vectors (rows, dim), float32 or more, of `views` (rows, c, height, width)."""
+        if self._compiled is None or not self.training:
+            return self._vectors(views)
+        vectors = self._compiled(views)
+        take_in(batch_norms(self))
+        return vectors
+
+    def _vectors(self, views: Tensor) -> Tensor:
         out = self.head(self.backbone(views))
         return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=1)
 

@@ -23,6 +23,7 @@ from moco_dist import (
     metrics,
     moco,
     peers,
+    rehearsal,
     schedule,
 )
 from moco_dist.config import PretrainConfig
@@ -66,15 +67,16 @@ class Trainer:
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
+        self.parameters = list(self.moco.query_encoder.parameters())
+        self.undo = guard.Undo(self.moco.query_encoder, self.moco.key_encoder)
+        if config.runtime.compile:
+            peers.together(lambda: rehearsal.compile_all(self))
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
         # at each step. It would also give each process the BatchNorm statistics of process 0.
         self.query = self.accelerator.prepare(self.moco.query_encoder)
         if processes > 1:
             self.query.broadcast_buffers = False
-        self.parameters = list(self.moco.query_encoder.parameters())
-        self.undo = guard.Undo(self.moco.query_encoder, self.moco.key_encoder)
-        if processes > 1:
-            self._settle_buckets()
+            rehearsal.settle_buckets(self)
         self.step = 0
         # The step that was evaluated last, and step and accuracy of the best one.
         self.evaluated = -1
@@ -100,22 +102,6 @@ class Trainer:
             world_size=processes,
             device=self.session.device,
         )
-
-    def _settle_buckets(self) -> None:
-        """Do a backward pass that changes nothing: after its first one DDP lays out anew its sums.
-
-        With three processes or more the layout decides in which order they are added, and the first
-        step of a start that resumes would have other bits than the same step in the middle of one.
-        """
-        config = self.config
-        rows = config.batch_size // comms.world_size() // config.runtime.micro_batches
-        shape = rows, config.encoder.channels, config.views.size, config.views.size
-        self.undo.keep()
-        for _ in range(config.runtime.micro_batches):  # once round the BatchNorm groups
-            images = torch.zeros(shape, dtype=self.dtype, device=self.session.device)
-            self.accelerator.backward(self.query(images).sum())
-        self.undo.restore()
-        self.optimizer.zero_grad()
 
     @property
     def passes(self) -> list[tuple[int, int]]:

@@ -35,7 +35,7 @@ def change_some(
     It is called with images and their rows. A CPU changes no others, in place; a GPU would have to
     wait to learn which they are, and changes all.
     """
-    if images.device.type != "cpu":
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
         return select(which, change(images, slice(None)), images)
     rows = which.nonzero().squeeze(1)
     return images.index_copy_(0, rows, change(images.index_select(0, rows), rows))
@@ -88,6 +88,11 @@ def adjust_tone(images: Tensor, matrix: Tensor, of_mean: Tensor) -> Tensor:
     # A sum over one large image in one step would depend on the number of threads, and baddbmm has
     # other bits for one image than for several.
     offset = (images.mean(3).mean(2) * of_mean).sum(1).reshape(-1, 1, 1)
+    if torch.compiler.is_compiling():  # which fuses sums of few terms, and no products of matrices
+        own = images.unbind(1)
+        rows = [row.reshape(-1, len(own), 1, 1).unbind(1) for row in matrix.unbind(1)]
+        mixed = [sum(map(torch.mul, row, own), offset) for row in rows]
+        return torch.stack(mixed, 1).clamp(0, 1)
     return torch.bmm(matrix, images.flatten(2)).add_(offset).clamp_(0, 1).view_as(images)
 
 
@@ -114,5 +119,9 @@ def adjust_hue_(images: Tensor, hue: Tensor) -> Tensor:
     sector.sub_(torch.div(sector, 6, out=spare).floor_().mul_(6))
     for channel, at, slope, offset in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
         share = torch.sub(sector, at, out=spare).abs_().mul_(slope).add_(offset)
-        torch.addcmul(smallest, chroma, share.clamp_(0, 1), out=channel)
+        share.clamp_(0, 1)
+        if torch.compiler.is_compiling():  # which does not write into a part of a tensor
+            channel.copy_(torch.addcmul(smallest, chroma, share))
+        else:
+            torch.addcmul(smallest, chroma, share, out=channel)
     return images

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moco_dist import comms, peers, views
+from moco_dist.compilation import compiled
 from moco_dist.config import ViewsConfig
 from moco_dist.data import AnyImages, Images
 from moco_dist.images.streamed_images import Order, StreamedImages
@@ -33,33 +34,63 @@ Wanted = tuple[Tensor, int]
 Pieces = list[Callable[[], Tensor]]
 
 
-def _joined(wanted: Sequence[Wanted]) -> tuple[Tensor, Tensor, list[int]]:
-    """Return all samples, the number of each one's view, both int64 (n,), and the lengths."""
-    numbers = [torch.full_like(samples, view) for samples, view in wanted]
-    samples = torch.cat([samples for samples, _ in wanted])
-    return samples, torch.cat(numbers), [len(each) for each in numbers]
+class Maker:
+    """Makes views of uint8 images by `work`, which is `views.make` or `views.finish`."""
+
+    def __init__(
+        self, work: Callable[..., Tensor], config: ViewsConfig, seed: int, dtype: torch.dtype
+    ) -> None:
+        def make(images: Tensor, epoch: Tensor, samples: Tensor, numbers: Tensor) -> Tensor:
+            return work(images, config, seed, epoch, samples, numbers, dtype)
+
+        self._make = self._make_step = make
+
+    def compile_step(self) -> None:
+        """Have `of_step` compiled, for each number of images that it is called with."""
+        self._make_step = compiled(self._make)
+
+    def of_step(self, images: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return the views of each of `wanted`, (n, c, size, size), made in one pass.
+
+        `images` (n, c, H, W) are those of all of `wanted`, one after the other.
+        """
+        return self._split(self._make_step, images, wanted, epoch)
+
+    def of_any(self, images: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return what `of_step` does, of any number of images."""
+        return self._split(self._make, images, wanted, epoch)
+
+    def _split(
+        self, make: Callable[..., Tensor], images: Tensor, wanted: Sequence[Wanted], epoch: int
+    ) -> list[Tensor]:
+        samples = torch.cat([samples for samples, _ in wanted])
+        numbers = torch.cat([torch.full_like(samples, view) for samples, view in wanted])
+        # A tensor: what is compiled would be so for each epoch.
+        made = make(images, torch.full_like(samples[0], epoch), samples, numbers)
+        return list(made.split([len(samples) for samples, _ in wanted]))
 
 
-@dataclass
 class MemorySource:
     """Views of images in memory, made when they are asked for."""
 
-    images: Images
-    config: ViewsConfig
-    seed: int
-    dtype: torch.dtype
+    def __init__(self, images: Images, config: ViewsConfig, seed: int, dtype: torch.dtype) -> None:
+        self.images, self.maker = images, Maker(views.make, config, seed, dtype)
+        # What views are made of: channels and sides.
+        self.shape = images.pixels.shape[1:]
 
     def begin(self, step: int) -> None:
         """Get ready for step `step`: nothing is to be done."""
 
     def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
         """Return the views of each of `wanted`, (n, c, size, size), made in one pass."""
-        samples, numbers, sizes = _joined(wanted)
-        pixels = self.images.pixels[samples]
-        made = views.make(pixels, self.config, self.seed, epoch, samples, numbers, self.dtype)
-        return list(made.split(sizes))
+        return self.maker.of_step(self._pixels(wanted), wanted, epoch)
 
-    any_views = views
+    def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return what `views` does, of any number of images."""
+        return self.maker.of_any(self._pixels(wanted), wanted, epoch)
+
+    def _pixels(self, wanted: Sequence[Wanted]) -> Tensor:
+        return self.images.pixels[torch.cat([samples for samples, _ in wanted])]
 
 
 class StreamedSource:
@@ -74,7 +105,10 @@ class StreamedSource:
         passes: Sequence[tuple[int, int | None]],
         keys_by: Literal["exchange", "plan"],
     ) -> None:
-        self.images, self.config, self.seed, self.dtype = images, config, plan.seed, dtype
+        self.images, self.config, self.seed = images, config, plan.seed
+        self.maker = Maker(views.finish, config, plan.seed, dtype)
+        # What views are made of: channels and sides.
+        self.shape = torch.Size([images.channels, config.size, config.size])
         self.device = plan.device
         self.plan = replace(plan, device=torch.device("cpu"))
         # The views of queries and keys of each pass over the batch; None where there are no keys.
@@ -153,7 +187,7 @@ class StreamedSource:
         for samples, view in wanted:
             known, of_view = self._crops[view]
             crops.append(of_view[torch.searchsorted(known, samples)])
-        return self._finished(torch.cat(crops), wanted, epoch)
+        return self.maker.of_step(torch.cat(crops), wanted, epoch)
 
     def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
         """Return what `views` does, of any images, which are decoded for it."""
@@ -162,16 +196,7 @@ class StreamedSource:
             for samples, view in wanted
         ]
         crops = [order.collect(self.device)[:, 0] for order in orders]
-        return self._finished(torch.cat(crops), wanted, epoch)
-
-    def _finished(self, crops: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
-        samples, numbers, sizes = _joined(wanted)
-        size = self.config.size
-        draws = views.draw(self.config, self.seed, epoch, samples, numbers, size, size)
-        zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, size)
-        # The window is the whole crop: what is left of that stage is its flip, exactly.
-        draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
-        return list(views.apply(crops, draws, self.config, self.dtype).split(sizes))
+        return self.maker.of_any(torch.cat(crops), wanted, epoch)
 
 
 ViewSource = MemorySource | StreamedSource

@@ -11,7 +11,7 @@ that a step can be captured as a graph.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -189,8 +189,8 @@ def color_jitter(images: Tensor, draws: Draws) -> Tensor:
     by the place of their hue, and a GPU all of them alike, since it would have to wait to learn
     which are which.
     """
-    way = _jitter_by_place if images.device.type == "cpu" else _jitter_alike
-    return way(images, draws)
+    by_place = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (_jitter_by_place if by_place else _jitter_alike)(images, draws)
 
 
 def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
@@ -328,3 +328,24 @@ def make(
     """Return view number `view` of uint8 images, (n, c, size, size): `apply` of `draw`."""
     draws = draw(config, seed, epoch, index, view, *images.shape[2:])
     return apply(images, draws, config, dtype)
+
+
+def finish(
+    crops: Tensor,
+    config: ViewsConfig,
+    seed: int,
+    epoch: Key,
+    index: Tensor,
+    view: Key,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return what `make` does, of crops that are cut and resized already, uint8 (n, c, size, size).
+
+    Only their flip and their colours are left to do.
+    """
+    size = config.size
+    draws = draw(config, seed, epoch, index, view, size, size)
+    zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, size)
+    # The window is the whole crop: what is left of that stage is its flip, exactly.
+    draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
+    return apply(crops, draws, config, dtype)
