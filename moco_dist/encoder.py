@@ -91,7 +91,9 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         """
         groups, channels = len(x) // self.rows_per_group, x.shape[1]
         pixels = x.permute(0, 2, 3, 1).reshape(groups, -1, channels)
-        y, *self.seen = _NormFormula.apply(pixels, self.weight, self.bias, self.eps)
+        y: Tensor
+        y, mean, var = _NormFormula.apply(pixels, self.weight, self.bias, self.eps)
+        self.seen = mean, var
         return y.reshape(len(x), *x.shape[2:], channels).permute(0, 3, 1, 2)
 
 
