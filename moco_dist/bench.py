@@ -70,6 +70,7 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
             splits = data.load(each.data, each.encoder.channels)
             found.append(one(Trainer(each, session, splits), session, asked))
             session.close()
+            torch.compiler.reset()  # it keeps few compiled forms of a function
     finally:
         if comms.is_main():
             shutil.rmtree(folder, ignore_errors=True)
@@ -149,6 +150,7 @@ def machine(trainer: Trainer) -> dict[str, Any]:
         "bn_groups": config.bn_groups,
         "micro_batches": config.runtime.micro_batches,
         "queue_size": config.moco.queue_size,
+        "compiled": config.runtime.compile,
         "symmetric": config.moco.symmetric,
         "view_size": config.views.size,
     }
@@ -200,7 +202,7 @@ def show(found: dict[str, Any], speed: Speed) -> None:
     )
     rows = {
         "on": f"{found['processes']} x {found['device']}, {found['threads']} threads, "
-        f"{found['precision']}, torch {found['torch']}",
+        f"{found['precision']}{', compiled' * found['compiled']}, torch {found['torch']}",
         "images/s": f"{speed.images_per_second:,.1f}; "
         f"views alone {speed.pipeline_images_per_second:,.0f}",
         "step": f"{milliseconds(speed.step_seconds)} ms, process time "

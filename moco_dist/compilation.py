@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from moco_dist.errors import ConfigError, shown
 
 def compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return `work` compiled, as a whole or not at all, anew for each other shape."""
+    # On a machine without a GPU it warns that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return torch.compile(work, fullgraph=True, dynamic=False)
 
 

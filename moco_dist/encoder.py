@@ -50,8 +50,8 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     running_var: Tensor
     group_mean: Tensor
     group_var: Tensor
-    # Mean and variance of the groups of the last compiled pass, (its groups, channels).
-    seen: tuple[Tensor, Tensor]
+    # Mean and variance that a compiled pass has seen and `take_in` hasn't, (its groups, channels).
+    seen: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, channels: int, rows_per_group: int, groups: int) -> None:
         super().__init__(channels)
@@ -99,16 +99,19 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 
 @torch.no_grad()
 def take_in(norms: list[GroupedBatchNorm]) -> None:
-    """Have running statistics take in what a compiled pass has seen, and the next groups' turn."""
-    running, new = list[Tensor](), list[Tensor]()
+    """Have running statistics take in what a compiled pass has seen, and groups their turn."""
+    running, new, momenta = list[Tensor](), list[Tensor](), list[float]()
     for norm in norms:
-        groups, count = len(norm.group_mean), len(norm.seen[0])
-        places = slice(norm.next_group, norm.next_group + count)
-        norm.next_group = (norm.next_group + count) % groups
-        running += norm.group_mean[places], norm.group_var[places]
-        new += norm.seen
-    momenta = [norm.momentum or 0.1 for norm in norms for _ in range(2)]
-    torch._foreach_lerp_(running, new, momenta)
+        if norm.seen:
+            count = len(norm.seen[0])
+            places = slice(norm.next_group, norm.next_group + count)
+            norm.next_group = (norm.next_group + count) % len(norm.group_mean)
+            running += norm.group_mean[places], norm.group_var[places]
+            new += norm.seen
+            momenta += 2 * [norm.momentum or 0.1]
+            norm.seen = None
+    if new:
+        torch._foreach_lerp_(running, new, momenta)
 
 
 class _NormalizeGroups(torch.autograd.Function):

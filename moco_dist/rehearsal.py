@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moco_dist import comms
+from moco_dist import comms, guard
 from moco_dist.compilation import compile_errors
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def _pass(trainer: Trainer, *encoders: Callable[[Tensor], Tensor]) -> None:
     """Encode black images, once round the BatchNorm groups; with gradients, if there are any."""
     config, size = trainer.config, trainer.config.views.size
     shape = _rows(trainer), config.encoder.channels, size, size
-    trainer.undo.keep()
+    undo = guard.Undo(trainer.moco.query_encoder, trainer.moco.key_encoder)
+    undo.keep()
     for _ in range(config.runtime.micro_batches):
         images = torch.zeros(shape, dtype=trainer.dtype, device=trainer.session.device)
         for encoder in encoders:
@@ -57,5 +58,5 @@ def _pass(trainer: Trainer, *encoders: Callable[[Tensor], Tensor]) -> None:
                 vectors = encoder(images)
             if vectors.requires_grad:
                 trainer.accelerator.backward(vectors.sum())
-    trainer.undo.restore()
+    undo.restore()
     trainer.optimizer.zero_grad()

@@ -67,8 +67,6 @@ class Trainer:
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
-        self.parameters = list(self.moco.query_encoder.parameters())
-        self.undo = guard.Undo(self.moco.query_encoder, self.moco.key_encoder)
         if config.runtime.compile:
             peers.together(lambda: rehearsal.compile_all(self))
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
@@ -77,6 +75,8 @@ class Trainer:
         if processes > 1:
             self.query.broadcast_buffers = False
             rehearsal.settle_buckets(self)
+        self.parameters = list(self.moco.query_encoder.parameters())
+        self.undo = guard.Undo(self.moco.query_encoder, self.moco.key_encoder)
         self.step = 0
         # The step that was evaluated last, and step and accuracy of the best one.
         self.evaluated = -1

@@ -339,10 +339,7 @@ def finish(
     view: Key,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return what `make` does, of crops that are cut and resized already, uint8 (n, c, size, size).
-
-    Only their flip and their colours are left to do.
-    """
+    """Return what `make` does, of crops that are cut and resized, uint8 (n, c, size, size)."""
     size = config.size
     draws = draw(config, seed, epoch, index, view, size, size)
     zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, size)
