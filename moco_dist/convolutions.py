@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 # Channels of the widest registers of a CPU, in single precision.
@@ -67,7 +66,7 @@ class SmallMapConv(nn.Conv2d):
         """Return the convolution of `input` (rows, c, height, width)."""
         on_cpu = input.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         if self.training and on_cpu and input.shape[2:].numel() <= _FEW_PIXELS:
-            summed: Tensor = _SumOfProducts.apply(input, self.weight)
+            summed: Tensor = sum_of_products(input, self.weight)
             return summed
         return super().forward(input)
 
@@ -87,30 +86,55 @@ def _products(height: int, width: int) -> Iterator[tuple[int, int, Any, Any]]:
                     yield down, across, (row, slice(left, right)), (row + down - 1, columns)
 
 
-class _SumOfProducts(torch.autograd.Function):
-    """With the pixels in front, (height, width, rows, c), a run of pixels is one matrix."""
+# An operator of its own, which torch.compile leaves as it is: in pieces it would be slower.
+@torch.library.custom_op("moco_dist::sum_of_products", mutates_args=(), device_types="cpu")
+def sum_of_products(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the convolution of `x` (rows, c, height, width) with `weight` (out, c, 3, 3), padded.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution of `x` (rows, c, height, width) with `weight` (out, c, 3, 3)."""
-        pixels = x.permute(2, 3, 0, 1).contiguous()
-        out = x.new_zeros(*pixels.shape[:3], len(weight))
-        for down, across, here, there in _products(*pixels.shape[:2]):
-            factor = weight[:, :, down, across].T
-            out[here].flatten(0, 1).addmm_(pixels[there].flatten(0, 1), factor)
-        ctx.save_for_backward(pixels, weight)
-        return out.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+    With the pixels in front, (height, width, rows, c), a run of pixels is one matrix.
+    """
+    pixels = x.permute(2, 3, 0, 1).contiguous()
+    out = x.new_zeros(*pixels.shape[:3], len(weight))
+    for down, across, here, there in _products(*pixels.shape[:2]):
+        factor = weight[:, :, down, across].T
+        out[here].flatten(0, 1).addmm_(pixels[there].flatten(0, 1), factor)
+    return out.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of `x` and `weight`."""
-        pixels, weight = ctx.saved_tensors
-        of_out = of_out.permute(2, 3, 0, 1).contiguous()
-        of_pixels, of_weight = torch.zeros_like(pixels), torch.zeros_like(weight)
-        for down, across, here, there in _products(*pixels.shape[:2]):
-            mine = of_out[here].flatten(0, 1)
-            of_pixels[there].flatten(0, 1).addmm_(mine, weight[:, :, down, across])
-            of_weight[:, :, down, across].addmm_(mine.T, pixels[there].flatten(0, 1))
-        of_x = of_pixels.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
-        return of_x, of_weight
+
+@torch.library.custom_op("moco_dist::sum_of_products_backward", mutates_args=(), device_types="cpu")
+def _gradients(of_out: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `x` and `weight`."""
+    pixels = x.permute(2, 3, 0, 1).contiguous()
+    of_out = of_out.permute(2, 3, 0, 1).contiguous()
+    of_pixels, of_weight = torch.zeros_like(pixels), torch.zeros_like(weight)
+    for down, across, here, there in _products(*pixels.shape[:2]):
+        mine = of_out[here].flatten(0, 1)
+        of_pixels[there].flatten(0, 1).addmm_(mine, weight[:, :, down, across])
+        of_weight[:, :, down, across].addmm_(mine.T, pixels[there].flatten(0, 1))
+    of_x = of_pixels.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+    return of_x, of_weight
+
+
+@sum_of_products.register_fake
+def _shape(x: Tensor, weight: Tensor) -> Tensor:
+    rows, _, height, width = x.shape
+    like = x.new_empty(rows, len(weight), height, width)
+    return like.contiguous(memory_format=torch.channels_last)
+
+
+@_gradients.register_fake
+def _shapes(of_out: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    of_x = torch.empty_like(x).contiguous(memory_format=torch.channels_last)
+    return of_x, torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, Tensor]:
+    of_x, of_weight = _gradients(of_out, *ctx.saved_tensors)
+    return of_x, of_weight
+
+
+sum_of_products.register_autograd(_backward, setup_context=_keep)

@@ -33,6 +33,9 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
     """Pretrain from where the run directory stands to the end, or to a request to stop."""
     session = runtime.start(config, stop)
     splits = data.load(config.data, config.encoder.channels)
+    if config.runtime.compile and comms.is_main():
+        text = "compiling views and encoders: minutes at the first start, seconds at those after it"
+        console_lines.write_line(console, text)
     trainer = Trainer(config, session, splits)
     total = min(trainer.total_steps, config.stop_at_step or trainer.total_steps)
     can_classify = bool(splits.train.classes) and len(splits.validation) > 0
@@ -212,6 +215,8 @@ def announce(trainer: Trainer, can_classify: bool) -> None:
         f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
+    if config.runtime.compile:
+        rows["compiled"] = "views and encoders, by torch.compile"
     if config.init_from and not trainer.session.resumed and comms.is_main():
         rows["start"] = encoder_files.start_sentence(trainer.session.directory)
     runtime.banner(trainer.session, "pretrain", rows)

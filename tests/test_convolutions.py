@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.nn import functional
 
 from moco_dist import convolutions
 from moco_dist.config import EncoderConfig
-from moco_dist.convolutions import SmallMapConv, _SumOfProducts
+from moco_dist.convolutions import SmallMapConv
 from moco_dist.encoder import build_encoder
 
 
@@ -29,12 +28,14 @@ def test_a_sum_of_products_is_the_convolution(
         return numbers.to(memory_format=memory_format)
 
     x, weight = drawn(3, 5, *size).requires_grad_(), drawn(7, 5, 3, 3).requires_grad_()
-    ours, theirs = _SumOfProducts.apply(x, weight), functional.conv2d(x, weight, padding=1)
+    ours, theirs = convolutions.sum_of_products(x, weight), functional.conv2d(x, weight, padding=1)
     of_out = drawn(*theirs.shape)
     found = torch.autograd.grad(ours, (x, weight), of_out)
     expected = torch.autograd.grad(theirs, (x, weight), of_out)
     torch.testing.assert_close((ours, *found), (theirs, *expected), rtol=0, atol=1e-12)
     assert ours.is_contiguous(memory_format=torch.channels_last)
+    checks = "test_schema", "test_faketensor", "test_autograd_registration"
+    torch.library.opcheck(convolutions.sum_of_products, (x, weight), test_utils=checks)
 
 
 def test_an_encoder_of_published_width_goes_that_way_on_its_last_maps_alone(
@@ -42,11 +43,11 @@ def test_an_encoder_of_published_width_goes_that_way_on_its_last_maps_alone(
 ) -> None:
     seen: list[torch.Size] = []
 
-    def noted(x: Tensor, weight: Tensor) -> Any:
+    def noted(x: Tensor, weight: Tensor) -> Tensor:
         seen.append(x.shape)
         return functional.conv2d(x, weight, padding=1)
 
-    monkeypatch.setattr(_SumOfProducts, "apply", noted)
+    monkeypatch.setattr(convolutions, "sum_of_products", noted)
     backbone = build_encoder(EncoderConfig(), 0).backbone
     images = torch.zeros(4, 3, 32, 32)
     with torch.no_grad():

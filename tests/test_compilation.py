@@ -1,0 +1,139 @@
+"""What is compiled gives what it gives as it is written, in float64 to the last digits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moco_dist import data, runtime, views
+from moco_dist.compilation import compiled
+from moco_dist.config import EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config_files import load
+from moco_dist.encoder import GroupedBatchNorm, batch_norms, build_encoder, take_in
+from moco_dist.trainer import Trainer
+from moco_dist.view_source import Maker
+from tests import processes
+
+RUN = [
+    *("data.name=shapes", "data.shapes_train=64", "data.shapes_test=10", "runtime.device=cpu"),
+    *("precision=fp64", "batch_size=16", "bn_groups=4", "views.size=16", "encoder.width=2"),
+    *("encoder.dim=8", "moco.queue_size=48", "tracking.wandb=disabled", "epochs=4"),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_formula_is_a_norm_for_each_group(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    groups, rows, channels = 4, 3, 5
+    grouped = GroupedBatchNorm(channels, rows, groups).double()
+    separate = [nn.BatchNorm2d(channels).double() for _ in range(groups)]
+    for norm in (grouped, *separate):
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+        nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(2))
+    found, expected = list[Tensor](), list[Tensor]()
+    for turn in range(3):  # half of the groups at a time: micro-batches
+        mine = separate[:2] if turn % 2 == 0 else separate[2:]
+        x = torch.randn(2 * rows, channels, 4, 3, dtype=torch.float64) * 2 + 1
+        x = x.to(memory_format=memory_format)
+        of_y = torch.randn_like(x)
+        here, there = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y = grouped._by_formula(here)
+        take_in([grouped])
+        parts = zip(mine, there.split(rows), strict=True)
+        y_there = torch.cat([norm(part) for norm, part in parts])
+        found += y, *torch.autograd.grad(y, (here, grouped.weight, grouped.bias), of_y)
+        theirs = [p for norm in mine for p in (norm.weight, norm.bias)]
+        of_there, *of_theirs = torch.autograd.grad(y_there, (there, *theirs), of_y)
+        expected += [y_there, of_there, of_theirs[0] + of_theirs[2], of_theirs[1] + of_theirs[3]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for norm, mean, var in zip(separate, grouped.group_mean, grouped.group_var, strict=True):
+        torch.testing.assert_close((mean, var), (norm.running_mean, norm.running_var))
+    assert grouped.next_group == 2
+    before = grouped.group_mean.clone()
+    take_in([grouped])  # what was seen once is taken in once
+    assert torch.equal(grouped.group_mean, before)
+
+
+def test_a_compiled_block_has_the_gradients_of_the_block() -> None:
+    def block() -> nn.Module:
+        encoder = build_encoder(EncoderConfig(width=2), 0, rows_per_group=4, groups=2)
+        return encoder.double().backbone.layer2[0]  # type: ignore[no-any-return]
+
+    plain, other = block(), block()
+    fast = compiled(other)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        x = torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.float64)
+        x = x.to(memory_format=torch.channels_last)
+        outs = plain(x), fast(x)
+        take_in(batch_norms(other))
+        of_out = torch.randn(outs[0].shape, generator=generator, dtype=torch.float64)
+        for out in outs:
+            out.backward(of_out)
+        torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-12)
+    for ours, theirs in zip(other.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+    buffers = list(other.buffers()), list(plain.buffers())
+    torch.testing.assert_close(*buffers, rtol=0, atol=1e-12)
+
+
+def test_compiled_views_are_the_views_of_any_epoch() -> None:
+    config = ViewsConfig(size=16, blur=0.5)
+    maker = Maker(views.make, config, 3, torch.float64)
+    maker.compile_step()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 20, 24), generator=generator, dtype=torch.uint8)
+    wanted = [(torch.arange(30), 0), (torch.arange(7, 17), 1)]
+    for epoch in (0, 5):
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        ours, theirs = (make(images, wanted, epoch) for make in (maker.of_step, maker.of_any))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_without_a_compiler_there_is_a_sentence(tmp_path: Path) -> None:
+    words = ["runtime.compile=true", f"output={tmp_path}", *RUN]
+    environment = {"CXX": "/no/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "moco_dist.pretrain", *words],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 78
+    assert "runtime.compile=true and PyTorch can't compile here" in ended.stderr
+    assert "give runtime.compile=false" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def state(output: str, until: int, overrides: list[str]) -> tuple[dict[str, Tensor], list[Any]]:
+    """Train to a step and save; return the model and the BatchNorm groups' turns."""
+    config = load(PretrainConfig, [*RUN, f"output={output}", *overrides])
+    trainer = Trainer(config, runtime.start(config), data.load(config.data))
+    while trainer.step < until:
+        trainer.train_step()
+    trainer.save(wait=True)
+    trainer.session.close()
+    model = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
+    return model, [norm.next_group for norm in batch_norms(trainer.moco)]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_on_two_processes_resumed_on_one_is_the_run(tmp_path: Path) -> None:
+    straight, turns = state(str(tmp_path / "straight"), 6, [])
+    fast, cut = ["runtime.compile=true"], str(tmp_path / "cut")
+    begun = processes.run(state, 2, cut, 3, [*fast, "runtime.micro_batches=2"])
+    torch.testing.assert_close(begun[0][0], begun[1][0], rtol=0, atol=0)
+    resumed, theirs = state(cut, 6, fast)
+    torch.testing.assert_close(resumed, straight, rtol=0, atol=1e-10)
+    assert theirs == turns
+    again, _ = state(str(tmp_path / "again"), 6, fast)
+    once_more, _ = state(str(tmp_path / "once more"), 6, fast)
+    torch.testing.assert_close(again, once_more, rtol=0, atol=0)
