@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 from moco_dist import comms, guard, health, metrics, moco
 from moco_dist.trainer import Trainer
@@ -238,6 +238,17 @@ def pipeline_speed(trainer: Trainer, repeats: int) -> float:
     work()
     walls = [seconds(work, device)[0] for _ in range(max(repeats, 5))]
     return trainer.config.batch_size / statistics.median(walls)
+
+
+@register_flop_formula(torch.ops.moco_dist.sum_of_products)
+def _padded(x: list[int], weight: list[int], **_: Any) -> int:
+    """Return the operations of a convolution as of any other, with its padding."""
+    return conv_flop_count(x, weight, [x[0], weight[0], *x[2:]])
+
+
+@register_flop_formula(torch.ops.moco_dist.sum_of_products_backward)
+def _padded_backward(of_out: list[int], x: list[int], weight: list[int], **_: Any) -> int:
+    return 2 * conv_flop_count(x, weight, of_out)
 
 
 def step_flops(trainer: Trainer) -> int:

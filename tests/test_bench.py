@@ -16,6 +16,7 @@ import torch
 
 from moco_dist import bench, bench_step, comms
 from moco_dist.config import PretrainConfig
+from moco_dist.convolutions import SmallMapConv
 from moco_dist.errors import ConfigError
 from moco_dist.stopping import StopRequests
 from tests import processes
@@ -71,8 +72,13 @@ def test_a_step_sends_keys_notes_and_gradients_and_no_images(
         assert got == pytest.approx(keys + gradients, rel=0.01)
 
 
-def test_flops_of_a_step_are_those_of_its_convolutions_and_products(tmp_path: Path) -> None:
-    trainer = build(tmp_path, *LARGE)
+@pytest.mark.parametrize("width", [16, 32])
+def test_flops_of_a_step_are_those_of_its_convolutions_and_products(
+    tmp_path: Path, width: int
+) -> None:
+    trainer = build(tmp_path, *LARGE, f"encoder.width={width}")
+    ours = [m for m in trainer.moco.modules() if isinstance(m, SmallMapConv)]
+    assert bool(ours) == (width == 32)  # whose products are counted with the padding, too
     bench_step.fill_queue(trainer)
     macs = 0
 
