@@ -28,6 +28,8 @@ FORBIDDEN = {
     "command": {"moco_dist.runtime", "moco_dist.trainer"},
     "randomness": {"moco_dist", "accelerate"},
     "plan": {"accelerate"},
+    "convolutions": {"moco_dist", "accelerate"},
+    "compilation": {"accelerate", "moco_dist.encoder", "moco_dist.trainer"},
     "data": {"moco_dist.moco", "accelerate"},
     "image_file": {"torch", "accelerate"},
     "image_worker": {"torch", "accelerate"},
