@@ -34,7 +34,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
     session = runtime.start(config, stop)
     splits = data.load(config.data, config.encoder.channels)
     if config.runtime.compile and comms.is_main():
-        text = "compiling views and encoders: minutes at the first start, seconds at those after it"
+        text = "compiling views and encoders: minutes at a first start, then seconds"
         console_lines.write_line(console, text)
     trainer = Trainer(config, session, splits)
     total = min(trainer.total_steps, config.stop_at_step or trainer.total_steps)

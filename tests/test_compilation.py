@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,15 @@ def test_a_compiled_block_has_the_gradients_of_the_block() -> None:
     torch.testing.assert_close(*buffers, rtol=0, atol=1e-12)
 
 
-def test_compiled_views_are_the_views_of_any_epoch() -> None:
+@pytest.mark.parametrize(("work", "sides"), [(views.make, (20, 24)), (views.finish, (16, 16))])
+def test_compiled_views_are_the_views_of_any_epoch(
+    work: Callable[..., Tensor], sides: tuple[int, int]
+) -> None:
     config = ViewsConfig(size=16, blur=0.5)
-    maker = Maker(views.make, config, 3, torch.float64)
+    maker = Maker(work, config, 3, torch.float64)
     maker.compile_step()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, 3, 20, 24), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (40, 3, *sides), generator=generator, dtype=torch.uint8)
     wanted = [(torch.arange(30), 0), (torch.arange(7, 17), 1)]
     for epoch in (0, 5):
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
