@@ -37,7 +37,8 @@ def compile_all(trainer: Trainer) -> None:
     samples = torch.arange(number, device=device)
     with compile_errors():
         source.maker.of_step(images, [(samples, 0)], 0)
-        _pass(trainer, network.query_encoder, network.key_encoder)
+        # As in a step, the keys' without gradients: with them it would be another graph.
+        _pass(trainer, network.query_encoder, torch.no_grad()(network.key_encoder.forward))
 
 
 def _rows(trainer: Trainer) -> int:

@@ -60,6 +60,7 @@ class Maker:
         """Return what `of_step` does, of any number of images."""
         return self._split(self._make, images, wanted, epoch)
 
+    @torch.no_grad()  # in a step some are asked for with gradients on, which is another graph
     def _split(
         self, make: Callable[..., Tensor], images: Tensor, wanted: Sequence[Wanted], epoch: int
     ) -> list[Tensor]:

@@ -121,8 +121,10 @@ def state(output: str, until: int, overrides: list[str]) -> tuple[dict[str, Tens
     """Train to a step and save; return the model and the BatchNorm groups' turns."""
     config = load(PretrainConfig, [*RUN, f"output={output}", *overrides])
     trainer = Trainer(config, runtime.start(config), data.load(config.data))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     while trainer.step < until:
         trainer.train_step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # all were compiled
     trainer.save(wait=True)
     trainer.session.close()
     model = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
