@@ -26,8 +26,11 @@ def compile_errors() -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        first = next(filter(None, str(error).splitlines()), "")
+        # Of the compiler behind it, if that failed: the first line would name no more than that.
+        cause = getattr(error, "inner_exception", error)
+        first = next(filter(None, str(cause).splitlines()), type(cause).__name__)
         raise ConfigError(
             f"runtime.compile=true and PyTorch can't compile here ({shown(first)}); it takes a "
-            "C++ compiler, and Triton on a GPU: install them, or give runtime.compile=false"
+            "C++ compiler, Triton on a GPU, and room for what it writes: see to them, or give "
+            "runtime.compile=false"
         ) from error

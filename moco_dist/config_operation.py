@@ -86,8 +86,8 @@ class RuntimeConfig:
     micro_batches: int = 1
     # Processes that must take part; 0 accepts any number.
     processes: int = 0
-    # Compile views and encoders by torch.compile, before the first step: minutes at the first
-    # start, seconds from PyTorch's cache. Takes a C++ compiler, and Triton on a GPU.
+    # Compile views and encoders of a pretraining by torch.compile, before its first step: minutes
+    # at the first start, seconds from PyTorch's cache. Takes a C++ compiler, and Triton on a GPU.
     compile: bool = False
     # Choose deterministic kernels, so that the same machine gives the same bits.
     deterministic: bool = True

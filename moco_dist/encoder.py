@@ -50,6 +50,8 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     running_var: Tensor
     group_mean: Tensor
     group_var: Tensor
+    # Whether someone calls `take_in` after each compiled pass.
+    leaves_seen = False
     # Mean and variance that a compiled pass has seen and `take_in` hasn't, (its groups, channels).
     seen: tuple[Tensor, Tensor] | None = None
 
@@ -66,7 +68,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         rows, groups = self.rows_per_group, len(self.group_mean)
         assert len(x) % rows == 0, f"{len(x)} rows are not whole groups of {rows}"
-        if torch.compiler.is_compiling():
+        if self.leaves_seen and torch.compiler.is_compiling():
             return self._by_formula(x)
         first, count = self.next_group, len(x) // rows
         self.next_group = (first + count) % groups
@@ -258,6 +260,8 @@ class Encoder(nn.Module):
 
     def compile_training(self) -> None:
         """Have `forward` compiled, in training, at its first call."""
+        for norm in batch_norms(self):
+            norm.leaves_seen = True
         self._compiled = compiled(self._vectors)
 
     def forward(self, views: Tensor) -> Tensor:

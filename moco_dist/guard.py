@@ -56,7 +56,9 @@ class Undo:
     def __init__(self, *encoders: nn.Module) -> None:
         norms = [norm for encoder in encoders for norm in batch_norms(encoder)]
         owned = [(norm, name) for norm in norms for name in ("group_mean", "group_var")]
-        self._live = torch.cat([getattr(norm, name).flatten() for norm, name in owned])
+        each = [getattr(norm, name).flatten() for norm, name in owned]
+        # A backbone without BatchNorm has none.
+        self._live = torch.cat(each) if each else torch.empty(0)
         self._kept = self._live.clone()
         offset = 0
         for norm, name in owned:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moco_dist import comms, guard
 from moco_dist.compilation import compile_errors
+from moco_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from moco_dist.trainer import Trainer
@@ -35,10 +36,15 @@ def compile_all(trainer: Trainer) -> None:
     device = trainer.session.device
     images = torch.zeros(number, *source.shape, dtype=torch.uint8, device=device)
     samples = torch.arange(number, device=device)
-    with compile_errors():
-        source.maker.of_step(images, [(samples, 0)], 0)
-        # As in a step, the keys' without gradients: with them it would be another graph.
-        _pass(trainer, network.query_encoder, torch.no_grad()(network.key_encoder.forward))
+    try:
+        with compile_errors():
+            source.maker.of_step(images, [(samples, 0)], 0)
+            # As in a step, the keys' without gradients: with them it would be another graph.
+            _pass(trainer, network.query_encoder, torch.no_grad()(network.key_encoder.forward))
+    except ConfigError:
+        # A signal's exception comes out of a compiler as one of its own.
+        trainer.session.stop.raise_at_once()
+        raise
 
 
 def _rows(trainer: Trainer) -> int:

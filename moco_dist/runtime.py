@@ -131,6 +131,7 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
     accelerator = Accelerator(
         cpu=machine.device == "cpu",
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        dynamo_backend="no",  # it would compile the query encoder alone
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
@@ -154,6 +155,12 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
             "the launcher's mixed precision %s is not used, the configuration's precision=%s is",
             asked,
             settings.precision,
+        )
+    if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        logger.warning(
+            "the launcher's dynamo backend %s is not used; runtime.compile=true compiles a "
+            "pretraining",
+            asked,
         )
     peers.same_everywhere("the configuration", config_files.flat(config_files.to_dict(settings)))
     if machine.deterministic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
-from moco_dist import data, runtime, views
+from moco_dist import data, runtime, view_source, views
 from moco_dist.compilation import compiled
 from moco_dist.config import EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config_files import load
 from moco_dist.encoder import GroupedBatchNorm, batch_norms, build_encoder, take_in
+from moco_dist.errors import StoppedError
+from moco_dist.stopping import StopRequests
 from moco_dist.trainer import Trainer
 from moco_dist.view_source import Maker
 from tests import processes
@@ -68,6 +72,8 @@ def test_a_compiled_block_has_the_gradients_of_the_block() -> None:
         return encoder.double().backbone.layer2[0]  # type: ignore[no-any-return]
 
     plain, other = block(), block()
+    for norm in batch_norms(other):
+        norm.leaves_seen = True
     fast = compiled(other)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
@@ -83,6 +89,16 @@ def test_a_compiled_block_has_the_gradients_of_the_block() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
     buffers = list(other.buffers()), list(plain.buffers())
     torch.testing.assert_close(*buffers, rtol=0, atol=1e-12)
+
+
+def test_statistics_move_where_someone_else_compiles() -> None:
+    norms = [GroupedBatchNorm(5, 3, 4) for _ in range(2)]
+    fast = torch.compile(norms[1], backend="eager")
+    for _ in range(3):
+        x = torch.randn(6, 5, 4, 4)
+        torch.testing.assert_close(fast(x), norms[0](x))
+    torch.testing.assert_close(norms[1].group_mean, norms[0].group_mean, rtol=0, atol=0)
+    assert norms[1].group_mean.abs().sum(1).all()
 
 
 @pytest.mark.parametrize(("work", "sides"), [(views.make, (20, 24)), (views.finish, (16, 16))])
@@ -112,9 +128,33 @@ def test_without_a_compiler_there_is_a_sentence(tmp_path: Path) -> None:
         text=True,
     )
     assert ended.returncode == 78
-    assert "runtime.compile=true and PyTorch can't compile here" in ended.stderr
+    assert "can't compile here (No working C++ compiler found" in ended.stderr
     assert "give runtime.compile=false" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_signal_while_it_compiles_is_no_fault_of_the_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequests()
+
+    def failing(_: Any) -> Any:
+        def fail(*_: Any) -> Any:
+            try:
+                stop.request = signal.SIGTERM
+                stop.raise_at_once()
+            except StoppedError as error:  # as of torch._dynamo, of any exception
+                raise BackendCompilerFailed(fail, error, None) from error
+
+        return fail
+
+    monkeypatch.setattr(view_source, "compiled", failing)
+    config = load(PretrainConfig, [*RUN, f"output={tmp_path}", "runtime.compile=true"])
+    session = runtime.start(config, stop)
+    with pytest.raises(StoppedError, match=r"stopped by SIGTERM before the first step$") as caught:
+        Trainer(config, session, data.load(config.data))
+    assert caught.value.exit_status == 75
+    session.close()
 
 
 def state(output: str, until: int, overrides: list[str]) -> tuple[dict[str, Tensor], list[Any]]:

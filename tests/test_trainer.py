@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -189,3 +190,28 @@ def test_memory_is_the_peak_of_what_the_system_says_this_process_has() -> None:
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]
     del ballast
     assert metrics.memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.02)
+
+
+def test_a_backbone_without_batchnorm_is_trained_and_resumed(tmp_path: Path) -> None:
+    architecture = ["encoder.backbone=timm/test_vit", "encoder.stem=imagenet", "encoder.width=64"]
+    trainer = build(tmp_path, *architecture)
+    trainer.train_step()
+    trainer.save(wait=True)
+    ours, _ = trainer.train_step()
+    trainer.session.close()
+    again = build(tmp_path, *architecture)
+    assert again.step == 1
+    theirs, _ = again.train_step()
+    assert torch.equal(ours, theirs)
+    again.session.close()
+
+
+def test_the_launchers_compiler_is_left_out_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state()  # it keeps what the first start of a process has found
+    trainer = build(tmp_path)
+    assert trainer.query is trainer.moco.query_encoder
+    assert "dynamo backend eager is not used; runtime.compile=true compiles" in caplog.text
+    trainer.session.close()
