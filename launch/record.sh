@@ -5,9 +5,13 @@
 #   until bash launch/record.sh DIR; do [[ $? == 75 ]] || break; done
 #   bash launch/record.sh DIR [key=value for the pretrainings ...] [-- key=value for the probes ...]
 #   python launch/record_table.py runs/record      # the README's table and the lines of the headers
-# RECORD_TABLE names another table, RECORD_OUTPUT another folder than runs/record, RECORD_PYTHON a
-# Python that has the packages already (else .venv is made and filled).
+# RECORD_TABLE names another table, RECORD_OUTPUT another folder than runs/record (both as seen from
+# the repository), RECORD_PYTHON a Python that has the packages already (else .venv is made and filled).
 set -euo pipefail
+seconds="${RECORD_SECONDS:-500}"
+# Below that each piece would be over before it has done anything, and the loop above would not end.
+[[ "$seconds" =~ ^[1-9][0-9]{0,6}$ && "$seconds" -gt 30 ]] ||
+    { echo "error: RECORD_SECONDS=$seconds: give a whole number of seconds above 30, as 500" >&2 && exit 78; }
 data="$(realpath -- "${1:?give the folder of the images, with train and test in it}")"
 shift
 [[ -d "$data/train" && -d "$data/test" ]] ||
@@ -15,7 +19,7 @@ shift
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 [[ "${RECORD_PYTHON:-}" ]] || source launch/environment.sh "."
-output="${RECORD_OUTPUT:-runs/record}" end="$((SECONDS + ${RECORD_SECONDS:-500}))"
+output="${RECORD_OUTPUT:-runs/record}" end="$((SECONDS + seconds))"
 pretrain=("data.name=folder" "data.root=$data") probe=("data.name=folder" "data.root=$data")
 while (($#)) && [[ "$1" != -- ]]; do pretrain+=("$1") && shift; done
 probe+=("${@:2}")
@@ -28,13 +32,17 @@ run() {
     [[ ! -e "$output/$name/DONE" ]] || return 0
     ((left > 30)) || { echo "the piece is over; the same call goes on with $name" && exit 75; }
     "${RECORD_PYTHON:-python}" -m "moco_dist.$kind" "$@" "output=$output" "name=$name" \
-        "runtime.max_hours=$(awk "BEGIN { print $left / 3600 }")" </dev/null || status="$?"
+        "runtime.max_hours=$(LC_ALL=C awk "BEGIN { print $left / 3600 }")" </dev/null || status="$?"
     printf '{"run": "%s", "seconds": %d, "exit_status": %d, "commit": "%s"}\n' "$name" \
         "$((SECONDS - began))" "$status" "$(git describe --always --dirty --abbrev=7)" >>"$output/pieces.jsonl"
     ((status == 0)) || exit "$status"
 }
 
-lines="$(sed -e 's/#.*//' -e '/^ *$/d' -e 's, \(PRETRAIN\|PROBE\)/, configs/\L\1/,g' "${RECORD_TABLE:-launch/record.txt}")"
+lines="$(sed -e 's/[\t\r]/ /g; s/#.*//' -e '/^ *$/d' -e 's, \(PRETRAIN\|PROBE\)/, configs/\L\1/,g' "${RECORD_TABLE:-launch/record.txt}")"
+# A probe that can't start would be found out hours later.
+bad="$(grep -Evm1 '^[^ ]+ +[0-9]+(,[0-9]+)* +[^ ].* -- +[^ ]' <<<"$lines" || true)"
+[[ "$lines" && -z "$bad" ]] ||
+    { echo "error: ${RECORD_TABLE:-launch/record.txt}: '$bad' is no line of name, seeds, pretraining, --, probe" >&2 && exit 78; }
 for turn in first others; do
     while read -r name seeds words; do
         for seed in ${seeds//,/ }; do

@@ -5,6 +5,7 @@
 Means over seeds, and their standard deviation behind +- where there are several. Accuracies are
 those of the test images; minutes are those of all pieces of a run, evaluations and saves included.
 With --json: one line for each run that is done, with its commit, hardware, versions and speed.
+Runs that are not done are named on standard error.
 """
 
 from __future__ import annotations
@@ -22,26 +23,41 @@ COLUMNS = ("run", "seeds", "kNN", "linear", "random: kNN / linear", "minutes", "
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    """Return what there is to tell of each pretraining whose probe is done, in order of names."""
-    pieces: list[dict[str, Any]] = []
-    for line in (output / "pieces.jsonl").read_text().splitlines():
-        pieces.append(json.loads(line))
-    found = []
-    for folder in sorted(output.glob("*-probe")):
-        probe, pretraining = (
-            read(folder),
-            read(folder.with_name(folder.name.removesuffix("-probe"))),
-        )
-        if probe.results and pretraining.results:
-            found.append(row(pretraining, probe, pieces))
+    """Return what there is to tell of each pretraining whose probe is done, in order of names.
+
+    Names on standard error those that are not done, and pieces that can't be read.
+    """
+    noted = pieces(output / "pieces.jsonl")
+    found, left = [], []
+    folders = (folder.name for folder in output.iterdir() if folder.is_dir())
+    for name in sorted({each.removesuffix("-probe") for each in folders}):
+        both = output / name, output / f"{name}-probe"
+        if all((folder / "DONE").is_file() for folder in both):
+            found.append(row(read(both[0]), read(both[1]), noted))
+        else:
+            left.append(name)
+    if left:
+        print(f"not done, and left out: {', '.join(left)}", file=sys.stderr)
     return found
 
 
-def row(pretraining: Record, probe: Record, pieces: list[dict[str, Any]]) -> dict[str, Any]:
+def pieces(path: Path) -> list[dict[str, Any]]:
+    """Return what launch/record.sh noted; a line that a kill or a full disk cut short is told."""
+    found = []
+    for place, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            piece = json.loads(line)
+            found.append({key: piece[key] for key in ("run", "seconds", "commit")})
+        except (ValueError, TypeError, KeyError):
+            print(f"{path}:{place}: can't be read; its minutes are missing", file=sys.stderr)
+    return found
+
+
+def row(pretraining: Record, probe: Record, noted: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of a pretraining and its probe under plain names."""
     run = pretraining.directory.name
     own = {
-        kind: [piece for piece in pieces if piece["run"] == record.directory.name]
+        kind: [piece for piece in noted if piece["run"] == record.directory.name]
         for kind, record in (("pretraining", pretraining), ("probe", probe))
     }
     environment = read_object(pretraining.directory / "environment.json")

@@ -46,31 +46,30 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def record(images: Path, home: Path, seconds: int, *pretrain: str) -> Any:
-    (home / "table.txt").write_text(TABLE)
+def call(images: Path, home: Path, words: list[str], **variables: str) -> Any:
     environment = {
         **os.environ,
         **{"RECORD_PYTHON": sys.executable, "RECORD_TABLE": str(home / "table.txt")},
-        **{"RECORD_OUTPUT": str(home / "record"), "RECORD_SECONDS": str(seconds)},
+        **{"RECORD_OUTPUT": str(home / "record"), **variables},
     }
-    words = [*SMALL, *pretrain, f"data.cache={home}", "--", *PROBE, f"data.cache={home}"]
     command = ["bash", "launch/record.sh", str(images), *words]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
 
 
+def record(images: Path, home: Path, *pretrain: str) -> Any:
+    (home / "table.txt").write_text(TABLE)
+    words = [*SMALL, *pretrain, f"data.cache={home}", "--", *PROBE, f"data.cache={home}"]
+    return call(images, home, words)
+
+
 def test_the_record_is_made_in_pieces_and_its_table_is_arithmetic(
     images: Path, tmp_path: Path
 ) -> None:
-    over = record(images, tmp_path, 20)
-    assert over.returncode == 75
-    assert "the piece is over; the same call goes on with tiny-0" in over.stdout
-    assert not (tmp_path / "record" / "tiny-0").exists()
-
-    done = record(images, tmp_path, 500)
+    done = record(images, tmp_path)
     assert done.returncode == 0, done.stderr
-    again = record(images, tmp_path, 500)  # what is done is left alone
+    again = record(images, tmp_path)  # what is done is left alone
     assert (again.returncode, again.stderr) == (0, "")
     pieces = [
         json.loads(line) for line in (tmp_path / "record" / "pieces.jsonl").read_text().splitlines()
@@ -106,9 +105,62 @@ def test_the_record_is_made_in_pieces_and_its_table_is_arithmetic(
     assert line.split(" | ")[1:2] + line.split(" | ")[3:4] == ["0, 1", mean]
     assert "# tiny, seeds 0, 1: kNN " in shown
 
+    # A line that was cut short, and a run whose probe is not done, are named; the rest stands.
+    with (tmp_path / "record" / "pieces.jsonl").open("a") as noted:
+        noted.write('{"run": "tiny-1", "sec')
+    (tmp_path / "record" / "tiny-1-probe" / "DONE").unlink()
+    rest = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "pieces.jsonl:5: can't be read; its minutes are missing\n" in rest.stderr
+    assert "not done, and left out: tiny-1\n" in rest.stderr
+    (line,) = (line for line in rest.stdout.splitlines() if line.startswith("| tiny (2 epochs"))
+    assert line.split(" | ")[1:2] + line.split(" | ")[3:4] == ["0", f"{tops[0]:.1f}"]
+
+
+def test_a_piece_that_is_over_ends_with_75_before_its_next_run(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / "images in" / part).mkdir(parents=True)
+    stub = tmp_path / "python"
+    stub.write_text('#!/usr/bin/env bash\nprintf "%s|" "$@" && echo && sleep 5\n')
+    stub.chmod(0o755)
+    (tmp_path / "table.txt").write_text(TABLE.replace("  ", "\t").replace("\n", "\r\n"))
+    stubbed = {"RECORD_PYTHON": str(stub), "RECORD_SECONDS": "34"}
+    over = call(tmp_path / "images in", tmp_path, ["a=1", "--", "b=2"], **stubbed)
+    assert over.returncode == 75, over.stderr
+    ran, said = over.stdout.splitlines()
+    assert said == "the piece is over; the same call goes on with tiny-0-probe"
+    words = ran.split("|")
+    assert words[:4] == [
+        *("-m", "moco_dist.pretrain", "configs/pretrain/paper.yaml", "moco.temperature=0.2"),
+    ]
+    assert f"data.root={tmp_path}/images in" in words
+    assert "a=1" in words
+    assert "b=2" not in words
+
+
+@pytest.mark.parametrize("seconds", ["0", "30", "5m", "-40"])
+def test_a_piece_too_short_for_any_run_is_refused(tmp_path: Path, seconds: str) -> None:
+    refused = call(tmp_path, tmp_path, [], RECORD_SECONDS=seconds)
+    assert refused.returncode == 78
+    sentence = f"error: RECORD_SECONDS={seconds}: give a whole number of seconds above 30, as 500\n"
+    assert refused.stderr == sentence
+
+
+@pytest.mark.parametrize("line", ["tiny 0 PRETRAIN/paper.yaml", "tiny PRETRAIN/a -- PROBE/b", "#"])
+def test_a_line_without_all_its_parts_is_refused_before_hours_go_by(
+    tmp_path: Path, line: str
+) -> None:
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "table.txt").write_text(line)
+    refused = call(tmp_path, tmp_path, [])
+    assert refused.returncode == 78
+    assert refused.stderr.endswith("is no line of name, seeds, pretraining, --, probe\n")
+
 
 def test_a_run_that_fails_ends_the_record_with_its_state(images: Path, tmp_path: Path) -> None:
-    failed = record(images, tmp_path, 500, "optim.lr=-1")
+    failed = record(images, tmp_path, "optim.lr=-1")
     assert failed.returncode == 78
     assert "optim.lr=-1.0 is not above 0" in failed.stderr
     missing = subprocess.run(
