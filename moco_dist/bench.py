@@ -70,7 +70,6 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
             splits = data.load(each.data, each.encoder.channels)
             found.append(one(Trainer(each, session, splits), session, asked))
             session.close()
-            torch.compiler.reset()  # it keeps few compiled forms of a function
     finally:
         if comms.is_main():
             shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,10 +15,22 @@ from moco_dist.errors import ConfigError, shown
 
 
 def compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `work` compiled, as a whole or not at all, anew for each other shape."""
+    """Return `work` compiled, as a whole or not at all, anew for each other shape.
+
+    Raises ConfigError where PyTorch can't compile, or was told not to.
+    """
+    for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if os.environ.get(name) == "1":
+            raise ConfigError(
+                f"runtime.compile=true and the environment's {name}=1, which switches compiling "
+                "off; take one of them away"
+            )
     # On a machine without a GPU it warns that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    return torch.compile(work, fullgraph=True, dynamic=False)
+    try:
+        return torch.compile(work, fullgraph=True, dynamic=False)
+    except RuntimeError as error:  # a Python that it doesn't know
+        raise _failed(error) from error
 
 
 @contextmanager
@@ -27,10 +40,13 @@ def compile_errors() -> Iterator[None]:
         yield
     except TorchDynamoException as error:
         # Of the compiler behind it, if that failed: the first line would name no more than that.
-        cause = getattr(error, "inner_exception", error)
-        first = next(filter(None, str(cause).splitlines()), type(cause).__name__)
-        raise ConfigError(
-            f"runtime.compile=true and PyTorch can't compile here ({shown(first)}); it takes a "
-            "C++ compiler, Triton on a GPU, and room for what it writes: see to them, or give "
-            "runtime.compile=false"
-        ) from error
+        raise _failed(getattr(error, "inner_exception", error)) from error
+
+
+def _failed(cause: Exception) -> ConfigError:
+    first = next(filter(None, str(cause).splitlines()), type(cause).__name__)
+    return ConfigError(
+        f"runtime.compile=true and PyTorch can't compile here ({shown(first)}); it takes a C++ "
+        "compiler, Triton on a GPU, and room for what it writes: see to them, or give "
+        "runtime.compile=false"
+    )

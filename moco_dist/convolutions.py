@@ -26,14 +26,17 @@ def suit(model: nn.Module) -> None:
             # Not initialised: the weights drawn after it would be others.
             other = nn.utils.skip_init(kind, *sizes, module.padding, bias=False)
             other.weight = module.weight
+            other.training = module.training
             model.set_submodule(path, other)
 
 
 def _kind(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
-    if conv.groups > 1 or conv.dilation != (1, 1) or conv.bias is not None:
+    plain = conv.dilation == (1, 1) and conv.bias is None and conv.padding_mode == "zeros"
+    if conv.groups > 1 or not plain:
         return None
     channels, stride = (conv.in_channels, conv.out_channels), conv.stride
-    if conv.kernel_size == (1, 1) and stride != (1, 1) and conv.in_channels < _REGISTER:
+    pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0)
+    if pointwise and stride != (1, 1) and conv.in_channels < _REGISTER:
         return PointwiseShortcut
     keeps_size = (conv.kernel_size, stride, conv.padding) == ((3, 3), (1, 1), (1, 1))
     return SmallMapConv if keeps_size and min(channels) >= _MANY_CHANNELS else None

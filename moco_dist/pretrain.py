@@ -33,9 +33,6 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
     """Pretrain from where the run directory stands to the end, or to a request to stop."""
     session = runtime.start(config, stop)
     splits = data.load(config.data, config.encoder.channels)
-    if config.runtime.compile and comms.is_main():
-        text = "compiling views and encoders: minutes at a first start, then seconds"
-        console_lines.write_line(console, text)
     trainer = Trainer(config, session, splits)
     total = min(trainer.total_steps, config.stop_at_step or trainer.total_steps)
     can_classify = bool(splits.train.classes) and len(splits.validation) > 0

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moco_dist import comms, guard
+from moco_dist import comms, console_lines, guard
 from moco_dist.compilation import compile_errors
 from moco_dist.errors import ConfigError
+from moco_dist.runtime import console
 
 if TYPE_CHECKING:
     from moco_dist.trainer import Trainer
@@ -27,7 +28,12 @@ def settle_buckets(trainer: Trainer) -> None:
 
 def compile_all(trainer: Trainer) -> None:
     """Compile views and encoders for the shapes of a step; ConfigError if that fails."""
+    if comms.is_main():
+        text = "compiling views and encoders: minutes at a first start, then seconds"
+        console_lines.write_line(console, text)
     network, source, passes = trainer.moco, trainer.source, len(trainer.passes)
+    # A process keeps few compiled forms of a function, and may have had other runs.
+    torch.compiler.reset()
     source.maker.compile_step()
     for encoder in (network.query_encoder, network.key_encoder):
         encoder.compile_training()

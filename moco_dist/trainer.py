@@ -67,7 +67,8 @@ class Trainer:
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
-        if config.runtime.compile:
+        left = session.resumed is None or session.resumed.step < self.total_steps
+        if config.runtime.compile and left:
             peers.together(lambda: rehearsal.compile_all(self))
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
         # at each step. It would also give each process the BatchNorm statistics of process 0.

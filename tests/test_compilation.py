@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from moco_dist import data, runtime, view_source, views
+from moco_dist import data, pretrain, rehearsal, runtime, view_source, views
 from moco_dist.compilation import compiled
 from moco_dist.config import EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config_files import load
-from moco_dist.encoder import GroupedBatchNorm, batch_norms, build_encoder, take_in
-from moco_dist.errors import StoppedError
+from moco_dist.encoder import Encoder, GroupedBatchNorm, batch_norms, build_encoder, take_in
+from moco_dist.errors import ConfigError, StoppedError
 from moco_dist.stopping import StopRequests
 from moco_dist.trainer import Trainer
 from moco_dist.view_source import Maker
@@ -155,6 +156,55 @@ def test_a_signal_while_it_compiles_is_no_fault_of_the_compiler(
         Trainer(config, session, data.load(config.data))
     assert caught.value.exit_status == 75
     session.close()
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that takes no time: what is compiled runs as it is written."""
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compiling, backend="eager"))
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_process_has_as_many_compiled_runs_as_it_likes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(Encoder, "compile_training", lambda _: None)  # views alone take less time
+    for seed in range(2):
+        words = [*RUN, f"output={tmp_path}", "runtime.compile=true", f"seed={seed}"]
+        config = load(PretrainConfig, [*words, f"name={seed}"])
+        trainer = Trainer(config, runtime.start(config), data.load(config.data))
+        trainer.train_step()
+        trainer.session.close()
+
+
+def test_a_run_that_is_done_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*RUN, f"output={tmp_path}", "epochs=1", "knn.every_epochs=0"]
+    pretrain.run(load(PretrainConfig, words))
+    monkeypatch.setattr(rehearsal, "compile_all", None)
+    pretrain.run(load(PretrainConfig, [*words, "runtime.compile=true"]))
+    assert "nothing is left to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_compiling_that_the_environment_switches_off_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"{name}=1, which switches compiling off"):
+        compiled(torch.neg)
+
+
+def test_a_python_that_can_not_compile_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Python 3.99+ not yet supported for torch.compile")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.raises(ConfigError, match=r"can't compile here \(Python 3.99\+ not yet supported"):
+        compiled(torch.neg)
 
 
 def state(output: str, until: int, overrides: list[str]) -> tuple[dict[str, Tensor], list[Any]]:

@@ -72,14 +72,17 @@ def test_weights_and_names_stay_and_nothing_is_drawn() -> None:
             nn.Conv2d(256, 256, 3, padding=2, dilation=2, bias=False),
             nn.Conv2d(256, 256, 3, 2, padding=1, bias=False),
             nn.Conv2d(255, 256, 3, padding=1, bias=False),
-        )
+            nn.Conv2d(256, 256, 3, padding=1, padding_mode="circular", bias=False),
+            nn.Conv2d(8, 8, 1, 2, padding=1, bias=False),
+        ).eval()
 
     plain, suited = model(), model()
     before = torch.get_rng_state()
     convolutions.suit(suited)
     assert torch.equal(torch.get_rng_state(), before)
     kinds = [type(module) for module in suited]
-    assert kinds == [SmallMapConv, convolutions.PointwiseShortcut, *[nn.Conv2d] * 5]
+    assert kinds == [SmallMapConv, convolutions.PointwiseShortcut, *[nn.Conv2d] * 7]
+    assert not any(module.training for module in suited)
     torch.testing.assert_close(suited.state_dict(), plain.state_dict(), rtol=0, atol=0)
     for ours, theirs in zip(suited, plain, strict=True):
         assert repr(ours).partition("(")[2] == repr(theirs).partition("(")[2]
