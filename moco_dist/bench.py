@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from moco_dist import command, comms, config_files, console_lines, data, peers, runtime
 from moco_dist.bench_step import PARTS, Speed, measure, parameters, pipeline, seconds
@@ -70,6 +71,7 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
             splits = data.load(each.data, each.encoder.channels)
             found.append(one(Trainer(each, session, splits), session, asked))
             session.close()
+            AcceleratorState._reset_state()  # which would hold the next one to this one's precision
     finally:
         if comms.is_main():
             shutil.rmtree(folder, ignore_errors=True)

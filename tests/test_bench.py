@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from moco_dist import bench, bench_step, comms
 from moco_dist.config import PretrainConfig
+from moco_dist.config_files import load
 from moco_dist.convolutions import SmallMapConv
 from moco_dist.errors import ConfigError
 from moco_dist.stopping import StopRequests
 from tests import processes
-from tests.test_trainer import build
+from tests.test_trainer import TINY, build
 
 LARGE = ["encoder.width=16", "encoder.dim=64", "batch_size=64", "moco.queue_size=256"]
 
@@ -142,3 +144,16 @@ def test_what_cant_be_measured_is_one_sentence() -> None:
         options = Namespace(**{"against": "", "sweep": "", "arguments": []} | asked)
         with pytest.raises(ConfigError, match=sentence):
             bench.run(PretrainConfig(), StopRequests(), options)
+
+
+def test_precisions_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    AcceleratorState._reset_state()  # of other tests of this process
+    words = [*TINY, "tracking.wandb=disabled"]
+    options = {"against": "", "sweep": "precision=fp32,bf16", "workers": "", "arguments": words}
+    once = dict.fromkeys(("repeats", "steps", "warm_up"), "1")
+    bench.run(load(PretrainConfig, words), StopRequests(), Namespace(**options, **once))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["precision"] for each in found] == ["fp32", "bf16"]

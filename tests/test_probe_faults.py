@@ -20,6 +20,7 @@ from moco_dist.errors import ConfigError, DataError, UserError
 from moco_dist.images import overlap
 from moco_dist.images.shapes import CLASSES
 from moco_dist.probing import encoder_source, label_fraction, probe_results
+from moco_dist.probing.frozen import require_trained
 from moco_dist.probing.linear_probe import LinearProbe
 from tests.probes import prepared, pretrain, results, run, tinted
 
@@ -90,11 +91,22 @@ def test_missing_and_renamed_tensors_of_a_file_are_named(pretrained: Path, tmp_p
     assert "basic blocks 1-2-2-2 behind a 3-pixel convolution are none of resnet18" in refusal(path)
 
 
+def test_a_backbone_without_batchnorm_is_told_from_a_random_one() -> None:
+    pytest.importorskip("timm")
+    config = EncoderConfig(backbone="timm/test_vit", stem="imagenet")
+    backbone = build_encoder(config, seed=5).backbone
+    with pytest.raises(DataError, match=r"normalising layers .* are 1 and the biases 0"):
+        require_trained(backbone, "it")
+    nn.init.constant_(backbone.get_parameter("blocks.0.norm1.bias"), 1e-6)
+    require_trained(backbone, "it")
+    require_trained(nn.Conv2d(3, 3, 1), "what has no such layers")
+
+
 def test_an_encoder_without_training_is_no_trained_one(pretrained: Path, tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
     save_file(build_encoder(TINY, seed=5).backbone.state_dict(), path)
     assert refusal(path).startswith(
-        f"{path}: is a random encoder and no trained one: the weights of all its 20 BatchNorm "
+        f"{path}: is a random encoder and no trained one: the weights of all its 20 normalising "
         "layers (bn1.weight and so on) are 1 and the biases 0, as before the first step"
     )
     found = checkpoint.find(pretrained)

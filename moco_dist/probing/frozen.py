@@ -57,23 +57,27 @@ def _tensors(encoder: nn.Module, parameters: bool) -> Iterator[tuple[str, Tensor
 def require_trained(backbone: nn.Module, source: object) -> None:
     """Raise DataError if a backbone is as it was initialised, or holds what is not finite.
 
-    Each BatchNorm layer begins with weights of 1 (or 0) and biases of 0; a step moves them all.
+    Each layer that normalises begins with weights of 1 (or 0) and biases of 0; a step moves them
+    all. A backbone without such layers can't be told from one as it was initialised.
     """
+    kinds = nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm
     norms = {
-        name: each for name, each in backbone.named_modules() if isinstance(each, nn.BatchNorm2d)
+        name: each
+        for name, each in backbone.named_modules()
+        if isinstance(each, kinds) and each.weight is not None and each.bias is not None
     }
     for name, tensor in backbone.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DataError(f"{source}: {name} is not finite; use another checkpoint")
-    if all(map(_untouched, norms.values())):
+    if norms and all(map(_untouched, norms.values())):
         raise DataError(
             f"{source}: is a random encoder and no trained one: the weights of all its "
-            f"{len(norms)} BatchNorm layers ({next(iter(norms))}.weight and so on) are 1 and the "
+            f"{len(norms)} normalising layers ({next(iter(norms))}.weight and so on) are 1 and the "
             "biases 0, as before the first step; give the trained one (control=true probes a "
             "random one)"
         )
 
 
-def _untouched(norm: nn.BatchNorm2d) -> bool:
+def _untouched(norm: nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm) -> bool:
     alike = bool((norm.weight == 1).all()) or bool((norm.weight == 0).all())
     return alike and not bool(norm.bias.any())
