@@ -5,8 +5,9 @@
 #   until bash launch/record.sh DIR; do [[ $? == 75 ]] || break; done
 #   bash launch/record.sh DIR [key=value for the pretrainings ...] [-- key=value for the probes ...]
 #   python launch/record_table.py runs/record      # the README's table and the lines of the headers
-# RECORD_TABLE names another table, RECORD_OUTPUT another folder than runs/record (both as seen from
-# the repository), RECORD_PYTHON a Python that has the packages already (else .venv is made and filled).
+# RECORD_TABLE names another table, as launch/record_choices.txt, RECORD_OUTPUT another folder than
+# runs/record (both as seen from the repository), RECORD_PYTHON a Python that has the packages already
+# (else .venv is made and filled).
 set -euo pipefail
 seconds="${RECORD_SECONDS:-500}"
 # Below that each piece would be over before it has done anything, and the loop above would not end.

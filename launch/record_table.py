@@ -3,7 +3,8 @@
   python launch/record_table.py runs/record [--json]
 
 Means over seeds, and their standard deviation behind +- where there are several. Accuracies are
-those of the test images; minutes are those of all pieces of a run, evaluations and saves included.
+those of the test images, but for the column by which recipes are chosen; minutes are those of all
+pieces of a run, evaluations and saves included.
 With --json: one line for each run that is done, with its commit, hardware, versions and speed.
 Runs that are not done are named on standard error.
 """
@@ -19,7 +20,10 @@ from typing import Any
 
 from moco_dist.run_record import Record, number, read, read_object
 
-COLUMNS = ("run", "seeds", "kNN", "linear", "random: kNN / linear", "minutes", "images/s")
+COLUMNS = (
+    *("run", "seeds", "kNN, validation", "kNN", "linear", "random: kNN / linear"),
+    *("minutes", "images/s"),
+)
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
@@ -102,6 +106,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         cells = (
             f"{name} ({each[0]['epochs']} epochs, batch {each[0]['batch_size']})",
             ", ".join(str(row["seed"]) for row in each),
+            spread((row["validation_knn_top1"] for row in each), 100),
             spread((row["probe_knn_top1"] for row in each), 100),
             spread((row["probe_top1"] for row in each), 100),
             " / ".join(controls),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moco_dist import comms
 from moco_dist.encoder import batch_norms
 from moco_dist.errors import PeerError
 
@@ -25,11 +26,17 @@ class Agreement:
 
 
 def note(step: int, samples: Tensor, stop: int, save: bool) -> Tensor:
-    """Return this process's note, int64 (5,): step, checksum and number of samples, requests."""
+    """Return this process's note, int64 (5,): step, number of samples, requests, and checksum.
+
+    Where there are others to compare it with it is made on the device of `samples`, without a copy
+    that would wait for the device. A process alone keeps it on the CPU, with the checksum 0.
+    """
+    known = step, len(samples), stop, int(save)
+    if comms.world_size() == 1:
+        return torch.tensor([*known, 0])
     places = torch.arange(1, len(samples) + 1, device=samples.device)
     checksum = (places * samples).sum()
-    others = torch.tensor([step, len(samples), stop, save], device=samples.device)
-    return torch.cat([others, checksum[None]])
+    return torch.stack([*(samples.new_full((), value) for value in known), checksum])
 
 
 def agree(notes: Tensor) -> Agreement:

@@ -102,7 +102,16 @@ def test_the_record_is_made_in_pieces_and_its_table_is_arithmetic(
         assert row["pretraining_minutes"] == seconds / 60
     mean = f"{sum(tops) / 2:.1f} +- {statistics.stdev(tops):.1f}"
     (line,) = (line for line in shown.splitlines() if line.startswith("| tiny (2 epochs"))
-    assert line.split(" | ")[1:2] + line.split(" | ")[3:4] == ["0, 1", mean]
+    cells = line.split(" | ")
+    assert (cells[1], cells[4]) == ("0, 1", mean)
+    # Of the validation images, as the last line of metrics.jsonl that has it.
+    last = []
+    for seed in (0, 1):
+        lines = (tmp_path / "record" / f"tiny-{seed}" / "metrics.jsonl").read_text().splitlines()
+        last.append(
+            [100 * row["knn/top1"] for row in map(json.loads, lines) if "knn/top1" in row][-1]
+        )
+    assert cells[2] == f"{sum(last) / 2:.1f} +- {statistics.stdev(last):.1f}"
     assert "# tiny, seeds 0, 1: kNN " in shown
 
     # A line that was cut short, and a run whose probe is not done, are named; the rest stands.
