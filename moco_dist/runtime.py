@@ -113,8 +113,10 @@ class Session:
     def pause(self, doing: str) -> None:
         """Raise StoppedError, on all processes alike, if one was asked to stop; a collective."""
         peers.me.mark(peers.me.step, doing)
-        mine = torch.tensor([self.request()], device=self.device)
-        self.stop_for(int(comms.all_gather(mine).max()))
+        asked = self.request()
+        if comms.world_size() > 1:  # a process alone has no reason to wait for its device
+            asked = int(comms.all_gather(torch.tensor([asked], device=self.device)).max())
+        self.stop_for(asked)
 
 
 def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:

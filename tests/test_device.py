@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco_dist import comms, guard
+from moco_dist import comms, guard, runtime
 from moco_dist.trainer import Trainer
 from moco_dist.view_source import view_source
 from tests.test_trainer import build
@@ -101,7 +101,7 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_autocast")
 @pytest.mark.parametrize("overrides", [[], ALL], ids=["plain", "all"])
 def test_a_step_of_one_process_waits_for_its_device_once(
-    tmp_path: Path, overrides: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     trainer = build(tmp_path, "bn_groups=2", "tracking.health_every_steps=3", *overrides)
     with watched() as found:
@@ -116,7 +116,10 @@ def test_a_step_of_one_process_waits_for_its_device_once(
         loss, logits_of = trainer.train_step()
         figures = trainer.metrics(loss, logits_of, 1.0, 1)
         assert figures.keys() >= {"train/loss", "health/rankme", "queue/own_images"}
+        monkeypatch.setattr(runtime.Session, "device", DEVICE)
+        found.clear()
         trainer.knn_top1()
+        assert found["read"] == 2  # are all images labelled; how many neighbours are right
         assert trainer.nearest is not None
         assert trainer.nearest.device == DEVICE
 
