@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moco_dist import comms
 from moco_dist.encoder import batch_norms
 from moco_dist.errors import PeerError
 
@@ -25,14 +24,14 @@ class Agreement:
     save: bool
 
 
-def note(step: int, samples: Tensor, stop: int, save: bool) -> Tensor:
+def note(step: int, samples: Tensor, stop: int, save: bool, alone: bool) -> Tensor:
     """Return this process's note, int64 (5,): step, number of samples, requests, and checksum.
 
     Where there are others to compare it with it is made on the device of `samples`, without a copy
-    that would wait for the device. A process alone keeps it on the CPU, with the checksum 0.
+    that would wait for the device. A process `alone` keeps it on the CPU, with the checksum 0.
     """
     known = step, len(samples), stop, int(save)
-    if comms.world_size() == 1:
+    if alone:
         return torch.tensor([*known, 0])
     places = torch.arange(1, len(samples) + 1, device=samples.device)
     checksum = (places * samples).sum()

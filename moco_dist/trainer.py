@@ -121,7 +121,8 @@ class Trainer:
         rows = self.plan.step(self.step, len(self.passes))
         network.train()
         self.undo.keep()
-        note = guard.note(self.step, rows.samples, self.session.request(), wants_save)
+        asked, alone = self.session.request(), comms.world_size() == 1
+        note = guard.note(self.step, rows.samples, asked, wants_save, alone)
         micro_batches = config.runtime.micro_batches
         key_views, query_views = views_of(rows, self.passes, self.source, micro_batches)
         keys = []
