@@ -37,6 +37,8 @@ run() {
     printf '{"run": "%s", "seconds": %d, "exit_status": %d, "commit": "%s"}\n' "$name" \
         "$((SECONDS - began))" "$status" "$(git describe --always --dirty --abbrev=7)" >>"$output/pieces.jsonl"
     ((status == 0)) || exit "$status"
+    [[ -e "$output/$name/DONE" ]] || # as with stop_at_step
+        { echo "error: $name ended before it was done; take away what stops it" >&2 && exit 78; }
 }
 
 lines="$(sed -e 's/[\t\r]/ /g; s/#.*//' -e '/^ *$/d' -e 's, \(PRETRAIN\|PROBE\)/, configs/\L\1/,g' "${RECORD_TABLE:-launch/record.txt}")"

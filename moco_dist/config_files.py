@@ -111,6 +111,13 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
                 if override
                 else OmegaConf.load(io.StringIO(text))
             )
+            # Where a text belongs, no is not false, and 007 not 7.
+            if (
+                override
+                and isinstance(OmegaConf.select(config, key), str)
+                and isinstance(OmegaConf.select(layer, key), bool | int | float)
+            ):
+                OmegaConf.update(layer, key, value)
         except (yaml.YAMLError, OmegaConfBaseException, *_BROKEN) as error:
             raise ConfigError(
                 f"{name}: not valid YAML ({_one_line(error)}); mend its syntax"

@@ -83,6 +83,15 @@ class ProbeConfig:
         check("", self, epochs=(1, None), stop_at_step=(0, None))
         check("", self, batch_size=(1, None), top_k=(1, None), seeds=(1, None))
         check("", self, label_fraction=(0, 1))
+        require(
+            not self.runtime.compile,
+            "runtime.compile=true compiles a pretraining, and nothing of a probe; leave it out",
+        )
+        require(
+            self.runtime.micro_batches == 1,
+            f"runtime.micro_batches={self.runtime.micro_batches} is of a pretraining, a probe's "
+            "batches are whole; leave it out, or give a smaller batch_size",
+        )
         require(self.encoder_lr > 0, f"encoder_lr={self.encoder_lr} is not above 0; 0.01 is usual")
         chosen = len(self.grid.lr) > 1 or len(self.grid.weight_decay) > 1
         require(

@@ -207,6 +207,20 @@ def test_top_k_of_the_probe_must_be_positive() -> None:
     assert refusal("top_k=0", schema=ProbeConfig) == "top_k=0 is too small; it must be at least 1"
 
 
+def test_a_probe_refuses_what_would_do_nothing_to_it() -> None:
+    for key, value in (("runtime.compile", "true"), ("runtime.micro_batches", "2")):
+        sentence = refusal("encoder=runs/x", f"{key}={value}", schema=ProbeConfig)
+        assert f"{key}={value}" in sentence
+        assert "a pretraining" in sentence
+
+
+@pytest.mark.parametrize("text", ["no", "off", "007", "1e3", "1_000", "0x10", "true", "2026-11-24"])
+def test_a_text_is_taken_as_it_stands(text: str) -> None:
+    config = load(PretrainConfig, [f"name={text}", f"data.root={text}"])
+    assert (config.name, config.data.root) == (text, text)
+    assert load(PretrainConfig, [f"name='{text}'"]).name == text
+
+
 def test_a_resumed_run_may_change_its_machine_and_length_and_not_its_numbers() -> None:
     old = to_dict(PretrainConfig())
     changed = ["encoder.width=32", "moco.queue_size=999", "runtime.micro_batches=2", "epochs=300"]

@@ -124,17 +124,20 @@ def test_the_record_is_made_in_pieces_and_its_table_is_arithmetic(
     assert "pieces.jsonl:5: can't be read; its minutes are missing\n" in rest.stderr
     assert "not done, and left out: tiny-1\n" in rest.stderr
     (line,) = (line for line in rest.stdout.splitlines() if line.startswith("| tiny (2 epochs"))
-    assert line.split(" | ")[1:2] + line.split(" | ")[3:4] == ["0", f"{tops[0]:.1f}"]
+    assert (line.split(" | ")[1], line.split(" | ")[4]) == ("0", f"{tops[0]:.1f}")
 
 
 def test_a_piece_that_is_over_ends_with_75_before_its_next_run(tmp_path: Path) -> None:
     for part in ("train", "test"):
         (tmp_path / "images in" / part).mkdir(parents=True)
     stub = tmp_path / "python"
-    stub.write_text('#!/usr/bin/env bash\nprintf "%s|" "$@" && echo && sleep 5\n')
+    stub.write_text(
+        '#!/usr/bin/env bash\nprintf "%s|" "$@" && echo && sleep 5\n'
+        'mkdir -p "$HOME/record/tiny-0" && touch "$HOME/record/tiny-0/DONE"\n'
+    )
     stub.chmod(0o755)
     (tmp_path / "table.txt").write_text(TABLE.replace("  ", "\t").replace("\n", "\r\n"))
-    stubbed = {"RECORD_PYTHON": str(stub), "RECORD_SECONDS": "34"}
+    stubbed = {"RECORD_PYTHON": str(stub), "RECORD_SECONDS": "34", "HOME": str(tmp_path)}
     over = call(tmp_path / "images in", tmp_path, ["a=1", "--", "b=2"], **stubbed)
     assert over.returncode == 75, over.stderr
     ran, said = over.stdout.splitlines()
@@ -166,6 +169,15 @@ def test_a_line_without_all_its_parts_is_refused_before_hours_go_by(
     refused = call(tmp_path, tmp_path, [])
     assert refused.returncode == 78
     assert refused.stderr.endswith("is no line of name, seeds, pretraining, --, probe\n")
+
+
+def test_a_run_that_ends_before_it_is_done_is_not_probed(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        (tmp_path / "images" / part).mkdir(parents=True)
+    (tmp_path / "table.txt").write_text(TABLE)
+    stopped = call(tmp_path / "images", tmp_path, ["--"], RECORD_PYTHON="true")
+    assert stopped.returncode == 78
+    assert stopped.stderr == "error: tiny-0 ended before it was done; take away what stops it\n"
 
 
 def test_a_run_that_fails_ends_the_record_with_its_state(images: Path, tmp_path: Path) -> None:
