@@ -51,6 +51,9 @@ def test_the_commands_of_a_page_are_taken(page: Path, monkeypatch: pytest.Monkey
     found = list(commands(page))
     assert found
     for words in found:
+        if "-m" not in words:
+            _check_script(words)
+            continue
         module = words[words.index("-m") + 1].removeprefix("moco_dist.")
         if module.startswith("tests."):
             assert importlib.util.find_spec(module)
@@ -61,6 +64,17 @@ def test_the_commands_of_a_page_are_taken(page: Path, monkeypatch: pytest.Monkey
             assert exported[-1][1] in TARGETS
         else:
             load(SCHEMAS[module], arguments)
+
+
+def _check_script(words: list[str]) -> None:
+    """Check a command of a file of launch/: of record.sh its table and the keys as well."""
+    files = [word.rpartition("=")[2] for word in words if "launch/" in word]
+    assert files
+    assert all((ROOT / file).is_file() for file in files)
+    if "launch/record.sh" in words:
+        first, others = words.index("launch/record.sh") + 2, words.index("--")
+        load(PretrainConfig, words[first:others])
+        load(ProbeConfig, words[others + 1 :])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
