@@ -5,31 +5,27 @@
 #   until bash launch/record.sh DIR; do [[ $? == 75 ]] || break; done
 #   bash launch/record.sh DIR [key=value for the pretrainings ...] [-- key=value for the probes ...]
 #   python launch/record_table.py runs/record      # the README's table and the lines of the headers
-# RECORD_TABLE names another table, as launch/record_choices.txt, RECORD_OUTPUT another folder than
-# runs/record (both as seen from the repository), RECORD_PYTHON a Python that has the packages already
-# (else .venv is made and filled).
+# RECORD_TABLE names another table, as launch/record_choices.txt, RECORD_OUTPUT another folder, both as
+# seen from the repository; RECORD_PYTHON a Python that has the packages (else .venv is made and filled).
 set -euo pipefail
-seconds="${RECORD_SECONDS:-500}"
+table="${RECORD_TABLE:-launch/record.txt}" output="${RECORD_OUTPUT:-runs/record}" seconds="${RECORD_SECONDS:-500}"
+fail() { echo "error: $2" >&2 && exit "$1"; }
 # Below that each piece would be over before it has done anything, and the loop above would not end.
-[[ "$seconds" =~ ^[1-9][0-9]{0,6}$ && "$seconds" -gt 30 ]] ||
-    { echo "error: RECORD_SECONDS=$seconds: give a whole number of seconds above 30, as 500" >&2 && exit 78; }
+[[ "$seconds" =~ ^[1-9][0-9]{0,6}$ && "$seconds" -gt 30 ]] || fail 78 "RECORD_SECONDS=$seconds: give a whole number of seconds above 30, as 500"
 data="$(realpath -- "${1:?give the folder of the images, with train and test in it}")"
-shift
-[[ -d "$data/train" && -d "$data/test" ]] ||
-    { echo "error: $data has no train and test; give the folder with both" >&2 && exit 66; }
+[[ -d "$data/train" && -d "$data/test" ]] || fail 66 "$data has no train and test; give the folder with both"
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 [[ "${RECORD_PYTHON:-}" ]] || source launch/environment.sh "."
-output="${RECORD_OUTPUT:-runs/record}" end="$((SECONDS + seconds))"
+shift
 pretrain=("data.name=folder" "data.root=$data") probe=("data.name=folder" "data.root=$data")
 while (($#)) && [[ "$1" != -- ]]; do pretrain+=("$1") && shift; done
 probe+=("${@:2}")
-mkdir -p "$output"
+mkdir -p "$output" && end="$((SECONDS + seconds))"
 
 # Runs one to its end, or for what is left of this piece, and notes what that took.
 run() {
-    local kind="$1" name="$2" began="$SECONDS" left="$((end - SECONDS))" status=0
-    shift 2
+    local kind="$1" name="$2" began="$SECONDS" left="$((end - SECONDS))" status=0 && shift 2
     [[ ! -e "$output/$name/DONE" ]] || return 0
     ((left > 30)) || { echo "the piece is over; the same call goes on with $name" && exit 75; }
     "${RECORD_PYTHON:-python}" -m "moco_dist.$kind" "$@" "output=$output" "name=$name" \
@@ -37,23 +33,17 @@ run() {
     printf '{"run": "%s", "seconds": %d, "exit_status": %d, "commit": "%s"}\n' "$name" \
         "$((SECONDS - began))" "$status" "$(git describe --always --dirty --abbrev=7)" >>"$output/pieces.jsonl"
     ((status == 0)) || exit "$status"
-    [[ -e "$output/$name/DONE" ]] || # as with stop_at_step
-        { echo "error: $name ended before it was done; take away what stops it" >&2 && exit 78; }
+    [[ -e "$output/$name/DONE" ]] || fail 78 "$name ended before it was done; take away what stops it"
 }
 
-lines="$(sed -e 's/[\t\r]/ /g; s/#.*//' -e '/^ *$/d' -e 's, \(PRETRAIN\|PROBE\)/, configs/\L\1/,g' "${RECORD_TABLE:-launch/record.txt}")"
+lines="$(sed -e 's/[\t\r]/ /g; s/#.*//' -e '/^ *$/d' -e 's, \(PRETRAIN\|PROBE\)/, configs/\L\1/,g' "$table")"
 # A probe that can't start would be found out hours later.
 bad="$(grep -Evm1 '^[^ ]+ +[0-9]+(,[0-9]+)* +[^ ].* -- +[^ ]' <<<"$lines" || true)"
-[[ "$lines" && -z "$bad" ]] ||
-    { echo "error: ${RECORD_TABLE:-launch/record.txt}: '$bad' is no line of name, seeds, pretraining, --, probe" >&2 && exit 78; }
-for turn in first others; do
-    while read -r name seeds words; do
-        for seed in ${seeds//,/ }; do
-            [[ "$turn" == first && "$seed" != "${seeds%%,*}" ]] && continue
-            # shellcheck disable=SC2086 # words of a line
-            run pretrain "$name-$seed" ${words%% -- *} "seed=$seed" "${pretrain[@]}"
-            # shellcheck disable=SC2086
-            run probe "$name-$seed-probe" ${words##* -- } "seed=$seed" "encoder=$output/$name-$seed" "${probe[@]}"
-        done
-    done <<<"$lines"
-done
+[[ "$lines" && -z "$bad" ]] || fail 78 "$table: '$bad' is no line of name, seeds, pretraining, --, probe"
+# The first seed of each line, then the others.
+runs="$(awk '{ n = split($2, seeds, ","); for (i = 1; i <= n; i++) { $2 = seeds[i]; print (i > 1), $0 } }' <<<"$lines" | sort -s -k 1,1)"
+# shellcheck disable=SC2086 # words of a line
+while read -r _ name seed words; do
+    run pretrain "$name-$seed" ${words%% -- *} "seed=$seed" "${pretrain[@]}"
+    run probe "$name-$seed-probe" ${words##* -- } "seed=$seed" "encoder=$output/$name-$seed" "${probe[@]}"
+done <<<"$runs"
