@@ -33,7 +33,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
     """
     noted = pieces(output / "pieces.jsonl")
     found, left = [], []
-    folders = (folder.name for folder in output.iterdir() if folder.is_dir())
+    folders = (path.parent.name for path in output.glob("*/config.yaml"))
     for name in sorted({each.removesuffix("-probe") for each in folders}):
         both = output / name, output / f"{name}-probe"
         if all((folder / "DONE").is_file() for folder in both):

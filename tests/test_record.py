@@ -118,6 +118,7 @@ def test_the_record_is_made_in_pieces_and_its_table_is_arithmetic(
     with (tmp_path / "record" / "pieces.jsonl").open("a") as noted:
         noted.write('{"run": "tiny-1", "sec')
     (tmp_path / "record" / "tiny-1-probe" / "DONE").unlink()
+    (tmp_path / "record" / "report").mkdir()  # no run, but a report's page about some
     rest = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
