@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moco_dist.run_record import Record, number, read, read_object
+from moco_dist.runs.record import Record, number, read, read_object
 
 COLUMNS = (
     *("run", "seeds", "kNN, validation", "kNN", "linear", "random: kNN / linear"),

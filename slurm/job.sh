@@ -29,7 +29,7 @@ run_on_all_nodes() {
     until wait "$srun" || ! kill -0 "$srun" 2>/dev/null; do ((++waits)); done
     local state status=0 refused
     state="$(squeue -h -j "$SLURM_JOB_ID" -o %T)"
-    "${in_environment[@]}" python -m moco_dist.slurm_job end "$run" "$MOCO_DIST_OUTCOME" "$state" || status="$?"
+    "${in_environment[@]}" python -m moco_dist.runs.slurm_job end "$run" "$MOCO_DIST_OUTCOME" "$state" || status="$?"
     rm -f "$MOCO_DIST_OUTCOME"
     if ((status == 200)); then
         refused="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)" || fail 75 \

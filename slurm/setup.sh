@@ -14,5 +14,5 @@ in_environment=(${RUN_IN:-})
 
 # Prints the run directory of a command line, or says what is wrong with it.
 run_directory() {
-    "${in_environment[@]}" python -m moco_dist.slurm_job directory "$@"
+    "${in_environment[@]}" python -m moco_dist.runs.slurm_job directory "$@"
 }

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
-from moco_dist import data, fingerprint, probe, runtime
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
-from moco_dist.config_probe import ProbeConfig
-from moco_dist.images.shapes import CLASSES
-from moco_dist.probing import encoder_source, linear_probe
-from moco_dist.trainer import Trainer
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.data.shapes import CLASSES
+from moco_dist.distributed import fingerprint
+from moco_dist.encoders import source as encoders_source
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.probe import linear_probe
+from moco_dist.probe import run as probe_run
+from moco_dist.runs import session as runs_session
 
 DATA = ["data.shapes_train=150", "data.shapes_test=37", "data.size=16", "views.size=16"]
 PRETRAIN = [
@@ -28,8 +32,8 @@ PROBE = [*DATA, "batch_size=32", "epochs=3", "optim.lr=1", "runtime.device=cpu",
 def pretrain(output: Path, *overrides: str) -> Path:
     """Do five steps of a pretraining; return its run directory."""
     config = load(PretrainConfig, [*PRETRAIN, f"output={output}", "name=tiny", *overrides])
-    session = runtime.start(config)
-    trainer = Trainer(config, session, data.load(config.data))
+    session = runs_session.start(config)
+    trainer = Trainer(config, session, datasets.load(config.data))
     for _ in range(5):
         trainer.train_step()
     trainer.save(wait=True)
@@ -37,7 +41,7 @@ def pretrain(output: Path, *overrides: str) -> Path:
     return output / "tiny"
 
 
-def tinted(train: int, validation: int, test: int) -> data.Splits:
+def tinted(train: int, validation: int, test: int) -> datasets.Splits:
     """Return images whose colour tells their class, more often right than wrong.
 
     A colour for each class, a shift for each image, and noise.
@@ -45,32 +49,34 @@ def tinted(train: int, validation: int, test: int) -> data.Splits:
     generator = torch.Generator().manual_seed(5)
     colours = 60 + 130 * torch.rand(10, 3, generator=generator)
 
-    def draw(count: int) -> data.Images:
+    def draw(count: int) -> datasets.Images:
         labels = torch.arange(count) % 10
         shifts = 25 * torch.randn(count, 3, generator=generator)
         noise = 25 * torch.randn(count, 3, 16, 16, generator=generator)
         pixels = (colours[labels] + shifts)[:, :, None, None] + noise
-        return data.Images(pixels.clamp(0, 255).to(torch.uint8), labels, CLASSES)
+        return datasets.Images(pixels.clamp(0, 255).to(torch.uint8), labels, CLASSES)
 
     parts = draw(train), draw(validation), draw(test)
     content = fingerprint.of_tensors(*(part.pixels for part in parts))
-    return data.Splits(*parts, content, "in memory")
+    return datasets.Splits(*parts, content, "in memory")
 
 
 def prepared(
-    pretrained: Path, output: Path, *overrides: str, splits: data.Splits | None = None
+    pretrained: Path, output: Path, *overrides: str, splits: datasets.Splits | None = None
 ) -> linear_probe.LinearProbe:
     """Return a probe before its first step, of other images than its configuration's if given."""
     arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", "name=prepared", *overrides]
     config = load(ProbeConfig, arguments)
-    source = encoder_source.find(pretrained)
-    splits = splits or data.load(config.data)
-    return linear_probe.LinearProbe(config, runtime.start(config), splits, source)
+    source = encoders_source.find(pretrained)
+    splits = splits or datasets.load(config.data)
+    return linear_probe.LinearProbe(config, runs_session.start(config), splits, source)
 
 
 def run(pretrained: str, output: str, *overrides: str) -> dict[str, Any]:
     """Probe in this process (one of several, maybe) and return what DONE holds."""
-    probe.run(load(ProbeConfig, [*PROBE, f"encoder={pretrained}", f"output={output}", *overrides]))
+    probe_run.run(
+        load(ProbeConfig, [*PROBE, f"encoder={pretrained}", f"output={output}", *overrides])
+    )
     done: dict[str, Any] = json.loads((Path(output) / "tiny-probe" / "DONE").read_text())
     return done
 

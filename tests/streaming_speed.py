@@ -23,13 +23,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from moco_dist import data, views
-from moco_dist.config import DataConfig, ViewsConfig
-from moco_dist.images import image_worker, worker_pool
-from moco_dist.images.image_file import Recipe
-from moco_dist.images.streamed_images import StreamedImages
-from moco_dist.plan import Plan
-from moco_dist.view_source import StreamedSource
+from moco_dist.config.recipe import DataConfig, ViewsConfig
+from moco_dist.data import datasets, image_worker, worker_pool
+from moco_dist.data.image_file import Recipe
+from moco_dist.data.streamed_images import StreamedImages
+from moco_dist.data.view_source import StreamedSource
+from moco_dist.method import views
+from moco_dist.method.plan import Plan
 
 SHARD = 5000  # images in a tar
 
@@ -50,7 +50,7 @@ def main(kind: str, place: str, *settings: str) -> None:
         cache=str(Path(place).parent / "cache"),
     )
     began = time.monotonic()
-    images = data.load(config).train
+    images = datasets.load(config).train
     assert isinstance(images, StreamedImages)
     print(f"{len(images):,} images listed in {time.monotonic() - began:.1f} s", flush=True)
     cut = ViewsConfig(size=given["size"])

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco_dist import pretrain, views
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
 from moco_dist.errors import NumbersError
-from moco_dist.trainer import Trainer
+from moco_dist.method import views
+from moco_dist.pretrain import run as pretrain_run
+from moco_dist.pretrain.trainer import Trainer
 from tests import processes
 from tests.test_launch import ROOT, python
 
@@ -131,7 +132,7 @@ def with_nan(output: str) -> str:
 
     views.make = spoiled  # type: ignore[assignment]
     try:
-        pretrain.run(load(PretrainConfig, [*SMALL, f"output={output}", "name=nan"]))
+        pretrain_run.run(load(PretrainConfig, [*SMALL, f"output={output}", "name=nan"]))
     except NumbersError as error:
         return str(error)
     return "nothing"
@@ -160,7 +161,7 @@ def slowed(output: str) -> None:
     Trainer.train_step = waits  # type: ignore[assignment, method-assign]
     fast = ["tracking.every_steps=1", "tracking.health_every_steps=0", "knn.every_epochs=1"]
     fast += ["checkpoint.every_epochs=1", "stop_at_step=115", "optim.lr=0.001"]
-    pretrain.run(load(PretrainConfig, [*SMALL, *fast, f"output={output}", "name=slow"]))
+    pretrain_run.run(load(PretrainConfig, [*SMALL, *fast, f"output={output}", "name=slow"]))
 
 
 def test_half_the_throughput_is_told_of_and_evaluations_and_saves_are_not(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from moco_dist import bench, bench_step, comms
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
-from moco_dist.convolutions import SmallMapConv
+from moco_dist.bench import run
+from moco_dist.bench import speed as bench_speed
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.distributed import comms
+from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError
-from moco_dist.stopping import StopRequests
+from moco_dist.method.convolutions import SmallMapConv
 from tests import processes
 from tests.test_trainer import TINY, build
 
@@ -57,7 +59,7 @@ def traffic(output: str) -> tuple[float, int, int, int]:
     each = (received() - before) / steps
     comms.all_gather(torch.zeros(1))  # nobody leaves, and ends its connections, before all have
     gradients = comms.all_reduce_bytes(sum(p.nbytes for p in trainer.parameters))
-    return each, counted, gradients, bench_step.parameters(trainer.moco.query_encoder)
+    return each, counted, gradients, bench_speed.parameters(trainer.moco.query_encoder)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
@@ -81,7 +83,7 @@ def test_flops_of_a_step_are_those_of_its_convolutions_and_products(
     trainer = build(tmp_path, *LARGE, f"encoder.width={width}")
     ours = [m for m in trainer.moco.modules() if isinstance(m, SmallMapConv)]
     assert bool(ours) == (width == 32)  # whose products are counted with the padding, too
-    bench_step.fill_queue(trainer)
+    bench_speed.fill_queue(trainer)
     macs = 0
 
     def count(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
@@ -91,7 +93,7 @@ def test_flops_of_a_step_are_those_of_its_convolutions_and_products(
     for module in trainer.moco.key_encoder.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(count)
-    found = bench_step.step_flops(trainer)
+    found = bench_speed.step_flops(trainer)
     first = trainer.moco.key_encoder.backbone.conv1
     images = 64 * 16 * 16 * first.weight.numel()  # the pixels get no gradient
     loss = 2 * 64 * 256 * 64
@@ -102,9 +104,9 @@ def test_flops_of_a_step_are_those_of_its_convolutions_and_products(
 def test_parts_add_up_to_the_step_and_nothing_stays_behind(tmp_path: Path) -> None:
     trainer = build(tmp_path, *LARGE)
     before = set(vars(trainer)) | set(vars(trainer.moco.queue)) | set(vars(comms))
-    speed = bench_step.measure(trainer, steps=1, repeats=5, warm_up=1)
+    speed = bench_speed.measure(trainer, steps=1, repeats=5, warm_up=1)
     assert set(vars(trainer)) | set(vars(trainer.moco.queue)) | set(vars(comms)) == before
-    assert all(speed.parts[part] > 0 for part in bench_step.PARTS)
+    assert all(speed.parts[part] > 0 for part in bench_speed.PARTS)
     whole = sum(speed.parts.values()) - speed.parts["tracking"]
     assert 0.4 < whole / speed.step_seconds < 2.5
     assert speed.parts["backward"] > speed.parts["momentum"]
@@ -112,7 +114,7 @@ def test_parts_add_up_to_the_step_and_nothing_stays_behind(tmp_path: Path) -> No
 
 
 def test_the_clock_counts_each_part_without_those_inside(tmp_path: Path) -> None:
-    clock = bench_step.Clock(torch.device("cpu"))
+    clock = bench_speed.Clock(torch.device("cpu"))
     clock._marks = [("rest", 0.0), ("key", 2.0), ("views", 7.0), ("key", 8.0), ("rest", 8.5)]
     seconds = clock.read()
     assert (seconds["key"], seconds["views"], seconds["rest"]) == (3.0, 5.0, 0.5)
@@ -132,7 +134,7 @@ def test_the_command_prints_a_table_and_a_line_of_json_and_leaves_no_run(tmp_pat
     assert max(map(len, shown)) <= 80
     found = json.loads(line)
     assert found["textbook"]["step"]["times_as_fast"] > 0
-    assert found["parts"].keys() == set(bench_step.PARTS)
+    assert found["parts"].keys() == set(bench_speed.PARTS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,7 +145,7 @@ def test_what_cant_be_measured_is_one_sentence() -> None:
     ):
         options = Namespace(**{"against": "", "sweep": "", "arguments": []} | asked)
         with pytest.raises(ConfigError, match=sentence):
-            bench.run(PretrainConfig(), StopRequests(), options)
+            run.run(PretrainConfig(), StopRequests(), options)
 
 
 def test_precisions_are_swept(
@@ -154,6 +156,6 @@ def test_precisions_are_swept(
     words = [*TINY, "tracking.wandb=disabled"]
     options = {"against": "", "sweep": "precision=fp32,bf16", "workers": "", "arguments": words}
     once = dict.fromkeys(("repeats", "steps", "warm_up"), "1")
-    bench.run(load(PretrainConfig, words), StopRequests(), Namespace(**options, **once))
+    run.run(load(PretrainConfig, words), StopRequests(), Namespace(**options, **once))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [each["precision"] for each in found] == ["fp32", "bf16"]

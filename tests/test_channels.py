@@ -16,15 +16,18 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 import moco_dist
-from moco_dist import data, export, pretrain, probe, views
-from moco_dist.config import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
-from moco_dist.config_files import load
-from moco_dist.config_probe import ProbeConfig
-from moco_dist.encoder import build_encoder
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets, image_folder
+from moco_dist.encoders import state_dict
 from moco_dist.errors import ConfigError, DataError
-from moco_dist.images import image_folder
-from moco_dist.probing import foreign_encoder
-from moco_dist.reporting import report_encoder
+from moco_dist.export import run as export_run
+from moco_dist.method import views
+from moco_dist.method.encoder import build_encoder
+from moco_dist.pretrain import run as pretrain_run
+from moco_dist.probe import run as probe_run
+from moco_dist.report import encoder as report_encoder
 from tests import image_sets, processes
 from tests.test_export import written
 
@@ -56,11 +59,11 @@ def test_gray_images_are_pretrained_probed_and_reported(tmp_path: Path, memory_g
     where = [f"output={tmp_path / 'runs'}", "data.name=folder", f"data.root={folder}"]
     where += [f"data.cache={tmp_path / 'cache'}", f"data.memory_gb={memory_gb}", "data.workers=1"]
     where += ["data.size=16", "views.size=16"]
-    pretrain.run(load(PretrainConfig, [*RUN, *GRAY, *where, "name=gray"]))
+    pretrain_run.run(load(PretrainConfig, [*RUN, *GRAY, *where, "name=gray"]))
     run = tmp_path / "runs/gray"
     with pytest.raises(ConfigError, match=r"give 1 number\(s\) each; for gray images"):
-        probe.run(load(ProbeConfig, [*PROBE, *where, f"encoder={run}"]))
-    probe.run(load(ProbeConfig, [*PROBE, *where, *GRAY[1:], f"encoder={run}"]))
+        probe_run.run(load(ProbeConfig, [*PROBE, *where, f"encoder={run}"]))
+    probe_run.run(load(ProbeConfig, [*PROBE, *where, *GRAY[1:], f"encoder={run}"]))
     assert json.loads((tmp_path / "runs/gray-probe/DONE").read_text())
     encoder = moco_dist.load_encoder(run)
     pixels = torch.randint(256, (2, 1, 16, 16), dtype=torch.uint8)
@@ -89,7 +92,7 @@ def test_an_encoder_of_gray_images_is_exported_and_comes_back(
     """The exporter builds the library's own model, and compares its features."""
     pytest.importorskip(library)
     run = written(tmp_path / "gray", stem=stem, channels=1)
-    folder = export.export(run, target)
+    folder = export_run.export(run, target)
     pixels = torch.randint(256, (2, 1, 32, 32), dtype=torch.uint8)
     assert "`images` are gray, float (n, 1, 32, 32)" in (folder / "README.md").read_text()
     theirs, ours = (moco_dist.load_encoder(path)(pixels) for path in (folder, run))
@@ -102,14 +105,14 @@ def test_an_encoder_of_any_channels_is_exported_to_onnx(tmp_path: Path) -> None:
     """The exporter runs onnxruntime, and compares its features."""
     pytest.importorskip("onnxscript")
     run = written(tmp_path / "gray", channels=1)
-    assert (export.export(run, "onnx") / "model.onnx").is_file()
+    assert (export_run.export(run, "onnx") / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize("target", ["moco", "detectron2"])
 def test_libraries_of_coloured_images_alone_are_told_so(tmp_path: Path, target: str) -> None:
     run = written(tmp_path / "gray", stem="imagenet", channels=1)
     with pytest.raises(ConfigError, match=r"1 channel\(s\)\): its images have three channels; use"):
-        export.export(run, target)
+        export_run.export(run, target)
 
 
 def test_a_state_dict_of_one_channel_is_known_by_its_first_layer(tmp_path: Path) -> None:
@@ -117,7 +120,7 @@ def test_a_state_dict_of_one_channel_is_known_by_its_first_layer(tmp_path: Path)
     state = build_encoder(config, 1).backbone.state_dict()
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(contiguous, tmp_path / "gray.safetensors")
-    assert foreign_encoder.load(tmp_path / "gray.safetensors")[1].channels == 1
+    assert state_dict.load(tmp_path / "gray.safetensors")[1].channels == 1
 
 
 def test_gray_pixels_are_those_of_pil_from_files_and_from_memory(tmp_path: Path) -> None:
@@ -129,9 +132,9 @@ def test_gray_pixels_are_those_of_pil_from_files_and_from_memory(tmp_path: Path)
             gray = ImageOps.fit(image.convert("L"), (16, 16), Image.Resampling.BICUBIC)
         assert np.array_equal(found[0].numpy(), np.asarray(gray)), path
     config = DataConfig(shapes_train=20, shapes_test=10, size=24)
-    drawn, gray_ones = data.load(config), data.load(config, 1)
-    assert isinstance(drawn.test, data.Images)
-    assert isinstance(gray_ones.test, data.Images)
+    drawn, gray_ones = datasets.load(config), datasets.load(config, 1)
+    assert isinstance(drawn.test, datasets.Images)
+    assert isinstance(gray_ones.test, datasets.Images)
     assert gray_ones.test.pixels.shape == (10, 1, 24, 24)
     for image, gray_one in zip(drawn.test.pixels, gray_ones.test.pixels, strict=True):
         by_pil = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")
@@ -146,8 +149,8 @@ def test_the_cache_holds_gray_and_coloured_images_apart(
         name="folder", root=str(gray_folder(tmp_path / "set", 6)), size=16, cache=str(tmp_path)
     )
     for channels in (3, 1, 3, 1):
-        images = data.load(config, channels).train
-        assert isinstance(images, data.Images)
+        images = datasets.load(config, channels).train
+        assert isinstance(images, datasets.Images)
         assert images.pixels.shape[1:] == (channels, 16, 16)
     assert "decoding the images again" not in caplog.text
 
@@ -177,7 +180,7 @@ def losses(folder: str) -> Tensor:
     """Pretrain gray shapes for an epoch; return the losses."""
     shapes = ["data.shapes_train=80", "data.shapes_test=10", "data.size=16", "views.size=16"]
     where = [f"output={folder}", "name=gray", "precision=fp64", "tracking.every_steps=1"]
-    pretrain.run(load(PretrainConfig, [*RUN, *GRAY, *shapes, *where]))
+    pretrain_run.run(load(PretrainConfig, [*RUN, *GRAY, *shapes, *where]))
     lines = (Path(folder) / "gray/metrics.jsonl").read_text().splitlines()[1:]
     return torch.tensor(
         [found["train/loss"] for found in map(json.loads, lines) if "train/loss" in found]
@@ -245,7 +248,7 @@ def test_the_smallest_and_the_largest_images_are_pretrained_and_probed(
 ) -> None:
     where = [f"output={tmp_path}", f"data.size={size}", f"views.size={size}"]
     where += ["data.shapes_train=40", "data.shapes_test=10"]
-    pretrain.run(load(PretrainConfig, [*RUN, *where, f"encoder.stem={stem}", "name=run"]))
-    probe.run(load(ProbeConfig, [*PROBE, *where, f"encoder={tmp_path}/run"]))
+    pretrain_run.run(load(PretrainConfig, [*RUN, *where, f"encoder.stem={stem}", "name=run"]))
+    probe_run.run(load(ProbeConfig, [*PROBE, *where, f"encoder={tmp_path}/run"]))
     assert moco_dist.load_encoder(tmp_path / "run").view.size == size
     assert json.loads((tmp_path / "run-probe/DONE").read_text())

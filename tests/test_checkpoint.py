@@ -15,12 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moco_dist import checkpoint, comms, data, peers, runtime, saving
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
-from moco_dist.config_operation import CheckpointConfig
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.running import CheckpointConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.distributed import comms, peers
+from moco_dist.encoders import checkpoints
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
-from moco_dist.trainer import Trainer
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import checkpoint, saving
+from moco_dist.runs import session as runs_session
 from tests import processes
 
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3), "count": torch.tensor(7)}
@@ -79,7 +83,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     assert "step_00000020" in caplog.text
     assert "going back to the checkpoint before it" in caplog.text
     with pytest.raises((DataError, MissingError)) as error:
-        checkpoint.find(path.parent) if damage != "gone" else checkpoint.read(path.parent)
+        checkpoints.find(path.parent) if damage != "gone" else checkpoint.read(path.parent)
     assert str(path.parent) in str(error.value)
 
 
@@ -93,13 +97,13 @@ def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_a_missing_checkpoint_has_its_sentence(tmp_path: Path) -> None:
     with pytest.raises(MissingError) as error:
-        checkpoint.find(tmp_path / "nowhere")
+        checkpoints.find(tmp_path / "nowhere")
     assert str(error.value) == (
         f"{tmp_path / 'nowhere'}: no such checkpoint or run directory; "
         "give a run that has been pretrained"
     )
     with pytest.raises(MissingError) as error:
-        checkpoint.find(tmp_path)
+        checkpoints.find(tmp_path)
     assert str(error.value) == (
         f"{tmp_path}: no checkpoint in this folder; give a run directory or a checkpoint folder"
     )
@@ -111,8 +115,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
     output = tmp_path_factory.mktemp("runs")
     config = load(PretrainConfig, [*TINY, f"output={output}", "name=tiny"])
-    session = runtime.start(config)
-    trainer = Trainer(config, session, data.load(config.data))
+    session = runs_session.start(config)
+    trainer = Trainer(config, session, datasets.load(config.data))
     for _ in range(2):
         trainer.train_step()
     trainer.save(wait=True)
@@ -128,8 +132,8 @@ TINY = [
 
 
 def test_an_encoder_is_loaded_tensor_by_tensor(pretrained: Path) -> None:
-    found = checkpoint.find(pretrained)
-    encoder, config, views = checkpoint.load_encoder(found)
+    found = checkpoints.find(pretrained)
+    encoder, config, views = checkpoints.load_encoder(found)
     assert (config.width, views.size) == (4, 16)
     on_disk = load_file(found.path / "model.safetensors")
     state = encoder.state_dict()
@@ -143,7 +147,7 @@ def test_an_encoder_is_loaded_tensor_by_tensor(pretrained: Path) -> None:
 
 def tampered(pretrained: Path, folder: Path, **encoder: object) -> checkpoint.Checkpoint:
     shutil.copytree(pretrained, folder)
-    found = checkpoint.find(folder)
+    found = checkpoints.find(folder)
     found.state["config"]["encoder"] |= encoder
     return found
 
@@ -153,7 +157,7 @@ def test_a_checkpoint_of_another_architecture_lists_the_tensors(
 ) -> None:
     found = tampered(pretrained, tmp_path / "wide", width=8)
     with pytest.raises(DataError) as error:
-        checkpoint.load_encoder(found)
+        checkpoints.load_encoder(found)
     assert str(error.value).startswith(
         f"{found.path}: holds another architecture than its configuration says "
         "(backbone.conv1.weight is (4, 3, 3, 3) and should be (8, 3, 3, 3); "
@@ -162,16 +166,16 @@ def test_a_checkpoint_of_another_architecture_lists_the_tensors(
     assert str(error.value).endswith(" more); use the checkpoint of the matching run")
     found = tampered(pretrained, tmp_path / "mlp", head="mlp")
     with pytest.raises(DataError) as error:
-        checkpoint.load_encoder(found)
+        checkpoints.load_encoder(found)
     assert "head.2.weight is missing" in str(error.value)
     assert "head.0.weight is (8, 32) and should be (32, 32)" in str(error.value)
 
 
 def test_a_strange_tensor_is_not_passed_over(pretrained: Path) -> None:
-    found = checkpoint.find(pretrained)
+    found = checkpoints.find(pretrained)
     found.model["query_encoder.backbone.extra"] = torch.zeros(1)
     with pytest.raises(DataError, match=r"backbone\.extra is not expected"):
-        checkpoint.load_encoder(found)
+        checkpoints.load_encoder(found)
 
 
 def test_a_folder_without_write_permission_has_its_sentence(tmp_path: Path) -> None:
@@ -212,7 +216,7 @@ def test_all_processes_choose_the_same_checkpoint_and_fail_together(tmp_path: Pa
 
 
 def test_checkpoints_hold_no_pickle(pretrained: Path) -> None:
-    path = checkpoint.find(pretrained).path
+    path = checkpoints.find(pretrained).path
     state = json.loads((path / "state.json").read_text())
     assert state["config"]["encoder"]["width"] == 4
     for file in path.iterdir():
@@ -247,17 +251,17 @@ def test_a_run_of_a_version_with_fewer_keys_is_resumed_with_their_defaults(
     pretrained: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(pretrained, tmp_path / "tiny")
-    folder = checkpoint.find(tmp_path / "tiny").path
+    folder = checkpoints.find(tmp_path / "tiny").path
     state = {k: v for k, v in checkpoint.read(folder).state.items() if k != "sha256"}
     assert state["config"].pop("init_from") == ""
     assert state["config"]["data"].pop("skip_unreadable") is False
     (folder / "state.json").unlink()
     saving._write_state(folder / "state.json", state)
     config = load(PretrainConfig, [*TINY, f"output={tmp_path}", "name=tiny"])
-    session = runtime.start(config)
-    trainer = Trainer(config, session, data.load(config.data))
+    session = runs_session.start(config)
+    trainer = Trainer(config, session, datasets.load(config.data))
     session.close()
     assert trainer.step == 2
     given = dataclasses.replace(config.data, skip_unreadable=True)
     with pytest.raises(ConfigError, match=r"\(data\.skip_unreadable: False -> True\)"):
-        runtime.start(dataclasses.replace(config, data=given))
+        runs_session.start(dataclasses.replace(config, data=given))

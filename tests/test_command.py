@@ -8,8 +8,8 @@ import sys
 # Fails, and is sent SIGTERM as soon as the way out begins.
 SCRIPT = """
 import os, signal
-from moco_dist import command
-from moco_dist.config import PretrainConfig
+from moco_dist.runs import command
+from moco_dist.config.recipe import PretrainConfig
 
 end = command._end
 

@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from moco_dist import data, pretrain, rehearsal, runtime, view_source, views
-from moco_dist.compilation import compiled
-from moco_dist.config import EncoderConfig, PretrainConfig, ViewsConfig
-from moco_dist.config_files import load
-from moco_dist.encoder import Encoder, GroupedBatchNorm, batch_norms, build_encoder, take_in
+from moco_dist.config.recipe import EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets, view_source
+from moco_dist.data.view_source import Maker
+from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, StoppedError
-from moco_dist.stopping import StopRequests
-from moco_dist.trainer import Trainer
-from moco_dist.view_source import Maker
+from moco_dist.method import views
+from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
+from moco_dist.method.compilation import compiled
+from moco_dist.method.encoder import Encoder, build_encoder
+from moco_dist.pretrain import rehearsal, run
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import session as runs_session
 from tests import processes
 
 RUN = [
@@ -151,9 +155,9 @@ def test_a_signal_while_it_compiles_is_no_fault_of_the_compiler(
 
     monkeypatch.setattr(view_source, "compiled", failing)
     config = load(PretrainConfig, [*RUN, f"output={tmp_path}", "runtime.compile=true"])
-    session = runtime.start(config, stop)
+    session = runs_session.start(config, stop)
     with pytest.raises(StoppedError, match=r"stopped by SIGTERM before the first step$") as caught:
-        Trainer(config, session, data.load(config.data))
+        Trainer(config, session, datasets.load(config.data))
     assert caught.value.exit_status == 75
     session.close()
 
@@ -174,7 +178,7 @@ def test_a_process_has_as_many_compiled_runs_as_it_likes(
     for seed in range(2):
         words = [*RUN, f"output={tmp_path}", "runtime.compile=true", f"seed={seed}"]
         config = load(PretrainConfig, [*words, f"name={seed}"])
-        trainer = Trainer(config, runtime.start(config), data.load(config.data))
+        trainer = Trainer(config, runs_session.start(config), datasets.load(config.data))
         trainer.train_step()
         trainer.session.close()
 
@@ -183,9 +187,9 @@ def test_a_run_that_is_done_is_not_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*RUN, f"output={tmp_path}", "epochs=1", "knn.every_epochs=0"]
-    pretrain.run(load(PretrainConfig, words))
+    run.run(load(PretrainConfig, words))
     monkeypatch.setattr(rehearsal, "compile_all", None)
-    pretrain.run(load(PretrainConfig, [*words, "runtime.compile=true"]))
+    run.run(load(PretrainConfig, [*words, "runtime.compile=true"]))
     assert "nothing is left to do" in capsys.readouterr().out
 
 
@@ -210,7 +214,7 @@ def test_a_python_that_can_not_compile_is_one_sentence(monkeypatch: pytest.Monke
 def state(output: str, until: int, overrides: list[str]) -> tuple[dict[str, Tensor], list[Any]]:
     """Train to a step and save; return the model and the BatchNorm groups' turns."""
     config = load(PretrainConfig, [*RUN, f"output={output}", *overrides])
-    trainer = Trainer(config, runtime.start(config), data.load(config.data))
+    trainer = Trainer(config, runs_session.start(config), datasets.load(config.data))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     while trainer.step < until:
         trainer.train_step()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import changed_keys, flat, from_dict, load, to_dict, to_yaml
-from moco_dist.config_probe import ProbeConfig
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import changed_keys, flat, from_dict, load, to_dict, to_yaml
 from moco_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

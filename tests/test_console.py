@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moco_dist import console_lines
-from moco_dist.run_progress import Curve, RunProgress, duration
+from moco_dist.tracking import terminal as tracking_terminal
+from moco_dist.tracking.progress import Curve, RunProgress, duration
 from tests import terminal
 from tests.test_launch import TINY, python
 
@@ -26,8 +26,9 @@ BATCH_LINE = re.compile(
 # A run in whose course all kinds of warnings and other output come; Ctrl-C ends it.
 NOISY = """
 import logging, sys, threading, warnings
-from moco_dist import command, pretrain
-from moco_dist.config import PretrainConfig
+from moco_dist.pretrain import run as pretrain
+from moco_dist.runs import command
+from moco_dist.config.recipe import PretrainConfig
 
 def say(tracker, step):
     if step == 4:
@@ -40,14 +41,14 @@ def say(tracker, step):
         thread.start(), thread.join()
         tracker.log(step, {"alarm": "collapse", "text": "all features are alike; " + "y" * 80})
 
-start = pretrain.runtime.tracker
+start = pretrain.start.tracker
 
 def tracker(session, total, *others):
     made = start(session, total, *others)
     made.sinks.append(lambda step, metrics: "alarm" in metrics or say(made, step))
     return made
 
-pretrain.runtime.tracker = tracker
+pretrain.start.tracker = tracker
 command.main(PretrainConfig, pretrain.run, None)
 """
 
@@ -84,7 +85,7 @@ def test_a_usual_line_has_less_than_80_characters() -> None:
         newest = line(step, step * 1.45, epoch=step / 87, loss=4.5321, fill=1.0)
         newest |= {"train/accuracy_top1": 0.451, "train/images_per_second": 1234.5}
         progress.add(newest)
-    text = console_lines.plain(newest, progress)
+    text = tracking_terminal.plain(newest, progress)
     assert text is not None
     assert text.endswith(" 12350/17400 epoch 142.0 loss 4.532 top1 45.1% 1234 img/s 2h02m left")
     assert len(text) < 80
@@ -95,7 +96,7 @@ def test_a_file_never_gets_a_picture(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         console = Console(file=log, force_terminal=True)
         assert console.is_terminal
-        write, display = console_lines.show(console, 10, 0)
+        write, display = tracking_terminal.show(console, 10, 0)
         assert display is None
         write(4, {"epoch": 0.8, "train/loss": 3.5})
     assert (tmp_path / "log").read_text()[11:] == "  4/10 epoch   0.8 loss 3.500\n"
@@ -130,7 +131,7 @@ def test_a_terminal_shows_a_picture_with_whole_lines_above_it(
     picture = next(place for place, each in enumerate(lines) if re.match(r"\d+/5000 ", each))
     assert warning < picture
     assert "left" in lines[picture]
-    assert set(lines[picture + 2].removeprefix("loss ")) <= set(console_lines.BLOCKS)
+    assert set(lines[picture + 2].removeprefix("loss ")) <= set(tracking_terminal.BLOCKS)
     assert text.count("^C") == 0
     assert "stopped by SIGINT at step" in text
 
@@ -143,7 +144,7 @@ def test_a_narrow_terminal_gets_whole_figures() -> None:
     progress.add(line(200, 200.5, alarm="leak", text="BatchNorm leaks; " + "z" * 100))
     for width in (30, 37, 77):
         console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
-        console.print(console_lines.picture(progress, width, False, 200.5))
+        console.print(tracking_terminal.picture(progress, width, False, 200.5))
         assert isinstance(console.file, io.StringIO)
         shown = console.file.getvalue().splitlines()
         assert max(map(len, shown)) <= width
@@ -152,12 +153,12 @@ def test_a_narrow_terminal_gets_whole_figures() -> None:
         for figure in ("epoch 50.0", "loss 3.000", "kNN 50.0%", "ALARM at step 200"):
             assert figure in whole
         # Falling and rising, from the highest mark to the lowest and back.
-        blocks = console_lines.BLOCKS
+        blocks = tracking_terminal.BLOCKS
         curves = [each.split(" ")[-1] for each in shown if set(each.split(" ")[-1]) <= set(blocks)]
         assert (curves[0][0], curves[0][-1]) == (blocks[-1], blocks[0])
         assert (curves[1][0], curves[1][-1]) == (blocks[0], blocks[-1])
     ascii_only = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
-    ascii_only.print(console_lines.picture(progress, 80, True, 200.5))
+    ascii_only.print(tracking_terminal.picture(progress, 80, True, 200.5))
     assert isinstance(ascii_only.file, io.StringIO)
     curves = [
         each for each in ascii_only.file.getvalue().splitlines() if each[:4] in ("loss", "kNN ")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moco_dist import convolutions
-from moco_dist.config import EncoderConfig
-from moco_dist.convolutions import SmallMapConv
-from moco_dist.encoder import build_encoder
+from moco_dist.config.recipe import EncoderConfig
+from moco_dist.method import convolutions
+from moco_dist.method.convolutions import SmallMapConv
+from moco_dist.method.encoder import build_encoder
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 2), (3, 5), (4, 4)])
@@ -92,8 +92,8 @@ def test_shortcuts_of_narrow_encoders_do_not_write_beyond_their_memory() -> None
     """In a process of its own, which the fault of oneDNN ends; against the sum of products."""
     code = """
 import torch
-from moco_dist.config import EncoderConfig
-from moco_dist.encoder import build_encoder
+from moco_dist.config.recipe import EncoderConfig
+from moco_dist.method.encoder import build_encoder
 for width in (4, 8):
     shortcut = build_encoder(EncoderConfig(width=width), 0).backbone.layer2[0].downsample[0]
     images = torch.randn(4, width, 128, 128).to(memory_format=torch.channels_last)

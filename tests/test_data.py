@@ -14,10 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import datasets
 
-from moco_dist import data
-from moco_dist.config import DataConfig
+from moco_dist.config.recipe import DataConfig
+from moco_dist.data import datasets as data_datasets
+from moco_dist.data import image_folder
 from moco_dist.errors import ConfigError, DataError, MissingError
-from moco_dist.images import image_folder
 
 
 def write_image(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (12, 12)) -> None:
@@ -29,8 +29,8 @@ def folder(root: Path, cache: Path, **values: object) -> DataConfig:
     return DataConfig(name="folder", root=str(root), size=8, cache=str(cache), **values)  # type: ignore[arg-type]
 
 
-def held(images: data.AnyImages) -> torch.Tensor:
-    assert isinstance(images, data.Images)
+def held(images: data_datasets.AnyImages) -> torch.Tensor:
+    assert isinstance(images, data_datasets.Images)
     return images.pixels
 
 
@@ -44,7 +44,7 @@ def labelled(tmp_path: Path) -> Path:
 
 
 def test_class_folders_give_labels_and_the_parts_are_apart(labelled: Path, tmp_path: Path) -> None:
-    splits = data.load(folder(labelled, tmp_path / "cache", validation=0.2))
+    splits = data_datasets.load(folder(labelled, tmp_path / "cache", validation=0.2))
     assert splits.train.classes == ("cat", "dog", "emu")
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (24, 6, 30)
     for part in (splits.train, splits.validation, splits.test):
@@ -61,7 +61,7 @@ def test_class_folders_give_labels_and_the_parts_are_apart(labelled: Path, tmp_p
 def test_the_split_is_a_function_of_its_seed(labelled: Path, tmp_path: Path) -> None:
     def validation(seed: int) -> torch.Tensor:
         config = folder(labelled, tmp_path / "cache", validation=0.3, split_seed=seed)
-        return held(data.load(config).validation)
+        return held(data_datasets.load(config).validation)
 
     assert validation(0).equal(validation(0))
     assert not validation(0).equal(validation(1))
@@ -70,8 +70,8 @@ def test_the_split_is_a_function_of_its_seed(labelled: Path, tmp_path: Path) -> 
 def test_a_limit_takes_fewer_training_images_and_the_same_validation(
     labelled: Path, tmp_path: Path
 ) -> None:
-    whole = data.load(folder(labelled, tmp_path / "cache"))
-    few = data.load(folder(labelled, tmp_path / "cache", limit=5))
+    whole = data_datasets.load(folder(labelled, tmp_path / "cache"))
+    few = data_datasets.load(folder(labelled, tmp_path / "cache", limit=5))
     assert len(few.train) == 5
     assert held(few.validation).equal(held(whole.validation))
     assert few.fingerprint == whole.fingerprint
@@ -85,17 +85,17 @@ def test_flat_and_nested_folders_are_unlabelled_images(tmp_path: Path, places: l
         write_image(tmp_path / "set" / place, (1, 2, 3))
     write_image(tmp_path / "set" / ".hidden" / "c.png", (1, 2, 3))
     (tmp_path / "set" / "notes.txt").write_text("no image")
-    splits = data.load(folder(tmp_path / "set", tmp_path / "cache", validation=0.0))
+    splits = data_datasets.load(folder(tmp_path / "set", tmp_path / "cache", validation=0.0))
     assert (len(splits.train), splits.train.classes) == (2, ())
     assert (splits.train.labels == -1).all()
 
 
 def test_labels_none_ignores_class_folders(labelled: Path, tmp_path: Path) -> None:
     config = folder(labelled, tmp_path / "cache", labels="none")
-    splits = data.load(config)
+    splits = data_datasets.load(config)
     assert splits.train.classes == ()
     with pytest.raises(DataError) as error:
-        data.require_labels(splits, config)
+        data_datasets.require_labels(splits, config)
     assert str(error.value) == (
         f"data.name=folder at data.root={labelled} has no labels, and a probe needs them; "
         "sort the images into one folder for each class"
@@ -117,17 +117,17 @@ def test_decoded_images_are_kept_and_noticed_when_files_change(
     labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = folder(labelled, tmp_path / "cache")
-    first = data.load(config)
+    first = data_datasets.load(config)
 
     def refuse(*_: object) -> torch.Tensor:
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
         patch.setattr(image_folder, "decode", refuse)
-        assert held(data.load(config).train).equal(held(first.train))
+        assert held(data_datasets.load(config).train).equal(held(first.train))
     write_image(labelled / "train" / "cat" / "0.png", (255, 255, 255))
     os.utime(labelled / "train" / "cat" / "0.png", (1, 1))
-    changed = data.load(config)
+    changed = data_datasets.load(config)
     assert changed.fingerprint != first.fingerprint
 
 
@@ -135,13 +135,13 @@ def test_a_damaged_cache_is_named_and_decoded_again(
     labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = folder(labelled, tmp_path / "cache")
-    first = data.load(config)
+    first = data_datasets.load(config)
     for file in (tmp_path / "cache").iterdir():
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert data.load(config).fingerprint == first.fingerprint
+        assert data_datasets.load(config).fingerprint == first.fingerprint
     assert "its content changed on disk; decoding the images again" in caplog.text
 
 
@@ -150,14 +150,14 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(
 ) -> None:
     (tmp_path / "cache").write_text("a file in the way")
     with caplog.at_level(logging.WARNING):
-        splits = data.load(folder(labelled, tmp_path / "cache"))
+        splits = data_datasets.load(folder(labelled, tmp_path / "cache"))
     assert len(splits.train) == 27
     assert "can't keep the decoded images" in caplog.text
 
 
 def test_a_missing_folder_has_its_sentence(tmp_path: Path) -> None:
     with pytest.raises(MissingError) as error:
-        data.load(folder(tmp_path / "nowhere", tmp_path / "cache"))
+        data_datasets.load(folder(tmp_path / "nowhere", tmp_path / "cache"))
     assert str(error.value) == (
         f"{tmp_path / 'nowhere'}: no such folder; give the folder of the images as data.root=DIR"
     )
@@ -167,7 +167,7 @@ def test_a_missing_folder_has_its_sentence(tmp_path: Path) -> None:
 def test_an_empty_folder_has_its_sentence(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     with pytest.raises(MissingError) as error:
-        data.load(folder(tmp_path / "set", tmp_path / "cache"))
+        data_datasets.load(folder(tmp_path / "set", tmp_path / "cache"))
     assert str(error.value) == (
         f"{tmp_path / 'set'}: no images in this folder; data.root needs files that end in "
         ".jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp"
@@ -184,7 +184,7 @@ def test_a_corrupt_image_is_named_with_its_path(
     content = path.read_bytes()
     path.write_bytes({"truncated": content[:2000], "text": b"<html>", "empty": b""}[damage])
     with pytest.raises(DataError) as error:
-        data.load(folder(labelled, tmp_path / "cache"))
+        data_datasets.load(folder(labelled, tmp_path / "cache"))
     assert str(error.value).startswith(f"{path}: not a readable image (")
     assert str(error.value).endswith(
         "); replace or remove this file, or give data.skip_unreadable=true"
@@ -195,7 +195,7 @@ def test_a_corrupt_image_is_named_with_its_path(
 def test_a_test_class_that_training_lacks_is_refused(labelled: Path, tmp_path: Path) -> None:
     write_image(labelled / "test" / "fox" / "0.png", (0, 0, 0))
     with pytest.raises(DataError) as error:
-        data.load(folder(labelled, tmp_path / "cache"))
+        data_datasets.load(folder(labelled, tmp_path / "cache"))
     assert str(error.value) == (
         f"{labelled / 'test'}: class folder 'fox' is not among the 3 classes of the training "
         "images; use the same class folders in both"
@@ -217,7 +217,7 @@ def test_a_download_that_fails_has_its_sentence(
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
     with pytest.raises(MissingError) as error:
-        data.load(DataConfig(name="cifar10", root=str(tmp_path)))
+        data_datasets.load(DataConfig(name="cifar10", root=str(tmp_path)))
     assert str(error.value) == (
         f"data.name=cifar10: not in data.root={tmp_path} and can't be downloaded (no network); "
         "put the unpacked archive there, or use data.name=folder with a folder of images"
@@ -235,7 +235,7 @@ def test_cifar10_is_read_from_its_archive_format(
         (base / name).write_bytes(pickle.dumps(batch))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    splits = data.load(DataConfig(name="cifar10", root=str(tmp_path), validation=0.1))
+    splits = data_datasets.load(DataConfig(name="cifar10", root=str(tmp_path), validation=0.1))
     assert held(splits.test).equal(torch.from_numpy(pixels))
     assert splits.test.labels.tolist() == batch["labels"]
     assert (len(splits.train), len(splits.validation)) == (90, 10)
@@ -269,10 +269,10 @@ def test_unreadable_images_are_named_and_left_out_if_one_wants_so(
     lenient = dataclasses.replace(strict, skip_unreadable=True)
     for _ in ("decoded", "from the cache"):
         with pytest.raises(DataError, match="2 of 200 images are not readable") as error:
-            data.load(strict)
+            data_datasets.load(strict)
         assert all(name in str(error.value) for name in bad)
         caplog.clear()
-        splits = data.load(lenient)
+        splits = data_datasets.load(lenient)
         (warning,) = caplog.messages
         assert warning.endswith("; they are left out")
         assert all(name in warning for name in bad)
@@ -288,4 +288,4 @@ def test_unreadable_images_are_named_and_left_out_if_one_wants_so(
             splits.train.squares(torch.tensor(row)).permute(1, 2, 0), np.asarray(square)
         )
     with pytest.raises(ConfigError, match="needs images that are decoded at the start"):
-        data.load(dataclasses.replace(lenient, memory_gb=0))
+        data_datasets.load(dataclasses.replace(lenient, memory_gb=0))

@@ -19,11 +19,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from moco_dist import peers
+from moco_dist.data import image_file
+from moco_dist.data.image_file import Place, Recipe
+from moco_dist.data.worker_pool import WorkerPool, images_of_request
+from moco_dist.distributed import peers
 from moco_dist.errors import ConfigError, DataError
-from moco_dist.images import image_file
-from moco_dist.images.image_file import Place, Recipe
-from moco_dist.images.worker_pool import WorkerPool, images_of_request
 from tests import image_sets
 
 # The whole image, twice: share and ratio 1, no room to move.
@@ -248,8 +248,8 @@ def test_workers_ignore_the_signals_of_a_run(tmp_path: Path, pool: WorkerPool) -
 
 TRAINER = """
 import json, os, sys, time
-from moco_dist.images.image_file import Place, Recipe
-from moco_dist.images.worker_pool import WorkerPool
+from moco_dist.data.image_file import Place, Recipe
+from moco_dist.data.worker_pool import WorkerPool
 pool = WorkerPool(2)
 places = [Place(path) for path in sys.argv[1:]]
 for _ in range(200):

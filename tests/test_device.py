@@ -20,9 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco_dist import guard, runtime
-from moco_dist.trainer import Trainer
-from moco_dist.view_source import view_source
+from moco_dist.data.view_source import view_source
+from moco_dist.distributed import agreement
+from moco_dist.method import batch_norm
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import session
 from tests.test_trainer import build
 
 DEVICE = torch.device("lazy", 0)
@@ -83,7 +85,7 @@ def moved(trainer: Trainer) -> Trainer:
     trainer.query = trainer.moco.query_encoder
     trainer.parameters = list(trainer.query.parameters())
     trainer.optimizer = torch.optim.SGD(trainer.parameters, 0.1, 0.9)
-    trainer.undo = guard.Undo(trainer.moco.query_encoder, trainer.moco.key_encoder)
+    trainer.undo = batch_norm.Undo(trainer.moco.query_encoder, trainer.moco.key_encoder)
     trainer.plan = dataclasses.replace(trainer.plan, device=device)
     trainer.splits = trainer.splits.to(device)
     trainer.source = view_source(
@@ -116,7 +118,7 @@ def test_a_step_of_one_process_waits_for_its_device_once(
         loss, logits_of = trainer.train_step()
         figures = trainer.metrics(loss, logits_of, 1.0, 1)
         assert figures.keys() >= {"train/loss", "health/rankme", "queue/own_images"}
-        monkeypatch.setattr(runtime.Session, "device", DEVICE)
+        monkeypatch.setattr(session.Session, "device", DEVICE)
         found.clear()
         trainer.knn_top1()
         assert found["read"] == 2  # are all images labelled; how many neighbours are right
@@ -126,10 +128,16 @@ def test_a_step_of_one_process_waits_for_its_device_once(
 
 def test_a_note_to_others_is_made_on_the_device() -> None:
     samples = torch.tensor([7, 5, 3])
-    assert guard.note(9, samples, 1, True, alone=False).tolist() == [9, 3, 1, 1, 7 + 2 * 5 + 3 * 3]
+    assert agreement.note(9, samples, 1, True, alone=False).tolist() == [
+        9,
+        3,
+        1,
+        1,
+        7 + 2 * 5 + 3 * 3,
+    ]
     with watched() as found:
         there = torch.empty(3, dtype=torch.int64, device=DEVICE)
-        assert guard.note(9, there, 1, True, alone=False).device == DEVICE
+        assert agreement.note(9, there, 1, True, alone=False).device == DEVICE
     assert not found
 
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_dist import doctor, doctor_checks
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.doctor import checks, run
 from moco_dist.errors import FaultsError
 from tests import processes
 
@@ -34,7 +34,7 @@ def examined(*more: str) -> tuple[str, float]:
     """Return the list of faults, '' without one, and the seconds that it took."""
     began = time.monotonic()
     try:
-        doctor.examine(load(PretrainConfig, [*SMALL, *more]))
+        run.examine(load(PretrainConfig, [*SMALL, *more]))
     except FaultsError as error:
         return str(error), time.monotonic() - began
     return "", time.monotonic() - began
@@ -79,15 +79,15 @@ def test_too_little_disk_and_memory_are_found(
 ) -> None:
     config = load(PretrainConfig, [*SMALL, f"output={tmp_path}/new/runs"])
     usage = shutil.disk_usage(tmp_path)
-    needs = doctor_checks.estimate(config, 100, 1)
-    assert not any(f.fault for f in doctor_checks.disk(config))
+    needs = checks.estimate(config, 100, 1)
+    assert not any(f.fault for f in checks.disk(config))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    (finding,) = doctor_checks.disk(config)
+    (finding,) = checks.disk(config)
     assert "has 0.0 GB free and the checkpoints need" in finding.fault
     cpu = torch.device("cpu")
     for pages, fault in ((2 * needs, False), (needs // 2, True)):
         monkeypatch.setattr(os, "sysconf", lambda name, n=pages: 1 if "SIZE" in name else n)
-        (finding,) = doctor_checks.memory(config, cpu, 100)
+        (finding,) = checks.memory(config, cpu, 100)
         assert bool(finding.fault) == fault
 
 
@@ -95,16 +95,15 @@ def test_the_estimate_grows_with_the_rows_of_a_process() -> None:
     """By what one more row keeps: the outputs of all layers, which two batches tell."""
     config = load(PretrainConfig, [*SMALL, "moco.queue_size=64"])
     one, two, four = (
-        doctor_checks.estimate(dataclasses.replace(config, batch_size=16 * n), 0, 1)
-        for n in (1, 2, 4)
+        checks.estimate(dataclasses.replace(config, batch_size=16 * n), 0, 1) for n in (1, 2, 4)
     )
     assert four - two == 2 * (two - one) > 0
     split = dataclasses.replace(config.runtime, micro_batches=2)
     halves = dataclasses.replace(config, batch_size=32, runtime=split)
     assert (
-        doctor_checks.estimate(halves, 0, 1)
+        checks.estimate(halves, 0, 1)
         == one
-        == doctor_checks.estimate(dataclasses.replace(config, batch_size=32), 0, 2)
+        == checks.estimate(dataclasses.replace(config, batch_size=32), 0, 2)
     )
 
 
@@ -117,7 +116,7 @@ def test_a_silent_server_of_wandb_is_a_warning_after_seconds(
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     config = load(PretrainConfig, [*SMALL, "tracking.wandb=online"])
     began = time.monotonic()
-    finding = doctor_checks.wandb(config)
+    finding = checks.wandb(config)
     assert "does not answer" in finding.warning
     assert not finding.fault
     assert time.monotonic() - began < 10
@@ -132,10 +131,10 @@ def test_a_name_that_is_looked_up_for_long_is_a_warning_after_seconds(
         looked_up.wait()
         raise OSError
 
-    monkeypatch.setattr(doctor_checks, "PATIENCE", 0.2)
+    monkeypatch.setattr(checks, "PATIENCE", 0.2)
     monkeypatch.setattr(socket, "create_connection", connection)
     began = time.monotonic()
-    finding = doctor_checks.wandb(load(PretrainConfig, [*SMALL, "tracking.wandb=online"]))
+    finding = checks.wandb(load(PretrainConfig, [*SMALL, "tracking.wandb=online"]))
     looked_up.set()
     assert "does not answer (nothing within 1.2 s)" in finding.warning
     assert time.monotonic() - began < 10
@@ -145,7 +144,7 @@ def test_unreadable_images_that_are_to_be_skipped_are_counted(tmp_path: Path) ->
     Image.new("RGB", (20, 30)).save(tmp_path / "good.png")
     (tmp_path / "text.jpg").write_text("no image")
     given = ["data.name=folder", f"data.root={tmp_path}", "data.skip_unreadable=true"]
-    ((finding, _), _) = doctor_checks.data(load(PretrainConfig, given).data, channels=3)
+    ((finding, _), _) = checks.data(load(PretrainConfig, given).data, channels=3)
     assert finding.fault == ""
     assert finding.found.endswith("in 2 sampled files, 1 of them unreadable and left out")
 
@@ -155,10 +154,10 @@ def test_colors_of_the_images_are_those_of_their_squares(tmp_path: Path) -> None
     for number, red in enumerate((255, 0, 0, 0)):
         Image.new("RGB", (40, 30), (red, 51, 0)).save(tmp_path / f"{number}.png")
     config = load(PretrainConfig, ["data.name=folder", f"data.root={tmp_path}"]).data
-    (_, colors), _ = doctor_checks.data(config, channels=3)
+    (_, colors), _ = checks.data(config, channels=3)
     spread = (0.25 * 0.75) ** 0.5
     assert f"views.mean=[0.2500,0.2000,0.0000] views.std=[{spread:.4f},0.0000," in colors.found
-    (_, gray), _ = doctor_checks.data(config, channels=1)
+    (_, gray), _ = checks.data(config, channels=1)
     assert re.match(r"views.mean=\[0\.\d{4}\] views.std=\[0\.\d{4}\] are", gray.found)
 
 

@@ -14,13 +14,14 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_dist import encoder_files, export
-from moco_dist.config import EncoderConfig, PretrainConfig
-from moco_dist.config_files import flat, load, to_dict
-from moco_dist.config_probe import ProbeConfig
-from moco_dist.encoder import build_encoder
-from moco_dist.exporting.export_targets import TARGETS
-from moco_dist.probing import foreign_encoder
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import EncoderConfig, PretrainConfig
+from moco_dist.config.yaml_files import flat, load, to_dict
+from moco_dist.encoders import load as encoders_load
+from moco_dist.encoders import state_dict
+from moco_dist.export import run
+from moco_dist.export.targets import TARGETS
+from moco_dist.method.encoder import build_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "configs").glob("*.md"))
@@ -47,7 +48,7 @@ def test_the_commands_of_a_page_are_taken(page: Path, monkeypatch: pytest.Monkey
         exported.append(arguments)
         return page.parent
 
-    monkeypatch.setattr(export, "export", note)
+    monkeypatch.setattr(run, "export", note)
     found = list(commands(page))
     assert found
     for words in found:
@@ -60,7 +61,7 @@ def test_the_commands_of_a_page_are_taken(page: Path, monkeypatch: pytest.Monkey
             continue
         arguments = words[words.index("-m") + 2 :]
         if module == "export":
-            assert export.run(arguments) == 0
+            assert run.run(arguments) == 0
             assert exported[-1][1] in TARGETS
         else:
             load(SCHEMAS[module], arguments)
@@ -110,13 +111,13 @@ def test_the_lines_for_their_checkpoints_give_the_same_encoder(
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "configs/migration.md").read_text(), re.S)
     exec(compile(lines, "migration.md", "exec"), {})
     path = tmp_path / "backbone.safetensors"
-    backbone, config, _ = foreign_encoder.load(path)
+    backbone, config, _ = state_dict.load(path)
     assert (config.backbone, config.stem) == ("resnet18", "imagenet")
     images = torch.randn(2, 3, 64, 64).double()
     theirs = model.double().eval()(images)
     assert (backbone.double()(images) - theirs).abs().max() < 1e-9
     encoder = build_encoder(EncoderConfig(stem="imagenet"), seed=3)
-    taken, left = encoder_files.start_from(encoder, path)
+    taken, left = encoders_load.start_from(encoder, path)
     assert len(taken) == 120
     assert left == []
 

@@ -11,10 +11,11 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_dist import moco
-from moco_dist.config import BACKBONES, EncoderConfig
-from moco_dist.encoder import GroupedBatchNorm, batch_norms, build_encoder
+from moco_dist.config.recipe import BACKBONES, EncoderConfig
 from moco_dist.errors import ConfigError
+from moco_dist.method import batch_norm
+from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms
+from moco_dist.method.encoder import build_encoder
 
 
 def separate_norms(groups: int, channels: int) -> list[nn.BatchNorm2d]:
@@ -62,7 +63,7 @@ def test_evaluation_uses_the_mean_of_the_groups_statistics() -> None:
     grouped(x)
     for norm, part in zip(separate, x.split(3), strict=True):
         norm(part)
-    moco.average_statistics(grouped)
+    batch_norm.average_statistics(grouped)
     grouped.eval()
     whole = nn.BatchNorm2d(5).double().eval()
     for name in ("running_mean", "running_var"):
@@ -176,7 +177,7 @@ def test_a_model_of_timm_has_its_features_and_grouped_norms(name: str) -> None:
     count = sum(isinstance(module, nn.BatchNorm2d) for module in theirs.modules())
     assert len(batch_norms(encoder)) == count > 0
     encoder.train()(torch.randn(4, 3, 64, 64))
-    moco.average_statistics(encoder)
+    batch_norm.average_statistics(encoder)
     theirs.load_state_dict(encoder.backbone.state_dict())
     x = torch.randn(1, 3, 64, 64)
     features = encoder.eval().backbone(x)
@@ -188,8 +189,8 @@ def test_a_model_of_timm_without_batchnorm_has_no_statistics() -> None:
     encoder = build_encoder(
         EncoderConfig(backbone="timm/vit_tiny_patch16_224", stem="imagenet"), 0, 2, 2
     )
-    assert moco.group_statistics(encoder) == {}
-    moco.average_statistics(encoder)
+    assert batch_norm.group_statistics(encoder) == {}
+    batch_norm.average_statistics(encoder)
     assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
 

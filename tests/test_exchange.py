@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco_dist import comms
+from moco_dist.distributed import comms
 from tests import processes
 
 

@@ -17,15 +17,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import moco_dist
-from moco_dist import checkpoint, export, fingerprint, moco_layout, probe, saving
-from moco_dist.config import EncoderConfig, PretrainConfig, ViewsConfig
-from moco_dist.config_files import load, to_dict
-from moco_dist.config_probe import ProbeConfig
-from moco_dist.encoder import Encoder, build_encoder
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.yaml_files import load, to_dict
+from moco_dist.distributed import fingerprint
+from moco_dist.encoders import checkpoints
+from moco_dist.encoders import names as encoders_names
+from moco_dist.encoders import original as encoders_original
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
-from moco_dist.exporting import export_targets
-from moco_dist.moco import MoCo
-from moco_dist.probing import linear_probe
+from moco_dist.export import run as export_run
+from moco_dist.export import targets
+from moco_dist.method.encoder import Encoder, build_encoder
+from moco_dist.method.moco import MoCo
+from moco_dist.probe import linear_probe
+from moco_dist.probe import run as probe_run
+from moco_dist.runs import checkpoint, saving
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -62,7 +68,7 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encoder_of(run: Path) -> Encoder:
-    return checkpoint.load_encoder(checkpoint.find(run))[0]
+    return checkpoints.load_encoder(checkpoints.find(run))[0]
 
 
 def assert_same(theirs: Tensor, run: Path) -> None:
@@ -85,7 +91,7 @@ def test_torchvision_and_timm_load_it(stem: str, request: pytest.FixtureRequest)
         ("torchvision", lambda: torchvision.models.resnet18()),
         ("timm", lambda: timm.create_model("resnet18", num_classes=0)),
     ):
-        folder = export.export(run, target)
+        folder = export_run.export(run, target)
         assert folder == run / "export" / target
         model = make() if stem == "imagenet" else small_stem(make())
         model.fc = nn.Identity()
@@ -96,7 +102,7 @@ def test_torchvision_and_timm_load_it(stem: str, request: pytest.FixtureRequest)
 def test_timm_loads_the_folder_by_name_with_its_normalisation(imagenet: Path) -> None:
     import timm
 
-    model = timm.create_model(f"local-dir:{export.export(imagenet, 'timm')}", pretrained=True)
+    model = timm.create_model(f"local-dir:{export_run.export(imagenet, 'timm')}", pretrained=True)
     assert_same(model.eval()(IMAGES), imagenet)
     settings: Any = model.pretrained_cfg
     assert list(settings["mean"]) == ViewsConfig().mean
@@ -106,7 +112,7 @@ def test_timm_loads_the_folder_by_name_with_its_normalisation(imagenet: Path) ->
 def test_transformers_loads_it(imagenet: Path) -> None:
     from transformers import ResNetModel
 
-    folder = export.export(imagenet, "huggingface")
+    folder = export_run.export(imagenet, "huggingface")
     loaded: Any = ResNetModel.from_pretrained(folder, output_loading_info=True)
     model, found = loaded
     assert not any(found.values())
@@ -117,7 +123,7 @@ def test_a_narrow_bottleneck_fits_into_transformers(tmp_path: Path) -> None:
     from transformers import ResNetModel
 
     run = written(tmp_path / "r", backbone="resnet50", width=8, stem="imagenet")
-    model: Any = ResNetModel.from_pretrained(export.export(run, "huggingface"))
+    model: Any = ResNetModel.from_pretrained(export_run.export(run, "huggingface"))
     model.eval()
     theirs, ours = model(IMAGES).pooler_output.flatten(1), encoder_of(run).backbone(IMAGES)
     assert float((theirs.detach() - ours).abs().max()) < 1e-5 * max(1, float(ours.abs().max()))
@@ -127,7 +133,7 @@ def test_onnxruntime_runs_it_on_any_number_of_images(tmp_path: Path) -> None:
     import onnxruntime
 
     run = written(tmp_path / "narrow", width=8)
-    session = onnxruntime.InferenceSession(export.export(run, "onnx") / "model.onnx")
+    session = onnxruntime.InferenceSession(export_run.export(run, "onnx") / "model.onnx")
     backbone = encoder_of(run).backbone
     for rows in (1, 3):
         (theirs,) = session.run(None, {"images": IMAGES[:rows].numpy()})
@@ -137,7 +143,7 @@ def test_onnxruntime_runs_it_on_any_number_of_images(tmp_path: Path) -> None:
 
 def test_detectron2_gets_its_names_and_every_weight_once(imagenet: Path) -> None:
     """Its names written out for a block of each kind; detectron2 can't be installed by name."""
-    folder = export.export(imagenet, "detectron2")
+    folder = export_run.export(imagenet, "detectron2")
     with (folder / "backbone.pkl").open("rb") as file:
         saved = pickle.load(file)
     assert (saved["__author__"], saved["matching_heuristics"]) == ("moco_dist", True)
@@ -153,15 +159,15 @@ def test_detectron2_gets_its_names_and_every_weight_once(imagenet: Path) -> None
     for name, ours in pairs.items():
         assert torch.from_numpy(theirs[name]).equal(own[ours])
     kept = [name for name in own if not name.endswith("num_batches_tracked")]
-    assert sorted(map(export_targets.from_detectron2, theirs)) == sorted(kept)
+    assert sorted(map(encoders_names.from_detectron2, theirs)) == sorted(kept)
     assert "DEPTH: 18" in (folder / "README.md").read_text()
 
 
 def test_the_original_scripts_find_both_encoders_and_the_queue(imagenet: Path) -> None:
-    path = export.export(imagenet, "moco") / "model.pth.tar"
+    path = export_run.export(imagenet, "moco") / "model.pth.tar"
     saved = torch.load(path, weights_only=True)
     assert (saved["epoch"], saved["arch"]) == (2, "resnet18")
-    tensors, found = saved["state_dict"], checkpoint.find(imagenet)
+    tensors, found = saved["state_dict"], checkpoints.find(imagenet)
     assert tensors["module.queue"].equal(found.model["queue.keys"].T)
     assert tensors["module.queue_ptr"].tolist() == [50 % 40]
     for which, ours in (("q", "query"), ("k", "key")):
@@ -194,10 +200,12 @@ def test_moco_to_ours_to_moco_keeps_every_bit(tmp_path: Path, head: str, enqueue
     original = {"epoch": 200, "arch": "resnet18", "state_dict": tensors}
     path = tmp_path / "moco.pth.tar"
     torch.save(original, path)
-    found = checkpoint.find(path)
+    found = checkpoints.find(path)
     again = checkpoint.read(saving.write(tmp_path / "ours", 1, found.model, {}, found.state))
-    config = checkpoint.load_encoder(again)[1]
-    back = moco_layout.write(again.model, config, again.state["epoch"], again.state["enqueued"])
+    config = checkpoints.load_encoder(again)[1]
+    back = encoders_original.write(
+        again.model, config, again.state["epoch"], again.state["enqueued"]
+    )
     assert (back["epoch"], back["arch"]) == (200, "resnet18")
     assert back["state_dict"].keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -214,7 +222,7 @@ def test_a_checkpoint_of_the_original_scripts_is_probed(tmp_path: Path) -> None:
     torch.save({"epoch": 200, "arch": "resnet18", "state_dict": tensors}, path)
     settings = ["data.shapes_train=60", "data.shapes_test=20", "batch_size=16", "epochs=1"]
     settings += [f"encoder={path}", f"output={tmp_path}", "name=p", "augment=false", "knn.k=5"]
-    probe.run(load(ProbeConfig, [*settings, "runtime.device=cpu", "control=false"]))
+    probe_run.run(load(ProbeConfig, [*settings, "runtime.device=cpu", "control=false"]))
     results = json.loads((tmp_path / "p" / "DONE").read_text())
     assert 0 <= results["probe"]["test"]["top1"] <= 1
 
@@ -231,21 +239,21 @@ def test_a_checkpoint_of_the_original_scripts_is_probed(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_named(
     imagenet: Path, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
-    found = checkpoint.find(imagenet)
-    content = moco_layout.write(found.model, EncoderConfig(head="mlp"), 1, 0)
+    found = checkpoints.find(imagenet)
+    content = encoders_original.write(found.model, EncoderConfig(head="mlp"), 1, 0)
     if change.pop("extra", False):
         content["state_dict"]["module.extra"] = torch.zeros(1)
     if change.pop("missing", False):
         del content["state_dict"]["module.encoder_q.bn1.bias"]
     torch.save(content | change, tmp_path / "x.pth")
     with pytest.raises(DataError, match=sentence):
-        checkpoint.find(tmp_path / "x.pth")
+        checkpoints.find(tmp_path / "x.pth")
 
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": Path("x")}, tmp_path / "x.pth")
     with pytest.raises(DataError, match=r"not a file of tensors that torch\.save wrote"):
-        checkpoint.find(tmp_path / "x.pth")
+        checkpoints.find(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +272,7 @@ def test_an_architecture_without_a_place_is_one_sentence(
 ) -> None:
     run = written(tmp_path / "r", **encoder)
     with pytest.raises(ConfigError, match=reason):
-        export.export(run, target)
+        export_run.export(run, target)
     assert not any((run / "export").glob("*"))
 
 
@@ -286,20 +294,20 @@ def test_without_the_library_there_is_a_sentence_and_no_file(
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingError, match=re.escape(command)):
-        export.export(imagenet, target, tmp_path / "out")
+        export_run.export(imagenet, target, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_that_is_not_the_same_is_not_kept(
     imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(source: export_targets.Source, folder: Path) -> str:
-        lines = export_targets.torchvision(source, folder)
+    def broken(source: targets.Source, folder: Path) -> str:
+        lines = targets.torchvision(source, folder)
         return lines + "features = features + 1e-3 * features.abs().max()\n"
 
-    monkeypatch.setattr(export, "TARGETS", {"torchvision": broken})
+    monkeypatch.setattr(export_run, "TARGETS", {"torchvision": broken})
     with pytest.raises(AssertionError, match="its features differ by"):
-        export.export(imagenet, "torchvision", tmp_path / "out")
+        export_run.export(imagenet, "torchvision", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -308,9 +316,9 @@ def test_a_folder_of_others_is_left_and_an_older_export_is_replaced(
 ) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(OutputError, match="is no export of ours"):
-        export.export(imagenet, "torchvision", tmp_path / "mine")
+        export_run.export(imagenet, "torchvision", tmp_path / "mine")
     for _ in range(2):
-        export.export(imagenet, "torchvision", tmp_path / "out")
+        export_run.export(imagenet, "torchvision", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
@@ -318,8 +326,10 @@ def test_load_encoder_reads_runs_and_exports_alike(imagenet: Path, tmp_path: Pat
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ViewsConfig().mean, ViewsConfig().std))
     expected = encoder_of(imagenet).backbone((images / 255 - mean) / std)
-    folders = [export.export(imagenet, target) for target in ("torchvision", "huggingface", "moco")]
-    paths: list[str | Path] = [imagenet, str(checkpoint.find(imagenet).path), *folders]
+    folders = [
+        export_run.export(imagenet, target) for target in ("torchvision", "huggingface", "moco")
+    ]
+    paths: list[str | Path] = [imagenet, str(checkpoints.find(imagenet).path), *folders]
     for path in paths:
         encoder = moco_dist.load_encoder(path)
         torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
@@ -327,7 +337,7 @@ def test_load_encoder_reads_runs_and_exports_alike(imagenet: Path, tmp_path: Pat
     key = moco_dist.load_encoder(imagenet, "key")
     assert fingerprint.of_module(key.backbone) != fingerprint.of_module(encoder.backbone)
     with pytest.raises(DataError, match="an export for detectron2 can't be read back"):
-        moco_dist.load_encoder(export.export(imagenet, "detectron2"))
+        moco_dist.load_encoder(export_run.export(imagenet, "detectron2"))
 
 
 def test_importing_the_package_loads_no_torch() -> None:
@@ -349,7 +359,7 @@ def test_the_card_has_the_figures_of_this_checkpoint_alone(tmp_path: Path) -> No
     for which, shown in (("another", False), (fingerprint.of_module(encoder_of(run)), True)):
         saving.write(probed, 3, {"a": torch.zeros(1)}, {}, {"encoder": which})
         (probed / "DONE").write_text(json.dumps(results))
-        card = (export.export(run, "torchvision") / "README.md").read_text()
+        card = (export_run.export(run, "torchvision") / "README.md").read_text()
         assert "22.2%" in card
         assert "11.1%" not in card
         assert ("43.21%" in card) == ("12.34%" in card) == shown
@@ -359,9 +369,9 @@ def test_the_command_exports_and_says_what_is_wrong(
     imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert export.run([str(imagenet), "--to", "torchvision", "--output", str(out)]) == 0
+    assert export_run.run([str(imagenet), "--to", "torchvision", "--output", str(out)]) == 0
     assert (out / "README.md").is_file()
-    assert export.run([str(imagenet), "--to", "keras"]) == 78
+    assert export_run.run([str(imagenet), "--to", "keras"]) == 78
     assert "invalid choice: 'keras'" in capsys.readouterr().err
-    assert export.run([str(tmp_path / "none"), "--to", "timm"]) == 66
-    assert export.run([str(imagenet), "--to", "moco", "--encoder", "key"]) == 78
+    assert export_run.run([str(tmp_path / "none"), "--to", "timm"]) == 66
+    assert export_run.run([str(imagenet), "--to", "moco", "--encoder", "key"]) == 78

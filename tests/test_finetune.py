@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_dist import views
-from moco_dist.config import EncoderConfig
-from moco_dist.encoder import batch_norms, build_encoder
-from moco_dist.probing.finetune import calibrate
+from moco_dist.config.recipe import EncoderConfig
+from moco_dist.method import views
+from moco_dist.method.batch_norm import batch_norms
+from moco_dist.method.encoder import build_encoder
+from moco_dist.probe.finetune import calibrate
 from tests.probes import prepared, pretrain
 
 

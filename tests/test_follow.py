@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moco_dist import run_lock
-from moco_dist.reporting import follow
+from moco_dist.runs import lock as runs_lock
+from moco_dist.tracking import follow
 from tests import terminal
 from tests.test_launch import TINY, python
 
@@ -66,7 +66,7 @@ def test_lines_come_as_they_are_written_and_the_end_ends_it(run: Path) -> None:
         metrics.write_text(metrics.read_text() + loss(20))
         status(run, "done")
 
-    lock = run_lock.RunLock(run)
+    lock = runs_lock.RunLock(run)
     try:
         lines = followed(
             run,

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from moco_dist import data, fingerprint
-from moco_dist.config import DataConfig, PretrainConfig
-from moco_dist.config_files import from_dict, load, to_dict
+from moco_dist.config.recipe import DataConfig, PretrainConfig
+from moco_dist.config.yaml_files import from_dict, load, to_dict
+from moco_dist.data import datasets, image_file, image_folder
+from moco_dist.distributed import fingerprint
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
-from moco_dist.images import image_file, image_folder
 
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
 
@@ -163,7 +163,7 @@ def test_any_file_name_is_read_cached_and_printable(tmp_path: Path, name: bytes)
 def test_a_name_of_any_length_has_one_short_sentence() -> None:
     long = "A" * 60_000
     with pytest.raises(MissingError) as missing:
-        data.load(load(PretrainConfig, ["data.name=folder", f"data.root={long}"]).data)
+        datasets.load(load(PretrainConfig, ["data.name=folder", f"data.root={long}"]).data)
     assert str(missing.value) == (
         f"{'A' * 60}... (60000 characters): no such folder; "
         "give the folder of the images as data.root=DIR"
@@ -173,7 +173,7 @@ def test_a_name_of_any_length_has_one_short_sentence() -> None:
             load(PretrainConfig, [argument])
         assert len(str(refused.value)) < 300
     with pytest.raises(MissingError) as missing:
-        data.load(DataConfig(name="cifar10", root=long))
+        datasets.load(DataConfig(name="cifar10", root=long))
     assert len(str(missing.value)) < 400
 
 
@@ -182,7 +182,7 @@ BOMB = """
 import resource, sys
 from dataclasses import replace
 from pathlib import Path
-from moco_dist.images import image_folder
+from moco_dist.data import image_folder
 from moco_dist.errors import DataError
 listing = image_folder.scan(Path(sys.argv[1]), labelled=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -269,7 +269,7 @@ def test_a_file_as_root_is_refused_unless_it_is_an_archive_of_images(tmp_path: P
     for kind, name in (("cifar10", "set.tar"), ("folder", "notes.txt")):
         config = DataConfig(name=kind, root=str(tmp_path / name))  # type: ignore[arg-type]
         with pytest.raises(DataError) as error:
-            data.load(config)
+            datasets.load(config)
         assert str(error.value) == (
             f"data.root={tmp_path / name}: a file, and data.root needs a folder, or with "
             "data.name=folder a tar or zip file of images"
@@ -298,11 +298,11 @@ def test_an_archive_gives_what_its_folder_gives(tmp_path: Path, kind: str, aroun
     for number, name in enumerate(["train/a", "train/a", "train/b", "train/b", "test/a", "test/b"]):
         write_image(folder / name / f"{number}.png")
     config = DataConfig(name="folder", root=str(folder), size=8, validation=0, cache=cache)
-    plain = data.load(config)
+    plain = datasets.load(config)
     archive = packed(folder, tmp_path / "archive", kind, around)
     shutil.rmtree(folder)
     for _ in ("unpacked", "again, from the cache"):
-        unpacked = data.load(replace(config, root=str(archive)))
+        unpacked = datasets.load(replace(config, root=str(archive)))
         assert unpacked.fingerprint == plain.fingerprint
         assert unpacked.train.classes == ("a", "b")
     names = [path.name for path in (tmp_path / "cache").iterdir()]
@@ -321,7 +321,7 @@ def test_an_archive_does_not_leave_its_folder(tmp_path: Path, place: str) -> Non
             entry.type, entry.linkname = tarfile.SYMTYPE, "../../../evil"
         tar.addfile(entry)
     with pytest.raises((DataError, MissingError), match=r"can't be unpacked|no images"):
-        data.load(DataConfig(name="folder", root=str(archive), cache=str(cache)))
+        datasets.load(DataConfig(name="folder", root=str(archive), cache=str(cache)))
     outside = [path for path in tmp_path.rglob("evil") if cache not in path.parents]
     assert outside == []
     assert not list(tmp_path.rglob("*.tmp"))
@@ -332,7 +332,7 @@ def test_a_cut_archive_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     archive = packed(tmp_path / "set", tmp_path / "set", "gztar", True)
     archive.write_bytes(archive.read_bytes()[:150])
     with pytest.raises(DataError, match="can't be unpacked"):
-        data.load(DataConfig(name="folder", root=str(archive), cache=str(tmp_path / "cache")))
+        datasets.load(DataConfig(name="folder", root=str(archive), cache=str(tmp_path / "cache")))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -369,7 +369,7 @@ def test_planted_archives_are_not_unpacked_and_planted_pickles_not_read(
     monkeypatch.delenv("no_proxy", raising=False)
     start = time.monotonic()
     with pytest.raises(MissingError, match="and can't be downloaded") as error:
-        data.load(DataConfig(name=name, root=str(root)))  # type: ignore[arg-type]
+        datasets.load(DataConfig(name=name, root=str(root)))  # type: ignore[arg-type]
     assert time.monotonic() - start < 20
     assert "\n" not in str(error.value)
     assert {path.name for path in tmp_path.iterdir()} == {"set"}
@@ -469,7 +469,7 @@ FORBIDDEN_CALLS = {
 
 
 # They read the files of tensors that others wrote, and may load those, as tensors alone.
-IMPORTERS = ("foreign_encoder", "moco_layout")
+IMPORTERS = ("state_dict", "original")
 
 
 def unsafe_calls(source: str, loads_tensors: bool = False) -> list[str]:
@@ -490,7 +490,7 @@ def unsafe_calls(source: str, loads_tensors: bool = False) -> list[str]:
 def test_no_file_calls_what_runs_the_code_of_its_input(path: Path) -> None:
     found = unsafe_calls(path.read_text(), path.stem in IMPORTERS)
     # An export proves the lines that it has just written itself, of numbers and known names.
-    assert found == (["exec", "compile"] if path.stem == "export_targets" else [])
+    assert found == (["exec", "compile"] if path.stem == "targets" else [])
 
 
 def test_each_call_that_runs_code_would_be_found() -> None:

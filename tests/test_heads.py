@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from moco_dist.config import OptimConfig
-from moco_dist.config_probe import GridConfig
-from moco_dist.probing import heads
+from moco_dist.config.probe import GridConfig
+from moco_dist.config.recipe import OptimConfig
+from moco_dist.probe import heads
 from tests.probes import prepared, pretrain, tinted
 
 

@@ -13,10 +13,12 @@ import torch
 from scipy.spatial.distance import pdist
 from torch import Tensor
 
-from moco_dist import data, health, runtime
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
-from moco_dist.trainer import Trainer
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.pretrain import health
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import session as runs_session
 from tests import processes
 from tests.test_one_run_any_machine import SMALL, distance, train
 
@@ -83,8 +85,8 @@ def test_own_images_are_counted_one_by_one() -> None:
 
 def figures(folder: str, overrides: list[str], until: int) -> list[dict[str, Any]]:
     config = load(PretrainConfig, [*SMALL, f"output={folder}", *overrides])
-    session = runtime.start(config)
-    trainer = Trainer(config, session, data.load(config.data))
+    session = runs_session.start(config)
+    trainer = Trainer(config, session, datasets.load(config.data))
     steps = []
     while trainer.step < until:
         samples = trainer.plan.step(trainer.step).samples

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from moco_dist import data
-from moco_dist.config import DataConfig
+from moco_dist.config.recipe import DataConfig
+from moco_dist.data import datasets, image_file, image_folder, image_index, tar_shards
+from moco_dist.data.streamed_images import StreamedImages
+from moco_dist.data.worker_pool import WorkerPool
 from moco_dist.errors import ConfigError, DataError, MissingError
-from moco_dist.images import image_file, image_folder, image_index, tar_shards
-from moco_dist.images.streamed_images import StreamedImages
-from moco_dist.images.worker_pool import WorkerPool
 from tests import image_sets
 
 
@@ -124,9 +123,9 @@ def test_shards_hold_the_images_of_the_folder_they_were_made_of(
     folder: Path, tmp_path: Path, labels: str
 ) -> None:
     shards = image_sets.write_shards(folder, tmp_path / "tars", labels=labels)
-    plain = data.load(config(folder, tmp_path / "c", validation=0.0))
-    held = data.load(config(shards, tmp_path / "c", name="shards", validation=0.0))
-    streamed = data.load(
+    plain = datasets.load(config(folder, tmp_path / "c", validation=0.0))
+    held = datasets.load(config(shards, tmp_path / "c", name="shards", validation=0.0))
+    streamed = datasets.load(
         config(shards, tmp_path / "c", name="shards", validation=0.0, memory_gb=0, workers=1)
     )
     assert held.train.classes == ("0", "1", "2")
@@ -237,7 +236,7 @@ def test_what_is_wrong_with_shards_is_said(
     if members is not None:
         write_tar(tmp_path / "set" / "a.tar", members)
     with pytest.raises(kind) as error:
-        data.load(config(tmp_path / "set", tmp_path / "cache", name="shards"))
+        datasets.load(config(tmp_path / "set", tmp_path / "cache", name="shards"))
     assert sentence in str(error.value)
     assert str(error.value).startswith(str(tmp_path / "set"))
 
@@ -253,7 +252,7 @@ def test_a_tar_that_cant_be_read_at_any_place_is_named(tmp_path: Path, damage: s
     else:
         path.write_bytes({"cut": path.read_bytes()[:5000], "text": b"no tar" * 1000}[damage])
     with pytest.raises(DataError) as error:
-        data.load(config(tmp_path / "set", tmp_path / "cache", name="shards"))
+        datasets.load(config(tmp_path / "set", tmp_path / "cache", name="shards"))
     assert str(error.value).startswith(f"{path}: not a readable tar (")
     assert str(error.value).endswith(
         "data.name=shards needs whole tar files that are not compressed"
@@ -281,9 +280,9 @@ def test_memory_or_streaming_is_a_matter_of_the_configuration_alone(
     folder: Path, tmp_path: Path
 ) -> None:
     """24 training and 6 test images of 16 x 16 take 23,040 bytes."""
-    below = data.load(config(folder, tmp_path / "cache", memory_gb=23040 / 1e9))
-    above = data.load(config(folder, tmp_path / "cache", memory_gb=23039 / 1e9, workers=3))
-    assert isinstance(below.train, data.Images)
+    below = datasets.load(config(folder, tmp_path / "cache", memory_gb=23040 / 1e9))
+    above = datasets.load(config(folder, tmp_path / "cache", memory_gb=23039 / 1e9, workers=3))
+    assert isinstance(below.train, datasets.Images)
     assert below.held == (
         "in memory: squares of 16 x 16 take 2.3e-05 GB, data.memory_gb=2.304e-05 allows it"
     )
@@ -293,19 +292,19 @@ def test_memory_or_streaming_is_a_matter_of_the_configuration_alone(
         "data.memory_gb=2.3039e-05"
     )
     assert above.train.pool.pids() == []  # they start when they are needed
-    drawn = data.load(DataConfig(shapes_train=10, shapes_test=10, memory_gb=0))
+    drawn = datasets.load(DataConfig(shapes_train=10, shapes_test=10, memory_gb=0))
     assert drawn.held == "in memory: squares of 32 x 32 take 6.14e-05 GB, as shapes is"
 
 
 def test_a_run_does_not_go_on_with_views_of_another_kind(folder: Path, tmp_path: Path) -> None:
-    held = data.load(config(folder, tmp_path / "cache"))
-    streamed = data.load(config(folder, tmp_path / "cache", memory_gb=0))
-    data.require_same(held.fingerprint, held, tmp_path)
-    data.require_same(streamed.fingerprint, streamed, tmp_path)
+    held = datasets.load(config(folder, tmp_path / "cache"))
+    streamed = datasets.load(config(folder, tmp_path / "cache", memory_gb=0))
+    datasets.require_same(held.fingerprint, held, tmp_path)
+    datasets.require_same(streamed.fingerprint, streamed, tmp_path)
     with pytest.raises(ConfigError, match="images that were in memory, and now they are streamed"):
-        data.require_same(held.fingerprint, streamed, tmp_path)
+        datasets.require_same(held.fingerprint, streamed, tmp_path)
     with pytest.raises(ConfigError, match="images that were streamed, and now they are in memory"):
-        data.require_same(streamed.fingerprint, held, tmp_path)
-    other = data.load(config(folder, tmp_path / "cache", memory_gb=0, labels="none"))
+        datasets.require_same(streamed.fingerprint, held, tmp_path)
+    other = datasets.load(config(folder, tmp_path / "cache", memory_gb=0, labels="none"))
     with pytest.raises(ConfigError, match="was trained on other images"):
-        data.require_same(streamed.fingerprint, other, tmp_path)
+        datasets.require_same(streamed.fingerprint, other, tmp_path)

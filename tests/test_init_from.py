@@ -10,11 +10,13 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from moco_dist import data, moco, runtime
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
 from moco_dist.errors import ConfigError, DataError, MissingError
-from moco_dist.trainer import Trainer
+from moco_dist.method import batch_norm
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import session as runs_session
 
 ARGUMENTS = [
     *("data.shapes_train=40", "data.shapes_test=10", "data.size=16", "views.size=16"),
@@ -27,9 +29,9 @@ def started(output: Path, source: Path | str, *more: str) -> Trainer:
     start = [f"init_from={source}"] if source else []
     arguments = [*ARGUMENTS, f"output={output}", *start, *more]
     config = load(PretrainConfig, arguments)
-    session = runtime.start(config)
+    session = runs_session.start(config)
     try:
-        return Trainer(config, session, data.load(config.data))
+        return Trainer(config, session, datasets.load(config.data))
     finally:
         session.close()
 
@@ -60,7 +62,7 @@ def test_the_backbone_is_the_files_and_the_head_is_new(
         torch.save(saved, path)
     trainer = started(tmp_path, path)
     for encoder in (trainer.moco.query_encoder, trainer.moco.key_encoder):
-        moco.average_statistics(encoder)  # what an evaluation before the first step does
+        batch_norm.average_statistics(encoder)  # what an evaluation before the first step does
         ours = encoder.backbone.state_dict()
         assert all(ours[k].equal(v) for k, v in saved.items() if not k.startswith("fc."))
     listed = json.loads((tmp_path / "started" / "init_from.json").read_text())

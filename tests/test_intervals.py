@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy import stats
 
-from moco_dist.probing import intervals
+from moco_dist.probe import intervals
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 6, 9, 30, 101])

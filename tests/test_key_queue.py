@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 import torch
 
-from moco_dist.key_queue import KeyQueue
+from moco_dist.method.key_queue import KeyQueue
 
 
 @pytest.mark.parametrize("batches", [[4] * 9, [3, 5, 8, 1, 7, 2, 8, 8, 3], [8], [1, 1]])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moco_dist import knn
+from moco_dist.encoders import knn
 
 
 def by_hand(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from moco_dist import checkpoint
+from moco_dist.runs import checkpoint
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_dist import moco, schedule
-from moco_dist.config import EncoderConfig, MocoConfig, OptimConfig
-from moco_dist.encoder import build_encoder
+from moco_dist.config.recipe import EncoderConfig, MocoConfig, OptimConfig
+from moco_dist.method import loss as method_loss
+from moco_dist.method import moco, schedule
+from moco_dist.method.encoder import build_encoder
 
 
 def unit(rows: int, dim: int, seed: int) -> torch.Tensor:
@@ -42,10 +43,10 @@ def info_nce_by_hand(
 def test_info_nce_is_the_papers_formula(negatives: int, temperature: float) -> None:
     q, k, queue = unit(6, 8, 1), unit(6, 8, 2), unit(max(negatives, 1), 8, 3)[:negatives]
     owners = torch.randint(-1, 6, (negatives,), generator=torch.Generator().manual_seed(4))
-    loss, logits = moco.info_nce(q, k, queue, temperature, owners)
+    loss, logits = method_loss.info_nce(q, k, queue, temperature, owners)
     assert abs(float(loss) - info_nce_by_hand(q, k, queue, temperature, owners)) < 1e-12
     assert logits.shape == (6, 1 + negatives)
-    unmasked, _ = moco.info_nce(q, k, queue, temperature)
+    unmasked, _ = method_loss.info_nce(q, k, queue, temperature)
     nothing = torch.full_like(owners, -1)
     assert abs(float(unmasked) - info_nce_by_hand(q, k, queue, temperature, nothing)) < 1e-12
 
@@ -54,7 +55,7 @@ def test_only_queries_get_a_gradient_and_it_is_finite_with_an_empty_queue() -> N
     q = unit(4, 8, 1).requires_grad_()
     for negatives in (0, 5):
         q.grad = None
-        loss, _ = moco.info_nce(q, unit(4, 8, 2), unit(5, 8, 3)[:negatives], 0.1)
+        loss, _ = method_loss.info_nce(q, unit(4, 8, 2), unit(5, 8, 3)[:negatives], 0.1)
         loss.backward()
         assert q.grad is not None
         assert q.grad.isfinite().all()
@@ -64,7 +65,7 @@ def test_the_gradient_of_the_queries_is_that_of_differences() -> None:
     k, queue, owners = unit(4, 8, 2), unit(13, 8, 3), torch.arange(13) % 5 - 1
 
     def loss(q: torch.Tensor) -> torch.Tensor:
-        return moco.info_nce(q, k, queue, 0.1, owners)[0]
+        return method_loss.info_nce(q, k, queue, 0.1, owners)[0]
 
     assert torch.autograd.gradcheck(loss, unit(4, 8, 1).requires_grad_())
 

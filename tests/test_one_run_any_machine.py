@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco_dist import comms, data, fingerprint, runtime
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
-from moco_dist.trainer import Trainer
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.distributed import comms, fingerprint
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import session as runs_session
 from tests import processes
 
 # float64, BatchNorm in 8 groups, every augmentation, several epochs, a queue that wraps unevenly.
@@ -43,8 +45,8 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
     `nudge` changes each weight by at most that share of itself before the first step.
     """
     config = load(PretrainConfig, [*SMALL, f"output={folder}", *overrides])
-    session = runtime.start(config)
-    trainer = Trainer(config, session, data.load(config.data))
+    session = runs_session.start(config)
+    trainer = Trainer(config, session, datasets.load(config.data))
     if nudge:
         for module in (trainer.moco.query_encoder, trainer.moco.key_encoder):
             draws = torch.Generator().manual_seed(0)

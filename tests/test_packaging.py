@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from moco_dist import console_commands, packaged
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
 from tests import image_sets
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from moco_dist import comms, moco
+from moco_dist.distributed import comms
 from moco_dist.errors import ConfigError
-from moco_dist.plan import Plan, check_batch, check_groups
+from moco_dist.method import moco
+from moco_dist.method.plan import Plan, check_batch, check_groups
 from tests import processes
 
 PLAN = Plan(num_samples=1000, batch_size=64, seed=3)

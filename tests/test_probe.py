@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
-from moco_dist import checkpoint, data, probe, saving
-from moco_dist.config_files import load
-from moco_dist.config_probe import ProbeConfig
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.encoders import checkpoints
 from moco_dist.errors import ConfigError, DataError, MissingError, UserError
-from moco_dist.probing import probe_figures
+from moco_dist.probe import figures as probe_figures
+from moco_dist.probe import run as probe_run
+from moco_dist.runs import saving
 from tests import processes
 from tests.probes import PROBE, prepared, pretrain, run
 
@@ -49,7 +52,7 @@ def outcome(pretrained: str, output: str, *overrides: str) -> tuple[dict[str, An
     run(pretrained, output, *overrides)
     directory = Path(output) / "tiny-probe"
     results = leaves(json.loads((directory / "results.json").read_text()))
-    return results, checkpoint.find(directory).model
+    return results, checkpoints.find(directory).model
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -89,13 +92,13 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
     images = trial.parts["test"]
     assert len(images) == 37
     weight, bias = trial.heads.weight[0, 1, 1].detach(), trial.heads.bias[0, 1, 1].detach()
-    encoder, _, _ = checkpoint.load_encoder(checkpoint.find(pretrained))
+    encoder, _, _ = checkpoints.load_encoder(checkpoints.find(pretrained))
     encoder = encoder.double()
     loss, squares, top1, top5 = 0.0, 0.0, 0, 0
     confusion = [[0] * 10 for _ in range(10)]
     mean = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64)[:, None, None]
     std = torch.tensor([0.2023, 0.1994, 0.2010], dtype=torch.float64)[:, None, None]
-    assert isinstance(images, data.Images)
+    assert isinstance(images, datasets.Images)
     for pixels, label in zip(images.pixels, images.labels, strict=True):
         view = (pixels.double() / 255 - mean) / std
         features = encoder.backbone(view[None])[0].detach()
@@ -115,7 +118,7 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
 
 def test_the_encoder_is_the_one_on_disk_and_does_not_move(pretrained: Path, tmp_path: Path) -> None:
     trial = prepared(pretrained, tmp_path, "augment=true", "precision=fp32")
-    on_disk = load_file(checkpoint.find(pretrained).path / "model.safetensors")
+    on_disk = load_file(checkpoints.find(pretrained).path / "model.safetensors")
     for _ in range(3):
         trial.train_step()
     trial.frozen.check()
@@ -155,7 +158,7 @@ def test_separable_features_are_classified_perfectly(pretrained: Path, tmp_path:
 def in_parts(pretrained: str, output: str, *overrides: str) -> tuple[dict[str, Any], Any]:
     """Stop in the middle of an epoch, and go on."""
     arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", *overrides]
-    probe.run(load(ProbeConfig, [*arguments, "stop_at_step=5"]))
+    probe_run.run(load(ProbeConfig, [*arguments, "stop_at_step=5"]))
     assert not (Path(output) / "tiny-probe" / "results.json").exists()
     return outcome(pretrained, output, *overrides)
 
@@ -177,16 +180,18 @@ def test_an_interrupted_probe_gives_the_same_bits(
 
 def test_its_checkpoint_is_the_trained_classifier(pretrained: Path, tmp_path: Path) -> None:
     run(str(pretrained), str(tmp_path))
-    found = checkpoint.find(tmp_path / "tiny-probe")
+    found = checkpoints.find(tmp_path / "tiny-probe")
     assert found.model["heads.weight"].shape == (2, 1, 1, 10, 32)
-    assert found.state["classes"] == list(data.load(load(ProbeConfig, PROBE).data).train.classes)
+    assert found.state["classes"] == list(
+        datasets.load(load(ProbeConfig, PROBE).data).train.classes
+    )
     with pytest.raises(DataError, match="not a checkpoint of a pretraining, it holds best"):
-        checkpoint.load_encoder(found)
+        checkpoints.load_encoder(found)
 
 
 def refusal(*arguments: str, kind: type[Exception] = ConfigError) -> str:
     with pytest.raises(kind) as error:
-        probe.run(load(ProbeConfig, [*PROBE, *arguments]))
+        probe_run.run(load(ProbeConfig, [*PROBE, *arguments]))
     return str(error.value)
 
 
@@ -221,7 +226,7 @@ def test_bad_inputs_have_their_sentences(pretrained: Path, tmp_path: Path) -> No
 def test_a_probe_is_not_resumed_for_another_encoder(pretrained: Path, tmp_path: Path) -> None:
     run(str(pretrained), str(tmp_path))
     shutil.copytree(pretrained, tmp_path / "other" / "tiny")
-    found = checkpoint.find(tmp_path / "other" / "tiny")
+    found = checkpoints.find(tmp_path / "other" / "tiny")
     found.model["query_encoder.backbone.conv1.weight"] += 1
     saving.write(tmp_path / "other" / "tiny", 6, found.model, found.optimizer, found.state)
     message = refusal(f"encoder={tmp_path / 'other' / 'tiny'}", f"output={tmp_path}")

@@ -11,17 +11,20 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from moco_dist import checkpoint, data, probe, saving
-from moco_dist.config import EncoderConfig
-from moco_dist.config_files import load
-from moco_dist.config_probe import ProbeConfig
-from moco_dist.encoder import build_encoder
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import EncoderConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.data.shapes import CLASSES
+from moco_dist.encoders import checkpoints, source
+from moco_dist.encoders.source import require_trained
 from moco_dist.errors import ConfigError, DataError, UserError
-from moco_dist.images import overlap
-from moco_dist.images.shapes import CLASSES
-from moco_dist.probing import encoder_source, label_fraction, probe_results
-from moco_dist.probing.frozen import require_trained
-from moco_dist.probing.linear_probe import LinearProbe
+from moco_dist.method.encoder import build_encoder
+from moco_dist.probe import label_fraction, overlap
+from moco_dist.probe import results as probe_results
+from moco_dist.probe import run as probe_run
+from moco_dist.probe.linear_probe import LinearProbe
+from moco_dist.runs import saving
 from tests.probes import prepared, pretrain, results, run, tinted
 
 # Enough images to tell a few points from chance.
@@ -35,13 +38,13 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def many() -> data.Splits:
+def many() -> datasets.Splits:
     return tinted(1350, 600, 600)
 
 
 def tensors(pretrained: Path) -> dict[str, Tensor]:
     """Return the state dict of the pretrained backbone."""
-    return encoder_source.find(pretrained).backbone.state_dict()
+    return source.find(pretrained).backbone.state_dict()
 
 
 def trained(trial: LinearProbe) -> LinearProbe:
@@ -54,12 +57,12 @@ def trained(trial: LinearProbe) -> LinearProbe:
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as error:
-        encoder_source.find(path)
+        source.find(path)
     return str(error.value)
 
 
 def test_missing_and_renamed_tensors_of_a_run_are_named(pretrained: Path, tmp_path: Path) -> None:
-    found = checkpoint.find(pretrained)
+    found = checkpoints.find(pretrained)
     model = dict(found.model)
     model["query_encoder.backbone.layer3.norm"] = model.pop(
         "query_encoder.backbone.layer3.0.bn1.bias"
@@ -109,7 +112,7 @@ def test_an_encoder_without_training_is_no_trained_one(pretrained: Path, tmp_pat
         f"{path}: is a random encoder and no trained one: the weights of all its 20 normalising "
         "layers (bn1.weight and so on) are 1 and the biases 0, as before the first step"
     )
-    found = checkpoint.find(pretrained)
+    found = checkpoints.find(pretrained)
     first = saving.write(tmp_path, 0, found.model, found.optimizer, found.state)
     assert "is the state before the first step, a random encoder" in refusal(first)
     broken = tensors(pretrained) | {"bn1.bias": torch.full((4,), torch.nan)}
@@ -118,7 +121,7 @@ def test_an_encoder_without_training_is_no_trained_one(pretrained: Path, tmp_pat
 
 
 def test_a_random_encoder_passed_off_as_trained_is_not_better_than_the_control(
-    tmp_path: Path, many: data.Splits
+    tmp_path: Path, many: datasets.Splits
 ) -> None:
     """Disguised: its BatchNorm has been touched, and only the figures can tell."""
     path = tmp_path / "encoder.safetensors"
@@ -176,18 +179,18 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
     safetensors.save_file({name: each.contiguous() for name, each in tensors.items()}, path)
 
 
-def held(images: data.AnyImages) -> data.Images:
-    assert isinstance(images, data.Images)
+def held(images: datasets.AnyImages) -> datasets.Images:
+    assert isinstance(images, datasets.Images)
     return images
 
 
-def shuffled(images: data.AnyImages, seed: int) -> data.AnyImages:
+def shuffled(images: datasets.AnyImages, seed: int) -> datasets.AnyImages:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     return dataclasses.replace(images, labels=images.labels[order])
 
 
 def test_shuffled_labels_are_told_from_a_bad_encoder(
-    pretrained: Path, tmp_path: Path, many: data.Splits
+    pretrained: Path, tmp_path: Path, many: datasets.Splits
 ) -> None:
     fault = dataclasses.replace(
         many, train=shuffled(many.train, 1), validation=shuffled(many.validation, 2)
@@ -201,7 +204,7 @@ def test_shuffled_labels_are_told_from_a_bad_encoder(
 
 
 def test_shuffled_test_labels_are_told_by_the_validation_images(
-    pretrained: Path, tmp_path: Path, many: data.Splits
+    pretrained: Path, tmp_path: Path, many: datasets.Splits
 ) -> None:
     fault = dataclasses.replace(many, validation=many.train, test=shuffled(many.test, 3))
     trial = prepared(pretrained, tmp_path, *MANY, "epochs=20", "optim.lr=0.3", splits=fault)
@@ -211,13 +214,13 @@ def test_shuffled_test_labels_are_told_by_the_validation_images(
 
 
 def test_test_images_among_the_training_images_are_counted_and_named(
-    pretrained: Path, tmp_path: Path, many: data.Splits
+    pretrained: Path, tmp_path: Path, many: datasets.Splits
 ) -> None:
     train, test = held(many.train), held(many.test)
     pixels = train.pixels.clone()
     pixels[[7, 40, 900]] = test.pixels[[3, 3, 55]]
     fault = dataclasses.replace(many, train=dataclasses.replace(train, pixels=pixels))
-    found = {each.part: each for each in probe.find_overlaps(fault)}
+    found = {each.part: each for each in probe_run.find_overlaps(fault)}
     pairs = [
         (own, other)
         for own in range(len(test))
@@ -241,7 +244,7 @@ def test_test_images_among_the_training_images_are_counted_and_named(
     assert overlap.find(train, one[torch.tensor([1])], "test").pairs == [(0, 1)]
 
 
-def test_a_class_without_images_is_named(many: data.Splits) -> None:
+def test_a_class_without_images_is_named(many: datasets.Splits) -> None:
     train = many.train
     ghost = dataclasses.replace(train, classes=(*train.classes, "ghost"))
     with pytest.raises(DataError) as error:
@@ -259,7 +262,7 @@ def test_a_class_without_images_is_named(many: data.Splits) -> None:
     label_fraction.require_classes(train)
 
 
-def test_a_class_that_the_label_fraction_can_not_fill_is_named(many: data.Splits) -> None:
+def test_a_class_that_the_label_fraction_can_not_fill_is_named(many: datasets.Splits) -> None:
     train = many.train
     rare = (train.labels == 2).nonzero().flatten()[3:]
     kept = torch.ones(len(train), dtype=torch.bool)

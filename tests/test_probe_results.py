@@ -13,17 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 
-from moco_dist import checkpoint, data
-from moco_dist.config_files import load
-from moco_dist.config_probe import ProbeConfig
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.encoders import checkpoints, source, state_dict
 from moco_dist.errors import DataError, MissingError
-from moco_dist.probing import (
-    encoder_source,
-    foreign_encoder,
-    label_fraction,
-    probe_results,
-    verdict,
-)
+from moco_dist.probe import label_fraction, verdict
+from moco_dist.probe import results as probe_results
 from tests.probes import DATA, pretrain, results, run
 
 MANY = ["data.shapes_train=600", "data.shapes_test=200", "augment=false", "batch_size=60"]
@@ -51,7 +47,7 @@ def test_results_are_complete_and_consistent(probed: Path) -> None:
     assert content["train_images"] == 540
     assert content["interval"] == "95 %, Student t over 2 seeds"
     images = {"validation": 60, "test": 200}
-    splits = data.load(load(ProbeConfig, [*DATA, *MANY]).data)
+    splits = datasets.load(load(ProbeConfig, [*DATA, *MANY]).data)
     largest = splits.train.labels.bincount().argmax()
     for part, share in content["majority_top1"].items():
         labels = getattr(splits, part).labels
@@ -153,7 +149,7 @@ def test_the_verdict_follows_from_the_figures() -> None:
 
 
 def test_a_label_fraction_is_balanced_and_drawn_by_the_seed() -> None:
-    train = data.load(load(ProbeConfig, [*DATA, *MANY]).data).train
+    train = datasets.load(load(ProbeConfig, [*DATA, *MANY]).data).train
     drawn = [label_fraction.draw(train, 0.1, seed) for seed in (0, 0, 1)]
     assert len(drawn[0]) == 50  # 5.4 of each class
     for rows in drawn:
@@ -168,7 +164,7 @@ def test_a_label_fraction_is_balanced_and_drawn_by_the_seed() -> None:
 def test_a_state_dict_is_probed_as_its_run_is(
     pretrained: Path, tmp_path: Path, suffix: str
 ) -> None:
-    state = encoder_source.find(pretrained).backbone.state_dict()
+    state = source.find(pretrained).backbone.state_dict()
     path = tmp_path / f"tiny.{suffix}"
     if suffix == "pth":
         torch.save(state, path)
@@ -185,7 +181,7 @@ def test_published_architectures_are_known_by_their_tensors() -> None:
     for build in (resnet18, resnet34, resnet50, resnet101):
         with torch.device("meta"):
             state = build().state_dict()
-        found = foreign_encoder.infer(state, Path("x"))
+        found = state_dict.infer(state, Path("x"))
         assert (found.backbone, found.width, found.stem) == (build.__name__, 64, "imagenet")
 
 
@@ -197,7 +193,7 @@ def test_features_of_a_torchvision_file_are_those_of_torchvision(tmp_path: Path)
         for parameter in theirs.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    ours = encoder_source.find(tmp_path / "theirs.pth").backbone
+    ours = source.find(tmp_path / "theirs.pth").backbone
     theirs.fc = torch.nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=1e-5, atol=1e-5)
@@ -206,7 +202,7 @@ def test_features_of_a_torchvision_file_are_those_of_torchvision(tmp_path: Path)
 def test_what_is_no_state_dict_has_its_sentence(tmp_path: Path) -> None:
     def refusal(path: Path) -> str:
         with pytest.raises((DataError, MissingError)) as error:
-            encoder_source.find(path)
+            source.find(path)
         return str(error.value)
 
     path = tmp_path / "x.pth"
@@ -242,5 +238,5 @@ def test_an_encoder_is_probed_on_other_data_than_that_of_its_pretraining(
     # The test images have the colours of training images.
     assert content["overlap"]["test"]["images"] == 12
     assert "12 of 12 test images are training images too" in content["faults"][0]
-    found = checkpoint.find(tmp_path / "tiny-probe")
+    found = checkpoints.find(tmp_path / "tiny-probe")
     assert found.state["classes"] == ["dark", "light"]

@@ -14,13 +14,13 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from moco_dist import checkpoint, saving
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import flat, from_dict, load, to_dict, to_yaml
-from moco_dist.config_probe import ProbeConfig
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import flat, from_dict, load, to_dict, to_yaml
 from moco_dist.errors import ConfigError
-from moco_dist.key_queue import KeyQueue
-from moco_dist.plan import Plan
+from moco_dist.method.key_queue import KeyQueue
+from moco_dist.method.plan import Plan
+from moco_dist.runs import checkpoint, saving
 
 Config = TypeVar("Config")
 

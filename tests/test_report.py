@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from moco_dist import report, run_lock, run_record
 from moco_dist.errors import MissingError
+from moco_dist.report import run as report_run
+from moco_dist.runs import lock as runs_lock
+from moco_dist.runs import record as runs_record
 from tests.test_launch import TINY, python
 
 Text = Callable[..., str]
@@ -39,7 +41,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> Text:
     """Return what the command prints; no error may go beside it."""
 
     def tell(*runs: Path) -> str:
-        assert report.run(["--text", *map(str, runs)]) == 0
+        assert report_run.run(["--text", *map(str, runs)]) == 0
         captured = capsys.readouterr()
         assert captured.err == ""
         assert captured.out.isascii()
@@ -166,19 +168,19 @@ def test_a_run_without_an_owner_is_gone_and_one_with_an_owner_runs(
     run = tmp_path / "killed"
     shutil.copytree(runs / "real", run)
     write(run, status={"state": "running", "exit_status": None, "step": 0, "pid": os.getpid()})
-    lock = run_lock.RunLock(run)
+    lock = runs_lock.RunLock(run)
     try:
-        assert run_record.read(run).state == "running"
+        assert runs_record.read(run).state == "running"
         write(run, status={"state": "stopped", "exit_status": 75, "step": 5, "pid": 1})
-        assert run_record.read(run).state == "starting"  # the word is that of the start before
+        assert runs_record.read(run).state == "starting"  # the word is that of the start before
         write(run, status={"state": "stopped", "exit_status": 75, "step": 5, "pid": os.getpid()})
-        assert run_record.read(run).state == "stopped"  # about to leave
+        assert runs_record.read(run).state == "stopped"  # about to leave
         record = json.loads((run / ".lock").read_text())
         assert record["host"] == socket.gethostname()
     finally:
         lock.release()
     write(run, status={"state": "running", "exit_status": None, "step": 0, "pid": os.getpid()})
-    assert run_record.read(run).state == "gone"
+    assert runs_record.read(run).state == "gone"
     # A kill leaves the record behind: of a process that is no more, or of a reused number.
     for change in ({"pid": 2**22 + 1}, {"started": record["started"] + 1}):
         (run / ".lock").write_text(json.dumps(record | change))
@@ -191,10 +193,10 @@ def test_an_owner_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path) -
     run = write(tmp_path / "far", status={"state": "running", "exit_status": None, "step": 0})
     values = {"host": "elsewhere", "boot": "x", "pid": 5, "token": "t", "since": 1_700_000_000}
     (run / ".lock").write_text(json.dumps(values))
-    assert run_record.read(run).state == "running"
+    assert runs_record.read(run).state == "running"
     before = time.time() - 120
     os.utime(run / ".lock", (before, before))
-    found = run_record.read(run)
+    found = runs_record.read(run)
     assert found.state == "gone"
     assert "process 5 on elsewhere" in found.reason
 
@@ -203,7 +205,9 @@ def test_runs_that_are_not_there_have_a_sentence_and_the_others_a_table(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        report.run(["--text", *map(str, (tmp_path / "nowhere", runs / "real", runs / "real/DONE"))])
+        report_run.run(
+            ["--text", *map(str, (tmp_path / "nowhere", runs / "real", runs / "real/DONE"))]
+        )
         == 66
     )
     captured = capsys.readouterr()
@@ -214,12 +218,12 @@ def test_runs_that_are_not_there_have_a_sentence_and_the_others_a_table(
     )
     assert list(cells(captured.out)) == ["real"]
     with pytest.raises(MissingError):
-        run_record.read(tmp_path / "nowhere")
+        runs_record.read(tmp_path / "nowhere")
 
 
 def test_a_command_line_without_a_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.run([]) == 78
-    assert report.run(["--colour"]) == 78
+    assert report_run.run([]) == 78
+    assert report_run.run(["--colour"]) == 78
     assert capsys.readouterr().err == (
         "error: no run directory was given; give runs/NAME, one or several\n"
         "error: unrecognized arguments: --colour; see --help\n"
@@ -229,8 +233,8 @@ def test_a_command_line_without_a_run_is_refused(capsys: pytest.CaptureFixture[s
 def test_a_narrow_terminal_gets_names_on_lines_of_their_own(runs: Path, tmp_path: Path) -> None:
     long = tmp_path / ("n" * 60)
     shutil.copytree(runs / "real", long)
-    records = [run_record.read(run) for run in (long, runs / "real-probe")]
-    narrow = list(report.table(records, 80))
+    records = [runs_record.read(run) for run in (long, runs / "real-probe")]
+    narrow = list(report_run.table(records, 80))
     assert max(map(len, narrow)) <= 80
     assert "n" * 60 in narrow
-    assert len(list(report.table(records, None))) == 3
+    assert len(list(report_run.table(records, None))) == 3

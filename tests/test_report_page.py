@@ -17,18 +17,15 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from moco_dist import report, run_record
-from moco_dist.config import DataConfig
-from moco_dist.data import Images
+from moco_dist.config.recipe import DataConfig
+from moco_dist.data.datasets import Images
 from moco_dist.errors import MissingError
-from moco_dist.reporting import (
-    report_curves,
-    report_encoder,
-    report_figures,
-    report_overview,
-    report_results,
-    report_runs,
-)
+from moco_dist.report import curves, overview, results
+from moco_dist.report import encoder as report_encoder
+from moco_dist.report import figures as report_figures
+from moco_dist.report import run as report_run
+from moco_dist.runs import partners
+from moco_dist.runs import record as runs_record
 from tests.report_pages import Page, hostile, picture
 from tests.test_report import entries, runs, write
 
@@ -39,13 +36,13 @@ __all__ = ["runs"]
 def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a real pretraining, whose probe lies beside it."""
     place = tmp_path_factory.mktemp("page")
-    assert report.run([str(runs / "real"), "--output", str(place)]) == 0
+    assert report_run.run([str(runs / "real"), "--output", str(place)]) == 0
     return place / "report.html"
 
 
 def quick(place: Path, *found: Path) -> Page:
     arguments = [*map(str, found), "--quick", "--output", str(place)]
-    assert report.run(arguments) == 0
+    assert report_run.run(arguments) == 0
     return Page(place / "report.html")
 
 
@@ -113,8 +110,8 @@ def test_the_page_has_the_results_configuration_environment_and_command(
 
 
 def test_a_curve_holds_the_numbers_of_the_lines(runs: Path) -> None:
-    record = run_record.read(runs / "real-probe")
-    top1, top5, loss = (chart for chart, _ in report_curves.of_probes([("x", record)]))
+    record = runs_record.read(runs / "real-probe")
+    top1, top5, loss = (chart for chart, _ in curves.of_probes([("x", record)]))
     lines = [line for line in entries(runs / "real-probe") if "probe/top1" in line]
     assert len(lines) == 3
     for chart, key, factor in ((top1, "top1", 100), (top5, "top5", 100), (loss, "loss", 1)):
@@ -129,8 +126,8 @@ def test_a_line_without_an_epoch_stands_at_that_of_its_step(tmp_path: Path) -> N
     lines = [{"step": 10, "epoch": 2.0, "train/loss": 1.0}, {"step": 25, "knn/top1": 0.5}]
     write(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    record = run_record.read(tmp_path / "run")
-    assert report_curves.epochs(record, "knn/top1") == ([5.0], [0.5])
+    record = runs_record.read(tmp_path / "run")
+    assert curves.epochs(record, "knn/top1") == ([5.0], [0.5])
 
 
 def test_losses_that_differ_widely_are_on_a_logarithmic_axis() -> None:
@@ -156,8 +153,8 @@ def test_a_long_curve_is_drawn_as_means_inside_its_range() -> None:
 
 
 def test_the_loss_is_drawn_from_when_the_queue_was_full(runs: Path) -> None:
-    record = run_record.read(runs / "real")
-    found = report_curves.loss([("real", record)])
+    record = runs_record.read(runs / "real")
+    found = curves.loss([("real", record)])
     assert found
     lines = [line for line in entries(runs / "real") if line.get("queue/fill") == 1]
     assert list(found[0].series[0].y) == [line["train/loss"] for line in lines]
@@ -203,7 +200,7 @@ def test_a_run_that_ended_otherwise_says_so(
         (run / name).unlink()
     if status:
         write(run, status={"step": 4, **status})
-    assert words in report_overview.standing("cut", run_record.read(run))
+    assert words in overview.standing("cut", runs_record.read(run))
     if not status:
         text = quick(tmp_path / "out", run).text
         assert words in text
@@ -211,7 +208,7 @@ def test_a_run_that_ended_otherwise_says_so(
 
 
 def test_a_run_that_goes_on_says_how_far_it_is(runs: Path, tmp_path: Path) -> None:
-    code = "import sys, time; from moco_dist.run_lock import RunLock; from pathlib import Path\n"
+    code = "import sys, time; from moco_dist.runs.lock import RunLock; from pathlib import Path\n"
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     run = tmp_path / "going"
     shutil.copytree(runs / "real", run)
@@ -230,7 +227,7 @@ def test_a_bare_folder_gets_no_report_and_one_without_anything_readable_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bare").mkdir()
-    assert report.run([str(tmp_path / "bare")]) == 0
+    assert report_run.run([str(tmp_path / "bare")]) == 0
     assert list((tmp_path / "bare").iterdir()) == []
     assert "report:" not in capsys.readouterr().out
     broken = tmp_path / "broken"
@@ -247,7 +244,7 @@ def test_data_that_are_gone_are_told_and_the_rest_is_there(runs: Path, tmp_path:
         report_encoder.held_out(config)
     run = tmp_path / "early"
     shutil.copytree(runs / "real", run, ignore=shutil.ignore_patterns("checkpoints"))
-    assert report.run([str(run)]) == 0
+    assert report_run.run([str(run)]) == 0
     text = Page(run / "report" / "report.html").text
     assert "neighbours by this report: the run has no checkpoint yet." in text
 
@@ -260,7 +257,7 @@ def test_several_runs_are_one_page_beside_them_with_what_differs(
     path = tmp_path / "two" / "config.yaml"
     path.write_text(path.read_text().replace("temperature: 0.1", "temperature: 0.7"))
     each = [str(tmp_path / name) for name in ("one", "two")]
-    assert report.run([*each, "--quick"]) == 0
+    assert report_run.run([*each, "--quick"]) == 0
     found = Page(tmp_path / "report" / "report.html")
     assert "moco.temperature0.10.7" in found.text
     names = {str(attributes["id"]) for attributes in found.all("figure")}
@@ -270,35 +267,35 @@ def test_several_runs_are_one_page_beside_them_with_what_differs(
     assert "two: from" in str(loss["alt"])
     # The report lies among the runs and is none.
     capsys.readouterr()
-    assert report.run([*each, str(tmp_path / "report"), "--text"]) == 0
+    assert report_run.run([*each, str(tmp_path / "report"), "--text"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
         *("run", "one", "two")
     ]
 
 
 def test_a_report_is_not_written_over_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.run([str(runs / "real"), "--output", str(runs / "real-probe")]) == 78
+    assert report_run.run([str(runs / "real"), "--output", str(runs / "real-probe")]) == 78
     assert "is a run directory; give --output with another folder" in capsys.readouterr().err
 
 
 def test_a_pretraining_and_its_probe_find_each_other(runs: Path, tmp_path: Path) -> None:
-    pretraining, probe = (run_record.read(runs / name) for name in ("real", "real-probe"))
+    pretraining, probe = (runs_record.read(runs / name) for name in ("real", "real-probe"))
     for start in (pretraining, probe):
-        found = report_runs.with_partners([start])
+        found = partners.with_partners([start])
         assert [record.directory.name for record in found] == ["real", "real-probe"]
     shutil.copytree(runs / "real-probe", tmp_path / "alone")
     path = tmp_path / "alone" / "config.yaml"
     path.write_text(path.read_text().replace(f"encoder: {runs / 'real'}", "encoder: runs/absent"))
-    alone = run_record.read(tmp_path / "alone")
+    alone = runs_record.read(tmp_path / "alone")
     assert alone.config["encoder"] == "runs/absent"
-    assert report_runs.with_partners([alone]) == [alone]
+    assert partners.with_partners([alone]) == [alone]
 
 
-def result(top1: object, control: object, verdict: str = "") -> report_results.Results:
+def result(top1: object, control: object, verdict: str = "") -> results.Results:
     encoders = {"probe": {"test": {"top1": top1}}, "control": {"test": {"top1": control}}}
     counts = [[5000.0, 0.0], [0.0, 5000.0]]  # 10,000 images
     content = {"encoders": encoders, "verdict": verdict}
-    return report_results.Results(content, ["a", "b"], counts, "test")
+    return results.Results(content, ["a", "b"], counts, "test")
 
 
 def test_an_encoder_that_is_not_better_than_a_random_one_is_called_so() -> None:

@@ -19,15 +19,15 @@ from typing import Any, NoReturn
 
 import pytest
 
-from moco_dist import run_lock
 from moco_dist.errors import InUseError, OutputError
-from moco_dist.run_lock import RunLock
+from moco_dist.runs import lock as runs_lock
+from moco_dist.runs.lock import RunLock
 
 START = """
 import errno, fcntl, os, sys, time
 from pathlib import Path
 from moco_dist.errors import InUseError
-from moco_dist.run_lock import RunLock
+from moco_dist.runs.lock import RunLock
 run = Path(sys.argv[1])
 def without(*arguments):
     raise OSError(errno.ENOSYS, "no flock")
@@ -64,7 +64,7 @@ def holder(run: Path, script: str = HOLD) -> Iterator[subprocess.Popen[str]]:
 
 
 # Seconds on a busy machine; an owner elsewhere is waited for three times as long.
-AT_ONCE = run_lock.STALE / 3
+AT_ONCE = runs_lock.STALE / 3
 
 
 def taken(run: Path) -> float:
@@ -94,8 +94,8 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.1)
-    monkeypatch.setattr(run_lock, "STALE", 2.0)
+    monkeypatch.setattr(runs_lock, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(runs_lock, "STALE", 2.0)
 
 
 @pytest.mark.parametrize("flock", ["", WITHOUT_FLOCK], ids=["flock", "no flock"])
@@ -235,7 +235,7 @@ def test_another_machine_that_is_silent_is_taken_over_and_named(
 def test_another_machine_that_releases_it_meanwhile_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(runs_lock, "HEARTBEAT", 0.1)
     record(tmp_path)
     timer = threading.Timer(0.15, (tmp_path / ".lock").write_text, [""])
     timer.start()

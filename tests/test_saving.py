@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moco_dist import checkpoint, comms, data, runtime, saving
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
-from moco_dist.config_operation import CheckpointConfig
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.running import CheckpointConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.distributed import comms
 from moco_dist.errors import DataError, NumbersError
-from moco_dist.trainer import Trainer
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import checkpoint, saving, session
 from tests import processes
 from tests.test_trainer import TINY
 
@@ -122,7 +124,7 @@ def test_every_dtype_is_written_as_the_library_reads_it(tmp_path: Path) -> None:
 def wish(output: str) -> tuple[bool, bool]:
     """Let process 1 alone wish to save in the second step."""
     config = load(PretrainConfig, [*TINY, f"output={output}"])
-    trainer = Trainer(config, runtime.start(config), data.load(config.data))
+    trainer = Trainer(config, session.start(config), datasets.load(config.data))
     trainer.train_step()
     before = trainer.agreed.save
     trainer.train_step(wants_save=comms.rank() == 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from moco_dist.images import shapes
+from moco_dist.data import shapes
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,25 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from moco_dist import comms, data, features, peers, runtime, views
-from moco_dist.config import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
-from moco_dist.config_files import load
-from moco_dist.config_probe import ProbeConfig
-from moco_dist.encoder import build_encoder
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets, image_file
+from moco_dist.data.image_file import Recipe
+from moco_dist.data.streamed_images import StreamedImages
+from moco_dist.data.view_source import StreamedSource
+from moco_dist.distributed import comms, peers
+from moco_dist.encoders import features
+from moco_dist.encoders.source import Source
 from moco_dist.errors import DataError
-from moco_dist.images import image_file
-from moco_dist.images.image_file import Recipe
-from moco_dist.images.streamed_images import StreamedImages
-from moco_dist.plan import Plan, Step
-from moco_dist.probing.encoder_source import Source
-from moco_dist.probing.linear_probe import LinearProbe
-from moco_dist.services import media, pictures
-from moco_dist.trainer import Trainer
-from moco_dist.view_source import StreamedSource
+from moco_dist.method import views
+from moco_dist.method.encoder import build_encoder
+from moco_dist.method.plan import Plan, Step
+from moco_dist.pretrain import pictures
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.probe.linear_probe import LinearProbe
+from moco_dist.runs import session
+from moco_dist.tracking import media
 from tests import image_sets, processes
 
 RUN = [
@@ -53,7 +57,7 @@ def streamed(root: Path, cache: Path, **values: Any) -> DataConfig:
     return DataConfig(name=name, root=str(root), cache=str(cache), **values)
 
 
-def close(splits: data.Splits) -> None:
+def close(splits: datasets.Splits) -> None:
     assert isinstance(splits.train, StreamedImages)
     splits.train.pool.close()
 
@@ -80,9 +84,9 @@ def test_streamed_squares_give_the_views_of_memory_up_to_eight_bits(
 ) -> None:
     """The crop is rounded to 256 levels where it is handed over, in two passes, and only there."""
     config = ViewsConfig(size=24, jitter=0.0, grayscale=0.0, mean=[0, 0, 0], std=[1, 1, 1])
-    held = data.load(streamed(squares, tmp_path, memory_gb=1.0))
-    from_disk = data.load(streamed(squares, tmp_path))
-    assert isinstance(held.train, data.Images)
+    held = datasets.load(streamed(squares, tmp_path, memory_gb=1.0))
+    from_disk = datasets.load(streamed(squares, tmp_path))
+    assert isinstance(held.train, datasets.Images)
     assert isinstance(from_disk.train, StreamedImages)
     samples = torch.arange(len(held.train))
     images, streaming = held.train.pixels, from_disk.train
@@ -131,7 +135,7 @@ def build(output: Path | str, root: Path | str, *overrides: str) -> Trainer:
     place = [f"output={output}", f"data.root={root}", f"data.cache={output}/cache"]
     name = [] if any(o.startswith("data.name") for o in overrides) else ["data.name=folder"]
     config = load(PretrainConfig, [*RUN, *name, *place, *overrides])
-    return Trainer(config, runtime.start(config), data.load(config.data))
+    return Trainer(config, session.start(config), datasets.load(config.data))
 
 
 def followed(output: str, root: str, until: int, overrides: list[str]) -> dict[str, Any]:
@@ -164,7 +168,7 @@ WAYS = [(symmetric, way) for symmetric in (False, True) for way in BY]
 
 def hashes(root: str, cache: str) -> list[list[str]]:
     """Return for each of the ways the hashes of the global batch's crops in four steps."""
-    splits = data.load(streamed(Path(root), Path(cache), workers=1))
+    splits = datasets.load(streamed(Path(root), Path(cache), workers=1))
     assert isinstance(splits.train, StreamedImages)
     plan = Plan(len(splits.train), 16, 5, comms.rank(), comms.world_size())
     config = ViewsConfig(size=24, jitter=0.0, grayscale=0.0)
@@ -228,8 +232,8 @@ def test_a_run_resumed_in_mid_epoch_on_other_processes_has_the_same_crops(
 
 def test_evaluation_sees_the_squares_that_memory_would_hold(folder: Path, tmp_path: Path) -> None:
     """Of images of many sizes, and with more batches than are decoded ahead."""
-    held = data.load(streamed(folder, tmp_path, memory_gb=1.0))
-    from_disk = data.load(streamed(folder, tmp_path))
+    held = datasets.load(streamed(folder, tmp_path, memory_gb=1.0))
+    from_disk = datasets.load(streamed(folder, tmp_path))
     encoder = build_encoder(EncoderConfig(width=2, dim=8), 0).eval()
     config, pauses = ViewsConfig(size=24), list[int]()
     for part in ("train", "validation", "test"):
@@ -247,7 +251,7 @@ def test_evaluation_sees_the_squares_that_memory_would_hold(folder: Path, tmp_pa
 def test_an_evaluation_that_is_stopped_leaves_the_workers_well(
     folder: Path, tmp_path: Path
 ) -> None:
-    images = data.load(streamed(folder, tmp_path, workers=1)).train
+    images = datasets.load(streamed(folder, tmp_path, workers=1)).train
     assert isinstance(images, StreamedImages)
     rows = torch.arange(len(images))
     expected = images.squares(rows)
@@ -316,7 +320,7 @@ def test_a_probe_trains_on_new_views_of_streamed_images(folder: Path, tmp_path: 
     architecture = EncoderConfig(width=2, dim=8)
     backbone = build_encoder(architecture, 0).backbone
     source = Source(backbone, architecture, config.views, "built here", "none", {})
-    trial = LinearProbe(config, runtime.start(config), data.load(config.data), source)
+    trial = LinearProbe(config, session.start(config), datasets.load(config.data), source)
     rows = trial.plans[0].step(0)
     inputs, labels, batch = trial.inputs()
     (views,) = trial.sources[0].any_views([(rows.samples, 0)], rows.epoch)

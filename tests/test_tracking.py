@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_dist import knn, tracking
-from moco_dist.config import ViewsConfig
+from moco_dist.config.recipe import ViewsConfig
+from moco_dist.encoders import knn
 from moco_dist.errors import StoppedError
-from moco_dist.services import feed
-from moco_dist.services.media import Album
+from moco_dist.tracking import feed
+from moco_dist.tracking import tracker as tracking_tracker
+from moco_dist.tracking.media import Album
 from tests.test_launch import TINY, lines, python
 
 HEADER = '{"schema": "moco_dist.metrics", "version": 1}\n'
@@ -29,7 +30,7 @@ def steps(path: Path) -> list[int]:
 def test_the_first_line_names_the_schema_and_stands_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for kept, step in ((-1, 0), (0, 1), (1, 2)):
-        tracking.json_lines(path, kept)(step, {"loss": 1.0})
+        tracking_tracker.json_lines(path, kept)(step, {"loss": 1.0})
         assert path.read_text().startswith(HEADER)
         assert steps(path) == [-1, *range(step + 1)]
 
@@ -38,14 +39,14 @@ def test_the_first_line_names_the_schema_and_stands_once(tmp_path: Path) -> None
 def test_lines_after_the_checkpoint_and_torn_ones_are_cut_off(tmp_path: Path, header: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(header + "".join(f'{{"step": {step}}}\n' for step in range(5)) + '{"step": 5, ')
-    tracking.json_lines(path, 3)(4, {})
+    tracking_tracker.json_lines(path, 3)(4, {})
     assert steps(path) == [-1] * bool(header) + [0, 1, 2, 3, 4]
 
 
 def test_a_torn_header_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(HEADER[:20])
-    tracking.json_lines(path, 7)(8, {})
+    tracking_tracker.json_lines(path, 7)(8, {})
     assert path.read_text().startswith(HEADER)
     assert steps(path) == [-1, 8]
 
@@ -53,7 +54,7 @@ def test_a_torn_header_is_written_again(tmp_path: Path) -> None:
 def test_pictures_of_later_steps_are_removed(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         (tmp_path / f"step_{step:08d}").mkdir()
-    tracking.cut_media(tmp_path, 10)
+    tracking_tracker.cut_media(tmp_path, 10)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["step_00000005", "step_00000010"]
 
 
@@ -95,12 +96,12 @@ class Book:
 def write(book: Book, path: Path) -> None:
     """Resume at step 2 and log steps 2 and 3 through a tracker."""
     path.write_text(HEADER + '{"step": 1, "time": 0, "a": 1}\n{"step": 2, "time": 0, "a": 2}\n')
-    with tracking.Tracker([], feeds=[feed.Feed(book, path)]) as tracker:
+    with tracking_tracker.Tracker([], feeds=[feed.Feed(book, path)]) as tracker:
         tracker.log(2, {"knn": 0.5})
         tracker.log(3, {"a": 3.0})
 
 
-def stop_in_an_evaluation(tracker: tracking.Tracker) -> None:
+def stop_in_an_evaluation(tracker: tracking_tracker.Tracker) -> None:
     with tracker:
         tracker.log(2, {"a": 2.0})
         tracker.log(3, {"a": 3.0})
@@ -121,7 +122,7 @@ def test_a_row_that_is_not_complete_waits_for_the_next_start(tmp_path: Path) -> 
         book = Book(anew=anew)
         path = tmp_path / "metrics.jsonl"
         path.write_text(HEADER)
-        tracker = tracking.Tracker([], feeds=[feed.Feed(book, path)])
+        tracker = tracking_tracker.Tracker([], feeds=[feed.Feed(book, path)])
         with pytest.raises(StoppedError):
             stop_in_an_evaluation(tracker)
         assert book.rows[-1][0] == last

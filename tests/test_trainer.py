@@ -13,12 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco_dist import comms, data, metrics, moco, runtime, views
-from moco_dist.bench_step import fill_queue
-from moco_dist.config import PretrainConfig
-from moco_dist.config_files import load
-from moco_dist.encoder import batch_norms
-from moco_dist.trainer import Trainer
+from moco_dist.bench.speed import fill_queue
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.distributed import comms
+from moco_dist.method import loss as method_loss
+from moco_dist.method import views
+from moco_dist.method.batch_norm import batch_norms
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import environment, session
 from tests import processes
 
 TINY = [
@@ -30,7 +34,7 @@ TINY = [
 
 def build(output: Path | str, *overrides: str) -> Trainer:
     config = load(PretrainConfig, [*TINY, f"output={output}", *overrides])
-    return Trainer(config, runtime.start(config), data.load(config.data))
+    return Trainer(config, session.start(config), datasets.load(config.data))
 
 
 def test_only_the_query_encoder_is_trained(tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def test_the_symmetric_loss_adds_both_directions_and_enqueues_both_views(tmp_pat
             )
         keys = keys[rows.unshuffle[number]]
         queries = network.query_encoder(by_hand.views(rows.samples, 0, query_view))
-        total += moco.info_nce(queries, keys, negatives, 0.1, own)[0].detach()
+        total += method_loss.info_nce(queries, keys, negatives, 0.1, own)[0].detach()
     loss, _ = trainer.train_step()
     assert float(loss) == pytest.approx(float(total) / 2, abs=1e-12)
 
@@ -189,7 +193,7 @@ def test_memory_is_the_peak_of_what_the_system_says_this_process_has() -> None:
     status = Path("/proc/self/status").read_text()
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]
     del ballast
-    assert metrics.memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.02)
+    assert environment.memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.02)
 
 
 def test_a_backbone_without_batchnorm_is_trained_and_resumed(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from moco_dist import view_colors, views
-from moco_dist.config import ViewsConfig
+from moco_dist.config.recipe import ViewsConfig
+from moco_dist.method import view_colors, views
 
 DRAWN = 10_000
 ORDERS = list(itertools.permutations(range(4)))

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
-from moco_dist import checkpoint
-from moco_dist.config_operation import TrackingConfig
-from moco_dist.services import wandb_run
+from moco_dist.config.running import TrackingConfig
+from moco_dist.encoders import checkpoints
+from moco_dist.runs import checkpoint, identity
+from moco_dist.tracking import wandb_run
 from tests.faults.jobs import alive
 from tests.test_launch import ROOT, TINY, launch, lines, python
 from tests.wandb_files import Folder, folders
@@ -224,8 +225,8 @@ def test_the_encoder_that_is_uploaded_is_a_checkpoint_without_paths(trained: Pat
     assert names == {"model.safetensors", "optimizer.safetensors", "state.json"}
     (place,) = (trained / "encoder" / "checkpoints").iterdir()
     assert b"home-of-alice" not in (place / "state.json").read_bytes()
-    alone, _, _ = checkpoint.load_encoder(checkpoint.find(place))
-    whole, _, _ = checkpoint.load_encoder(checkpoint.find(trained))
+    alone, _, _ = checkpoints.load_encoder(checkpoints.find(place))
+    whole, _, _ = checkpoints.load_encoder(checkpoints.find(trained))
     for name, tensor in whole.state_dict().items():
         assert tensor.equal(alone.state_dict()[name])
 
@@ -487,23 +488,23 @@ def test_a_service_that_hangs_does_not_hold_the_end(tmp_path: Path) -> None:
 
 
 def test_an_id_belongs_to_a_name_and_outlives_the_loss_of_its_file(tmp_path: Path) -> None:
-    first = wandb_run.run_id(tmp_path, "a", None)
-    assert wandb_run.run_id(tmp_path, "a", None) == first
+    first = identity.run_id(tmp_path, "a", None)
+    assert identity.run_id(tmp_path, "a", None) == first
     saved = {"run_id": first, "config": {"name": "a"}}
     (tmp_path / "run_id.json").unlink()
-    assert wandb_run.run_id(tmp_path, "a", saved) == first
-    copy = wandb_run.run_id(tmp_path, "b", saved)  # the same files under another name
+    assert identity.run_id(tmp_path, "a", saved) == first
+    copy = identity.run_id(tmp_path, "b", saved)  # the same files under another name
     assert copy != first
-    assert wandb_run.run_id(tmp_path, "b", saved) == copy
+    assert identity.run_id(tmp_path, "b", saved) == copy
 
 
 @pytest.mark.parametrize("bad", ["../../elsewhere", "a*", "", 3, None])
 def test_a_strangers_id_is_not_taken_into_the_names_of_folders(tmp_path: Path, bad: Any) -> None:
     saved = {"run_id": bad, "config": {"name": "a"}}
-    drawn = wandb_run.run_id(tmp_path, "a", saved)
+    drawn = identity.run_id(tmp_path, "a", saved)
     assert drawn.isalnum()
     (tmp_path / "run_id.json").write_text(json.dumps({"name": "a", "id": bad}))
-    assert wandb_run.run_id(tmp_path, "a", None).isalnum()
+    assert identity.run_id(tmp_path, "a", None).isalnum()
 
 
 def test_the_environment_decides_unless_the_configuration_does(

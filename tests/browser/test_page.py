@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moco_dist import report
+from moco_dist.report import run
 from tests.browser.chromium import Chromium
 from tests.report_pages import hostile
 from tests.test_report import runs
@@ -24,7 +24,7 @@ SCREENS = {"desk": (1200, 800, False), "phone": (360, 780, True)}
 def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a real pretraining and its probe."""
     place = tmp_path_factory.mktemp("page")
-    assert report.run([str(runs / "real"), "--output", str(place)]) == 0
+    assert run.run([str(runs / "real"), "--output", str(place)]) == 0
     return place / "report.html"
 
 
@@ -82,7 +82,7 @@ def test_a_dark_page_shows_dark_figures(chromium: Chromium, page: Path) -> None:
 
 def test_texts_of_a_stranger_do_nothing_in_a_browser(chromium: Chromium, tmp_path: Path) -> None:
     probe = hostile(tmp_path / "runs")
-    assert report.run([str(probe), "--quick", "--output", str(tmp_path / "out")]) == 0
+    assert run.run([str(probe), "--quick", "--output", str(tmp_path / "out")]) == 0
     page = tmp_path / "out" / "report.html"
     chromium.show_as(360, 780, "light", phone=True)
     chromium.open(page.as_uri())

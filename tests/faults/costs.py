@@ -14,13 +14,17 @@ from typing import Any
 import psutil
 import torch
 
-from moco_dist import comms, data, guard, health, pretrain, runtime, saving
-from moco_dist.config import EncoderConfig, PretrainConfig
-from moco_dist.config_files import load
-from moco_dist.config_operation import CheckpointConfig
-from moco_dist.encoder import build_encoder
-from moco_dist.moco import MoCo, group_statistics
-from moco_dist.trainer import Trainer
+from moco_dist.config.recipe import EncoderConfig, PretrainConfig
+from moco_dist.config.running import CheckpointConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.distributed import agreement, comms
+from moco_dist.method.batch_norm import group_statistics
+from moco_dist.method.encoder import build_encoder
+from moco_dist.method.moco import MoCo
+from moco_dist.pretrain import finite, health, run
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import saving, session
 from tests import processes
 from tests.faults.table import Fault, Outcome
 
@@ -52,7 +56,7 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
     to a gather that of the fastest one: other work on the machine counts in neither.
     """
     config = load(PretrainConfig, [*SMALL, f"output={output}"])
-    trainer = Trainer(config, runtime.start(config), data.load(config.data))
+    trainer = Trainer(config, session.start(config), datasets.load(config.data))
     clocks: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,8 +69,8 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
         return call
 
     trainer.undo.keep = timed(trainer.undo.keep)  # type: ignore[method-assign]
-    for name in ("note", "agree", "norms"):
-        setattr(guard, name, timed(getattr(guard, name)))
+    for owner, name in ((agreement, "note"), (agreement, "agree"), (finite, "norms")):
+        setattr(owner, name, timed(getattr(owner, name)))
     # What the note adds to the gather of the keys: with and without it, in turn.
     mine = config.batch_size // comms.world_size()
     keys, note = torch.randn(mine, config.encoder.dim), torch.zeros(5, dtype=torch.int64)
@@ -137,7 +141,7 @@ def measure_tracking(output: str, steps: int) -> tuple[float, float, float]:
     Trainer.train_step = timed_step  # type: ignore[assignment, method-assign]
     quiet = ["knn.every_epochs=0", "checkpoint.every_epochs=0", "tracking.media_every_epochs=0"]
     place = [f"output={output}", f"stop_at_step={FIRST_STEP + steps + 1}"]
-    pretrain.run(load(PretrainConfig, [*SMALL, *quiet, *place]))
+    run.run(load(PretrainConfig, [*SMALL, *quiet, *place]))
     whole, own, of_health = (after - before for before, after in zip(*marks, strict=True))
     return (own - of_health) / steps, (whole - own + of_health) / steps, of_health / steps
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from moco_dist import checkpoint, saving
+from moco_dist.encoders import checkpoints
 from moco_dist.errors import DataError, MissingError
+from moco_dist.runs import checkpoint, saving
 from tests.faults.jobs import TINY, Job, account, undisturbed
 from tests.faults.table import Fault, Outcome
 
@@ -161,7 +162,7 @@ PIECES = (
 def missing(folder: Path, times: int, random: Random) -> Outcome:
     """Leave out each piece of state, with sums that are right; the run must refuse by name."""
     run = pretrained(folder)
-    whole = checkpoint.find(run)
+    whole = checkpoints.find(run)
     pieces = PIECES if times >= len(PIECES) else random.sample(PIECES, times)
     for number, piece in enumerate(pieces):
         copy = folder / f"without{number}" / "run"

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from moco_dist import saving
-from moco_dist.trainer import Trainer
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import saving
 from tests.faults.jobs import TINY, Job, account, in_save, last_step, undisturbed
 from tests.faults.kills import INTERVAL, saved
 from tests.faults.table import Fault, Outcome

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from moco_dist import checkpoint, saving
+from moco_dist.encoders import checkpoints as encoders_checkpoints
+from moco_dist.runs import checkpoint, saving
 from tests.faults.damage import pretrained, put
 from tests.faults.table import Fault, Outcome
 
@@ -25,7 +26,7 @@ from tests.faults.table import Fault, Outcome
 READER = """
 import resource, sys, time
 from pathlib import Path
-from moco_dist import checkpoint
+from moco_dist.encoders import checkpoints as checkpoint
 from moco_dist.errors import DataError, MissingError
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -130,7 +131,7 @@ def resealed_deep(folder: Path) -> None:
 def checkpoints(folder: Path, times: int, random: Random) -> Outcome:
     """Read each hostile checkpoint in a fresh process."""
     marker = folder / "marker"
-    whole = checkpoint.find(pretrained(folder)).path
+    whole = encoders_checkpoints.find(pretrained(folder)).path
     bad = []
     for name, way in ways(marker).items():
         copy = folder / name

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from moco_dist import checkpoint, command, pretrain, probe
-from moco_dist.alarms import NOT_FINITE
-from moco_dist.config import PretrainConfig
-from moco_dist.config_probe import ProbeConfig
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.pretrain import run as pretrain_run
+from moco_dist.pretrain.alarms import NOT_FINITE
+from moco_dist.probe import run as probe_run
+from moco_dist.runs import checkpoint, command
 from tests.processes import _context
 
 # A run of 40 images of 16 x 16 pixels: some ten milliseconds a step.
@@ -149,9 +151,9 @@ def _work(
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     if module == "pretrain":
-        command.main(PretrainConfig, pretrain.run, None)
+        command.main(PretrainConfig, pretrain_run.run, None)
     else:
-        command.main(ProbeConfig, probe.run, None)
+        command.main(ProbeConfig, probe_run.run, None)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

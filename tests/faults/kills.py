@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from moco_dist import checkpoint
+from moco_dist.runs import checkpoint
 from tests.faults.jobs import (
     KILL,
     STEPS,

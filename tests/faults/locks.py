@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from random import Random
 
-from moco_dist.trainer import Trainer
+from moco_dist.pretrain.trainer import Trainer
 from tests.faults.jobs import KILL, TINY, Job, account, undisturbed
 from tests.faults.table import Fault, Outcome
 

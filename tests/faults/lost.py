@@ -18,10 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_dist import checkpoint, comms, config_files, guard, moco, peers, trainer, views
-from moco_dist.images import shapes
-from moco_dist.plan import Plan, Step
-from moco_dist.trainer import Trainer
+from moco_dist.config import yaml_files
+from moco_dist.data import shapes
+from moco_dist.distributed import comms, peers
+from moco_dist.method import loss as method_loss
+from moco_dist.method import views
+from moco_dist.method.plan import Plan, Step
+from moco_dist.pretrain import finite, trainer
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import checkpoint
 from tests.faults.jobs import KILL, TERM, TINY, Job, account, last_step, status, undisturbed
 from tests.faults.table import Fault, Outcome
 
@@ -36,8 +41,8 @@ SOON = 10
 # Where a step is before its first collective, between that and the second, and after them.
 PLACES: dict[str, tuple[Any, str]] = {
     "before": (comms, "all_gather_with_note"),
-    "during": (moco, "info_nce"),
-    "after": (guard, "norms"),
+    "during": (method_loss, "info_nce"),
+    "after": (finite, "norms"),
 }
 
 
@@ -184,8 +189,8 @@ def _differ(whom: int, what: str, rank: int) -> None:
 
 
 def _other_argument(argument: str) -> None:
-    load = config_files.load
-    config_files.load = lambda schema, arguments: load(schema, [*arguments, argument])
+    load = yaml_files.load
+    yaml_files.load = lambda schema, arguments: load(schema, [*arguments, argument])
 
 
 def _other_pixel() -> None:
@@ -317,13 +322,13 @@ def _spoil_image(step: int, sample: int) -> None:
 
 
 def _spoil_loss(by: Callable[[Tensor], Tensor], step: int, sample: int) -> None:
-    info_nce = moco.info_nce
+    info_nce = method_loss.info_nce
 
     def patched(*arguments: Any) -> tuple[Tensor, Tensor]:
         loss, logits = info_nce(*arguments)
         return by(loss) if peers.me.step == step else loss, logits
 
-    moco.info_nce = patched  # type: ignore[assignment]
+    method_loss.info_nce = patched  # type: ignore[assignment]
 
 
 def _spoil_gradient(step: int, sample: int) -> None:

@@ -17,10 +17,11 @@ from unittest import mock
 
 import psutil
 
-from moco_dist import checkpoint, peers, saving
-from moco_dist.checkpoint import Checkpoint
-from moco_dist.runtime import Session
-from moco_dist.trainer import Trainer
+from moco_dist.distributed import peers
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import checkpoint, saving
+from moco_dist.runs.checkpoint import Checkpoint
+from moco_dist.runs.session import Session
 from tests.faults.jobs import (
     INT,
     KILL,

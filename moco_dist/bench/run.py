@@ -1,0 +1,264 @@
+"""Measure a configuration on this machine: images/s, where a step's time goes, what it sends.
+
+  python -m moco_dist.bench CONFIG [key=value ...] [--against textbook] [--sweep KEY=A,B,...]
+  accelerate launch -m moco_dist.bench CONFIG ...        several processes or GPUs, as pretrain
+
+Takes real steps with a full queue, and writes nothing into runs/. --against textbook measures a
+plain loop in turn with it (PIL views in a DataLoader, fp32, NCHW, eager) and prints ratios; --sweep
+measures each value of a key; --repeats (5), --steps (of a repeat: 1, on a GPU 20), --warm-up (2, on
+a GPU 20) and --workers (of the plain loop's DataLoader: 0, on a GPU one for each core) say how
+long. The last line of the output is the same as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+
+from moco_dist.bench.speed import PARTS, Speed, measure, parameters, pipeline, seconds
+from moco_dist.bench.textbook import Textbook
+from moco_dist.config import yaml_files
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.data import datasets
+from moco_dist.distributed import comms, peers
+from moco_dist.distributed.stopping import StopRequests
+from moco_dist.errors import ConfigError
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import command
+from moco_dist.runs import session as runs_session
+from moco_dist.runs.session import Session
+from moco_dist.tracking import terminal
+from moco_dist.tracking.start import console
+
+AGAINST = ("textbook",)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure what the arguments say."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--against", default="")
+    parser.add_argument("--sweep", default="")
+    for name in ("--repeats", "--steps", "--warm-up", "--workers"):
+        parser.add_argument(name, default="")
+    asked, rest = parser.parse_known_args(arguments)
+    asked.arguments = rest
+    command.main(PretrainConfig, partial(run, asked=asked), __doc__, rest)
+
+
+def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -> None:
+    """Measure `config`, or a copy of it for each value of the sweep, and print what came of it."""
+    if asked.against and asked.against not in AGAINST:
+        raise ConfigError(f"--against {asked.against}: give one of {', '.join(AGAINST)}")
+    configs = swept(config, asked)
+    if asked.against and any(each.encoder.channels != 3 for each in configs):
+        raise ConfigError(
+            f"--against {asked.against}: its images are RGB, and encoder.channels is not 3; leave "
+            "one of the two out"
+        )
+    folder = shared_folder()
+    try:
+        found = []
+        for each in configs:
+            session = runs_session.start(replace(each, output=str(folder)), stop)
+            splits = datasets.load(each.data, each.encoder.channels)
+            found.append(one(Trainer(each, session, splits), session, asked))
+            session.close()
+            AcceleratorState._reset_state()  # which would hold the next one to this one's precision
+    finally:
+        if comms.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+    if not comms.is_main():
+        return
+    if asked.sweep:
+        show_sweep(asked.sweep, found)
+    print(json.dumps(found if asked.sweep else found[0]), flush=True)
+
+
+def swept(config: PretrainConfig, asked: argparse.Namespace) -> list[PretrainConfig]:
+    """Return the configurations of a sweep, as batch_size=128,256: each value in its turn."""
+    if not asked.sweep:
+        return [config]
+    key, _, values = asked.sweep.partition("=")
+    if not (key and values):
+        raise ConfigError(
+            f"--sweep {asked.sweep}: give a key and its values, as batch_size=128,256"
+        )
+    return [
+        yaml_files.load(PretrainConfig, [*asked.arguments, f"{key}={value}"])
+        for value in values.split(",")
+    ]
+
+
+def shared_folder() -> Path:
+    """Return a folder for a run that is none, by a name that all processes of this launch know."""
+    if "MASTER_PORT" not in os.environ:
+        return Path(tempfile.mkdtemp(prefix="moco_dist_bench_"))
+    launch = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ['MASTER_PORT']}"
+    return Path(tempfile.gettempdir(), f"moco_dist_bench_{os.getuid()}_{launch}")
+
+
+def _number(asked: argparse.Namespace, name: str, default: int, least: int = 1) -> int:
+    text = getattr(asked, name)
+    option = f"--{name.replace('_', '-')}"
+    try:
+        number = int(text or default)
+    except ValueError:
+        raise ConfigError(f"{option} {text}: is no whole number; give {least} or more") from None
+    if number < least:
+        raise ConfigError(f"{option} {text}: is too few; give {least} or more")
+    return number
+
+
+def one(trainer: Trainer, session: Session, asked: argparse.Namespace) -> dict[str, Any]:
+    """Return, and print, what was measured of one configuration."""
+    on_gpu = session.device.type == "cuda"
+    steps = _number(asked, "steps", 20 if on_gpu else 1)
+    repeats = _number(asked, "repeats", 5)
+    warm_up = _number(asked, "warm_up", 20 if on_gpu else 2)
+    speed = measure(trainer, steps, repeats, warm_up)
+    found = machine(trainer) | {"repeats": repeats, "steps": steps} | asdict(speed)
+    found["share_of_peak"] = speed.share_of_peak
+    if asked.against:
+        workers = _number(asked, "workers", (os.cpu_count() or 1) if on_gpu else 0, least=0)
+        found["textbook"] = against_textbook(trainer, steps, repeats, workers)
+    if comms.is_main():
+        show(found, speed)
+    return found
+
+
+def machine(trainer: Trainer) -> dict[str, Any]:
+    """Return what was measured, and on what."""
+    config, device = trainer.config, trainer.session.device
+    on_gpu = device.type == "cuda"
+    return {
+        "name": config.name,
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "processes": comms.world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": config.precision,
+        "encoder": f"{config.encoder.backbone}, width {config.encoder.width}",
+        "parameters": parameters(trainer.moco.query_encoder),
+        "batch_size": config.batch_size,
+        "bn_groups": config.bn_groups,
+        "micro_batches": config.runtime.micro_batches,
+        "queue_size": config.moco.queue_size,
+        "compiled": config.runtime.compile,
+        "symmetric": config.moco.symmetric,
+        "view_size": config.views.size,
+    }
+
+
+def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -> dict[str, Any]:
+    """Return how many times as fast the trainer is as the plain loop: medians of pairs in turn.
+
+    By wall time and by process time, which knows nothing of others on the machine, nor of the plain
+    loop's workers.
+    """
+    device = trainer.session.device
+    peers.me.mark(trainer.step, "measuring the plain loop")
+    train = trainer.splits.train
+    plain = Textbook(trainer.config, train.squares(torch.arange(len(train))), device, workers)
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "step": (trainer.train_step, plain.step),
+        "pipeline": (pipeline(trainer), plain.views),
+    }
+    found: dict[str, Any] = {"workers": workers}
+    for what, (ours, theirs) in pairs.items():
+        for work in (theirs, ours):
+            work()
+        ratios, walls = [], []
+        for _ in range(repeats):
+            mine, other = (seconds(partial(_times, steps, work), device) for work in (ours, theirs))
+            ratios.append((other[0] / mine[0], other[1] / mine[1]))
+            walls.append(other[0] / steps)
+        wall, cpu = (statistics.median(each) for each in zip(*ratios, strict=True))
+        found[what] = {
+            "times_as_fast": wall,
+            "times_as_fast_by_process_time": cpu,
+            "textbook_images_per_second": trainer.config.batch_size / statistics.median(walls),
+        }
+    return found
+
+
+def _times(number: int, work: Callable[[], Any]) -> None:
+    for _ in range(number):
+        work()
+
+
+def show(found: dict[str, Any], speed: Speed) -> None:
+    """Print the tables of one configuration."""
+    total = sum(speed.parts.values())
+    title = (
+        f"{found['name']}: {found['encoder']}, batch {found['batch_size']} in "
+        f"{found['bn_groups']} groups, queue {found['queue_size']:,}"
+    )
+    rows = {
+        "on": f"{found['processes']} x {found['device']}, {found['threads']} threads, "
+        f"{found['precision']}{', compiled' * found['compiled']}, torch {found['torch']}",
+        "images/s": f"{speed.images_per_second:,.1f}; "
+        f"views alone {speed.pipeline_images_per_second:,.0f}",
+        "step": f"{milliseconds(speed.step_seconds)} ms, process time "
+        f"{milliseconds(speed.cpu_seconds)} ms",
+        "sent": f"{speed.bytes_of_keys:,} bytes of keys a step and process, "
+        f"{speed.bytes_of_gradients:,} of gradients",
+        "memory": f"{speed.memory_gb:.2f} GB at most",
+        "arithmetic": f"{speed.flops / 1e9:,.2f} GFLOP a step and process, "
+        f"{speed.share_of_peak:.0%} of {speed.peak_flops / 1e9:,.0f} GFLOP/s",
+    }
+    terminal.banner(console, title, rows)
+    table = [["part of a step", "ms", "share"]]
+    table += [
+        [part, milliseconds(speed.parts[part]), f"{speed.parts[part] / total:.1%}"]
+        for part in PARTS
+    ]
+    terminal.table(console, "", table, words=1)
+    if plain := found.get("textbook"):
+        lines = [["against a plain loop", "its images/s", "times as fast", "by process time"]]
+        lines += [
+            [
+                what,
+                f"{plain[what]['textbook_images_per_second']:,.1f}",
+                f"{plain[what]['times_as_fast']:.2f}",
+                f"{plain[what]['times_as_fast_by_process_time']:.2f}",
+            ]
+            for what in ("pipeline", "step")
+        ]
+        terminal.table(console, "", lines, words=1)
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time in milliseconds with three digits or more."""
+    number = seconds * 1e3
+    return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f}"
+
+
+def show_sweep(sweep: str, found: list[dict[str, Any]]) -> None:
+    """Print a line for each value of the key that was varied."""
+    key, _, values = sweep.partition("=")
+    lines = [[key, "images/s", "ms a step", "process ms", "GB", "bytes of keys"]]
+    lines += [
+        [
+            value,
+            f"{each['images_per_second']:,.1f}",
+            milliseconds(each["step_seconds"]),
+            milliseconds(each["cpu_seconds"]),
+            f"{each['memory_gb']:.2f}",
+            f"{each['bytes_of_keys']:,}",
+        ]
+        for value, each in zip(values.split(","), found, strict=True)
+    ]
+    terminal.table(console, f"\nsweep of {key}", lines, words=0)

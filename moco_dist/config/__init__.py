@@ -1,0 +1,1 @@
+"""Every key of a configuration, its default and its rule; YAML and key=value."""

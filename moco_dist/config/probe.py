@@ -1,0 +1,113 @@
+"""The configuration of a probe: every key, its default and its rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from moco_dist.config.recipe import DataConfig, OptimConfig, Precision, ViewsConfig
+from moco_dist.config.rules import check, check_name, require
+from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
+
+# Files that hold the state dict of an encoder.
+FOREIGN = (".safetensors", ".pth", ".pt")
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """Learning rates and weight decays that are tried side by side; empty takes that of optim."""
+
+    lr: list[float] = field(default_factory=list)
+    weight_decay: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(
+            all(lr > 0 for lr in self.lr),
+            f"grid.lr={self.lr} has a rate that is not above 0; give positive learning rates",
+        )
+        require(
+            all(decay >= 0 for decay in self.weight_decay),
+            f"grid.weight_decay={self.weight_decay} has a negative one; give 0 or more",
+        )
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Everything that defines a probe of an encoder."""
+
+    # Empty means the name of the encoder's run with "-probe" behind it.
+    name: str = ""
+    output: str = "runs"
+    # A run directory (its newest checkpoint), a checkpoint folder, or the state dict of a
+    # torchvision ResNet: NAME.safetensors, NAME.pth or NAME.pt.
+    encoder: str = ""
+    # linear: the encoder is frozen; finetune: it is trained too, with encoder_lr.
+    protocol: Literal["linear", "finetune"] = "linear"
+    # Draws the labelled images, the heads' first weights, the order of images, and their views.
+    seed: int = 0
+    # So many probes side by side, with the seeds seed, seed + 1, and so on.
+    seeds: int = 1
+    # Share of the training images whose labels are used, equally many of each class; 1 is all.
+    label_fraction: float = 1.0
+    # Learning rate of the encoder with protocol=finetune, on the schedule of optim.
+    encoder_lr: float = 0.01
+    epochs: int = 100
+    batch_size: int = 256
+    precision: Precision = "fp32"
+    stop_at_step: int = 0
+    # true: new random views and an encoder pass in each epoch; false: features are computed once.
+    augment: bool = True
+    # Probe a randomly initialised encoder beside the trained one.
+    control: bool = True
+    # probe/topK counts an image as right if its class is among the K most likely.
+    top_k: int = 5
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(
+        default_factory=lambda: ViewsConfig(scale_min=0.08, jitter=0.0, grayscale=0.0)
+    )
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=30.0, weight_decay=0.0))
+    grid: GridConfig = field(default_factory=GridConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        check_name(self.name or "probe")
+        check("", self, epochs=(1, None), stop_at_step=(0, None))
+        check("", self, batch_size=(1, None), top_k=(1, None), seeds=(1, None))
+        check("", self, label_fraction=(0, 1))
+        require(
+            not self.runtime.compile,
+            "runtime.compile=true compiles a pretraining, and nothing of a probe; leave it out",
+        )
+        require(
+            self.runtime.micro_batches == 1,
+            f"runtime.micro_batches={self.runtime.micro_batches} is of a pretraining, a probe's "
+            "batches are whole; leave it out, or give a smaller batch_size",
+        )
+        require(self.encoder_lr > 0, f"encoder_lr={self.encoder_lr} is not above 0; 0.01 is usual")
+        chosen = len(self.grid.lr) > 1 or len(self.grid.weight_decay) > 1
+        require(
+            self.protocol == "linear" or (self.seeds == 1 and not chosen),
+            "protocol=finetune trains one encoder for each setting and seed; give seeds=1 and no "
+            "grid, and start it once for each",
+        )
+        require(
+            self.data.validation > 0 or not chosen,
+            "data.validation=0 leaves no images by which to choose from the grid, and the test "
+            "images must not choose; give data.validation=0.1",
+        )
+
+    def pretraining(self) -> str:
+        """Return the name of the run or file that the encoder is from."""
+        source = Path(self.encoder).expanduser()
+        if source.suffix in FOREIGN:
+            return source.stem
+        in_run = source.name.startswith("step_")
+        return source.parent.parent.name if in_run else source.resolve().name
+
+    def run_name(self) -> str:
+        """Return the name of the run: the one given, or that of the encoder's run and -probe."""
+        return self.name or f"{self.pretraining()}-probe"

@@ -1,0 +1,295 @@
+"""The configuration of pretraining as frozen dataclasses: every key, its default and its rules.
+
+What only says how a run is watched, saved and carried out is in `config_operation.py`, what a probe
+has besides in `config_probe.py`.
+`config_files.load` fills them; nothing edits a configuration after that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moco_dist.config.rules import check, check_name, require
+from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
+from moco_dist.errors import shown
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from, and how they are split."""
+
+    name: Literal["cifar10", "cifar100", "stl10", "folder", "shards", "shapes"] = "shapes"
+    # Folder of the data set; cifar10, cifar100 and stl10 are downloaded into it on the first use.
+    # With `folder` also a tar or zip file of one, which each machine unpacks into the cache.
+    # With `shards` a folder of tar files in the layout of WebDataset: KEY.jpg and KEY.cls or .json.
+    root: str = "data"
+    # Pixels a side of squares (shorter side resized, centre cut): those held in memory, and those
+    # that features are taken of. Training views of streamed images are cut from the whole image.
+    size: int = 32
+    # A folder or shards whose squares take more than so many GB (10^9 bytes) are streamed: decoded
+    # by workers each time they are needed. 0 streams all of them. It decides which views there are.
+    memory_gb: float = 16.0
+    # Leave out images that can't be read, with one warning; else they are an error.
+    skip_unreadable: bool = False
+    # Processes that decode streamed images beside each process of the run; 0 is one for each core.
+    workers: int = 0
+    # How streamed keys get to their process: its crops are sent, or it decodes them a second time.
+    keys_by: Literal["exchange", "plan"] = "exchange"
+    # Class of an image: its first-level folder (in `shards` its .cls or .json), or none.
+    labels: Literal["folders", "none"] = "folders"
+    # Share of the training images that is held out for validation, drawn by split_seed.
+    validation: float = 0.1
+    split_seed: int = 0
+    # Use only so many training images (drawn by split_seed after validation is); 0 means all.
+    limit: int = 0
+    # Folder for decoded and unpacked images and for lists of files; empty means moco_dist under the
+    # user's cache folder.
+    cache: str = ""
+    # Images that `shapes` draws for training and for testing.
+    shapes_train: int = 10000
+    shapes_test: int = 2000
+
+    def __post_init__(self) -> None:
+        check("data.", self, size=(8, None), validation=(0, 0.9), limit=(0, None))
+        check("data.", self, shapes_train=(10, None), shapes_test=(10, None))
+        check("data.", self, memory_gb=(0, None), workers=(0, None))
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """The random views of an image: crop, flip, colour jitter, grayscale, blur."""
+
+    # Pixels of a view's side.
+    size: int = 32
+    # Share of the image's area that a crop covers, and its width to height ratio.
+    scale_min: float = 0.2
+    scale_max: float = 1.0
+    ratio_min: float = 0.75
+    ratio_max: float = 1.3333333333333333
+    # Probabilities of flip, colour jitter, grayscale and blur.
+    flip: float = 0.5
+    jitter: float = 0.8
+    grayscale: float = 0.2
+    blur: float = 0.0
+    # Strength of the jitter: factors from [1 - x, 1 + x]; hue in turns from [-x, x].
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    # MoCo v1 turns to gray before it jitters, MoCo v2 after.
+    grayscale_before_jitter: bool = False
+    # Standard deviation of the blur, in pixels.
+    blur_sigma_min: float = 0.1
+    blur_sigma_max: float = 2.0
+    # Mean and standard deviation of the channels, with pixels in [0, 1] (CIFAR-10's; in gray
+    # [0.4807] and [0.2392]).
+    mean: list[float] = field(default_factory=lambda: [0.4914, 0.4822, 0.4465])
+    std: list[float] = field(default_factory=lambda: [0.2023, 0.1994, 0.2010])
+
+    def __post_init__(self) -> None:
+        check("views.", self, size=(8, None), hue=(0, 0.5))
+        check("views.", self, flip=(0, 1), jitter=(0, 1), grayscale=(0, 1), blur=(0, 1))
+        check("views.", self, brightness=(0, None), contrast=(0, None), saturation=(0, None))
+        check("views.", self, scale_max=(0.001, 1), scale_min=(0.001, self.scale_max))
+        check("views.", self, ratio_max=(0.1, 10), ratio_min=(0.1, self.ratio_max))
+        sigma_max = self.blur_sigma_max
+        check("views.", self, blur_sigma_max=(0.001, None), blur_sigma_min=(0.001, sigma_max))
+        require(
+            0 < len(self.mean) == len(self.std),
+            f"views.mean={self.mean} and views.std={self.std} are not one number each for every "
+            "channel; give both as many",
+        )
+        require(min(self.std) > 0, f"views.std={self.std} is not positive; give numbers above 0")
+
+    def check_channels(self, channels: int) -> None:
+        """Raise ConfigError unless mean and standard deviation are those of so many channels."""
+        example = "; for gray images maybe views.mean=[0.48] views.std=[0.24]"
+        require(
+            len(self.mean) == channels,
+            f"views.mean={self.mean} and views.std={self.std} are for {len(self.mean)} channels "
+            f"and the encoder takes {channels}; give {channels} number(s) each"
+            f"{example if channels == 1 else ''}",
+        )
+
+
+# The ResNets, ResNeXts and Wide ResNets of torchvision; `encoder.py` has their shapes.
+BACKBONES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A backbone with a projection head."""
+
+    # resnet18, 34, 50, 101, 152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
+    # wide_resnet50_2, wide_resnet101_2, or a model of timm, as timm/regnety_002 (needs timm).
+    backbone: str = "resnet18"
+    # Channels of an image: 3 (RGB), or 1 (gray, to which images in colour are turned; saturation,
+    # hue and grayscale then change nothing). Others only where an encoder is built in Python.
+    channels: int = 3
+    # Channels of the first stage; 64 is the published width.
+    width: int = 64
+    # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    # linear: MoCo v1; mlp: MoCo v2, one hidden layer as wide as the features.
+    head: Literal["linear", "mlp"] = "linear"
+    # Length of a key.
+    dim: int = 128
+
+    def __post_init__(self) -> None:
+        check("encoder.", self, channels=(1, None), width=(1, None), dim=(2, None))
+        name = shown(self.backbone)
+        require(
+            self.is_timm or self.backbone in BACKBONES,
+            f"encoder.backbone={name} is not one of {', '.join(BACKBONES)}, or timm/ and a name",
+        )
+        require(
+            not self.is_timm or (self.width, self.stem) == (64, "imagenet"),
+            f"encoder.backbone={name} has the width and stem that timm gives it; "
+            "use encoder.width=64 encoder.stem=imagenet, or another name of timm",
+        )
+        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}
+        lowest = least.get(self.backbone, 1)
+        require(
+            self.width >= lowest,
+            f"encoder.width={self.width} leaves the groups of {name} without a channel; "
+            f"use {lowest} or more",
+        )
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the backbone is one of timm's."""
+        return self.backbone.startswith("timm/")
+
+
+@dataclass(frozen=True)
+class MocoConfig:
+    """Momentum Contrast: queue, momentum and loss."""
+
+    # Keys in the queue, the newest ones, whatever the batch size.
+    queue_size: int = 4096
+    temperature: float = 0.1
+    # Share of the key encoder that stays at each step.
+    momentum: float = 0.99
+    # cosine raises the momentum to 1 at the end of the run.
+    momentum_schedule: Literal["constant", "cosine"] = "constant"
+    # Each view is query once and key once; the two losses are added.
+    symmetric: bool = False
+    # An image's own older keys don't count as its negatives.
+    mask_own_keys: bool = True
+
+    def __post_init__(self) -> None:
+        check("moco.", self, queue_size=(1, None))
+        require(
+            self.temperature > 0,
+            f"moco.temperature={self.temperature} is not above 0; 0.1 or 0.2 is usual",
+        )
+        valid = 0 <= self.momentum < 1
+        require(
+            valid,
+            f"moco.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.99 is usual",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD and the schedule of its learning rate."""
+
+    lr: float = 0.03
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    # step multiplies the rate by gamma at each of the milestones (epochs).
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+    # The rate climbs from 0 in a straight line over so many epochs.
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr} is not above 0; give a positive learning rate")
+        valid = 0 <= self.momentum < 1
+        require(
+            valid,
+            f"optim.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.9 is usual",
+        )
+        check("optim.", self, weight_decay=(0, None), warmup_epochs=(0, None), gamma=(0, 1))
+        stepped = self.schedule != "step" or self.milestones
+        require(
+            bool(stepped),
+            "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
+        )
+
+
+Precision = Literal["fp32", "bf16", "fp64"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that defines a pretraining run."""
+
+    name: str = "pretrain"
+    # Folder that holds the run directories.
+    output: str = "runs"
+    seed: int = 0
+    epochs: int = 200
+    # Images of a step over all processes.
+    batch_size: int = 512
+    # Consecutive blocks of the global batch that BatchNorm sees apart, on any number of processes.
+    bn_groups: int = 8
+    # bf16 is mixed precision; the queue, the loss and the weights stay fp32.
+    precision: Precision = "fp32"
+    # End after this step, to be resumed later; 0 means at the end. Schedules don't change.
+    stop_at_step: int = 0
+    # Start with the backbone of this run, checkpoint, export or state dict; empty: with a new one.
+    init_from: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    moco: MocoConfig = field(default_factory=MocoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    knn: KnnConfig = field(default_factory=KnnConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        check("", self, epochs=(1, None), stop_at_step=(0, None))
+        check("", self, batch_size=(2, None), bn_groups=(1, None))
+        channels = self.encoder.channels
+        require(
+            channels in (1, 3),
+            f"encoder.channels={channels} can't be read from images; use 3 (RGB) or 1 (gray)",
+        )
+        self.views.check_channels(channels)
+        b, g = self.batch_size, self.bn_groups
+        lower = max(g, b // g * g)
+        require(
+            b % g == 0,
+            f"batch_size={b} can't be cut into bn_groups={g} equal groups; "
+            f"use batch_size={lower} or {lower + g}",
+        )
+        require(
+            b // g >= 2,
+            f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; "
+            f"BatchNorm needs two or more, use bn_groups={max(1, b // 2)} or fewer",
+        )
+        keys = b * (2 if self.moco.symmetric else 1)
+        require(
+            self.moco.queue_size >= keys,
+            f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
+            f"use {keys} or more",
+        )
+
+
+# Keys, and groups (with a dot), that may differ when a run is resumed: its length, what is logged,
+# the machine, and the probe's path to its encoder. What other keys say has gone into the numbers.
+FREE_ON_RESUME = (
+    *("name", "output", "encoder", "epochs", "stop_at_step", "data.root", "data.cache"),
+    *("data.memory_gb", "data.workers", "data.keys_by"),
+    *("knn.", "checkpoint.", "tracking.", "runtime."),
+)

@@ -1,0 +1,277 @@
+"""Configurations in and out of YAML files and the command line; nothing else knows of YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import os
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from moco_dist import packaged
+from moco_dist.config.recipe import FREE_ON_RESUME
+from moco_dist.errors import ConfigError, shown
+
+Schema = TypeVar("Schema")
+
+# Bytes of a file or an override, and its nesting: both far above what any configuration needs.
+MAX_BYTES = 65536
+MAX_DEPTH = 16
+
+# OmegaConf's choice: what is checked must be what is loaded.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the configuration as nested plain dicts, lists and scalars."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """Return the whole configuration as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """Return the leaves of a file that `to_yaml` wrote, under their dotted keys.
+
+    For a look at a run of any version: nothing is checked, and what can't be read gives nothing.
+    """
+    try:
+        text = _within_limit(path.name, path.read_bytes()).decode()
+        _check_yaml(path.name, text, root=yaml.MappingStartEvent)
+        return flat(yaml.safe_load(text))
+    except (ConfigError, yaml.YAMLError, *_BROKEN):
+        return {}
+
+
+def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
+    """Return the configuration that `to_dict` made `values` of; unknown keys are errors."""
+    try:
+        for key, value in flat(values).items():
+            for item in value if isinstance(value, list) else [value]:
+                _check_text(key, item)
+        return _to_object(schema, OmegaConf.merge(OmegaConf.structured(schema), values))
+    except (OmegaConfBaseException, *_BROKEN) as error:
+        raise ConfigError(
+            f"the stored configuration can't be read ({_one_line(error)}); use another one"
+        ) from error
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dicts under their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return leaves
+
+
+def changed_keys(old: dict[str, Any], new: Any) -> list[str]:
+    """Return 'key: old -> new' for each dotted key that differs and a resumed run must keep.
+
+    `old` is what `to_dict` made of a configuration, maybe in an older version: a key that it lacks
+    has its default, which is what was done before there was the key. `new` is a configuration.
+    """
+    before, after = flat(to_dict(type(new)())) | flat(old), flat(to_dict(new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and key not in FREE_ON_RESUME
+        and not key.startswith(tuple(free for free in FREE_ON_RESUME if free.endswith(".")))
+    ]
+
+
+def load(schema: type[Schema], arguments: list[str]) -> Schema:
+    """Return the configuration that the arguments give, applied left to right onto the defaults.
+
+    An argument is a YAML file or an override `a.b=c`. Raises ConfigError, with one sentence, for an
+    unknown key, a wrong type, a value out of range or a missing file.
+    """
+    config: Any = OmegaConf.structured(schema)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        name = shown(argument)
+        override = bool(equals) and not os.path.isfile(argument)
+        text = value if override else _read(argument, schema)
+        try:
+            if override:
+                _check_key(name, key, schema)
+            _check_yaml(name, text, root=None if override else yaml.MappingStartEvent)
+            layer: Any = (
+                OmegaConf.from_dotlist([argument])
+                if override
+                else OmegaConf.load(io.StringIO(text))
+            )
+            # Where a text belongs, no is not false, and 007 not 7.
+            if (
+                override
+                and isinstance(OmegaConf.select(config, key), str)
+                and isinstance(OmegaConf.select(layer, key), bool | int | float)
+            ):
+                OmegaConf.update(layer, key, value)
+        except (yaml.YAMLError, OmegaConfBaseException, *_BROKEN) as error:
+            raise ConfigError(
+                f"{name}: not valid YAML ({_one_line(error)}); mend its syntax"
+            ) from error
+        try:
+            config = OmegaConf.merge(config, layer)
+        except (OmegaConfBaseException, *_BROKEN) as error:
+            raise ConfigError(f"{name}: {_explain(error, schema, layer, key)}") from error
+    try:
+        return _to_object(schema, config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_one_line(error)}; see --help for the keys") from error
+
+
+# What OmegaConf and the YAML library let through for text that is no configuration.
+_BROKEN = (OSError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, KeyError)
+
+
+def _to_object(schema: type[Schema], config: Any) -> Schema:
+    found = OmegaConf.to_object(config)
+    assert isinstance(found, schema), f"{schema.__name__} became {type(found).__name__}"
+    return found
+
+
+def _read(argument: str, schema: type[Any]) -> str:
+    """Return the text of a YAML file; `os.path`, because a name may be too long to ask for."""
+    name = shown(argument)
+    if not os.path.isfile(argument) and (own := packaged.config(argument)):
+        argument = str(own)
+    if not argument.endswith((".yaml", ".yml")) and not os.path.exists(argument):
+        near = _nearest(argument, _keys(schema))
+        hint = f"did you mean '{near}=...'?" if near else "see --help for the keys"
+        raise ConfigError(f"{name}: neither a YAML file nor a key=value; {hint}")
+    if not os.path.isfile(argument):
+        raise ConfigError(
+            f"{name}: no such file; the project's own are listed by python -m moco_dist.packaged"
+        )
+    try:
+        with Path(argument).open("rb") as file:
+            return _within_limit(name, file.read(MAX_BYTES + 1)).decode()
+    except OSError as error:
+        raise ConfigError(f"{name}: can't be read ({error.strerror}); mend its rights") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not valid YAML ({error}); save it as UTF-8") from error
+
+
+def _within_limit(name: str, content: bytes) -> bytes:
+    if len(content) > MAX_BYTES:
+        raise ConfigError(
+            f"{name}: more than the {MAX_BYTES} bytes that a configuration may have; cut it"
+        )
+    return content
+
+
+def _check_yaml(name: str, text: str, root: type[yaml.Event] | None) -> None:
+    """Raise ConfigError for what a configuration never needs: a tag, an alias, deep nesting.
+
+    Reads the text event by event, so nothing is built of it and nothing grows. `root` is the event
+    that must begin its one document, if it is not empty.
+    """
+    _within_limit(name, text.encode(errors="surrogatepass"))
+    depth, begun = 0, False
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.NodeEvent):
+            if root and not begun and not isinstance(event, root):
+                raise ConfigError(f"{name}: holds no 'key: value' lines; see --help for the keys")
+            begun = True
+            if event.anchor:
+                raise ConfigError(
+                    f"{name}: the YAML anchor or alias '{shown(event.anchor)}' is not allowed; "
+                    "write the value out"
+                )
+            if tag := getattr(event, "tag", None):
+                raise ConfigError(
+                    f"{name}: the YAML tag '{shown(tag)}' is not allowed, values are plain; "
+                    "remove it, or put the text in quotes"
+                )
+        if isinstance(event, yaml.ScalarEvent):
+            _check_text(name, event.value)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{name}: nested more than {MAX_DEPTH} deep; see --help for the keys")
+
+
+def _check_text(name: str, value: Any) -> None:
+    """Raise ConfigError for a text that OmegaConf would replace, with the environment's values."""
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{name}: '{shown(value)}' has a '${{', which is not replaced here; let the shell do "
+            "it, or write the value out"
+        )
+    if value == "???":
+        raise ConfigError(f"{name}: '???' is no value; give one")
+
+
+def _check_key(name: str, key: str, schema: type[Any]) -> None:
+    known = _keys(schema)
+    if key not in known and not any(full.startswith(key + ".") for full in known):
+        raise ConfigError(f"{name}: {_no_key(key, known)}")
+
+
+def _keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Return the type of each dotted key of a schema."""
+    keys: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        is_group = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        keys |= _keys(kind, f"{prefix}{name}.") if is_group else {prefix + name: kind}
+    return keys
+
+
+def _nearest(key: str, keys: dict[str, Any]) -> str | None:
+    last = key.rpartition(".")[2]
+    by_last = {known.rpartition(".")[2]: known for known in reversed(keys)}
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    close_last = difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    return close[0] if close else by_last[close_last[0]] if close_last else None
+
+
+def _no_key(key: str, keys: dict[str, Any]) -> str:
+    near = _nearest(key, keys)
+    siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    way_out = f"did you mean '{near}'?" if near else f"known there: {', '.join(siblings or keys)}"
+    return f"there is no key '{shown(key)}'; {way_out}"
+
+
+def _explain(error: Exception, schema: type[Any], layer: Any, key: str) -> str:
+    keys = _keys(schema)
+    if not isinstance(error, OmegaConfBaseException):  # a mapping for a list, which has no key
+        lists = (k for k, kind in keys.items() if typing.get_origin(kind) is list)
+        key = next((k for k in lists if OmegaConf.is_dict(OmegaConf.select(layer, k))), key)
+    else:
+        key = str(error.full_key or key)
+    name = key.partition("[")[0]
+    if isinstance(error, ConfigKeyError) or not any((k + ".").startswith(name + ".") for k in keys):
+        return _no_key(key, keys)
+    if name not in keys:
+        inside = ", ".join(k for k in keys if k.startswith(name + "."))
+        return f"'{name}' is a group and takes no value; set one of {inside or ', '.join(keys)}"
+    value = OmegaConf.select(layer, key if "[" not in key else name)
+    return f"{name}={shown(value)} is not {_kind(keys[name])}"
+
+
+def _kind(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        (item,) = typing.get_args(annotation)
+        return f"a list of {'whole numbers' if item is int else 'numbers'}, as [1,2,3]"
+    kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return kinds[annotation]
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return shown(f"{error.problem} in line {error.problem_mark.line + 1}")
+    return shown(" ".join(str(error).split()))

@@ -1,0 +1,1 @@
+"""Which images there are, and the views of each step."""

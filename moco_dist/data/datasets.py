@@ -1,0 +1,317 @@
+"""Data sets by name, in memory as uint8 or streamed, and their split into three parts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco_dist.config.recipe import DataConfig
+from moco_dist.data import (
+    image_archive,
+    image_folder,
+    image_index,
+    shapes,
+    tar_shards,
+    torchvision_sets,
+)
+from moco_dist.data.image_index import ImageIndex
+from moco_dist.data.streamed_images import StreamedImages
+from moco_dist.data.worker_pool import WorkerPool
+from moco_dist.distributed import comms, fingerprint, peers
+from moco_dist.errors import ConfigError, DataError, shown
+from moco_dist.randomness import Purpose, permutation
+
+logger = logging.getLogger(__name__)
+
+# Data sets that may be streamed.
+ON_DISK = ("folder", "shards")
+# What fingerprints of streamed data sets begin with.
+STREAMED = "streamed-"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and classes: `pixels` uint8 (n, c, size, size), `labels` int64 (n,), -1 if unknown."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    # Files that could not be read, of the whole list that these images are from.
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, rows: Tensor) -> Images:
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
+
+    def squares(self, rows: Tensor) -> Tensor:
+        """Return the pixels of some images, uint8 (*rows.shape, c, size, size)."""
+        return self.pixels[rows]
+
+    def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Give the pixels of each part in turn."""
+        return (self.pixels[part] for part in parts)
+
+    def to(self, device: torch.device) -> Images:
+        """Return the same images on `device`."""
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def labelled(self) -> Images:
+        """Return the images whose class is known."""
+        known = self.labels >= 0
+        return self if bool(known.all()) else self[known]
+
+
+AnyImages = Images | StreamedImages
+# Training and test images.
+Loaded = tuple[AnyImages, AnyImages]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a data set; `test` is empty where it has none."""
+
+    train: AnyImages
+    validation: AnyImages
+    test: AnyImages
+    # Of the whole content before it was split; of names and sizes where images are streamed.
+    fingerprint: str
+    # Where the images are, and why, for the banner.
+    held: str
+
+    def to(self, device: torch.device) -> Splits:
+        """Return the same splits on `device`."""
+        return replace(
+            self,
+            train=self.train.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
+        )
+
+
+def load(config: DataConfig, channels: int = 3) -> Splits:
+    """Return the data set that `config` names, split; call it on all processes.
+
+    In RGB or, with one channel, in gray.
+
+    One process of each machine downloads, unpacks or decodes while the others wait for it; the
+    first one downloads before those of other machines, which may share its folder.
+    Raises MissingError or DataError, on all processes alike.
+    """
+    loaded: Loaded | None = None
+    downloads = config.name not in ("shapes", "folder", "shards")
+    for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
+        loaded = peers.together(partial(_once, loaded, config, channels, my_turn))
+    assert loaded, "the last turn is everyone's"
+    train, test = loaded
+    content = _fingerprint(train, test)
+    peers.same_everywhere("the data set's fingerprint", content)
+    train, validation = _split(train, config)
+    return Splits(train, validation, test, content, _held(config, channels, loaded))
+
+
+def _once(loaded: Loaded | None, config: DataConfig, channels: int, my_turn: bool) -> Loaded | None:
+    return loaded or (_read(config, channels) if my_turn else None)
+
+
+def _fingerprint(train: AnyImages, test: AnyImages) -> str:
+    if isinstance(train, Images) and isinstance(test, Images):
+        return fingerprint.of_tensors(train.pixels, train.labels, test.pixels, test.labels)
+    assert isinstance(train, StreamedImages), "all parts are streamed or none is"
+    assert isinstance(test, StreamedImages), "all parts are streamed or none is"
+    lists = [part.catalogue.fingerprint() for part in (train, test)]
+    # The views of streamed images are others: such a run doesn't go on in memory, or back.
+    return STREAMED + hashlib.sha256(" ".join(lists).encode()).hexdigest()[:16]
+
+
+def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
+    """Return where the images are, and why."""
+    train, test = loaded
+    size, need = config.size, _gigabytes(len(train) + len(test), config.size, channels)
+    kind = "gray squares" if channels == 1 else "squares"
+    squares, limit = f"{kind} of {size} x {size} take {need:.3g} GB", f"{config.memory_gb:g}"
+    if isinstance(train, StreamedImages):
+        workers = train.pool.size
+        return (
+            f"streamed by {workers} worker{'s' * (workers > 1)} for each process: {squares}, more "
+            f"than data.memory_gb={limit}"
+        )
+    rule = f"data.memory_gb={limit} allows it" if config.name in ON_DISK else f"as {config.name} is"
+    assert isinstance(test, Images), "all parts are streamed or none is"
+    left_out = (
+        f"; {count} unreadable left out"
+        if (count := train.left_out + (test.left_out if len(test) else 0))
+        else ""
+    )
+    return f"in memory: {squares}, {rule}{left_out}"
+
+
+def _gigabytes(count: int, size: int, channels: int) -> float:
+    return count * channels * size * size / 1e9
+
+
+def _read(config: DataConfig, channels: int) -> Loaded:
+    if config.name in ON_DISK:
+        return _read_files(config, channels)
+    if config.name == "shapes":
+        drawn = shapes.draw(config.shapes_train, config.size, seed=0)
+        test_drawn = shapes.draw(config.shapes_test, config.size, seed=0, first=config.shapes_train)
+        train, test = Images(*drawn, shapes.CLASSES), Images(*test_drawn, shapes.CLASSES)
+    else:
+        train_part, test_part = torchvision_sets.read(config, _root(config))
+        train, test = _images(*train_part), _images(*test_part)
+    return (_gray(train), _gray(test)) if channels == 1 else (train, test)
+
+
+def _gray(images: Images) -> Images:
+    """Return images in colour as gray ones, of the same bits as those that PIL turns to gray."""
+    red, green, blue = images.pixels.int().chunk(3, dim=1)
+    luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return replace(images, pixels=luma.to(torch.uint8))
+
+
+def _root(config: DataConfig) -> Path:
+    root = Path(os.path.expanduser(config.root))
+    if not os.path.isfile(root):
+        return root
+    if config.name == "folder" and image_archive.is_archive(root):
+        unpacked = image_archive.unpack(root, _cache(config))
+        inside = list(unpacked.iterdir())
+        # Packed with the folder around it, as is usual, or without.
+        named = len(inside) == 1 and inside[0].is_dir() and inside[0].name != "train"
+        return inside[0] if named else unpacked
+    raise DataError(
+        f"data.root={shown(root)}: a file, and data.root needs a folder, or with data.name=folder "
+        "a tar or zip file of images"
+    )
+
+
+def _read_files(config: DataConfig, channels: int) -> Loaded:
+    """Read a folder or shards; stream them if their squares take more than data.memory_gb."""
+    cache, labelled = _cache(config), config.labels == "folders"
+    train, test = (_shards if config.name == "shards" else _folders)(config, cache, labelled)
+    parts = [part for part in (train, test) if part]
+    if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
+        if config.skip_unreadable:
+            raise ConfigError(
+                "data.skip_unreadable=true needs images that are decoded at the start, and these "
+                "are streamed; raise data.memory_gb, or leave it out and replace what is named"
+            )
+        pool = WorkerPool(config.workers)
+        streamed = [
+            StreamedImages(
+                part,
+                pool,
+                torch.arange(len(part)),
+                part.labels,
+                part.classes,
+                config.size,
+                channels,
+            )
+            for part in parts
+        ]
+        return streamed[0], streamed[1] if test else streamed[0][torch.arange(0)]
+    held = [_held_in_memory(part, config, channels, cache) for part in parts]
+    return held[0], held[1] if test else held[0][torch.arange(0)]
+
+
+def _held_in_memory(part: ImageIndex, config: DataConfig, channels: int, cache: Path) -> Images:
+    """Return the images of a list; those that can't be read are left out if the config says so."""
+    unreadable: list[image_folder.Unreadable] | None = [] if config.skip_unreadable else None
+    pixels = image_folder.load(part, config.size, cache, unreadable, channels)
+    images = _images(pixels, part.labels, part.classes)
+    if not unreadable:
+        return images
+    logger.warning(
+        "%s: %s; they are left out", shown(part.root), image_folder.counted(part, unreadable)
+    )
+    good = torch.ones(len(images), dtype=torch.bool)
+    good[[row for row, _ in unreadable]] = False
+    return replace(images[good], left_out=len(unreadable))
+
+
+def _folders(
+    config: DataConfig, cache: Path, labelled: bool
+) -> tuple[ImageIndex, ImageIndex | None]:
+    """Return DIR/train and DIR/test (or DIR/val); without DIR/train, DIR and no test set."""
+    root = _root(config)
+    parted = os.path.isdir(root / "train")
+    train = image_index.of_folder(root / "train" if parted else root, labelled, cache)
+    tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
+    if not tests or not train.classes:
+        return train, None
+    return train, image_index.of_folder(tests[0], True, cache, train.classes)
+
+
+def _shards(
+    config: DataConfig, cache: Path, labelled: bool
+) -> tuple[ImageIndex, ImageIndex | None]:
+    """Return the images of the tars for training and for testing."""
+    folder, tars, test_folder, tests = tar_shards.parts(_root(config))
+    train = image_index.of_shards(folder, tars, labelled, cache)
+    if not tests or not train.classes:
+        return train, None
+    return train, image_index.of_shards(test_folder, tests, True, cache, train.classes)
+
+
+def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
+    return Images(pixels, torch.as_tensor(labels, dtype=torch.int64), tuple(classes))
+
+
+def _cache(config: DataConfig) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moco_dist")
+    return Path(os.path.expanduser(config.cache or default))
+
+
+def _split(images: AnyImages, config: DataConfig) -> Loaded:
+    """Hold out a share of the labelled images (of all, if none has a label) for validation."""
+    order = permutation(len(images), config.split_seed, Purpose.SPLIT)
+    known = order[images.labels[order] >= 0] if images.classes else order
+    held_out = known[: round(config.validation * len(known))]
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[held_out] = False
+    train = order[kept[order]]
+    train = train[: config.limit or None].sort().values
+    if len(train) == 0:
+        raise DataError(
+            f"data.validation={config.validation} leaves none of {len(images)} images for "
+            "training; lower it"
+        )
+    return images[train], images[held_out.sort().values]
+
+
+def require_labels(splits: Splits, config: DataConfig) -> None:
+    """Raise DataError if the data set has no classes to learn."""
+    if not splits.train.classes:
+        raise DataError(
+            f"data.name={config.name} at data.root={config.root} has no labels, and a probe needs "
+            "them; sort the images into one folder for each class"
+        )
+
+
+def require_same(trained_on: object, splits: Splits, checkpoint: Path) -> None:
+    """Raise ConfigError unless `trained_on`, a checkpoint's fingerprint, is that of `splits`."""
+    ours = splits.fingerprint
+    if trained_on == ours:
+        return
+    if str(trained_on).startswith(STREAMED) != ours.startswith(STREAMED):
+        ways = ("streamed", "in memory")
+        then, now = ways if str(trained_on).startswith(STREAMED) else ways[::-1]
+        raise ConfigError(
+            f"{checkpoint}: was trained on images that were {then}, and now they are {now}, which "
+            "gives other views; give data.memory_gb as it was, or name=... for a new run"
+        )
+    raise ConfigError(
+        f"{checkpoint}: was trained on other images (fingerprint {trained_on}, now {ours}); give "
+        "the same data, or name=... for a new run"
+    )

@@ -1,0 +1,286 @@
+"""Image folders: their files, the class of each, and the pixels, decoded once, cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moco_dist.data import image_file
+from moco_dist.data.image_file import EXTENSIONS, Place
+from moco_dist.distributed import fingerprint
+from moco_dist.errors import ConfigError, DataError, MissingError, shown
+
+logger = logging.getLogger(__name__)
+
+# Unreadable images after which the rest is not tried.
+MAX_BAD = 100
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images below a folder in a fixed order, and their classes; no labels, no `classes`."""
+
+    root: Path
+    files: list[Path]
+    labels: list[int]
+    classes: tuple[str, ...]
+    # The folders that were read for it.
+    folders: tuple[str, ...] = ()
+
+    def all_places(self) -> list[Place]:
+        """Return where the images lie."""
+        return [Place(str(file)) for file in self.files]
+
+
+class Located(Protocol):
+    """Images whose places are known: a `Listing`, or an index."""
+
+    @property
+    def root(self) -> Path:
+        """Return the folder that they are below."""
+
+    def all_places(self) -> list[Place]:
+        """Return where the images lie."""
+
+
+def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> Listing:
+    """Return the images below `root`, at any depth, in the order of their names.
+
+    Hidden folders are left out. The class is the name of the first-level folder. With an image
+    directly in `root`, or only one such folder, there are no classes. `classes`, if given, are the
+    only ones allowed.
+    Raises MissingError for a folder that is absent or holds no image.
+    """
+    if not os.path.isdir(root):
+        raise MissingError(
+            f"{shown(root)}: no such folder; give the folder of the images as data.root=DIR"
+        )
+    files, folders = _walk(root)
+    if not files:
+        raise MissingError(
+            f"{shown(root)}: no images in this folder; data.root needs files that "
+            f"end in {', '.join(EXTENSIONS)}"
+        )
+    tops = [file.relative_to(root).parts[0] for file in files]
+    names = sorted(set(tops))
+    flat = any(len(file.relative_to(root).parts) == 1 for file in files)
+    if not labelled or flat or (len(names) < 2 and classes is None):
+        return Listing(root, files, [-1] * len(files), (), folders)
+    unknown = sorted(set(names) - set(classes or names))
+    if unknown:
+        raise DataError(
+            f"{shown(root)}: class folder '{shown(unknown[0])}' is not among the "
+            f"{len(classes or ())} classes of the training images; "
+            "use the same class folders in both"
+        )
+    number = {name: i for i, name in enumerate(classes or names)}
+    labels = [number[top] for top in tops]
+    return Listing(root, files, labels, classes or tuple(names), folders)
+
+
+def _walk(root: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the images below `root`: in each folder first its own by name, then its subfolders'.
+
+    And the folders that were read.
+
+    Links are followed once the real folders are known, and only to folders not yet read: loops end,
+    and no image counts twice. What is left out is warned of, one line for each reason.
+    """
+    files: list[Path] = []
+    read: list[str] = []
+    left_out: dict[str, list[str]] = {}
+    seen: set[tuple[int, int]] = set()
+    folders, links = [str(root)], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            stat = os.stat(folder)
+            if (stat.st_dev, stat.st_ino) in seen:
+                left_out.setdefault("links to folders that are read already", []).append(folder)
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            read.append(folder)
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            left_out.setdefault(f"folders that can't be read ({error.strerror})", []).append(folder)
+            continue
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            is_image = entry.name.lower().endswith(EXTENSIONS)
+            # os.path for links, as an entry raises for one in a loop; no stat for all the others.
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                (links if is_link else folders).append(entry.path)
+            elif is_link and not os.path.exists(entry.path):
+                left_out.setdefault("links to nothing", []).append(entry.path)
+            elif is_image and (os.path.isfile(entry.path) if is_link else entry.is_file()):
+                files.append(Path(entry.path))
+            elif is_image:
+                left_out.setdefault("special files, as pipes or devices", []).append(entry.path)
+    for reason, paths in left_out.items():
+        logger.warning(
+            "%s: left out %d %s; the first is %s",
+            shown(root),
+            len(paths),
+            reason,
+            shown(min(paths), 4096),
+        )
+    files.sort(key=lambda f: [(True, part) for part in f.parts[:-1]] + [(False, f.name)])
+    return files, tuple(read)
+
+
+# Row and reason of an image that can't be read.
+Unreadable = tuple[int, str]
+
+
+def decode(
+    images: Located,
+    size: int,
+    unreadable: list[Unreadable] | None = None,
+    channels: int = 3,
+) -> Tensor:
+    """Return the pixels, uint8 (n, channels, size, size).
+
+    The shorter side is resized to `size`, and the centre cut out.
+
+    Raises DataError, naming the first files, if some can't be decoded; with a list `unreadable`
+    they are added to it instead, and are black.
+    """
+    places = images.all_places()
+    needed = len(places) * channels * size * size
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise ConfigError(
+            f"{shown(images.root)}: {len(places)} images of data.size={size} need "
+            f"{needed / 1e9:.0f} GB of memory and {free / 1e9:.0f} GB are free; lower "
+            "data.memory_gb to stream them from the disk, or lower data.size"
+        )
+    pixels = np.zeros((len(places), size, size, channels), dtype=np.uint8)
+
+    def read(number: int) -> str | None:
+        try:
+            pixels[number] = image_file.square(image_file.read(places[number]), size, channels)
+        except Exception as error:
+            # Any kind: decoders raise many for bytes that are no image, all of them the file's.
+            return shown(str(error) or type(error).__name__)
+        return None
+
+    bad: list[Unreadable] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for row, reason in enumerate(pool.map(read, range(len(places)))):
+            bad += [] if reason is None else [(row, reason)]
+            if len(bad) == MAX_BAD and unreadable is None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                break
+    if unreadable is not None and len(bad) < len(places):
+        unreadable += bad
+    elif len(bad) == 1:
+        raise DataError(
+            f"{shown(places[bad[0][0]], 4096)}: not a readable image ({bad[0][1]}); replace or "
+            "remove this file, or give data.skip_unreadable=true"
+        )
+    elif bad:
+        raise DataError(
+            f"{shown(images.root)}: {counted(images, bad)}; replace or remove these files, or give "
+            "data.skip_unreadable=true"
+        )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def counted(images: Located, unreadable: list[Unreadable]) -> str:
+    """Return how many images can't be read, the first of them, and why, in words."""
+    places = images.all_places()
+    first = ", ".join(f"{shown(places[row], 4096)} ({reason})" for row, reason in unreadable[:5])
+    more = ", ..." if len(unreadable) > 5 else ""
+    count = f"{len(unreadable)}{' or more' if len(unreadable) == MAX_BAD else ''} of {len(places)}"
+    return f"{count} images are not readable: {first}{more}"
+
+
+def load(
+    images: Located,
+    size: int,
+    cache: Path,
+    unreadable: list[Unreadable] | None = None,
+    channels: int = 3,
+) -> Tensor:
+    """Return what `decode` returns, from `cache` if these very files were decoded before.
+
+    Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a
+    warning.
+    """
+    path = cache / f"{_key(images, size, channels)}.safetensors"
+    count = len(images.all_places())
+    if os.path.isfile(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                pixels: Tensor = file.get_tensor("pixels")
+                metadata = file.metadata() or {}
+                fits = (pixels.dtype, pixels.shape) == (torch.uint8, (count, channels, size, size))
+                whole = fits and fingerprint.of_tensors(pixels) == metadata["fingerprint"]
+                bad = [
+                    (int(row), str(why))
+                    for row, why in json.loads(metadata.get("unreadable", "[]"))
+                ]
+            if whole and unreadable is None and bad:
+                return decode(images, size, channels=channels)  # which says what is wrong
+            if whole:
+                if unreadable is not None:
+                    unreadable += bad
+                return pixels
+            logger.warning("%s: its content changed on disk; decoding the images again", path)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            logger.warning("%s: can't be read (%s); decoding the images again", path, error)
+    pixels = decode(images, size, unreadable, channels)
+    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        noted = {"fingerprint": fingerprint.of_tensors(pixels)}
+        save_file(
+            {"pixels": pixels}, temporary, noted | {"unreadable": json.dumps(unreadable or [])}
+        )
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        logger.warning(
+            "%s: can't keep the decoded images (%s); the next start decodes again",
+            shown(cache),
+            getattr(error, "strerror", None) or error,
+        )
+    return pixels
+
+
+def _key(images: Located, size: int, channels: int) -> str:
+    places, root = images.all_places(), str(images.root)
+    try:
+        states = {path: os.stat(path) for path in {place.path for place in places}}
+    except OSError as error:
+        raise DataError(
+            f"{shown(error.filename, 4096)}: gone since the folder was read ({error.strerror}); "
+            "start again when nothing changes the folder"
+        ) from error
+    rows = [
+        (os.path.relpath(path, root), states[path].st_size, states[path].st_mtime_ns, *member)
+        for path, *member in places
+    ]
+    # Images in colour have the key that they had when there were no others.
+    kind = [] if channels == 3 else [channels]
+    return hashlib.sha256(
+        json.dumps([str(images.root.resolve()), size, rows, *kind]).encode()
+    ).hexdigest()[:32]

@@ -1,0 +1,128 @@
+"""Images that stay on disk: decoded by workers each time they are needed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moco_dist.config.recipe import ViewsConfig
+from moco_dist.data import worker_pool
+from moco_dist.data.image_file import Place, Recipe
+from moco_dist.data.worker_pool import Ticket, WorkerPool
+from moco_dist.method import views
+
+
+class Catalogue(Protocol):
+    """A list of images."""
+
+    def fingerprint(self) -> str:
+        """Return a text that another list of images doesn't have."""
+
+    def places(self, rows: Sequence[int]) -> list[Place]:
+        """Return where the images `rows` lie."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """Images that the workers were asked for, in requests."""
+
+    pool: WorkerPool
+    tickets: list[Ticket]
+
+    def collect(self, device: torch.device) -> Tensor:
+        """Wait; return the pixels, uint8 (images, views, channels, size, size), on `device`."""
+        shape = sum(ticket.shape[0] for ticket in self.tickets), *self.tickets[0].shape[1:]
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        first = 0
+        while self.tickets:
+            ticket = self.tickets[0]
+            pixels[first : first + ticket.shape[0]] = self.pool.fetch(ticket)
+            first += ticket.shape[0]
+            self.pool.release(self.tickets.pop(0))
+        return pixels.to(device, non_blocking=True)
+
+    def abandon(self) -> None:
+        """Give back the memory of what was not collected."""
+        while self.tickets:
+            self.pool.release(self.tickets.pop())
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """Images and classes, as `data.Images`, whose pixels are on disk."""
+
+    catalogue: Catalogue
+    pool: WorkerPool
+    # Which images of the catalogue, int64 (n,), on the CPU.
+    rows: Tensor
+    # int64 (n,), -1 if unknown.
+    labels: Tensor
+    classes: tuple[str, ...]
+    # Pixels a side of `squares`.
+    size: int
+    channels: int = 3
+
+    @property
+    def squared(self) -> Recipe:
+        """The recipe of `squares`."""
+        return Recipe(self.size, channels=self.channels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor) -> StreamedImages:
+        return replace(self, rows=self.rows[rows.cpu()], labels=self.labels[rows])
+
+    def to(self, device: torch.device) -> StreamedImages:
+        """Return the same images, which come to `device` when they are needed."""
+        return replace(self, labels=self.labels.to(device))
+
+    def labelled(self) -> StreamedImages:
+        """Return the images whose class is known."""
+        known = self.labels >= 0
+        return self if bool(known.all()) else self[known]
+
+    def squares(self, rows: Tensor) -> Tensor:
+        """Return the centred squares of some images, uint8 (*rows.shape, channels, size, size)."""
+        pixels = self.order(rows.flatten(), self.squared).collect(self.labels.device)
+        return pixels.reshape(*rows.shape, *pixels.shape[2:])
+
+    def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Give the squares of each part in turn; those after it are decoded meanwhile."""
+        ahead = deque[Order]()
+        try:
+            for place in range(len(parts)):
+                while len(ahead) < 3 and place + len(ahead) < len(parts):
+                    part = parts[place + len(ahead)]
+                    ahead.append(self.order(part, self.squared))
+                yield ahead.popleft().collect(self.labels.device)[:, 0]
+        finally:
+            for order in ahead:
+                order.abandon()
+
+    def order(self, rows: Tensor, recipe: Recipe, numbers: Tensor | None = None) -> Order:
+        """Ask the workers for images `rows`, int64 (n,); `numbers` are as `WorkerPool.submit`'s."""
+        most = worker_pool.images_of_request(recipe)
+        places = self.catalogue.places(self.rows[rows.cpu()].tolist())
+        tickets = []
+        for first in range(0, len(places), most):
+            part = slice(first, first + most)
+            mine = None if numbers is None else numbers[part]
+            tickets.append(self.pool.submit(places[part], recipe, mine))
+        return Order(self.pool, tickets)
+
+    def order_crops(
+        self, config: ViewsConfig, seed: int, epoch: int, samples: Tensor, wanted: tuple[int, ...]
+    ) -> Order:
+        """Ask for the crops of views `wanted` of the images `samples`, int64 (n,)."""
+        samples = samples.cpu()
+        numbers = torch.stack(
+            [views.crop_numbers(config, seed, epoch, samples, view) for view in (0, 1)], dim=1
+        )
+        recipe = Recipe(config.size, wanted, config.ratio_min, config.ratio_max, self.channels)
+        return self.order(samples, recipe, numbers)

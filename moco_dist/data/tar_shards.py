@@ -1,0 +1,165 @@
+"""Tar files of images in the layout of WebDataset: KEY.jpg beside KEY.cls or KEY.json.
+
+github.com/webdataset/webdataset describes the layout. Only headers are read here, and labels; the
+images are read by their place in the file, so that any of them can be had in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moco_dist.data.image_file import EXTENSIONS
+from moco_dist.errors import DataError, MissingError, shown
+
+# Names of a sample's class in its .json, the first of them that is there.
+JSON_KEYS = ("cls", "label", "class")
+# A label is a number or a name; what is longer is none.
+MAX_LABEL_BYTES = 2**20
+
+
+class Member(NamedTuple):
+    """An image in a tar: the number of the tar, its name there, its first byte, its bytes."""
+
+    tar: int
+    name: str
+    offset: int
+    size: int
+
+
+class Found(NamedTuple):
+    """The images of some tars in their order, with their classes; no labels, no `classes`."""
+
+    members: list[Member]
+    labels: list[int]
+    classes: tuple[str, ...]
+
+
+def parts(root: Path) -> tuple[Path, list[str], Path, list[str]]:
+    """Return the folder and the names of the tars for training, and the same for testing.
+
+    DIR/train and DIR/test (or DIR/val); or DIR, where tars with train, val or test as a word of
+    their names, as imagenet-val-000000.tar has it, are for that.
+    Raises MissingError without a tar.
+    """
+    if not os.path.isdir(root):
+        raise MissingError(
+            f"{shown(root)}: no such folder; give the folder of the tar files as data.root=DIR"
+        )
+    if os.path.isdir(root / "train"):
+        tests = [root / name for name in ("test", "val") if os.path.isdir(root / name)]
+        test = tests[0] if tests else root / "test"
+        train, found = _tars(root / "train"), _tars(test) if tests else []
+        folder = root / "train"
+    else:
+        folder = test = root
+        every = _tars(root)
+        found = [n for n in every if {"test", "val", "validation"} & set(re.split(r"\W|_", n))]
+        train = [name for name in every if name not in found]
+    if not train:
+        raise MissingError(
+            f"{shown(folder)}: no tar files for training in this folder; data.name=shards needs "
+            "DIR/*.tar, or DIR/train/*.tar"
+        )
+    return folder, train, test, found
+
+
+def _tars(folder: Path) -> list[str]:
+    return sorted(
+        name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith(".")
+    )
+
+
+def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] | None) -> Found:
+    """Return the images in the tar files `tars` of `root`, in their order there.
+
+    The class of an image is in KEY.cls (a number or a name), or in KEY.json under "cls", "label" or
+    "class"; without either it is the first folder of KEY. `classes`, if given, are the only ones
+    allowed. Raises DataError for a damaged tar and MissingError for tars without images.
+    """
+    members: list[Member] = []
+    given: list[str | None] = []
+    for number, tar in enumerate(tars):
+        for member, label in _images(root / tar, number, labelled):
+            members.append(member)
+            given.append(label)
+    if not members:
+        raise MissingError(
+            f"{shown(root)}: no images in {len(tars)} tar files; data.name=shards needs members "
+            f"that end in {', '.join(EXTENSIONS)}"
+        )
+    known = {label for label in given if label is not None}
+    if len(known) < 2 and classes is None:
+        return Found(members, [-1] * len(members), ())
+    if classes is None:
+        numbers = all(re.fullmatch(r"\d{1,6}", label) for label in known)
+        # Numbers count from 0, also where one of them has no image.
+        classes = tuple(map(str, range(max(map(int, known)) + 1)) if numbers else sorted(known))
+    unknown = sorted(known - set(classes))
+    if unknown:
+        raise DataError(
+            f"{shown(root)}: class '{shown(unknown[0])}' is not among the {len(classes)} classes "
+            "of the training images; use the same classes in both"
+        )
+    place = {name: number for number, name in enumerate(classes)}
+    labels = [-1 if label is None else place[label] for label in given]
+    return Found(members, labels, classes)
+
+
+def _images(path: Path, number: int, labelled: bool) -> Iterator[tuple[Member, str | None]]:
+    """Give the images of a tar and their labels; of two images with one key, the first."""
+    images: dict[str, Member] = {}
+    labels: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            end = os.path.getsize(path)
+            for member in tar:
+                key, extension = _split(member.name)
+                if not member.isreg() or os.path.basename(key).startswith("."):
+                    continue
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError(f"it ends within {shown(member.name)}")
+                if extension in EXTENSIONS and key not in images:
+                    place = Member(number, member.name, member.offset_data, member.size)
+                    images[key] = place
+                elif labelled and extension in (".cls", ".json") and member.size < MAX_LABEL_BYTES:
+                    file = tar.extractfile(member)
+                    label = _label(extension, file.read() if file else b"", path, member.name)
+                    if label is not None and (extension == ".cls" or key not in labels):
+                        labels[key] = label
+                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(
+            f"{shown(path, 4096)}: not a readable tar ({shown(error)}); data.name=shards needs "
+            "whole tar files that are not compressed"
+        ) from error
+    for key, place in images.items():
+        folder = key.partition("/")[0] if "/" in key else None
+        yield place, labels.get(key, folder) if labelled else None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return key and extension: as in WebDataset, the extension begins at the first dot."""
+    folder, slash, file = name.removeprefix("./").rpartition("/")
+    key, dot, extension = file.partition(".")
+    return folder + slash + key, (dot + extension).lower()
+
+
+def _label(extension: str, content: bytes, path: Path, name: str) -> str | None:
+    try:
+        text = content.decode().strip()
+        if extension == ".cls":
+            return text or None
+        found = json.loads(text)
+    except ValueError as error:
+        raise DataError(
+            f"{shown(path, 4096)}: {shown(name)} is no label ({shown(error)}); make the tar again, "
+            "or give data.labels=none"
+        ) from error
+    fields = [found[key] for key in JSON_KEYS if key in found] if isinstance(found, dict) else []
+    return str(fields[0]) if fields and isinstance(fields[0], int | str) else None

@@ -1,0 +1,259 @@
+"""Where the views of a step come from: images in memory, or crops that workers cut from files.
+
+Streamed keys reach their process in one of two ways, equal in result. By exchange: each process
+decodes the images of its queries once, cuts both crops, and an all-to-all sends the keys' crops to
+where the permutation has them. By plan: each decodes the images of its keys as well.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moco_dist.config.recipe import ViewsConfig
+from moco_dist.data.datasets import AnyImages, Images
+from moco_dist.data.streamed_images import Order, StreamedImages
+from moco_dist.distributed import comms, peers
+from moco_dist.method import views
+from moco_dist.method.compilation import compiled
+from moco_dist.method.plan import Plan, Step
+
+# Steps, and images for each worker, that are decoded ahead.
+STEPS_AHEAD = 2
+IMAGES_AHEAD = 32
+
+
+# Samples, int64 (n,), and the number of their view.
+Wanted = tuple[Tensor, int]
+# Each gives the views of one micro-batch.
+Pieces = list[Callable[[], Tensor]]
+
+
+class Maker:
+    """Makes views of uint8 images by `work`, which is `views.make` or `views.finish`."""
+
+    def __init__(
+        self, work: Callable[..., Tensor], config: ViewsConfig, seed: int, dtype: torch.dtype
+    ) -> None:
+        def make(images: Tensor, epoch: Tensor, samples: Tensor, numbers: Tensor) -> Tensor:
+            return work(images, config, seed, epoch, samples, numbers, dtype)
+
+        self._make = self._make_step = make
+
+    def compile_step(self) -> None:
+        """Have `of_step` compiled, for each number of images that it is called with."""
+        self._make_step = compiled(self._make)
+
+    def of_step(self, images: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return the views of each of `wanted`, (n, c, size, size), made in one pass.
+
+        `images` (n, c, H, W) are those of all of `wanted`, one after the other.
+        """
+        return self._split(self._make_step, images, wanted, epoch)
+
+    def of_any(self, images: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return what `of_step` does, of any number of images."""
+        return self._split(self._make, images, wanted, epoch)
+
+    @torch.no_grad()  # in a step some are asked for with gradients on, which is another graph
+    def _split(
+        self, make: Callable[..., Tensor], images: Tensor, wanted: Sequence[Wanted], epoch: int
+    ) -> list[Tensor]:
+        samples = torch.cat([samples for samples, _ in wanted])
+        numbers = torch.cat([torch.full_like(samples, view) for samples, view in wanted])
+        # A tensor: what is compiled would be so for each epoch.
+        made = make(images, torch.full_like(samples[0], epoch), samples, numbers)
+        return list(made.split([len(samples) for samples, _ in wanted]))
+
+
+class MemorySource:
+    """Views of images in memory, made when they are asked for."""
+
+    def __init__(self, images: Images, config: ViewsConfig, seed: int, dtype: torch.dtype) -> None:
+        self.images, self.maker = images, Maker(views.make, config, seed, dtype)
+        # What views are made of: channels and sides.
+        self.shape = images.pixels.shape[1:]
+
+    def begin(self, step: int) -> None:
+        """Get ready for step `step`: nothing is to be done."""
+
+    def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return the views of each of `wanted`, (n, c, size, size), made in one pass."""
+        return self.maker.of_step(self._pixels(wanted), wanted, epoch)
+
+    def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return what `views` does, of any number of images."""
+        return self.maker.of_any(self._pixels(wanted), wanted, epoch)
+
+    def _pixels(self, wanted: Sequence[Wanted]) -> Tensor:
+        return self.images.pixels[torch.cat([samples for samples, _ in wanted])]
+
+
+class StreamedSource:
+    """Views of the crops of a step, which workers have cut some steps before."""
+
+    def __init__(
+        self,
+        images: StreamedImages,
+        config: ViewsConfig,
+        dtype: torch.dtype,
+        plan: Plan,
+        passes: Sequence[tuple[int, int | None]],
+        keys_by: Literal["exchange", "plan"],
+    ) -> None:
+        self.images, self.config, self.seed = images, config, plan.seed
+        self.maker = Maker(views.finish, config, plan.seed, dtype)
+        # What views are made of: channels and sides.
+        self.shape = torch.Size([images.channels, config.size, config.size])
+        self.device = plan.device
+        self.plan = replace(plan, device=torch.device("cpu"))
+        # The views of queries and keys of each pass over the batch; None where there are no keys.
+        self.passes, self.keys_by = passes, keys_by
+        self.steps_ahead = max(
+            STEPS_AHEAD, -(-IMAGES_AHEAD * images.pool.size * plan.world_size // plan.batch_size)
+        )
+        self._next = 0
+        self._ahead = deque[tuple[Step, list[Order]]]()
+        # For each view that the step takes: its samples, ascending, and their crops.
+        self._crops: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, step: int) -> None:
+        """Have the crops of step `step` at hand, and those after it under way; a collective.
+
+        Raises DataError for an image that can't be read and for a worker that died.
+        """
+        if step != self._next:
+            self.forget()
+            self._next = step
+        while len(self._ahead) <= self.steps_ahead:
+            rows = self.plan.step(self._next + len(self._ahead), len(self.passes))
+            orders = [
+                self.images.order_crops(self.config, self.seed, rows.epoch, samples, wanted)
+                for samples, wanted in self._parts(rows)
+            ]
+            self._ahead.append((rows, orders))
+        rows, orders = self._ahead.popleft()
+        self._next = step + 1
+        peers.me.mark(step, "waiting for data")
+        pixels = [order.collect(self.device) for order in orders]
+        peers.me.mark(step, "exchanging crops")
+        parts = self._parts(rows)
+        found = [
+            (view, samples, pixels[number][:, place])
+            for number, (samples, wanted) in enumerate(parts)
+            for place, view in enumerate(wanted)
+        ]
+        if self.keys_by == "exchange":
+            for number, (_, view) in enumerate(self.passes):
+                if view is not None:
+                    crops = comms.all_to_all_rows(pixels[0][:, view], rows.unshuffle[number])
+                    found.append((view, rows.samples[rows.key_rows[number]], crops))
+        self._crops = {}
+        for view in (0, 1):
+            samples = [samples for each, samples, _ in found if each == view]
+            if samples:
+                known, order = torch.cat(samples).to(self.device).sort()
+                crops = torch.cat([crops for each, _, crops in found if each == view])
+                self._crops[view] = known, crops[order]
+
+    def _parts(self, rows: Step) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Return the samples that this process decodes for a step, and which views of each."""
+        mine = rows.samples[rows.query_rows]
+        keys = [
+            (rows.samples[places], (view,))
+            for places, (_, view) in zip(rows.key_rows, self.passes, strict=True)
+            if view is not None
+        ]
+        if keys and self.keys_by == "exchange":
+            return [(mine, (0, 1))]
+        return [(mine, tuple(sorted(view for view, _ in self.passes))), *keys]
+
+    def forget(self) -> None:
+        """Give up what was asked for ahead."""
+        while self._ahead:
+            for order in self._ahead.pop()[1]:
+                order.abandon()
+
+    def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return the views of each of `wanted`, queries or keys of the step that was begun.
+
+        float (n, c, size, size), made in one pass.
+        """
+        crops = []
+        for samples, view in wanted:
+            known, of_view = self._crops[view]
+            crops.append(of_view[torch.searchsorted(known, samples)])
+        return self.maker.of_step(torch.cat(crops), wanted, epoch)
+
+    def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+        """Return what `views` does, of any images, which are decoded for it."""
+        orders = [
+            self.images.order_crops(self.config, self.seed, epoch, samples, (view,))
+            for samples, view in wanted
+        ]
+        crops = [order.collect(self.device)[:, 0] for order in orders]
+        return self.maker.of_any(torch.cat(crops), wanted, epoch)
+
+
+ViewSource = MemorySource | StreamedSource
+
+
+def views_of(
+    rows: Step, passes: Sequence[tuple[int, int]], source: ViewSource, micro_batches: int
+) -> tuple[list[Pieces], list[Pieces]]:
+    """Return what gives the views of keys and of queries of a step, for each pass over the batch.
+
+    One call of the source makes all of them. Of micro-batches each is made when its turn comes, so
+    that there is never more than that in memory.
+    """
+    wanted = [
+        *(
+            (rows.samples[keys], view)
+            for keys, (_, view) in zip(rows.key_rows, passes, strict=True)
+        ),
+        *((rows.samples[rows.query_rows], view) for view, _ in passes),
+    ]
+    found: list[Pieces]
+    if micro_batches == 1:
+        found = [[partial(_same, made)] for made in source.views(wanted, rows.epoch)]
+    else:
+        found = [
+            [
+                partial(_one, source, (piece, view), rows.epoch)
+                for piece in samples.chunk(micro_batches)
+            ]
+            for samples, view in wanted
+        ]
+    return found[: len(passes)], found[len(passes) :]
+
+
+def _one(source: ViewSource, wanted: Wanted, epoch: int) -> Tensor:
+    (views,) = source.views([wanted], epoch)
+    return views
+
+
+def _same(views: Tensor) -> Tensor:
+    return views
+
+
+def view_source(
+    images: AnyImages,
+    config: ViewsConfig,
+    plan: Plan,
+    passes: Sequence[tuple[int, int | None]],
+    dtype: torch.dtype,
+    keys_by: Literal["exchange", "plan"],
+) -> ViewSource:
+    """Return where the views of the training images come from, step by step.
+
+    `passes` are the views of the queries and of their keys, for each pass over the batch.
+    """
+    if isinstance(images, Images):
+        return MemorySource(images, config, plan.seed, dtype)
+    return StreamedSource(images, config, dtype, plan, passes, keys_by)

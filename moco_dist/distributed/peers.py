@@ -1,0 +1,275 @@
+"""What the processes of a run tell one another beside the training: errors, and who is alive.
+
+Each process leaves a sign of life on a board every half second. When a collective fails, those
+that are left read there which process died, stalled or failed, where it ran and at which step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moco_dist.distributed import comms
+from moco_dist.distributed.machine import BOOT
+from moco_dist.errors import PeerError, UserError
+
+Result = TypeVar("Result")
+
+BEAT_SECONDS = 0.5
+# A process whose sign of life doesn't change for so long, when a collective has failed, is gone.
+SILENT_SECONDS = 3.0
+
+
+class Peers:
+    """This process's sign of life, and its view of the others; one object for each process."""
+
+    def __init__(self) -> None:
+        self.step, self.doing = 0, "starting"
+        self.timeout = 300.0
+        self.training = False
+        self._moved = time.monotonic()
+        self._marks = 0
+        self._beats = 0
+        self._meetings = 0
+        # The process that `blame` found, and whether it has told the user itself.
+        self._blamed, self._told = -1, False
+        self._board: comms.Board | None = None
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def join(self, timeout: float) -> None:
+        """Begin to give signs of life; `timeout` is the longest stall, in seconds."""
+        self.timeout = timeout
+        if comms.world_size() > 1 and self._board is None:
+            self._board = comms.Board()
+            self._beat(self._board)
+            board = comms.Board()
+            self._thread = threading.Thread(target=self._keep_beating, args=[board], daemon=True)
+            self._thread.start()
+
+    def part(self) -> None:
+        """Give no more signs of life: a thread of ours must not outlive the interpreter."""
+        self._ended.set()
+        if self._thread:
+            self._thread.join()
+
+    def mark(self, step: int, doing: str) -> None:
+        """Note where this process is: `step` steps are done, and it is `doing` something now."""
+        self.step, self.doing = step, doing
+        self._marks += 1
+        self._moved = time.monotonic()
+
+    def leave(self, reason: str | None, speaks: bool) -> None:
+        """Tell the others that this process ends: by an error of its own, or None for theirs.
+
+        And whether it `speaks` of it to the user, which the others then need not.
+        """
+        if self._board:
+            if speaks and reason:
+                reason = "!" + reason
+            with suppress(RuntimeError):
+                self._board.post(f"{'fault' if reason else 'left'}/{comms.rank()}", reason or "")
+
+    def meet(self) -> None:
+        """Wait for all processes, however long their work takes, as long as they are alive."""
+        if not self._board:
+            return
+        self._meetings += 1
+        everyone = range(comms.world_size())
+        keys = [f"meeting {self._meetings}/{rank}" for rank in everyone]
+        looked, pause = time.monotonic(), 0.001
+        beats: dict[int, tuple[Any, float]] = {}
+        try:
+            self._board.post(keys[comms.rank()], "")
+            while not self._board.has(keys):
+                if time.monotonic() - looked > 1:
+                    looked = time.monotonic()
+                    missing = [r for r in everyone if not self._board.has([keys[r]])]
+                    self._look_after(missing, beats)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+                self._moved = time.monotonic()
+        except RuntimeError as error:
+            raise PeerError(self.blame()) from error
+
+    def blame(self) -> str:
+        """Return a sentence that names the process whose fault a failed collective is."""
+        others = [rank for rank in range(comms.world_size()) if rank != comms.rank()]
+        before = {rank: self._read_beat(rank) for rank in others}
+        deadline = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < deadline:
+            for rank in others:
+                if sentence := self._known_fault(rank, before[rank]):
+                    return sentence
+            time.sleep(0.1)
+        now = {rank: self._read_beat(rank) for rank in others}
+        if self._board is None or not any(now.values()):
+            place = f"at step {self.step} ({self.doing})"
+            return f"the processes lost one another {place}, process 0 most likely died; {GO_ON}"
+        for rank in others:
+            if now[rank] == before[rank] and not self._has_left(rank):
+                return self._sentence(rank, now[rank], "has given no sign of life")
+        marks = {rank: beat["marks"] + beat["calls"] for rank, beat in now.items() if beat}
+        last = min(marks, key=lambda rank: marks[rank])
+        if marks[last] < self._marks + comms.calls:
+            return self._sentence(last, now[last], f"kept the others waiting for {self.timeout} s")
+        place = f"at step {self.step} ({self.doing})"
+        return f"process {comms.rank()} ({socket.gethostname()}) lost the others {place}; {GO_ON}"
+
+    def speaks(self) -> bool:
+        """Return whether this is the first of the processes that are left, which tells the user."""
+        before = [rank for rank in range(comms.rank()) if rank != self._blamed]
+        gone = {rank: self._gone(self._read_beat(rank)) for rank in before}
+        here = any(self._has_left(rank) or gone[rank] is None for rank in before)
+        return not here and not self._told
+
+    def _known_fault(self, rank: int, beat: Any) -> str | None:
+        if self._board:
+            with suppress(RuntimeError):
+                if reason := self._board.read(f"fault/{rank}"):
+                    self._told = reason.startswith("!")
+                    reason = reason.removeprefix("!")
+                    return self._sentence(rank, self._read_beat(rank), f"failed: {reason}")
+        if (what := self._gone(beat)) and not self._has_left(rank):
+            return self._sentence(rank, beat, what)
+        return None
+
+    def _gone(self, beat: Any) -> str | None:
+        """Return what became of a process of this machine, None if it runs or is elsewhere."""
+        if not beat or (beat["host"], beat["boot"]) != (socket.gethostname(), BOOT):
+            return None
+        try:
+            state = Path(f"/proc/{beat['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "Z" if Path("/proc/self/stat").exists() else "R"
+        return {"Z": "died", "X": "died", "T": "is stopped (SIGSTOP)"}.get(state)
+
+    def _look_after(self, missing: list[int], beats: dict[int, tuple[Any, float]]) -> None:
+        """Raise PeerError if one of those that are waited for will not come."""
+        for rank in missing:
+            beat = self._read_beat(rank)
+            if rank not in beats or beats[rank][0] != beat:
+                beats[rank] = beat, time.monotonic()
+            silent = time.monotonic() - beats[rank][1]
+            if silent > self.timeout:
+                raise PeerError(self._sentence(rank, beat, "has given no sign of life"))
+            if (silent > SILENT_SECONDS or beat is None) and rank != comms.rank():
+                sentence = self._known_fault(rank, beat)
+                if sentence and "SIGSTOP" not in sentence:
+                    raise PeerError(sentence)
+            elif self._board and self._board.has([f"fault/{rank}"]):
+                raise PeerError(self._known_fault(rank, beat) or GO_ON)
+
+    def _has_left(self, rank: int) -> bool:
+        with suppress(RuntimeError):
+            return self._board is not None and self._board.has([f"left/{rank}"])
+        return False
+
+    def _read_beat(self, rank: int) -> Any:
+        text = None
+        if self._board:
+            with suppress(RuntimeError):
+                text = self._board.read(f"beat/{rank}")
+        return json.loads(text) if text else None
+
+    def _sentence(self, rank: int, beat: Any, what: str) -> str:
+        self._blamed = rank
+        if beat is None:
+            return f"process {rank} {what}; {GO_ON}"
+        where = f"(host {beat['host']}, pid {beat['pid']})"
+        # All are in the same step, and the sign of life may be half a second old.
+        step, doing = max((beat["step"], beat["doing"]), (self.step, self.doing))
+        return f"process {rank} {where} {what}, at step {step}, {doing}; {GO_ON}"
+
+    def _beat(self, board: comms.Board) -> None:
+        self._beats += 1
+        sign = {
+            "beats": self._beats,
+            "host": socket.gethostname(),
+            "boot": BOOT,
+            "pid": os.getpid(),
+            "step": self.step,
+            "doing": self.doing,
+            "marks": self._marks,
+            "calls": comms.calls,
+        }
+        board.post(f"beat/{comms.rank()}", json.dumps(sign))
+
+    def _keep_beating(self, board: comms.Board) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            with suppress(RuntimeError):
+                self._beat(board)
+            # A collective that doesn't end by itself, as one of NCCL may not, must not hold us.
+            if self.training and time.monotonic() - self._moved > self.timeout + 10:
+                print(f"error: {self.blame()}", file=sys.stderr, flush=True)
+                os._exit(PeerError.exit_status)
+
+
+GO_ON = "all processes end, and the same command goes on from the last checkpoint"
+
+# Like the default process group there is one.
+me = Peers()
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Return `work()`; a UserError on any process is raised on all, so that none waits forever.
+
+    It may take as long as it likes on any of them.
+    """
+    result: Result | None = None
+    error: UserError | None = None
+    try:
+        result = work()
+    except UserError as raised:
+        error = raised.on_all()
+    me.meet()
+    for first in comms.gather_objects(error):
+        if first is not None:
+            raise first
+    return result  # type: ignore[return-value]  # None only where work() returned it
+
+
+def from_main(work: Callable[[], Result]) -> Result:
+    """Return on every process what `work()` gives on process 0, which alone calls it."""
+    mine = together(lambda: work() if comms.is_main() else None)
+    first: Result = comms.gather_objects(mine)[0]
+    return first
+
+
+SAME_COMMAND = "start all of them with the same command and files"
+
+
+def same_everywhere(what: str, value: Any, way_out: str = SAME_COMMAND) -> None:
+    """Raise UserError, naming values and processes, unless `value` is the same on every process.
+
+    Of dicts, the keys that differ are named.
+    """
+    values = comms.gather_objects((socket.gethostname(), value))
+    if all(other == value for _, other in values):
+        return
+    if isinstance(value, dict):
+        keys = sorted(set().union(*(each for _, each in values)))
+        tables = {key: [each.get(key) for _, each in values] for key in keys}
+        parts = [f"{k} is {_shared(v)}" for k, v in tables.items() if any(x != v[0] for x in v)]
+    else:
+        parts = [f"it is {_shared([each for _, each in values])}"]
+    hosts = ", ".join(f"{rank} on {host}" for rank, (host, _) in enumerate(values))
+    raise UserError(
+        f"{what} differs between the processes: {'; '.join(parts)} (process {hosts}); {way_out}"
+    ).on_all()
+
+
+def _shared(values: list[Any]) -> str:
+    """Return 'a on process 0, 2 and b on process 1' for [a, b, a]."""
+    ranks: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(str(value), []).append(str(rank))
+    return " and ".join(f"{value} on process {', '.join(r)}" for value, r in ranks.items())

@@ -1,0 +1,1 @@
+"""`python -m moco_dist.doctor`: what would fail, before GPU time is spent."""

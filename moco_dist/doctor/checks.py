@@ -1,0 +1,310 @@
+"""What the doctor looks at before a pretraining: each check returns findings, and trains nothing.
+
+Every process makes the checks; what only one of them can see is gathered. A check of a fault that
+the run itself would meet uses the run's own rule, and its sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import accelerate
+import numpy as np
+import torch
+from torch import nn
+
+import moco_dist
+from moco_dist.config.recipe import DataConfig, PretrainConfig
+from moco_dist.data import image_archive, image_file, image_folder
+from moco_dist.distributed import comms
+from moco_dist.errors import ConfigError, UserError, shown
+from moco_dist.method import plan
+from moco_dist.method.encoder import build_encoder
+from moco_dist.pretrain import alarms
+from moco_dist.randomness import Purpose, permutation
+from moco_dist.tracking import wandb_run
+
+# Files that are decoded to see whether they can be, spread over the whole set by chance.
+SAMPLED = 200
+# Seconds that a server of W&B may take to answer.
+PATIENCE = 3.0
+# Bytes of the largest message of the network test, and how often it is sent.
+MESSAGE, TIMES = 2**22, 5
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the table: what was looked at, what was found, and a sentence if it will fail."""
+
+    about: str
+    found: str
+    fault: str = ""
+    # A sentence about what costs accuracy or time, and ends no run.
+    warning: str = ""
+
+
+def processes(config: PretrainConfig, device: torch.device) -> Iterator[Finding]:
+    """Yield who takes part, on what, with which versions."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    versions = (
+        f"moco_dist {moco_dist.__version__}, torch {torch.__version__}, accelerate "
+        f"{accelerate.__version__}, Python {platform.python_version()}"
+    )
+    place = (socket.gethostname(), f"{device}" if device.type == "cuda" else "")
+    everyone = comms.gather_objects((place, name, versions))
+    hosts = {host for (host, _), _, _ in everyone}
+    names = sorted({name for _, name, _ in everyone})
+    count, wanted = len(everyone), config.runtime.processes
+    fault = ""
+    if wanted not in (0, count):
+        fault = f"runtime.processes={wanted} and {count} took part; start that many"
+    yield Finding("processes", f"{count} on {len(hosts)} machine(s): {', '.join(names)}", fault)
+    gpus = [place for place, _, _ in everyone if place[1]]
+    if len(set(gpus)) < len(gpus):
+        twice = next(place for place in gpus if gpus.count(place) > 1)
+        fault = f"{twice[1]} of {twice[0]} has two processes; start one for each GPU"
+        yield Finding("devices", ", ".join(" ".join(place) for place in gpus), fault)
+    different = sorted({versions for _, _, versions in everyone})
+    fault = f"processes have other versions: {' and '.join(different)}; install the same"
+    yield Finding("versions", different[0], fault if len(different) > 1 else "")
+
+
+def network(config: PretrainConfig, device: torch.device) -> Iterator[Finding]:
+    """Yield latency and bandwidth of the collective that each step needs, as measured."""
+    if comms.world_size() == 1:
+        yield Finding("network", "one process needs none")
+        return
+    small, large = (torch.zeros(1, n, device=device) for n in (1, MESSAGE // 4))
+    times: dict[int, list[float]] = {}
+    for message in (small, large):
+        comms.all_gather(message)  # makes the connections
+        for _ in range(TIMES):
+            began = time.perf_counter()
+            comms.all_gather(message).sum().item()
+            times.setdefault(message.numel(), []).append(time.perf_counter() - began)
+    latency, whole = (sorted(each)[TIMES // 2] for each in times.values())
+    rate = MESSAGE * (comms.world_size() - 1) / whole / 1e6
+    keys = config.batch_size * config.encoder.dim * 4
+    yield Finding(
+        "network",
+        f"all-gather: {1000 * latency:.2f} ms, {rate:,.0f} MB/s received; a step gathers "
+        f"{keys / 1e6:.2f} MB of keys",
+    )
+
+
+def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
+    """Yield how batch, groups and queue go into the processes and the data."""
+    world, micro = comms.world_size(), config.runtime.micro_batches
+    rows, groups = config.batch_size, config.bn_groups
+    yield _ruled(
+        "batch",
+        f"{rows} = {world} x {rows // world}, {groups} BatchNorm groups of {rows // groups}, "
+        f"{micro} micro-batch(es)",
+        lambda: plan.check_batch(rows, world),
+        lambda: plan.check_groups(groups, world, micro),
+    )
+    if not images:
+        return
+    steps = images // rows
+    yield _ruled(
+        "steps",
+        f"{steps:,} an epoch, {steps * config.epochs:,} in {config.epochs} epochs",
+        lambda: plan.Plan(num_samples=images, batch_size=rows, seed=0),
+    )
+    long = alarms.long_queue(config, images) or ""
+    queue = config.moco.queue_size
+    yield Finding("queue", f"{queue:,} keys, {queue / images:.1%} of {images:,} images", long)
+
+
+def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:
+    try:
+        for rule in rules:
+            rule()
+    except UserError as error:
+        return Finding(about, found, str(error))
+    return Finding(about, found)
+
+
+def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
+    """Return what the data set holds, by a sample of its files, and its training images.
+
+    Nothing is downloaded, unpacked or kept: 0 training images where that would be needed.
+    """
+    if config.name == "shapes":
+        kept = round(config.shapes_train * (1 - config.validation))
+        kept = min(kept, config.limit or kept)
+        return [Finding("data", f"shapes: draws {config.shapes_train:,} images")], kept
+    root = Path(os.path.expanduser(config.root))
+    if config.name == "shards":
+        count, places = len(list(root.rglob("*.tar"))), shown(root)
+        fault = "" if count else f"{places}: no .tar files in this folder; give theirs as data.root"
+        return [Finding("data", f"shards: {count:,} tar files in {places}", fault)], 0
+    if config.name != "folder":
+        there = any(root.glob("*")) if root.is_dir() else False
+        state = "is there" if there else "will be downloaded"
+        return [Finding("data", f"{config.name}: {shown(root)} {state}")], 0
+    if root.is_file() and image_archive.is_archive(root):
+        return [Finding("data", f"{shown(root)}: an archive, unpacked at the start")], 0
+    inside = root / "train" if (root / "train").is_dir() else root
+    try:
+        listing = image_folder.scan(inside, config.labels == "folders")
+    except UserError as error:
+        return [Finding("data", shown(root), str(error))], 0
+    count = len(listing.files)
+    kept = count - round(config.validation * count)
+    kept = min(kept, config.limit or kept)
+    order = permutation(count, 0, Purpose.SPLIT)[:SAMPLED].tolist()
+    sizes, squares, bad = [], [], []
+    for file in (listing.files[number] for number in order):
+        try:
+            content = file.read_bytes()
+            squares.append(image_file.square(content, config.size, channels))
+            sizes.append(image_file.opened(content).size)
+        except Exception as error:  # of any kind, as decoders raise them, all the file's
+            bad.append(f"{shown(file, 4096)} ({shown(str(error) or type(error).__name__)})")
+    spans = [(min(side), max(side)) for side in zip(*sizes, strict=True)] or [(0, 0)] * 2
+    fault = ""
+    if bad and not config.skip_unreadable:
+        fault = (
+            f"{len(bad)} of {len(order)} sampled images can't be read: {', '.join(bad[:3])}"
+            f"{', ...' if len(bad) > 3 else ''}; replace or remove them, or give "
+            "data.skip_unreadable=true"
+        )
+    (width, height), classes = spans, len(listing.classes) or "no"
+    found = (
+        f"{count:,} images, {classes} classes, {width[0]}-{width[1]} x {height[0]}-{height[1]} "
+        f"pixels in {len(order)} sampled files"
+        f"{f', {len(bad)} of them unreadable and left out' if bad and not fault else ''}"
+    )
+    return [Finding("data", found, fault), *([colors(squares)] if squares else [])], kept
+
+
+def colors(squares: list[image_file.Pixels]) -> Finding:
+    """Return mean and standard deviation of each channel of images (size, size, c), in [0, 1]."""
+    # Image by image: all of them at once in floating point would be gigabytes.
+    mean = np.mean([each.mean((0, 1)) for each in squares], axis=0) / 255
+    squared = np.mean([np.square(each, dtype=np.float64).mean((0, 1)) for each in squares], axis=0)
+    std = np.sqrt(np.maximum(squared / 255**2 - mean**2, 0))
+    means, stds = (",".join(f"{value:.4f}" for value in each) for each in (mean, std))
+    found = f"views.mean=[{means}] views.std=[{stds}] are those of the sampled images"
+    return Finding("colors", found)
+
+
+def memory(config: PretrainConfig, device: torch.device, images: int) -> Iterator[Finding]:
+    """Yield free memory of this machine's processes against an estimate for this configuration.
+
+    Weights, gradients, momentum and the copy of the key encoder, the queue, the images, and for one
+    micro-batch the outputs of all layers, which the backward pass needs. Called on all processes.
+    """
+    needed = estimate(config, images, comms.world_size())
+    if device.type == "cuda":
+        free, sharing = torch.cuda.mem_get_info(device)[0], 1
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    everyone = comms.gather_objects((free // sharing, socket.gethostname()))
+    least, host = min(everyone)
+    fault = ""
+    if needed > least:
+        fault = (
+            f"about {needed / GB:.1f} GB a process are needed and {host} has {least / GB:.1f} GB "
+            f"free for one; raise runtime.micro_batches={config.runtime.micro_batches}, or lower "
+            "batch_size, views.size or data.limit"
+        )
+    found = f"about {needed / GB:.2f} GB a process needed, {least / GB:.2f} GB free for each"
+    yield Finding("memory", found, fault)
+
+
+def estimate(config: PretrainConfig, images: int, world: int) -> int:
+    """Return about how many bytes one of `world` processes needs."""
+    size = {"fp64": 8}.get(config.precision, 4)
+    try:
+        with torch.device("meta"):
+            encoder = build_encoder(config.encoder, 0)
+            view = torch.zeros(1, config.encoder.channels, config.views.size, config.views.size)
+    except ConfigError:
+        return 0  # said elsewhere
+    outputs = 0
+
+    def count(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal outputs
+        outputs += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    for module in encoder.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    encoder.eval()(view)
+    rows = max(1, config.batch_size // world // config.runtime.micro_batches)
+    weights = sum(parameter.numel() for parameter in encoder.parameters())
+    activations = outputs * rows * (2 if config.precision == "bf16" else size)
+    queue = config.moco.queue_size * (config.encoder.dim + rows) * size
+    pixels = images * config.encoder.channels * config.data.size**2
+    streamed = pixels > 1e9 * config.data.memory_gb
+    return 4 * weights * size + activations + queue + (0 if streamed else pixels)
+
+
+def disk(config: PretrainConfig) -> Iterator[Finding]:
+    """Yield the room for checkpoints against what those that are kept will take."""
+    keep = config.checkpoint
+    try:
+        with torch.device("meta"):
+            state = build_encoder(config.encoder, 0).state_dict()
+    except ConfigError as error:
+        yield Finding("encoder", config.encoder.backbone, str(error))
+        return
+    size = {"fp64": 8}.get(config.precision, 4)
+    one = 3 * sum(tensor.numel() for tensor in state.values()) * size
+    one += config.moco.queue_size * (config.encoder.dim * size + 8)
+    # The newest ones, the best one, and one in the writing.
+    needed = one * (keep.keep_last + keep.keep_best + 1)
+    folder = Path(config.output).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    fault = ""
+    if needed > free:
+        fault = (
+            f"{shown(folder)} has {free / GB:.1f} GB free and the checkpoints need "
+            f"{needed / GB:.1f} GB ({one / GB:.2f} GB each); free it, choose output=FOLDER, or "
+            "lower checkpoint.keep_last"
+        )
+    elif not os.access(folder, os.W_OK):
+        fault = f"{shown(folder)} can't be written; choose output=FOLDER"
+    found = f"{needed / GB:.2f} GB for checkpoints of {one / 1e6:,.0f} MB, {free / GB:.1f} GB free"
+    yield Finding("disk", found, fault)
+
+
+def wandb(config: PretrainConfig) -> Finding:
+    """Return whether the server of W&B answers, if the run is to be online."""
+    mode = wandb_run.mode(config.tracking)
+    if mode in ("disabled", "offline"):
+        return Finding("W&B", mode)
+    url = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+    port = url.port or (80 if url.scheme == "http" else 443)
+    said: list[str] = []
+
+    def ask() -> None:
+        try:
+            socket.create_connection((url.hostname or "", port), timeout=PATIENCE).close()
+            said.append("")
+        except OSError as error:
+            said.append(str(error))
+
+    # In a thread: nothing else bounds the time in which a name is looked up.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PATIENCE + 1)
+    if error := said[0] if said else f"nothing within {PATIENCE + 1:g} s":
+        warning = f"{url.hostname}:{port} does not answer ({error}); the run would go on offline"
+        return Finding("W&B", f"{mode}: {url.hostname} does not answer", warning=warning)
+    return Finding("W&B", f"{mode}: {url.hostname} answers")

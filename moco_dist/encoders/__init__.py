@@ -1,0 +1,1 @@
+"""Trained encoders from anywhere: runs, checkpoints, exports, other libraries."""

@@ -1,0 +1,1 @@
+"""`python -m moco_dist.export`: an encoder under another library's names, with proof."""

@@ -1,0 +1,290 @@
+"""The backbone as other libraries have it: files under their names, and the lines that load them.
+
+Each exporter writes into a folder and returns Python lines for its user. Run with `folder` and
+`images`, normalised float (rows, c, height, width), the lines set `features` (rows, length).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moco_dist.config.recipe import EncoderConfig, ViewsConfig
+from moco_dist.encoders import original
+from moco_dist.encoders.names import from_detectron2, to_detectron2, to_huggingface
+from moco_dist.errors import ConfigError, MissingError
+from moco_dist.method.encoder import Backbone
+from moco_dist.runs.checkpoint import Checkpoint
+
+Lines = str
+
+_RGB = "its images have three channels"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the frozen backbone of a checkpoint, and what it was trained with."""
+
+    checkpoint: Checkpoint
+    backbone: nn.Module
+    config: EncoderConfig
+    views: ViewsConfig
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the backbone's tensors by name: those of torchvision's ResNet, or of timm."""
+        return {name: t.contiguous() for name, t in self.backbone.state_dict().items()}
+
+    @property
+    def expansion(self) -> int:
+        """Channels of a stage over those of its 3x3 convolution in an ordinary ResNet."""
+        assert isinstance(self.backbone, Backbone), "a ResNet of torchvision"
+        return self.backbone.num_features // (8 * self.config.width)
+
+
+def needs(module: str, target: str, packages: str) -> None:
+    """Raise MissingError unless `module` can be imported."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise MissingError(
+            f"--to {target} builds the model to prove the export, and {module} is not installed; "
+            f"pip install {packages}"
+        ) from error
+
+
+def refuse(source: Source, target: str, holds: bool, reason: str, others: str) -> None:
+    """Raise ConfigError with `reason` unless the target holds the architecture."""
+    config = source.config
+    if config.stem == "cifar":  # which it has no place for either
+        others = others.replace(" or huggingface", "")
+    if not holds:
+        raise ConfigError(
+            f"{target} can't hold this encoder ({config.backbone}, width {config.width}, "
+            f"{config.stem} stem, {config.channels} channel(s)): {reason}; use --to {others}"
+        )
+
+
+def torchvision(source: Source, folder: Path) -> Lines:
+    """Write model.safetensors for torchvision's own models; the published width only."""
+    config = source.config
+    refuse(source, "torchvision", not config.is_timm, "it is timm's", "timm or onnx")
+    reason = "its models have 64 channels in stage 1"
+    refuse(source, "torchvision", config.width == 64, reason, "onnx or huggingface")
+    save_file(source.tensors(), folder / "model.safetensors", {"format": "pt"})
+    return f"""\
+import torch, torchvision
+from safetensors.torch import load_file
+
+model = torchvision.models.{config.backbone}()
+model.fc = torch.nn.Identity()
+{_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
+features = model.eval()(images)
+"""
+
+
+def timm(source: Source, folder: Path) -> Lines:
+    """Write model.safetensors and config.json, a folder that timm loads by name; width 64."""
+    needs("timm", "timm", "timm")
+    config, views = source.config, source.views
+    name = config.backbone.removeprefix("timm/")
+    reason = "its models have 64 channels in stage 1"
+    refuse(source, "timm", config.width == 64, reason, "onnx or huggingface")
+    save_file(source.tensors(), folder / "model.safetensors", {"format": "pt"})
+    if not config.is_timm and config.stem == "cifar":
+        return f"""\
+import timm, torch
+from safetensors.torch import load_file
+
+model = timm.create_model("{name}", num_classes=0)
+{_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
+features = model.eval()(images)
+"""
+    size = [config.channels, views.size, views.size]
+    described = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": source.backbone.num_features,
+        "pretrained_cfg": {
+            "input_size": size,
+            "mean": list(views.mean),
+            "std": list(views.std),
+            "fixed_input_size": False,
+            "num_classes": 0,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+    channels = "" if config.channels == 3 else f", in_chans={config.channels}"
+    return f"""\
+import timm
+
+model = timm.create_model(f"local-dir:{{folder}}", pretrained=True{channels})
+features = model.eval()(images)
+"""
+
+
+def huggingface(source: Source, folder: Path) -> Lines:
+    """Write a folder that transformers' ResNetModel loads; ordinary ResNets, ImageNet stem."""
+    config = source.config
+    plain = re.fullmatch(r"resnet\d+", config.backbone) is not None
+    reason = "its ResNets have no groups and no wider blocks"
+    refuse(source, "huggingface", plain, reason, "timm or onnx")
+    reason = "its ResNets begin with a 7x7 convolution and pooling"
+    refuse(source, "huggingface", config.stem == "imagenet", reason, "timm or onnx")
+    needs("transformers", "huggingface", "transformers")
+    from transformers import ResNetConfig, ResNetModel
+
+    backbone = source.backbone
+    assert isinstance(backbone, Backbone), "a ResNet of torchvision"
+    stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
+    described = ResNetConfig(
+        num_channels=config.channels,
+        embedding_size=config.width,
+        hidden_sizes=[config.width * source.expansion * 2**i for i in range(4)],
+        depths=[len(stage) for stage in stages],
+        layer_type="basic" if source.expansion == 1 else "bottleneck",
+    )
+    model = ResNetModel(described)
+    model.load_state_dict({to_huggingface(name): t for name, t in source.tensors().items()})
+    model.save_pretrained(folder)
+    return """\
+from transformers import ResNetModel
+
+model = ResNetModel.from_pretrained(folder)
+features = model.eval()(images).pooler_output.flatten(1)
+"""
+
+
+def detectron2(source: Source, folder: Path) -> Lines:
+    """Write backbone.pkl, which MODEL.WEIGHTS takes; ImageNet stem.
+
+    The proof runs without detectron2: the names are taken back by a map of another kind.
+    """
+    config = source.config
+    refuse(source, "detectron2", not config.is_timm, "it is timm's", "timm or onnx")
+    reason = "its ResNets begin with a 7x7 convolution and pooling"
+    refuse(source, "detectron2", config.stem == "imagenet", reason, "timm or onnx")
+    refuse(source, "detectron2", config.channels == 3, _RGB, "timm or onnx")
+    arrays = {
+        to_detectron2(name): t.numpy()
+        for name, t in source.tensors().items()
+        if not name.endswith("num_batches_tracked")  # its frozen BatchNorm doesn't count
+    }
+    content = {"model": arrays, "__author__": "moco_dist", "matching_heuristics": True}
+    with (folder / "backbone.pkl").open("wb") as file:
+        pickle.dump(content, file)
+    check = Backbone(config, nn.BatchNorm2d)
+    back = {from_detectron2(name): torch.from_numpy(array) for name, array in arrays.items()}
+    counts = {k: v for k, v in check.state_dict().items() if k.endswith("num_batches_tracked")}
+    check.fc = nn.Identity()  # type: ignore[assignment]
+    check.load_state_dict(back | counts)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        same(check.eval()(images), source.backbone(images), "detectron2")
+    return ""
+
+
+def moco(source: Source, folder: Path) -> Lines:
+    """Write model.pth.tar as the original scripts do: both encoders, heads and queue."""
+    found, config = source.checkpoint, source.config
+    refuse(source, "moco", not config.is_timm, "it is timm's", "timm or onnx")
+    reason = "the original scripts build torchvision's models, 64 channels in stage 1"
+    refuse(source, "moco", config.width == 64, reason, "onnx or huggingface")
+    refuse(source, "moco", config.channels == 3, _RGB, "torchvision or onnx")
+    state = found.state
+    content = original.write(
+        found.model, config, int(state.get("epoch") or 0), state.get("enqueued") or 0
+    )
+    torch.save(content, folder / "model.pth.tar")
+    head = ""
+    if config.head == "mlp":
+        head = (
+            "size = model.fc.in_features\n"
+            "model.fc = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), "
+            "model.fc)\n"
+        )
+    return f"""\
+import torch, torchvision
+
+saved = torch.load(f"{{folder}}/model.pth.tar", weights_only=True)
+tensors, prefix = saved["state_dict"], "module.encoder_q."
+own = {{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}}
+model = torchvision.models.__dict__[saved["arch"]](num_classes={config.dim})
+{head}{_stem(config)}model.load_state_dict(own)
+model.fc = torch.nn.Identity()
+features = model.eval()(images)
+"""
+
+
+def onnx(source: Source, folder: Path) -> Lines:
+    """Write model.onnx: any number of normalised images in, features out."""
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        needs(module, "onnx", "onnx onnxscript onnxruntime")
+    size = source.views.size
+    torch.onnx.export(
+        source.backbone,
+        (torch.zeros(2, source.config.channels, size, size),),
+        folder / "model.onnx",
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes={"x": {0: torch.export.Dim("rows")}},
+        external_data=False,
+        verbose=False,
+    )
+    return """\
+import onnxruntime, torch
+
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
+(found,) = session.run(["features"], {"images": images.numpy()})
+features = torch.from_numpy(found)
+"""
+
+
+def _stem(config: EncoderConfig) -> Lines:
+    """Return the lines that give a library's ResNet another first layer than it has."""
+    layer = f"model.conv1 = torch.nn.Conv2d({config.channels}, {config.width}, "
+    if config.stem == "cifar":
+        layer += "kernel_size=3, padding=1, bias=False)\n"
+        return layer + "model.maxpool = torch.nn.Identity()\n"
+    layer += "kernel_size=7, stride=2, padding=3, bias=False)\n"
+    return "" if config.channels == 3 else layer
+
+
+def same(theirs: Tensor, ours: Tensor, target: str) -> float:
+    """Return the largest difference of two sets of features; AssertionError above 1e-5.
+
+    Of the largest of them where that is above 1, as single precision has no more.
+    """
+    assert theirs.shape == ours.shape, f"{target}: {tuple(theirs.shape)}, not {tuple(ours.shape)}"
+    worst = float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1))
+    assert worst <= 1e-5, f"{target}: its features differ by {worst:.1e} from the encoder's"
+    return worst
+
+
+TARGETS: Mapping[str, Callable[[Source, Path], Lines]] = {
+    "torchvision": torchvision,
+    "timm": timm,
+    "huggingface": huggingface,
+    "detectron2": detectron2,
+    "moco": moco,
+    "onnx": onnx,
+}
+
+
+def run_lines(lines: Lines, folder: Path, images: Tensor) -> Tensor:
+    """Return the features that a user of the exporter's lines gets."""
+    names: dict[str, Any] = {"folder": str(folder), "images": images}
+    with torch.no_grad():
+        exec(compile(lines, "README.md", "exec"), names)
+    found = names["features"]
+    assert isinstance(found, Tensor), "the lines set features"
+    return found

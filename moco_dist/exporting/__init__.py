@@ -1,1 +1,0 @@
-"""What `moco_dist.export` writes."""

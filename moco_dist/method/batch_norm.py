@@ -1,0 +1,258 @@
+"""Grouped BatchNorm: the layer, its statistics over groups and processes, and their undo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moco_dist.distributed import comms
+
+
+class Undo:
+    """The BatchNorm statistics of encoders before a step, which a forward pass changes.
+
+    It moves them into one tensor, of which the layers then hold views: one copy keeps them all.
+    """
+
+    @torch.no_grad()
+    def __init__(self, *encoders: nn.Module) -> None:
+        norms = [norm for encoder in encoders for norm in batch_norms(encoder)]
+        owned = [(norm, name) for norm in norms for name in ("group_mean", "group_var")]
+        each = [getattr(norm, name).flatten() for norm, name in owned]
+        # A backbone without BatchNorm has none.
+        self._live = torch.cat(each) if each else torch.empty(0)
+        self._kept = self._live.clone()
+        offset = 0
+        for norm, name in owned:
+            old = getattr(norm, name)
+            setattr(norm, name, self._live[offset : offset + old.numel()].view_as(old))
+            offset += old.numel()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember the statistics as they are."""
+        self._kept.copy_(self._live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back the statistics as `keep` saw them."""
+        self._live.copy_(self._kept)
+
+
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm that normalises each block of `rows_per_group` rows of the batch by itself.
+
+    It is what `groups` processes with ordinary BatchNorm would compute, on any number of processes
+    (He et al. 2020, section 3.3, and the "split" BatchNorm of its authors' CIFAR demo).
+
+    A process holds `groups` of them. A forward pass in training takes whole groups, in order;
+    several passes (micro-batches) go round them. Each group keeps running statistics of its own in
+    `group_mean` and `group_var`, float (groups, channels): no process needs another's, and what a
+    group has seen doesn't depend on who computed it. Evaluation uses `running_mean` and
+    `running_var`, which hold the mean over all groups of all processes once
+    `moco.average_statistics` has been called.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    group_mean: Tensor
+    group_var: Tensor
+    # Whether someone calls `take_in` after each compiled pass.
+    leaves_seen = False
+    # Mean and variance that a compiled pass has seen and `take_in` hasn't, (its groups, channels).
+    seen: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, channels: int, rows_per_group: int, groups: int) -> None:
+        super().__init__(channels)
+        self.rows_per_group = rows_per_group
+        self.next_group = 0
+        self.register_buffer("group_mean", torch.zeros(groups, channels), persistent=False)
+        self.register_buffer("group_var", torch.ones(groups, channels), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` (rows, channels, height, width) normalised."""
+        if not self.training:
+            return super().forward(x)
+        rows, groups = self.rows_per_group, len(self.group_mean)
+        assert len(x) % rows == 0, f"{len(x)} rows are not whole groups of {rows}"
+        if self.leaves_seen and torch.compiler.is_compiling():
+            return self._by_formula(x)
+        first, count = self.next_group, len(x) // rows
+        self.next_group = (first + count) % groups
+        places = [(first + place) % groups for place in range(count)]
+        means, variances = self.group_mean.unbind(), self.group_var.unbind()
+        mean, var = [means[place] for place in places], [variances[place] for place in places]
+        momentum = self.momentum or 0.1
+        if count == 1:
+            return F.batch_norm(
+                x, mean[0], var[0], self.weight, self.bias, True, momentum, self.eps
+            )
+        normalized: Tensor = _NormalizeGroups.apply(
+            x, self.weight, self.bias, mean, var, momentum, self.eps
+        )
+        return normalized
+
+    def _by_formula(self, x: Tensor) -> Tensor:
+        """Return `x` normalised, by operations that a compiler fuses with those around them.
+
+        Its statistics are left in `seen`, for `take_in`: with that in the graph each of the places
+        in the turn of the groups would be compiled.
+        """
+        groups, channels = len(x) // self.rows_per_group, x.shape[1]
+        pixels = x.permute(0, 2, 3, 1).reshape(groups, -1, channels)
+        y: Tensor
+        y, mean, var = _NormFormula.apply(pixels, self.weight, self.bias, self.eps)
+        self.seen = mean, var
+        return y.reshape(len(x), *x.shape[2:], channels).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def take_in(norms: list[GroupedBatchNorm]) -> None:
+    """Have running statistics take in what a compiled pass has seen, and groups their turn."""
+    running, new, momenta = list[Tensor](), list[Tensor](), list[float]()
+    for norm in norms:
+        if norm.seen:
+            count = len(norm.seen[0])
+            places = slice(norm.next_group, norm.next_group + count)
+            norm.next_group = (norm.next_group + count) % len(norm.group_mean)
+            running += norm.group_mean[places], norm.group_var[places]
+            new += norm.seen
+            momenta += 2 * [norm.momentum or 0.1]
+            norm.seen = None
+    if new:
+        torch._foreach_lerp_(running, new, momenta)
+
+
+class _NormalizeGroups(torch.autograd.Function):
+    """BatchNorm of each group of rows, into one tensor: no groups are joined, no format changes.
+
+    Groups are blocks of the first dimension, which are as dense as the whole in either format. The
+    kernels, and the order in which sums are made, are those of a `batch_norm` for each group.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: list[Tensor],
+        var: list[Tensor],
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        """Return `x` normalised; update a `mean` and `var`, float (channels,), for each group."""
+        y, used = torch.empty_like(x), weight.new_empty(2, len(mean), len(weight))
+        outs = zip(y.chunk(len(mean)), *(each.unbind() for each in used), strict=True)
+        parts = zip(x.chunk(len(mean)), mean, var, outs, strict=True)
+        for part, running_mean, running_var, out in parts:
+            torch.native_batch_norm(
+                *(part, weight, bias, running_mean, running_var, True, momentum, eps), out=out
+            )
+        ctx.save_for_backward(x, weight, used)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `x`, `weight` and `bias`; sums go from the last group down."""
+        x, weight, used = ctx.saved_tensors
+        count = used.shape[1]
+        dx, wanted = torch.empty_like(x), [True, True, True]
+        sums: list[Tensor] = []
+        parts = zip(*(t.chunk(count) for t in (dy, x, dx)), *used, strict=True)
+        for dy_part, x_part, dx_part, mean, invstd in reversed(list(parts)):
+            found, *ours = torch.ops.aten.native_batch_norm_backward(
+                *(dy_part, x_part, weight, None, None, mean, invstd, True, ctx.eps, wanted)
+            )
+            dx_part.copy_(found)
+            sums = [a.add_(b) for a, b in zip(sums, ours, strict=True)] if sums else ours
+        return dx, *sums, None, None, None, None
+
+
+class _NormFormula(torch.autograd.Function):
+    """BatchNorm of groups of pixels in plain operations (Ioffe and Szegedy 2015, section 3)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `x` (groups, pixels, channels) normalised, and each group's mean and variance."""
+        wide, number = x.to(weight.dtype), x.shape[1]
+        var, mean = torch.var_mean(wide, dim=1, correction=0)
+        invstd = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, invstd)
+        y = (wide - mean[:, None]) * (invstd * weight)[:, None] + bias
+        var = var * (number / (number - 1))
+        ctx.mark_non_differentiable(mean, var)
+        return y.to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of `x`, `weight` and `bias`."""
+        x, weight, mean, invstd = ctx.saved_tensors
+        wide = dy.to(weight.dtype)
+        unit = (x.to(weight.dtype) - mean[:, None]) * invstd[:, None]
+        of_bias, of_weight = wide.sum(1), (wide * unit).sum(1)
+        shared = (of_bias[:, None] + unit * of_weight[:, None]) / x.shape[1]
+        dx = (wide - shared) * (invstd * weight)[:, None]
+        return dx.to(x.dtype), of_weight.sum(0), of_bias.sum(0), None
+
+
+def batch_norms(encoder: nn.Module) -> list[GroupedBatchNorm]:
+    """Return the grouped BatchNorm layers of an encoder, in order."""
+    return [module for module in encoder.modules() if isinstance(module, GroupedBatchNorm)]
+
+
+@torch.no_grad()
+def average_statistics(encoder: nn.Module) -> None:
+    """Set the statistics that evaluation uses to the mean over all groups of all processes."""
+    groups = group_statistics(encoder)
+    for number, norm in enumerate(batch_norms(encoder)):
+        norm.running_mean.copy_(groups[f"{number}.group_mean"].mean(0))
+        norm.running_var.copy_(groups[f"{number}.group_var"].mean(0))
+
+
+@torch.no_grad()
+def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
+    """Return the running statistics of all groups by name, float (bn_groups, channels).
+
+    One gather brings them all.
+    """
+    local = {
+        f"{number}.{name}": getattr(norm, name)
+        for number, norm in enumerate(batch_norms(encoder))
+        for name in ("group_mean", "group_var")
+    }
+    if not local:  # a backbone without BatchNorm
+        return {}
+    gathered = comms.all_gather(torch.cat([each.flatten() for each in local.values()])[None])
+    parts = gathered.split([each.numel() for each in local.values()], dim=1)
+    return {
+        name: part.reshape(-1, each.shape[1])
+        for (name, each), part in zip(local.items(), parts, strict=True)
+    }
+
+
+def statistics_shapes(encoder: nn.Module, groups: int) -> dict[str, torch.Size]:
+    """Return the shapes of what `group_statistics` returns for `groups` groups in all."""
+    return {
+        f"{number}.{name}": torch.Size([groups, norm.num_features])
+        for number, norm in enumerate(batch_norms(encoder))
+        for name in ("group_mean", "group_var")
+    }
+
+
+@torch.no_grad()
+def restore_group_statistics(encoder: nn.Module, statistics: dict[str, Tensor]) -> None:
+    """Take this process's share of what `group_statistics` returned, on any number of processes."""
+    for number, norm in enumerate(batch_norms(encoder)):
+        for name in ("group_mean", "group_var"):
+            mine = getattr(norm, name)
+            first = comms.rank() * len(mine)
+            mine.copy_(statistics[f"{number}.{name}"][first : first + len(mine)])

@@ -1,0 +1,52 @@
+"""Momentum Contrast: query and key encoders, shuffled keys, InfoNCE, momentum update.
+
+He, Fan, Wu, Xie, Girshick: Momentum Contrast for Unsupervised Visual Representation Learning,
+CVPR 2020.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moco_dist.distributed import comms
+from moco_dist.method.encoder import Encoder
+from moco_dist.method.key_queue import KeyQueue
+
+
+class MoCo(nn.Module):
+    """The two encoders and the queue: all state of the method besides the optimizer's."""
+
+    def __init__(self, encoder: Encoder, queue_size: int, dim: int) -> None:
+        super().__init__()
+        self.query_encoder = encoder
+        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.queue = KeyQueue(queue_size, dim)
+
+    @torch.no_grad()
+    def update_key_encoder(self, momentum: float) -> None:
+        """Move the key parameters to momentum * key + (1 - momentum) * query (equation 2)."""
+        keys: list[Tensor] = list(self.key_encoder.parameters())
+        queries: list[Tensor] = list(self.query_encoder.parameters())
+        torch._foreach_lerp_(keys, queries, 1 - momentum)
+
+
+@torch.no_grad()
+def shuffled_keys(
+    encoder: Callable[[Tensor], Tensor],
+    pieces: Sequence[Callable[[], Tensor]],
+    unshuffle: Tensor,
+    note: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return on every process the keys of the global batch in its order, float (batch_size, dim).
+
+    `pieces` give the views of this process's share of the permuted batch, piece by piece; one
+    gather joins the keys of all processes and `unshuffle`, int64 (batch_size,), undoes the
+    permutation (section 3.3). The `note` of each process, int64 (k,), goes along: (processes, k).
+    """
+    mine = torch.cat([encoder(piece()) for piece in pieces])
+    keys, notes = comms.all_gather_with_note(mine, note)
+    return keys[unshuffle], notes

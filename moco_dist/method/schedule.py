@@ -1,0 +1,31 @@
+"""Learning rate and momentum as pure functions of the step: nothing to save or to step twice."""
+
+from __future__ import annotations
+
+import math
+
+from moco_dist.config.recipe import MocoConfig, OptimConfig
+
+
+def learning_rate(optim: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Return the learning rate of step `step`, counted from 0.
+
+    cosine: half a cosine from optim.lr at step 0 to 0 at total_steps (Loshchilov and Hutter 2017,
+    equation 5, without restarts); step: times optim.gamma at each milestone.
+    """
+    warmup = optim.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return optim.lr * (step + 1) / (warmup + 1)
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+    if optim.schedule == "step":
+        passed = sum(step >= milestone * steps_per_epoch for milestone in optim.milestones)
+        return optim.lr * optim.gamma**passed
+    return optim.lr
+
+
+def key_momentum(moco: MocoConfig, step: int, total_steps: int) -> float:
+    """Return the share of the key encoder that stays; cosine ends at 1 (Grill et al. 2020)."""
+    if moco.momentum_schedule == "constant":
+        return moco.momentum
+    return 1 - (1 - moco.momentum) * 0.5 * (1 + math.cos(math.pi * step / total_steps))

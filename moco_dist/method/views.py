@@ -1,0 +1,348 @@
+"""The random views of a batch of images, on their device, with own parameters for every sample.
+
+`draw` says what happens to each sample, as a pure function of (seed, epoch, sample index, view);
+`apply` does it. The recipe is MoCo v2's (Chen et al. 2020, arXiv:2003.04297, footnote 1: SimCLR's
+views with a weaker jitter); `grayscale_before_jitter` gives MoCo v1's (He et al. 2020,
+arXiv:1911.05722, section 3.3). Laws and arithmetic are those of torchvision's transforms on float
+tensors. On a GPU shapes depend on no value and nothing is read back or copied from the host, so
+that a step can be captured as a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moco_dist.config.recipe import ViewsConfig
+from moco_dist.method.view_colors import (
+    HUE,
+    adjust_hue_,
+    adjust_tone,
+    change_some,
+    make_gray,
+    select,
+    tones,
+)
+from moco_dist.randomness import Key, Purpose, uniform
+
+# Numbers of images of which an operation keeps all that it needs in a core's cache.
+_IN_CACHE = 2**18
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The parameters of a batch of n views; every field has one row for each sample."""
+
+    # The crop, in pixels of the source image: int64.
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor  # bool
+    jitter: Tensor  # bool
+    # Factors of brightness, contrast and saturation, and the shift of the hue in turns: float64.
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    order: Tensor  # int64 (n, 4): the operation at each place, by the numbers BRIGHTNESS to HUE
+    grayscale: Tensor  # bool
+    blur: Tensor  # bool
+    sigma: Tensor  # float64, pixels of the view
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the jitter at each of its places, float64 (4, n), and the hue's
+        place, int64 (n,)."""
+        factors = torch.stack([self.brightness, self.contrast, self.saturation, self.hue])
+        return factors.gather(0, self.order.T), (self.order == HUE).long().argmax(dim=1)
+
+
+def _between(number: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * number
+
+
+def _factor(number: Tensor, strength: float) -> Tensor:
+    return _between(number, max(0.0, 1.0 - strength), 1.0 + strength)
+
+
+def _crop_sides(
+    config: ViewsConfig, numbers: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return height and width of the first of ten attempts that fits, and whether one does."""
+    shares, ratio = _attempts(config, numbers)
+    area = height * width * shares
+    heights = (area / ratio).sqrt().round().long()
+    widths = (area * ratio).sqrt().round().long()
+    fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+    first = fits.long().argmax(dim=1, keepdim=True)
+    # Where none fits: the largest crop with the image's own ratio, clamped to the range.
+    largest_height = min(height, round(width / config.ratio_min))
+    largest_width = min(width, round(height * config.ratio_max))
+    heights = torch.where(fits, heights, largest_height).gather(1, first)
+    widths = torch.where(fits, widths, largest_width).gather(1, first)
+    return heights.squeeze(1), widths.squeeze(1), fits.gather(1, first).squeeze(1)
+
+
+def _attempts(config: ViewsConfig, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return share of the area and ratio of the attempts (n, 10) at a crop."""
+    shares, ratios = numbers.chunk(2, dim=1)
+    ratio = _between(ratios, math.log(config.ratio_min), math.log(config.ratio_max)).exp()
+    return _between(shares, config.scale_min, config.scale_max), ratio
+
+
+def crop_numbers(config: ViewsConfig, seed: int, epoch: Key, index: Tensor, view: int) -> Tensor:
+    """Return what `draw` makes the crop of, whatever the size of the image: float64 (n, 22).
+
+    Shares of the area and ratios of ten attempts, and the place of the one that fits, in [0, 1).
+    """
+    slots = torch.arange(26, device=index.device)
+    numbers = uniform(seed, Purpose.VIEW, epoch, view, index[:, None], slots)
+    return torch.cat([*_attempts(config, numbers[:, :20]), numbers[:, 24:]], dim=1)
+
+
+def draw(
+    config: ViewsConfig,
+    seed: int,
+    epoch: Key,
+    index: Tensor,
+    view: Key,
+    image_height: int,
+    image_width: int,
+) -> Draws:
+    """Return the parameters of view number `view` of the samples `index` (int64, (n,)).
+
+    `view` is a number, or int64 (n,); `epoch` a number, or an int64 tensor without dimensions. The
+    crop is that of Inception (Szegedy et al. 2015, arXiv:1409.4842, section 6) with torchvision's
+    ten attempts, the other laws are those of SimCLR's appendix A (Chen et al. 2020,
+    arXiv:2002.05709) in torchvision.
+    """
+    slots = torch.arange(35, device=index.device)
+    view = view[:, None] if isinstance(view, Tensor) else view
+    numbers = uniform(seed, Purpose.VIEW, epoch, view, index[:, None], slots)
+    attempts, order, rest = numbers[:, :20], numbers[:, 20:24], numbers[:, 24:].unbind(1)
+    top, left, flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma = rest
+    height, width, fits = _crop_sides(config, attempts, image_height, image_width)
+    spare_height, spare_width = image_height - height, image_width - width
+    return Draws(
+        top=torch.where(fits, (top * (spare_height + 1)).long(), spare_height // 2),
+        left=torch.where(fits, (left * (spare_width + 1)).long(), spare_width // 2),
+        height=height,
+        width=width,
+        flip=flip < config.flip,
+        jitter=jitter < config.jitter,
+        brightness=_factor(brightness, config.brightness),
+        contrast=_factor(contrast, config.contrast),
+        saturation=_factor(saturation, config.saturation),
+        hue=_between(hue, -config.hue, config.hue),
+        order=order.argsort(dim=1),
+        grayscale=gray < config.grayscale,
+        blur=blur < config.blur,
+        sigma=_between(sigma, config.blur_sigma_min, config.blur_sigma_max),
+    )
+
+
+def _resize_weights(
+    start: Tensor, length: Tensor, flip: Tensor, source: int, size: int, dtype: torch.dtype
+) -> Tensor:
+    """Return matrices (n, size, source) that cut [start, start + length), resize and mirror it.
+
+    Antialiased bilinear: a triangle as wide as a target pixel, and at least as a source pixel.
+    """
+    target = torch.arange(size, dtype=torch.float64, device=start.device)
+    target = torch.where(flip[:, None], size - 1 - target, target)
+    scale = length[:, None].to(torch.float64) / size
+    center = start[:, None] + scale * (target + 0.5) - 0.5
+    # The whole part is taken off first: a float32 has the bits for the rest, not for the sum.
+    whole = center.floor()
+    pixel = torch.arange(source, dtype=dtype, device=start.device)
+    offset = pixel - whole[:, :, None].to(dtype)
+    offset -= (center - whole)[:, :, None].to(dtype)
+    support = scale.clamp(min=1.0)[:, :, None].to(dtype)
+    weights = (1 - offset.abs_().div_(support)).clamp_(min=0)
+    inside = (pixel >= start[:, None]) & (pixel < (start + length)[:, None])
+    weights *= inside[:, None, :].to(dtype)
+    return weights.div_(weights.sum(dim=2, keepdim=True))
+
+
+def crop_and_resize(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """Return each one's window of images (n, c, H, W), resized to (n, c, size, size) and mirrored.
+
+    Agrees with interpolate(antialias=True) of the window alone: nothing beyond its edge is read.
+    Two small products a sample, with the flip in the second's weights: no gather, no grid.
+    """
+    channels, height, width = images.shape[1:]
+    upright = torch.zeros_like(draws.flip)
+    rows = _resize_weights(draws.top, draws.height, upright, height, size, images.dtype)
+    columns = _resize_weights(draws.left, draws.width, draws.flip, width, size, images.dtype)
+    narrow = torch.bmm(images.flatten(1, 2), columns.mT)
+    return rows[:, None] @ narrow.reshape(-1, channels, height, size)
+
+
+def color_jitter(images: Tensor, draws: Draws) -> Tensor:
+    """Return images (n, 1 or 3, H, W) with the four operations in each one's own order, in [0, 1].
+
+    On a CPU it changes `images` themselves. The same bits from both ways: a CPU takes the samples
+    by the place of their hue, and a GPU all of them alike, since it would have to wait to learn
+    which are which.
+    """
+    by_place = images.device.type == "cpu" and not torch.compiler.is_compiling()
+    return (_jitter_by_place if by_place else _jitter_alike)(images, draws)
+
+
+def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
+    """Jitter by operations that are the same for all samples.
+
+    Three blends, one turn of the hue and three blends do for all 24 orders: a blend is made before
+    or after the hue, and on the other side it has the factor 1. No jitter is the exact identity.
+    """
+    factors, place_of_hue = draws.factors()
+    place = torch.arange(4, device=images.device)[:, None]
+    before, after = place < place_of_hue, place > place_of_hue
+    images = images.clamp(0, 1)
+    early, late = (
+        tones(draws.order.T, torch.where(draws.jitter & when, factors, 1.0), images)
+        for when in (before, after)
+    )
+    for slot in (0, 1, 2):
+        images = adjust_tone(images, early[0][slot], early[1][slot])
+    images = select(draws.jitter, adjust_hue_(images.clone(), draws.hue), images)
+    for slot in (1, 2, 3):
+        images = adjust_tone(images, late[0][slot], late[1][slot])
+    return images
+
+
+def _jitter_by_place(images: Tensor, draws: Draws) -> Tensor:
+    """Jitter those that are jittered, in place, by the place of their hue.
+
+    As many at a time as stay in the caches. It clamps where the other way has blends of factor 1.
+    """
+    factors, place_of_hue = draws.factors()
+    matrices, of_mean = tones(draws.order.T, factors, images)
+    images.clamp_(0, 1)
+    at_once = max(1, _IN_CACHE * torch.get_num_threads() // images[0].numel())
+    for place in range(4):
+        rows = (draws.jitter & (place_of_hue == place)).nonzero().squeeze(1)
+        for some in rows.split(at_once):
+            part = images.index_select(0, some)
+            tone = matrices.index_select(1, some), of_mean.index_select(1, some)
+            for slot in range(place):
+                part = adjust_tone(part, tone[0][slot], tone[1][slot])
+            part = adjust_hue_(part, draws.hue[some])
+            if place:
+                part.clamp_(0, 1)
+            for slot in range(place + 1, 4):
+                part = adjust_tone(part, tone[0][slot], tone[1][slot])
+            images.index_copy_(0, some, part)
+    return images
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Return images (n, c, H, W) blurred by a Gaussian of `sigma` (n,) pixels, edges reflected.
+
+    The kernel is cut to `kernel_size` taps, an odd number, and normalised (SimCLR, appendix A).
+    """
+    radius = kernel_size // 2
+    assert radius < min(images.shape[2:]), f"{kernel_size} taps can't be reflected in the image"
+    tap = torch.arange(-radius, radius + 1, device=images.device)
+    taps = (-0.5 * (tap / sigma[:, None]) ** 2).softmax(dim=1).to(images.dtype)
+
+    def weights(size: int) -> Tensor:
+        pixel = torch.arange(size, device=images.device)
+        last = size - 1
+        read = last - (last - (pixel[:, None] + tap[:, None, None]).abs()).abs()
+        places = (read == pixel).to(images.dtype)  # (taps, size, size), the same for all samples
+        return (taps @ places.flatten(1)).reshape(-1, 1, size, size)
+
+    height, width = images.shape[2:]
+    return weights(height) @ images @ weights(width).mT
+
+
+def normalize_(images: Tensor, config: ViewsConfig) -> Tensor:
+    """Take the channel's mean off images (n, c, H, W), in place, and divide by its deviation."""
+    assert images.shape[1] == len(config.mean), (
+        f"images have {images.shape[1]} channels, and mean and std are of {len(config.mean)}"
+    )
+    # Filled on the device: a tensor made of a list would be copied there, and waited for.
+    mean = torch.cat([images.new_full((1, 1, 1), value) for value in config.mean])
+    std = torch.cat([images.new_full((1, 1, 1), value) for value in config.std])
+    return images.sub_(mean).div_(std)
+
+
+def apply(
+    images: Tensor, draws: Draws, config: ViewsConfig, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the normalised views (n, c, size, size) of uint8 images (n, c, H, W).
+
+    All arithmetic is done in `dtype`, float32 or float64, also under autocast. The flip belongs to
+    the crop; it commutes with all that follows.
+    """
+    assert images.dtype == torch.uint8, f"images are uint8, got {images.dtype}"
+    with torch.autocast(images.device.type, enabled=False):
+        views = crop_and_resize(images.to(dtype).div_(255), draws, config.size)
+        if config.grayscale_before_jitter and config.grayscale > 0:
+            views = make_gray(views, draws.grayscale)
+        if config.jitter > 0:
+            views = color_jitter(views, draws)
+        if not config.grayscale_before_jitter and config.grayscale > 0:
+            views = make_gray(views, draws.grayscale)
+        if config.blur > 0:
+            # The odd number nearest to a tenth of the side: 23 for 224, as SimCLR has it.
+            taps = max(3, config.size // 20 * 2 + 1)
+            views = change_some(
+                views,
+                draws.blur,
+                lambda some, rows: gaussian_blur(some, draws.sigma[rows], taps),
+            )
+        return normalize_(views, config)
+
+
+def center(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the evaluation view: the normalised centre (n, c, size, size) of uint8 images.
+
+    Images whose shorter side is below `config.size` are enlarged until it is that long.
+    """
+    size = config.size
+    pixels = images.to(dtype).div_(255)
+    height, width = images.shape[2:]
+    shorter = min(height, width)
+    if shorter < size:
+        height, width = size * height // shorter, size * width // shorter
+        pixels = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return normalize_(pixels[:, :, top : top + size, left : left + size], config)
+
+
+def make(
+    images: Tensor,
+    config: ViewsConfig,
+    seed: int,
+    epoch: Key,
+    index: Tensor,
+    view: Key,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return view number `view` of uint8 images, (n, c, size, size): `apply` of `draw`."""
+    draws = draw(config, seed, epoch, index, view, *images.shape[2:])
+    return apply(images, draws, config, dtype)
+
+
+def finish(
+    crops: Tensor,
+    config: ViewsConfig,
+    seed: int,
+    epoch: Key,
+    index: Tensor,
+    view: Key,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return what `make` does, of crops that are cut and resized, uint8 (n, c, size, size)."""
+    size = config.size
+    draws = draw(config, seed, epoch, index, view, size, size)
+    zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, size)
+    # The window is the whole crop: what is left of that stage is its flip, exactly.
+    draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
+    return apply(crops, draws, config, dtype)

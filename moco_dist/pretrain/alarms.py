@@ -1,0 +1,247 @@
+"""Alarms: what goes wrong in a run, found in its lines of metrics, in words with a way out.
+
+Each is told once in the life of a run: as a warning, and as a line of metrics.jsonl, from which a
+resumed run learns what has been told. Nothing is saved for them: they follow from the lines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.errors import NumbersError, output_errors
+from moco_dist.tracking.tracker import Metrics
+
+logger = logging.getLogger(__name__)
+
+LONG_QUEUE, NOT_FINITE = "queue longer than the data", "not finite"
+
+# Spread and effective rank of the unit vectors: below either of the first they are all but one
+# point or one line, and below both of the second they show little more than one number. On its way
+# the demo goes down to 0.15 and 9, CIFAR-10 at width 4 to 0.24 and 9; learning rate 1000 gives
+# 0.003 and 1.2, images that are all the same 0.05 and 2.4.
+COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.5
+NARROW_STD, NARROW_RANK = 0.1, 3.0
+# Measurements in a row that must say so.
+COLLAPSED_TIMES = 3
+# Share of the loss of guessing at which nothing has been learnt. The demo is below 0.96 after two
+# epochs and CIFAR-10 never above 0.92.
+GUESSING = 0.98
+# Spans of steps after which the loss is judged; a span is an epoch, and so many steps or more.
+SPANS = 3
+SPAN_STEPS = 100
+# Share of the lead on guessing that a rising loss may lose. It rises in healthy runs too (CIFAR-10
+# at width 4 loses 0.6 in two epochs, while kNN goes from 26 to 35 %): then the queries spread.
+LOST_LEAD = 0.25
+# Instance accuracy that is suspicious where kNN doesn't say that the encoder is so good. Healthy
+# short runs are below 0.2; a leak that has been learnt gives 0.97.
+NEAR_ALL = 0.95
+# A change of the kNN accuracy that is more than noise.
+CLEAR = 0.05
+# Lines whose median speed is compared with that of the lines before them, twice as many or more.
+# One evaluation, save or busy minute doesn't move it.
+SLOW_LINES = 30
+
+
+def long_queue(config: PretrainConfig, images: int) -> str | None:
+    """Return the sentence about a queue that holds more keys than there are images, or None."""
+    size = config.moco.queue_size
+    if size < images:
+        return None
+    masked = " (masked)" if config.moco.mask_own_keys else " as negatives"
+    return (
+        f"moco.queue_size={size} is not below the {images} training images: every image meets its "
+        f"own older keys{masked}; use moco.queue_size={max(config.batch_size, images // 4)} or less"
+    )
+
+
+class Watch:
+    """Looks at the lines of metrics of a run, in their order, and finds each alarm once.
+
+    `images` are those of training, and `path` is metrics.jsonl, cut back to where the run goes on;
+    `shown` also gets the alarms, as what a person watches.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        images: int,
+        path: Path,
+        shown: Callable[[int, Mapping[str, Any]], None] = lambda step, alarm: None,
+    ) -> None:
+        self.config, self.images, self.path, self.shown = config, images, path, shown
+        self.told: set[str] = set()
+        # Measurements in a row that look collapsed.
+        self._collapsed = 0
+        # Instance accuracies since the last evaluation, and all kNN accuracies.
+        self._instances: list[float] = []
+        self._knn: list[float] = []
+        # Step at which the queue was full; since then, the spans of steps that have ended (mean
+        # loss and mean spread), and the number, losses and spreads of the one that goes on.
+        self._full: int | None = None
+        self._ended: list[tuple[float, float]] = []
+        self._span = -1
+        self._losses: list[float] = []
+        self._spreads: list[float] = []
+        self._speeds: deque[float] = deque(maxlen=1000)
+        self._replay()
+
+    def sink(self, step: int, metrics: Metrics) -> None:
+        """Tell what `look` finds: a sink of a Tracker."""
+        for name, text in self.look(step, metrics).items():
+            if name != LONG_QUEUE:  # which is told before the first step
+                logger.warning("%s at step %d: %s", name, step, text)
+            self._write(step, name, text)
+            self.shown(step, {"alarm": name, "text": text})
+
+    def ended(self, step: int, error: NumbersError) -> None:
+        """Note the alarm of numbers that are not finite; the error itself tells the user."""
+        if NOT_FINITE not in self.told:
+            self._write(step, NOT_FINITE, str(error))
+
+    def look(self, step: int, metrics: Metrics) -> dict[str, str]:
+        """Return the alarms that the line `metrics` of `step` adds: names, and a sentence each."""
+        found = {
+            LONG_QUEUE: long_queue(self.config, self.images),
+            "collapse": self._collapse(metrics),
+            "BatchNorm leak": self._leak(metrics),
+            "loss rises": None,
+            "throughput halved": self._slowness(metrics),
+        }
+        if self._ends_span(step, metrics) and len(self._ended) >= SPANS:
+            found["collapse"] = found["collapse"] or self._guess(step)
+            found["loss rises"] = self._rise()
+        new = {name: text for name, text in found.items() if text and name not in self.told}
+        self.told |= new.keys()
+        return new
+
+    def _replay(self) -> None:
+        """Take in the lines of metrics of the run up to here, with the alarms that stand in them.
+
+        Not the speeds: another machine may have made them.
+        """
+        told = set()
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            metrics = json.loads(line)
+            if "alarm" in metrics:
+                told.add(metrics["alarm"])
+            elif "step" in metrics:
+                self.look(metrics["step"], metrics)
+        self.told = told
+        self._speeds.clear()
+
+    def _write(self, step: int, name: str, text: str) -> None:
+        line = {"step": step, "time": round(time.time(), 3), "alarm": name, "text": text}
+        with output_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _collapse(self, metrics: Metrics) -> str | None:
+        spread, rank = metrics.get("health/feature_std"), metrics.get("health/rankme")
+        if spread is None or rank is None or metrics.get("queue/fill", 0) < 1:
+            return None
+        bad = spread < COLLAPSED_STD or rank < COLLAPSED_RANK
+        bad = bad or (spread < NARROW_STD and rank < NARROW_RANK)
+        self._collapsed = self._collapsed + 1 if bad else 0
+        if self._collapsed < COLLAPSED_TIMES:
+            return None
+        return (
+            f"the encoder maps all images to almost the same place (health/feature_std "
+            f"{spread:.2g}, 1 is an even spread; health/rankme {rank:.3g} of "
+            f"{self.config.encoder.dim}); {self._anew()}"
+        )
+
+    def _leak(self, metrics: Metrics) -> str | None:
+        if metrics.get("queue/fill") == 1:
+            self._instances.append(metrics["train/accuracy_top1"])
+        accuracy = metrics.get("knn/top1")
+        if accuracy is None:
+            return None
+        instances, self._instances = self._instances, []
+        self._knn.append(accuracy)
+        first, best = self._knn[0], max(self._knn)
+        learns = best >= first + CLEAR and accuracy > best - CLEAR
+        if len(self._knn) < 2 or learns or not instances or fmean(instances) < NEAR_ALL:
+            return None
+        return (
+            f"{fmean(instances):.1%} of the queries find their own image among "
+            f"{self.config.moco.queue_size} others, and kNN went from {first:.1%} over {best:.1%} "
+            f"to {accuracy:.1%}: the encoder knows them by something else, as the BatchNorm "
+            f"statistics that they share; use bn_groups=8 (now {self.config.bn_groups}), and see "
+            "python -m moco_dist.doctor RUN --bn-leak; or else the two views are too much alike"
+        )
+
+    def _ends_span(self, step: int, metrics: Metrics) -> bool:
+        """Return whether a span of steps has ended: an epoch, or longer, with the queue full."""
+        loss, config = metrics.get("train/loss"), self.config
+        if loss is None or metrics.get("queue/fill", 0) < 1:
+            return False
+        if self._full is None:
+            self._full = step
+            return False  # this step's own queue was not full yet
+        lines = 10 * config.tracking.every_steps
+        length = max(self.images // config.batch_size, self._full, lines, SPAN_STEPS)
+        number = (step - self._full) // length
+        ends = number != self._span and bool(self._losses)
+        if ends:
+            self._ended.append((fmean(self._losses), fmean(self._spreads or [math.inf])))
+        if number != self._span:
+            self._span, self._losses, self._spreads = number, [], []
+        self._losses.append(loss)
+        if "health/feature_std" in metrics:
+            self._spreads.append(metrics["health/feature_std"])
+        return ends
+
+    def _guess(self, step: int) -> str | None:
+        loss, chance = self._ended[-1][0], math.log(1 + self.config.moco.queue_size)
+        if loss < GUESSING * chance:
+            return None
+        steps = step - (self._full or 0)
+        return (
+            f"train/loss {loss:.3f} is that of guessing ({chance:.3f}), {steps} steps after the "
+            f"queue was full: no image is told from another; {self._anew()}"
+        )
+
+    def _rise(self) -> str | None:
+        (first, narrow), (last, spread) = self._ended[0], self._ended[-1]
+        chance = math.log(1 + self.config.moco.queue_size)
+        if last < max(loss for loss, _ in self._ended) or not spread < narrow:
+            return None
+        if last - first < max(LOST_LEAD * (chance - first), 0.02 * chance):
+            return None
+        return (
+            f"train/loss rose from {first:.3f} to {last:.3f} since the queue was full at step "
+            f"{self._full} (guessing gives {chance:.3f}), and the queries don't spread: its keys "
+            f"are no use as negatives; train anew with moco.momentum above "
+            f"{self.config.moco.momentum:g} or optim.lr below {self.config.optim.lr:g}, and "
+            "name=..."
+        )
+
+    def _anew(self) -> str:
+        return (
+            "see that the images differ, and train anew with optim.lr below "
+            f"{self.config.optim.lr:g} or with optim.warmup_epochs, and name=..."
+        )
+
+    def _slowness(self, metrics: Metrics) -> str | None:
+        speed = metrics.get("train/images_per_second")
+        if speed is None:
+            return None
+        self._speeds.append(speed)
+        speeds = list(self._speeds)
+        if len(speeds) < 3 * SLOW_LINES:
+            return None
+        now, before = median(speeds[-SLOW_LINES:]), median(speeds[:-SLOW_LINES])
+        if now >= before / 2:
+            return None
+        return (
+            f"{now:,.0f} images/s in the last {SLOW_LINES} lines, {before:,.0f} before: something "
+            "else uses the machine, or it throttles; look at nvidia-smi or top on all machines"
+        )

@@ -1,0 +1,115 @@
+"""Health of a run without labels: how keys and queries lie on the sphere, and how old keys are.
+
+All of it is measured on what a step has anyway, changes none of it, and is the same on any number
+of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from moco_dist.distributed import comms
+from moco_dist.method.moco import MoCo
+
+
+def due(every_steps: int, step: int) -> bool:
+    """Return whether step `step`, from 1, is one that is measured: the first, and each so many."""
+    return every_steps > 0 and (step == 1 or step % every_steps == 0)
+
+
+def alignment(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the mean squared distance of positive pairs, (rows, dim) each; 0 is the best, ().
+
+    Wang and Isola 2020 (arXiv:2005.10242), section 4.1, with alpha 2.
+    """
+    return (queries - keys).square().sum(1).mean()
+
+
+def uniformity(points: Tensor) -> Tensor:
+    """Return log E exp(-2 |x - y|^2) over the pairs of different rows of `points`, (rows, dim), ().
+
+    0 where all unit vectors are the same one, about -4 where they are spread evenly over a sphere
+    of many dimensions. Two rows or more. Wang and Isola 2020, section 4.1, with t 2.
+    """
+    rows, squares = len(points), points.square().sum(1)
+    distances = squares[:, None] + squares - 2 * points @ points.T
+    kernel = (-2 * distances.clamp(min=0)).exp()
+    return ((kernel.sum() - kernel.diagonal().sum()) / (rows * (rows - 1))).log()
+
+
+def rankme(points: Tensor, epsilon: float = 1e-7) -> Tensor:
+    """Return the effective rank of `points` (rows, dim), from 1 to min(rows, dim), ().
+
+    The exponential of the entropy of the normalised singular values, with the epsilon of float32;
+    Garrido et al. 2023 (arXiv:2210.02885), equation 1. The singular values are roots of eigenvalues
+    of the small Gram matrix: exact to 1e-8 of the largest in float64, below the epsilon.
+    """
+    smaller = points.T @ points if len(points) > points.shape[1] else points @ points.T
+    singular = torch.linalg.eigvalsh(smaller).clamp(min=0).sqrt()
+    shares = singular / singular.sum() + epsilon
+    effective: Tensor = torch.exp((-shares * shares.log()).sum())
+    return effective
+
+
+def feature_std(points: Tensor) -> Tensor:
+    """Return the standard deviation of unit vectors (rows, dim), mean over dims, times sqrt(dim).
+
+    1 where they are spread evenly over the sphere (1 / sqrt(dim) in each dimension), 0 where all
+    are the same one, (). Chen and He 2021 (arXiv:2011.10566), section 4.1.
+    """
+    return points.std(0).mean() * math.sqrt(points.shape[1])
+
+
+def ema_distance(keys: Iterable[Tensor], queries: Iterable[Tensor]) -> Tensor:
+    """Return |keys - queries| / |queries| over all parameters of the two encoders, ()."""
+    mine, theirs = list(queries), list(keys)
+    apart = torch._foreach_norm(torch._foreach_sub(theirs, mine))
+    norms = torch.stack(list(torch._foreach_norm(mine)))
+    relative: Tensor = torch.stack(list(apart)).norm() / norms.norm()
+    return relative
+
+
+def age_steps(filled: int, keys_per_step: int) -> float:
+    """Return the mean age, in steps, of the `filled` newest keys; the newest are 1 step old."""
+    whole, rest = divmod(filled, keys_per_step)
+    total = keys_per_step * whole * (whole + 1) / 2 + rest * (whole + 1)
+    return total / filled if filled else 0.0
+
+
+def own_images(samples: Tensor, queue_samples: Tensor) -> Tensor:
+    """Return how many keys of its own image a query finds in the queue, the mean, ().
+
+    Sample numbers: `samples` int64 (batch_size,), all different, and `queue_samples` (filled,).
+    """
+    return torch.isin(queue_samples, samples).sum() / len(samples)
+
+
+@torch.no_grad()
+def of_step(
+    network: MoCo, queries: Tensor, keys: list[Tensor], samples: Tensor
+) -> dict[str, float]:
+    """Return the figures of a step by their names, before its keys enter the queue.
+
+    `queries` are this process's rows of the first pass, (rows, dim); `keys` those of the whole
+    batch for each pass, (batch_size, dim), and `samples` their images. The rank is that of the
+    keys in the queue, and there is none in the first step. A collective; nothing is changed.
+    """
+    points = comms.all_gather(queries).double()
+    older, their_samples = network.queue.negatives()
+    encoders = network.key_encoder.parameters(), network.query_encoder.parameters()
+    figures = {
+        "health/alignment": alignment(points, keys[0].double()),
+        "health/uniformity": uniformity(points),
+        "health/feature_std": feature_std(points),
+        "health/ema_distance": ema_distance(*encoders),
+        "queue/own_images": own_images(samples, their_samples),
+    }
+    if len(older):
+        figures["health/rankme"] = rankme(older.double())
+    values = torch.stack([figure.double() for figure in figures.values()]).tolist()
+    age = age_steps(len(older), len(keys) * len(samples))
+    return dict(zip(figures, values, strict=True)) | {"queue/age_steps": age}

@@ -1,0 +1,102 @@
+"""The encoders of a probe with protocol=finetune: trained too, on any number of processes.
+
+Their BatchNorm layers stay in evaluation mode, with the statistics of pretraining: each image's
+features then depend on no other image, so that batches can be cut over processes at will and there
+are no statistics to keep. Weights and biases of BatchNorm are trained like all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from moco_dist.config.recipe import OptimConfig
+from moco_dist.distributed import comms
+from moco_dist.method import schedule
+from moco_dist.method.batch_norm import batch_norms
+from moco_dist.method.encoder import Backbone
+from moco_dist.runs import checkpoint
+
+
+class FineTuning:
+    """The encoders in training: state is in `encoders` and `optimizer`."""
+
+    def __init__(
+        self,
+        backbones: Mapping[str, Backbone],
+        optim: OptimConfig,
+        accelerator: Accelerator,
+        example: Tensor,
+    ) -> None:
+        self.optim = optim
+        self.encoders = nn.ModuleDict(dict(backbones)).requires_grad_(True)
+        self.optimizer = torch.optim.SGD(
+            self.encoders.parameters(),
+            lr=optim.lr,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+        )
+        self.networks: dict[str, Callable[[Tensor], Tensor]] = {
+            name: accelerator.prepare(each) for name, each in self.encoders.items()
+        }
+        if comms.world_size() > 1:
+            for each in self.networks.values():
+                # After its first backward pass DDP lays out anew its sums; a start that resumes
+                # would add in another order than one that goes on.
+                accelerator.backward(each(example).sum())
+            self.optimizer.zero_grad()
+
+    def step(self, step: int, steps_per_epoch: int, total_steps: int) -> None:
+        """Move the encoders by their gradients, which are then gone."""
+        rate = schedule.learning_rate(self.optim, step, steps_per_epoch, total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the tensors of the encoders, and their momentum, by name."""
+        momentum = checkpoint.momentum_buffers(self.optimizer, self.encoders)
+        model = {f"encoders.{name}": each for name, each in self.encoders.state_dict().items()}
+        return model, momentum
+
+    def shapes(self) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+        """Return the shapes of what `state` returns after a step."""
+        model, _ = self.state()
+        momentum = checkpoint.momentum_shapes(self.optimizer, self.encoders)
+        return {name: each.shape for name, each in model.items()}, momentum
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Take over what `state` returned."""
+        prefix = "encoders."
+        own = {
+            name.removeprefix(prefix): each
+            for name, each in saved.model.items()
+            if name.startswith(prefix)
+        }
+        checkpoint.load_tensors(self.encoders, own, saved.path)
+        checkpoint.restore_momentum(self.optimizer, self.encoders, saved.optimizer)
+
+
+@torch.no_grad()
+def calibrate(backbone: Backbone, images: Tensor) -> None:
+    """Give a random backbone the BatchNorm statistics of `images` (rows, 3, size, size).
+
+    One that is trained from scratch could not begin otherwise: its activations would grow from
+    layer to layer. All processes do the same with the same images.
+    """
+    norms = batch_norms(backbone)
+    kept = [(norm.rows_per_group, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.rows_per_group, norm.momentum = len(images), 1.0
+    backbone.train()
+    backbone(images)
+    backbone.eval()
+    for norm, (rows, momentum) in zip(norms, kept, strict=True):
+        norm.rows_per_group, norm.momentum = rows, momentum
+        norm.running_mean.copy_(norm.group_mean[0])
+        norm.running_var.copy_(norm.group_var[0])
+        norm.next_group = 0

@@ -1,0 +1,233 @@
+"""The results of a finished probe: the content of results.json, and the table of the grid."""
+
+from __future__ import annotations
+
+import dataclasses
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from moco_dist.probe import figures as probe_figures
+from moco_dist.probe import intervals, overlap, verdict
+from moco_dist.probe.linear_probe import LinearProbe
+
+Results = dict[str, Any]
+
+SCHEMA = {"schema": "moco_dist.probe", "version": 1}
+# Places in the figures of a head.
+LOSS, SQUARE, TOP1, TOP_K = range(4)
+
+
+def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
+    """Return what results.json holds; on all processes, after the last step.
+
+    Figures are those of the last epoch, by the point of the grid that was best on the validation
+    images in that epoch; each encoder has its own. The grid has the best epoch's beside them.
+    """
+    config = probe.config
+    probe.refresh(*probe.parts)
+    parts = [part for part in probe.parts if part != "train"]
+    last = {part: probe.evaluate(part) for part in parts}
+    best = {part: probe.evaluate(part, best=True) for part in parts} if keeps_best(probe) else last
+    chosen = select(probe, last)
+    train = probe_figures.train_top1(probe).mean(1)
+    encoders: dict[str, Any] = {}
+    for place, name in enumerate(probe.names):
+        rows = grid(probe, place, last, best, chosen[place])
+        encoders[name] = {
+            **{part: _figures(probe, name, part, last[part], chosen[place]) for part in parts},
+            "train_top1": float(train[place, chosen[place]]),
+            "selected": dataclasses.asdict(probe.points[chosen[place]]),
+            "grid": rows,
+        }
+    trained = encoders[verdict.TRAINED]
+    results: Results = {
+        **SCHEMA,
+        "protocol": config.protocol,
+        "features": _kind_of_features(probe),
+        "label_fraction": config.label_fraction,
+        "seeds": list(probe.seeds),
+        "epochs": config.epochs,
+        "top_k": config.top_k,
+        "classes": list(probe.splits.train.classes),
+        "train_images": probe.subsets.shape[1],
+        "interval": _interval_kind(config.seeds),
+        "majority_top1": {part: majority_top1(probe, part) for part in parts},
+        "encoders": encoders,
+        "selected": trained["selected"],
+        "grid": trained["grid"],
+        "overlap": {
+            each.part: {"images": len(each.pairs), "pairs": each.pairs[:100]} for each in overlaps
+        },
+    }
+    results["verdict"] = verdict.sentence(results)
+    sentences = [each.sentence() for each in overlaps]
+    results["faults"] = [*filter(None, sentences), *verdict.misfits(results)]
+    return results
+
+
+def _interval_kind(seeds: int) -> str:
+    if seeds > 1:
+        return f"95 %, Student t over {seeds} seeds"
+    return "95 % over the images, Wilson for shares, normal for the loss"
+
+
+def _kind_of_features(probe: LinearProbe) -> str:
+    if probe.config.augment:
+        return "augmented"
+    return "unaugmented" if probe.tunes else "cached"
+
+
+def keeps_best(probe: LinearProbe) -> bool:
+    """Return whether the heads after their best epoch are at hand: of frozen encoders only."""
+    return "validation" in probe.parts and not probe.tunes
+
+
+def select(probe: LinearProbe, last: dict[str, Tensor]) -> list[int]:
+    """Return for each encoder the point with the best mean top-1 on the validation images.
+
+    Of equal ones, that with the lower loss.
+    """
+    if "validation" not in last:
+        return [0] * len(probe.names)
+    mean = last["validation"].mean(1).tolist()
+    order = [[(point[TOP1], -point[LOSS]) for point in points] for points in mean]
+    return [points.index(max(points)) for points in order]
+
+
+def grid(
+    probe: LinearProbe, place: int, last: dict[str, Tensor], best: dict[str, Tensor], chosen: int
+) -> list[dict[str, Any]]:
+    """Return a row for each point of the grid, means over seeds, for the encoder at `place`.
+
+    After the last epoch, by which the best point is chosen, and after each seed's best epoch.
+    """
+    kept, rows = keeps_best(probe), []
+    for number, point in enumerate(probe.points):
+        row: dict[str, Any] = dataclasses.asdict(point)
+        for part in ("validation", "test"):
+            for prefix, figures in (("", last), ("best_epoch_", best)):
+                values = figures[part][place, :, number, TOP1].tolist() if part in figures else []
+                row[f"{prefix}{part}_top1"] = fmean(values) if values else None
+        epochs = probe.best.tensors["epoch"][place, :, number].tolist()
+        row["best_epoch"] = epochs if kept else [probe.config.epochs] * len(epochs)
+        rows.append(row | {"best": number == chosen})
+    return rows
+
+
+def majority_top1(probe: LinearProbe, part: str) -> float:
+    """Return the share of a part's images in the class that most training images have."""
+    train = probe.parts["train"].labels[probe.subsets[0]]
+    largest = train.bincount().argmax()
+    return float((probe.parts[part].labels == largest).double().mean())
+
+
+def _figures(
+    probe: LinearProbe, name: str, part: str, figures: Tensor, point: int
+) -> dict[str, Any]:
+    """Return the figures of an encoder's selected heads on a part."""
+    rows, count = figures[probe.names.index(name), :, point].tolist(), len(probe.parts[part])
+    counts = probe_figures.confusion(probe, name, part, point)
+    images = counts.sum(2).clamp(min=1).double()
+    shares = (counts.diagonal(dim1=1, dim2=2) / images).mean(0).tolist()
+    empty = (counts[0].sum(1) == 0).tolist()
+    return {
+        "images": count,
+        "top1": _share([row[TOP1] for row in rows], count),
+        f"top{probe.config.top_k}": _share([row[TOP_K] for row in rows], count),
+        "loss": _loss([row[LOSS] for row in rows], rows[0][SQUARE], count),
+        "knn_top1": probe_figures.knn_top1(probe, name, part),
+        "per_class": [None if e else s for s, e in zip(shares, empty, strict=True)],
+        # Of the first seed: each image counts once.
+        "confusion": counts[0].tolist(),
+    }
+
+
+def _share(values: list[float], count: int) -> dict[str, Any]:
+    if len(values) > 1:
+        return _interval(values, intervals.student_t(values))
+    return _interval(values, intervals.wilson(values[0], count))
+
+
+def _loss(values: list[float], square: float, count: int) -> dict[str, Any]:
+    if len(values) > 1:
+        return _interval(values, intervals.student_t(values))
+    return _interval(values, intervals.normal(values[0], square, count))
+
+
+def _interval(values: list[float], ends: tuple[float, float]) -> dict[str, Any]:
+    return {"mean": fmean(values), "low": ends[0], "high": ends[1], "values": values}
+
+
+def brief(results: Results) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the figures alone, encoder, part, metric: the content of DONE."""
+    return {
+        name: {
+            part: {
+                key: value["mean"] if isinstance(value, dict) else value
+                for key, value in figures[part].items()
+                if key in ("loss", "knn_top1") or key.startswith("top")
+            }
+            for part in results["majority_top1"]
+        }
+        for name, figures in results["encoders"].items()
+    }
+
+
+def summary_rows(results: Results) -> list[tuple[str, ...]]:
+    """Return the table of both encoders and of naming the largest class, with its head."""
+    scratch = results["protocol"] == "finetune"
+    titles = {"probe": "trained", "control": "from scratch" if scratch else "random"}
+    few = f"top{results['top_k']}"
+    rows: list[tuple[str, ...]] = [
+        (
+            "encoder",
+            "images",
+            "top-1 %",
+            "95 % interval",
+            few.replace("top", "top-") + " %",
+            "loss",
+            "kNN %",
+        )
+    ]
+    for name, parts in results["encoders"].items():
+        for part in results["majority_top1"]:
+            figures = parts[part]
+            top1 = figures["top1"]
+            rows.append(
+                (
+                    titles[name],
+                    part,
+                    f"{100 * top1['mean']:.2f}",
+                    f"{100 * max(0, top1['low']):.2f}-{100 * min(1, top1['high']):.2f}",
+                    f"{100 * figures[few]['mean']:.2f}",
+                    f"{figures['loss']['mean']:.4f}",
+                    f"{100 * figures['knn_top1']:.2f}",
+                )
+            )
+    for part, share in results["majority_top1"].items():
+        rows.append(("largest class", part, f"{100 * share:.2f}", "", "", "", ""))
+    return rows
+
+
+def grid_rows(results: Results) -> list[tuple[str, ...]]:
+    """Return the table of the grid of the trained encoder, with its head."""
+    rows: list[tuple[str, ...]] = [
+        ("lr", "weight decay", "validation %", "test %", "best epoch", "validation %", "test %", "")
+    ]
+    for row in results["grid"]:
+        shares = [
+            "-" if row[key] is None else f"{100 * row[key]:.2f}"
+            for key in (
+                "validation_top1",
+                "test_top1",
+                "best_epoch_validation_top1",
+                "best_epoch_test_top1",
+            )
+        ]
+        epochs = ",".join(map(str, row["best_epoch"]))
+        mark = "best" if row["best"] else ""
+        rates = f"{row['lr']:g}", f"{row['weight_decay']:g}"
+        rows.append((*rates, *shares[:2], epochs, *shares[2:], mark))
+    return rows

@@ -1,0 +1,249 @@
+"""Measure a pretrained encoder: train a linear classifier on its features, \
+and on a random encoder's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.data import datasets
+from moco_dist.data.image_file import MODES
+from moco_dist.distributed import comms, peers
+from moco_dist.distributed.stopping import StopRequests
+from moco_dist.encoders import source as encoders_source
+from moco_dist.encoders.source import Source
+from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
+from moco_dist.probe import overlap, verdict
+from moco_dist.probe import results as probe_results
+from moco_dist.probe.label_fraction import require_classes
+from moco_dist.probe.linear_probe import TRAINED, LinearProbe
+from moco_dist.probe.results import LOSS, TOP1, TOP_K, Results
+from moco_dist.runs import identity
+from moco_dist.runs import session as runs_session
+from moco_dist.runs.environment import memory_gb
+from moco_dist.runs.session import logger
+from moco_dist.runs.status import replace
+from moco_dist.tracking import start, terminal
+from moco_dist.tracking.start import console
+from moco_dist.tracking.tracker import Tracker
+
+
+def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
+    """Probe an encoder from where the run directory stands to the end, or to a request to stop."""
+    if not config.encoder:
+        raise ConfigError(
+            "encoder is empty; give encoder=runs/NAME, a run directory, a checkpoint folder, or a "
+            "file with a state dict"
+        )
+    path = Path(config.encoder).expanduser()
+    config = dataclasses.replace(config, name=config.run_name())
+    source = peers.together(lambda: encoders_source.find(path))
+    session = runs_session.start(config, stop)
+    # Each process looked for itself, and a pretraining may be going on.
+    peers.same_everywhere("the checkpoint of the encoder", source.identity)
+    channels = source.architecture.channels
+    peers.together(lambda: require_channels(config, source))
+    splits = datasets.load(config.data, channels)
+    splits = peers.together(lambda: labelled(splits, config))
+    warn_of_views(config, source)
+    overlaps = find_overlaps(splits)
+    probe = LinearProbe(config, session, splits, source)
+    announce(probe, source)
+    total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
+    runs_session.begin(session)
+    results_file = session.directory / "results.json"
+    peers.from_main(lambda: results_file.unlink(missing_ok=True))
+    group = identity.group(config.pretraining(), source.state)
+    with start.tracker(session, total, "probe", group) as tracker:
+        try:
+            loop(probe, total, tracker)
+            if probe.step == probe.total_steps:
+                results = conclude(probe, tracker, overlaps)
+        except (StoppedError, NumbersError) as error:
+            if probe.step:
+                probe.save(wait=True)
+            place = f"saved after step {probe.step:,} of {probe.total_steps:,}"
+            runs_session.end_early(session, error, place if probe.step else "nothing to save")
+    probe.frozen.check()
+    if probe.step == probe.total_steps:
+        peers.from_main(lambda: write(results_file, results))
+        runs_session.finish(session, probe_results.brief(results))
+        summarize(probe, results)
+
+
+def require_channels(config: ProbeConfig, source: Source) -> None:
+    """Raise ConfigError unless images can be had in the channels that the encoder takes."""
+    channels = source.architecture.channels
+    if channels not in MODES:
+        raise ConfigError(
+            f"{source.place}: takes images of {channels} channels, and images are read with 3 "
+            "(RGB) or 1 (gray); give another encoder"
+        )
+    config.views.check_channels(channels)
+
+
+def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
+    """Return the splits with the labelled training images; UserError if no probe can use them."""
+    datasets.require_labels(splits, config.data)
+    classes = len(splits.train.classes)
+    if config.top_k > classes:
+        raise ConfigError(
+            f"top_k={config.top_k} is more than the {classes} classes of {config.data.name}; "
+            f"use {classes} or less"
+        )
+    if not len(splits.validation) and not len(splits.test):
+        raise DataError(
+            f"data.name={config.data.name} has no test images and data.validation="
+            f"{config.data.validation} holds none out: nothing is left to measure on; "
+            "give data.validation=0.1"
+        )
+    splits = dataclasses.replace(splits, train=splits.train.labelled())
+    require_classes(splits.train)
+    return splits
+
+
+def warn_of_views(config: ProbeConfig, source: Source) -> None:
+    """Warn of images that are fed to the encoder otherwise than in its pretraining."""
+    for key in ("size", "mean", "std") if source.views else ():
+        ours, theirs = getattr(config.views, key), getattr(source.views, key)
+        if ours != theirs:
+            logger.warning(
+                "views.%s=%s here and %s in pretraining; use the same", key, ours, theirs
+            )
+
+
+def find_overlaps(splits: datasets.Splits) -> list[overlap.Overlap]:
+    """Return, and warn of, validation and test images that are training images too.
+
+    Of images in memory: those that are streamed would all have to be decoded once more.
+    """
+    train, parts = splits.train, {"validation": splits.validation, "test": splits.test}
+    if not isinstance(train, datasets.Images):
+        return []
+    found = peers.from_main(
+        lambda: [
+            overlap.find(train, images, name)
+            for name, images in parts.items()
+            if isinstance(images, datasets.Images)
+        ]
+    )
+    for each in found:
+        if sentence := each.sentence():
+            logger.warning(sentence)
+    return found
+
+
+def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
+    """Train the heads up to step `total`."""
+    config, per_epoch = probe.config, probe.steps_per_epoch
+    since, evaluated = time.monotonic(), probe.step
+    while probe.step < total:
+        losses = probe.train_step()
+        step, last = probe.step, probe.step == total
+        epoch_ends = step % per_epoch == 0
+        if epoch_ends or last:
+            metrics = {"epoch": step / per_epoch}
+            seconds = time.monotonic() - since
+            metrics["train/images_per_second"] = (step - evaluated) * config.batch_size / seconds
+            metrics["system/memory_gb"] = memory_gb(probe.session.device)
+            tracker.log(step, metrics | evaluate(probe, comms.mean(losses), epoch_ends))
+            since, evaluated = time.monotonic(), step
+        keep = config.checkpoint
+        due = keep.every_epochs and epoch_ends and step // per_epoch % keep.every_epochs == 0
+        probe.session.stop.needs = 2 * probe.session.saver.seconds
+        if last or due or (keep.every_steps and step % keep.every_steps == 0):
+            probe.save(wait=last)
+
+
+def evaluate(probe: LinearProbe, losses: Tensor, epoch_ends: bool) -> dict[str, float]:
+    """Return the metrics after a step, of each encoder's best point of the grid, means over seeds.
+
+    Best by top-1 on the validation images; `losses` are those of the step, (encoders, seeds,
+    points). Without validation images the one point is measured on the test images.
+    """
+    part = "validation" if "validation" in probe.parts else "test"
+    probe.refresh(part)
+    notes = epoch_ends and part == "validation"
+    figures = probe.note_best() if notes else probe.evaluate(part)
+    chosen = probe_results.select(probe, {part: figures})
+    rates = probe.optimizer.rates(probe.step - 1, probe.steps_per_epoch, probe.total_steps)
+    found = {"train/loss": float(losses.mean(1)[0, chosen[0]]), "train/lr": rates[chosen[0]]}
+    for place, name in enumerate(probe.names):
+        values = figures[place, :, chosen[place]].mean(0).tolist()
+        found |= {f"{name}/loss": values[LOSS], f"{name}/top1": values[TOP1]}
+        found[f"{name}/top{probe.config.top_k}"] = values[TOP_K]
+    return found
+
+
+def conclude(probe: LinearProbe, tracker: Tracker, overlaps: list[overlap.Overlap]) -> Results:
+    """Return the results after the last step; hand them, and the confusions, to the tracker."""
+    results = probe_results.measure(probe, overlaps)
+    part = verdict.deciding_part(results)
+    if tracker.media:
+        counts = torch.tensor(results["encoders"][TRAINED][part]["confusion"])
+        tracker.media.confusion(probe.step, counts, probe.splits.train.classes)
+    tracker.conclude(
+        {
+            f"{name}/{part}_{key}": value
+            for name, parts in probe_results.brief(results).items()
+            for part, figures in parts.items()
+            for key, value in figures.items()
+        }
+    )
+    return results
+
+
+def write(path: Path, results: Results) -> None:
+    """Write results.json."""
+    with output_errors(path):
+        replace(path, json.dumps(results) + "\n")
+
+
+def announce(probe: LinearProbe, source: Source) -> None:
+    """Print the banner."""
+    config, splits, processes = probe.config, probe.splits, comms.world_size()
+    images, used = len(splits.train), probe.subsets.shape[1]
+    share = f"{used:,} of {images:,}" if used < images else f"{images:,}"
+    rows = {
+        "encoder": source.place,
+        "protocol": f"fine-tuned, BatchNorm in evaluation mode, encoder lr {config.encoder_lr:g}"
+        if probe.tunes
+        else "linear, the encoder is frozen",
+        "data": f"{config.data.name}: {share} training, "
+        f"{len(splits.validation):,} validation and {len(splits.test):,} test images, "
+        f"{len(splits.train.classes)} classes",
+        "images": splits.held,
+        "features": f"{probe.heads.weight.shape[4]}, "
+        + ("new views in each epoch" if config.augment else "computed once, without augmentation"),
+        "heads": f"{len(probe.names)} encoders x {config.seeds} seeds x "
+        f"{len(probe.points)} settings",
+        "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}"
+        if config.augment or probe.tunes
+        else f"{config.batch_size}, whole on each process",
+        "steps": f"{probe.steps_per_epoch:,} an epoch, "
+        f"{probe.total_steps:,} in {config.epochs} epochs",
+    }
+    start.banner(probe.session, "probe", rows)
+
+
+def summarize(probe: LinearProbe, results: Results) -> None:
+    """Print the figures of the last epoch, those of the grid, and what they mean."""
+    if not comms.is_main():
+        return
+    config, chosen = probe.config, results["selected"]
+    if len(probe.points) > 1:
+        title = "grid: top-1 of the trained encoder after the last epoch, and after the best one"
+        terminal.table(console, title, probe_results.grid_rows(results), words=0)
+    title = (
+        f"{probe.session.directory}: {config.protocol} probe after {config.epochs} epochs, "
+        f"lr {chosen['lr']:g}, weight decay {chosen['weight_decay']:g}"
+    )
+    terminal.table(console, title, probe_results.summary_rows(results), words=2)
+    for sentence in (results["verdict"], *results["faults"]):
+        terminal.write_line(console, sentence)

@@ -1,1 +1,0 @@
-"""What `moco_dist.probe` trains and says of an encoder."""

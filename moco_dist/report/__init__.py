@@ -1,0 +1,1 @@
+"""`python -m moco_dist.report`: how runs stand, as a table and as one HTML page."""

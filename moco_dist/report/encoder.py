@@ -1,0 +1,232 @@
+"""What an encoder makes of some images: features on a map, neighbours, and views of an image.
+
+Needs torch, a checkpoint and the data; where one of them is missing a UserError says so.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moco_dist.config.recipe import DataConfig, ViewsConfig
+from moco_dist.config.yaml_files import from_dict
+from moco_dist.data import datasets, image_folder
+from moco_dist.data.datasets import Images
+from moco_dist.encoders import checkpoints, features, knn
+from moco_dist.errors import MissingError, shown
+from moco_dist.method import views
+from moco_dist.method.encoder import Encoder
+from moco_dist.randomness import Purpose, permutation
+from moco_dist.report.pictures import Tile
+
+# Images of the sample, of them on the map by t-SNE, in a batch, and seconds for their features.
+SAMPLE, NEIGHBOUR_EMBEDDING, BATCH, SECONDS = 2000, 1000, 100, 60.0
+# Images whose neighbours are shown, and neighbours of each.
+QUERIES, NEIGHBOURS, PAIRS = 8, 5, 8
+# Images that a report reads to take its sample from, where they have to be read whole.
+MOST_READ = 200_000
+# What lies in data.root once it has been downloaded.
+UNPACKED = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "stl10": "stl10_binary",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """An encoder's features of a sample of images, and what is drawn of them."""
+
+    step: int
+    # "test", "validation" or "training", and how many images they are.
+    part: str
+    images: int
+    # -1 is an image without a class.
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    # First two principal components (images, 2), and their shares of the variance.
+    components: NDArray[np.float64]
+    variance: tuple[float, float]
+    # By t-SNE, of the first images of the sample; None without scikit-learn.
+    embedding: NDArray[np.float64] | None
+    neighbours: list[list[Tile]]
+    pairs: list[list[Tile]]
+
+
+def look(run: Path) -> Look:
+    """Return what the newest whole checkpoint of a pretraining makes of images it was not fed.
+
+    Raises UserError, in a sentence, without a checkpoint or without the data.
+    """
+    found = checkpoints.find(run)
+    encoder, architecture, view = checkpoints.load_encoder(found)
+    config = from_dict(DataConfig, found.piece("config")["data"])
+    part, images = held_out(config, architecture.channels)
+    points = extract(encoder, images, view)
+    images = images[torch.arange(len(points))]
+    components, variance = principal(points)
+    return Look(
+        found.step,
+        part,
+        len(images),
+        images.labels.numpy(),
+        images.classes,
+        components,
+        variance,
+        embedding(points[:NEIGHBOUR_EMBEDDING]),
+        neighbours(points, images),
+        pairs(images, view),
+    )
+
+
+def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
+    """Return what part the sample is of, and at most SAMPLE images: of the test set, or else of
+    the validation images, or else of the training images. Nothing is downloaded for it.
+    """
+    root = Path(os.path.expanduser(config.root))
+    if config.name == "folder":
+        return _of_folder(config, root, channels)
+    if config.name in UNPACKED and not (root / UNPACKED[config.name]).is_dir():
+        raise MissingError(
+            f"data.root={shown(root)}: {config.name} is not there, and a report downloads nothing; "
+            "start it where the run was started"
+        )
+    return _of_splits(config, channels)
+
+
+def _of_folder(config: DataConfig, root: Path, channels: int) -> tuple[str, Images]:
+    parted = (root / "train").is_dir()
+    tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
+    if not tests or config.labels == "none":
+        if root.is_dir():
+            count = len(image_folder.scan(root / "train" if parted else root, False).files)
+            if count > MOST_READ:
+                raise MissingError(
+                    f"data.root={shown(root)}: {count:,} images and no test set, too many "
+                    f"to read for a report; up to {MOST_READ:,} are read"
+                )
+        return _of_splits(config, channels)
+    classes = image_folder.scan(root / "train", True).classes
+    listing = image_folder.scan(tests[0], bool(classes), classes or None)
+    rows = sample(len(listing.files), config).tolist()
+    files, labels = ([each[row] for row in rows] for each in (listing.files, listing.labels))
+    some = image_folder.Listing(listing.root, files, labels, listing.classes)
+    pixels = image_folder.decode(some, config.size, channels=channels)
+    return "test", Images(pixels, torch.tensor(labels), listing.classes)
+
+
+def _of_splits(config: DataConfig, channels: int) -> tuple[str, Images]:
+    splits = datasets.load(config, channels)
+    parts = {"test": splits.test, "validation": splits.validation, "training": splits.train}
+    part, images = next((name, images) for name, images in parts.items() if len(images))
+    rows = sample(len(images), config)
+    return part, Images(images.squares(rows), images.labels[rows], images.classes)
+
+
+def sample(size: int, config: DataConfig) -> Tensor:
+    """Return at most SAMPLE of `size` rows, int64, in an order of their own."""
+    return permutation(size, config.split_seed, Purpose.SPLIT)[:SAMPLE]
+
+
+def extract(encoder: Encoder, images: Images, view: ViewsConfig) -> Tensor:
+    """Return features of unit length, (n, features), of the images that SECONDS are enough for."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone, parts, began = encoder.backbone.to(device), [], time.monotonic()
+    for rows in torch.arange(len(images)).split(BATCH):
+        parts.append(features.extract(backbone, images[rows].to(device), view, BATCH).cpu())
+        if time.monotonic() - began > SECONDS:
+            break
+    return F.normalize(torch.cat(parts).double().nan_to_num(), dim=1)
+
+
+def principal(points: Tensor) -> tuple[NDArray[np.float64], tuple[float, float]]:
+    """Return the first two principal components, (n, 2), and their shares of the variance."""
+    centred = points - points.mean(0)
+    if min(centred.shape) < 2:
+        return np.zeros((len(points), 2)), (0.0, 0.0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    axes = vectors[:, [-1, -2]]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    shares = (values[[-1, -2]].clamp(min=0) / values.sum().clamp(min=1e-30)).tolist()
+    return (centred @ (axes * largest.sign())).numpy(), (shares[0], shares[1])
+
+
+def embedding(points: Tensor) -> NDArray[np.float64] | None:
+    """Return a map (n, 2) by t-SNE (van der Maaten and Hinton 2008); None without scikit-learn."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return None
+    if len(points) < 10:
+        return None
+    perplexity = min(30.0, (len(points) - 1) / 3)
+    spread = points + 1e-6 * torch.randn(  # images that are all alike have no principal axes
+        points.shape, dtype=points.dtype, generator=torch.Generator().manual_seed(0)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitted: Any = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
+        found: NDArray[np.float64] = fitted.fit_transform(spread.numpy()).astype(np.float64)
+    return found
+
+
+def neighbours(points: Tensor, images: Images) -> list[list[Tile]]:
+    """Return rows of an image and its nearest others; the images are of different classes first."""
+    if len(images) < 2:
+        return []
+    similarity = points @ points.T
+    rows = []
+    for query in queries(images.labels):
+        near = knn.nearest(points[query, None], points, NEIGHBOURS + 1)[0].tolist()
+        others = [other for other in near if other != query][:NEIGHBOURS]
+        row = [Tile(_pixels(images.pixels[query]), _name(images, query))]
+        for other in others:
+            known = images.labels[query] >= 0 and images.labels[other] >= 0
+            right = bool(images.labels[query] == images.labels[other]) if known else None
+            text = f"{_name(images, other)} {similarity[query, other]:.2f}".strip()
+            row.append(Tile(_pixels(images.pixels[other]), text, right))
+        rows.append(row)
+    return rows
+
+
+def queries(labels: Tensor) -> list[int]:
+    """Return QUERIES rows or fewer: the first of each class, then the first that are left."""
+    first: dict[int, int] = {}
+    for row, label in enumerate(labels.tolist()):
+        first.setdefault(label, row)
+    chosen = [first[label] for label in sorted(first)][:QUERIES]
+    return (
+        chosen + [row for row in range(len(labels)) if row not in chosen][: QUERIES - len(chosen)]
+    )
+
+
+def pairs(images: Images, config: ViewsConfig) -> list[list[Tile]]:
+    """Return two views of some images, one below the other, as the run's recipe draws them."""
+    rows = torch.arange(min(PAIRS, len(images)))
+    mean, std = (torch.tensor(each)[:, None, None] for each in (config.mean, config.std))
+    both = (views.make(images.pixels[rows], config, 0, 0, rows, view) for view in (0, 1))
+    return [
+        [Tile(_pixels(((each * std + mean) * 255).clamp(0, 255).byte())) for each in made]
+        for made in both
+    ]
+
+
+def _pixels(image: Tensor) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    return pixels
+
+
+def _name(images: Images, row: int) -> str:
+    label = int(images.labels[row])
+    name = shown(images.classes[label]) if 0 <= label < len(images.classes) else ""
+    return name if len(name) <= 8 else f"{name[:7]}."

@@ -1,0 +1,219 @@
+"""The figures of a report: how they look on a light and a dark page; curves and histograms."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from moco_dist.report.markup import Picture
+
+# Inches; a small figure is as wide as the page of a phone, two of them as a page of text.
+WIDTH, HEIGHT = 3.6, 2.5
+# Dots per inch of the files, and CSS pixels per inch.
+DPI, CSS = 220, 96
+# Points of a curve above which it is drawn as means, inside the range of what they are means of.
+MANY = 1000
+BINS = 400
+# Legend entries at most.
+ENTRIES = 8
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page; the curves are those of Okabe and Ito (2008), for all kinds of eyes."""
+
+    paper: str
+    ink: str
+    quiet: str
+    line: str
+    curves: tuple[str, ...]
+
+
+LIGHT = Theme(
+    *("#ffffff", "#1c2024", "#5b636b", "#dfe3e6"),
+    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#6b4fa0", "#444444"),
+)
+DARK = Theme(
+    *("#14171a", "#e4e7ea", "#9aa3ac", "#30363c"),
+    ("#56b4e9", "#ff9a4d", "#2fc79a", "#e39cc4", "#f0d04f", "#9ccff0", "#b39ae0", "#bbbbbb"),
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve: `colour` is the place of its run, and a dashed one is a control."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over a common axis; `reference` is a value to compare with, and what it is."""
+
+    name: str
+    title: str
+    series: Sequence[Series]
+    x_label: str = "epoch"
+    y_label: str = ""
+    reference: tuple[float, str] | None = None
+    # Whether the values, all above 0, are on a logarithmic axis if they differ widely.
+    may_be_logarithmic: bool = False
+
+    @property
+    def alt(self) -> str:
+        """Return the curves in words."""
+        told = [_told(each) for each in self.series]
+        return f"{self.title} over {self.x_label}. " + " ".join(filter(None, told))
+
+
+def _told(series: Series) -> str:
+    pairs = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
+    if not pairs:
+        return f"{series.label}: no finite value."
+    (first_x, first), (last_x, last) = pairs[0], pairs[-1]
+    low, high = min(y for _, y in pairs), max(y for _, y in pairs)
+    return (
+        f"{series.label}: from {first:.4g} at {first_x:.4g} to {last:.4g} at {last_x:.4g}, "
+        f"between {low:.4g} and {high:.4g}."
+    )
+
+
+def drawn(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Picture:
+    """Return what `draw` draws, for both pages."""
+    images = [_png(draw, theme) for theme in (LIGHT, DARK)]
+    width, height = (round(CSS * inches) for inches in images[0][1])
+    return Picture(name, alt, width, height, images[0][0], images[1][0])
+
+
+def _png(draw: Callable[[Theme], Figure], theme: Theme) -> tuple[bytes, tuple[float, float]]:
+    settings: Any = {
+        "font.family": "DejaVu Sans",
+        "font.size": 8.5,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.7,
+        "axes.facecolor": theme.paper,
+        "axes.edgecolor": theme.quiet,
+        "axes.labelcolor": theme.quiet,
+        "axes.titlecolor": theme.ink,
+        "axes.grid": True,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "xtick.color": theme.quiet,
+        "ytick.color": theme.quiet,
+        "text.color": theme.ink,
+        "text.parse_math": False,  # a name may hold a $
+        "figure.facecolor": theme.paper,
+        "figure.constrained_layout.use": True,
+        "legend.frameon": False,
+        "legend.fontsize": 7.5,
+    }
+    file = io.BytesIO()
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A name may be of a script that the font lacks; the page itself shows it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure = draw(theme)
+        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    width, height = figure.get_size_inches()
+    return file.getvalue(), (float(width), float(height))
+
+
+def chart(content: Chart) -> Picture:
+    """Return curves as a picture."""
+    return drawn(content.name, content.alt, lambda theme: curves(content, theme))
+
+
+def curves(content: Chart, theme: Theme) -> Figure:
+    """Return the figure of a chart: one line for each series, in their order."""
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    axes = figure.subplots()
+    lines = [_curve(axes, each, theme) for each in content.series]
+    entries = [(line, cut(s.label, 28)) for line, s in zip(lines, content.series, strict=True)]
+    if content.reference:
+        value, name = content.reference
+        entries.append((axes.axhline(value, color=theme.quiet, linewidth=0.9, linestyle=":"), name))
+    axes.set_title(content.title)
+    axes.set_xlabel(content.x_label)
+    axes.set_ylabel(content.y_label)
+    axes.margins(x=0.02)
+    finite = [y for each in content.series for y in each.y if math.isfinite(y)]
+    if content.may_be_logarithmic and finite and 0 < 20 * min(finite) < max(finite):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    if len(entries) > 1:
+        shown = entries[:ENTRIES]
+        more = [f"and {len(entries) - ENTRIES} more"] if len(entries) > ENTRIES else []
+        if more:
+            shown.append((axes.plot([], [], color="none")[0], more[0]))
+        handles, names = zip(*shown, strict=True)
+        columns = 2 if max(map(len, names)) < 22 else 1
+        figure.set_size_inches(WIDTH, HEIGHT + 0.17 * math.ceil(len(shown) / columns))
+        legend(figure, handles, names, ncols=columns, handlelength=1.8)
+    return figure
+
+
+def _curve(axes: Axes, series: Series, theme: Theme) -> matplotlib.lines.Line2D:
+    x, y = np.asarray(series.x, float), np.asarray(series.y, float)
+    y = np.where(np.isfinite(y), y, np.nan)
+    colour = theme.curves[series.colour % len(theme.curves)]
+    if len(x) > MANY:
+        parts = np.array_split(np.arange(len(x)), BINS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a part without a finite value
+            low, high = ([f(y[part]) for part in parts] for f in (np.nanmin, np.nanmax))
+            x, y = (np.array([np.nanmean(v[part]) for part in parts]) for v in (x, y))
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    marker = "." if len(x) <= 30 else None
+    style = "--" if series.dashed else "-"
+    (line,) = axes.plot(x, y, style, color=colour, linewidth=1.3, marker=marker, markersize=4)
+    return line
+
+
+def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], **style: Any) -> None:
+    """Put a legend below the axes."""
+    figure.legend(handles, names, loc="outside lower left", **style)
+
+
+def histogram(
+    name: str, title: str, parts: dict[str, tuple[list[float], list[float]]], alt: str
+) -> Picture:
+    """Return shares of counts; `parts` has counts and edges of bins under what they are of."""
+
+    def draw(theme: Theme) -> Figure:
+        figure = Figure(figsize=(WIDTH, HEIGHT + 0.17))
+        axes = figure.subplots()
+        shapes = []
+        for (counts, edges), colour in zip(parts.values(), theme.curves, strict=False):
+            share = 100 * np.asarray(counts) / max(1.0, sum(counts))
+            shapes.append(axes.stairs(share, edges, color=colour, fill=True, alpha=0.35))
+            axes.stairs(share, edges, color=colour, linewidth=1.1)
+        axes.set_title(title)
+        axes.set_xlabel("cosine similarity")
+        axes.set_ylabel("% of pairs in a bin")
+        legend(figure, shapes, list(parts), ncols=2)
+        return figure
+
+    return drawn(name, alt, draw)
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text of at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"

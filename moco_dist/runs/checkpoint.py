@@ -1,0 +1,244 @@
+"""Reading checkpoints: find, verify, set aside, restore; and `load_encoder`, to use one.
+
+A checkpoint is a folder `step_00039000` with model.safetensors, optimizer.safetensors and
+state.json, which holds the sizes and SHA-256 of all three; `saving.py` writes them. No pickle, so
+one from a stranger can't run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from moco_dist.distributed import peers
+from moco_dist.errors import DataError, MissingError, UserError, output_errors
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+FILES = ("model.safetensors", "optimizer.safetensors")
+# state.json is some kilobytes; nothing larger is read into memory.
+_MAX_STATE = 2**24
+
+
+class OtherFormatError(DataError):
+    """A checkpoint of another version of this program; it is not damaged."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint folder."""
+
+    path: Path
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    # What else the run needs to go on, and its resolved configuration under "config".
+    state: dict[str, Any]
+
+    def piece(self, name: str) -> Any:
+        """Return an entry of the state; DataError, naming it, if it is missing."""
+        if name not in self.state:
+            raise DataError(
+                f"{self.path}: '{name}' is missing from state.json, and the run can't go on the "
+                "same without it; use another checkpoint"
+            )
+        return self.state[name]
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of step `step`."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def step_folders(run: Path) -> list[tuple[int, Path]]:
+    """Return the steps that have a checkpoint folder, whole or not, in order, and the folders."""
+    folders = (run / "checkpoints").glob("step_*")
+    steps = ((folder.name.removeprefix("step_"), folder) for folder in folders)
+    return sorted((int(step), folder) for step, folder in steps if step.isdecimal())
+
+
+def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
+    """Return the newest whole checkpoint of a run, or None; damaged ones are named and passed over.
+
+    Call it on all processes: the first one chooses, and all return the same. With `set_aside`,
+    which only the writer of the run may ask for, damaged ones are renamed to damaged_step_...
+    Raises DataError if there are damaged ones only: to start again from nothing is not ours to say.
+    """
+    folder = peers.from_main(lambda: _newest_whole(run, set_aside))
+    found = peers.together(lambda: None if folder is None else read(folder))
+    if found:
+        peers.same_everywhere(f"the content of {found.path.name}", found.state["sha256"])
+    return found
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint in folder `path`; MissingError or DataError if absent or damaged."""
+    state = _verified_state(path)
+    try:
+        model, optimizer = (safetensors.load_file(path / name) for name in FILES)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: damaged checkpoint ({error}); use another one") from error
+    return Checkpoint(path, state["step"], model, optimizer, state)
+
+
+def check_tensors(
+    expected: Mapping[str, Tensor | torch.Size], tensors: Mapping[str, Tensor], source: Path
+) -> None:
+    """Raise DataError, naming tensors, unless names and shapes are the expected ones."""
+    shapes = {k: v.shape if isinstance(v, Tensor) else v for k, v in expected.items()}
+    faults = [f"{name} is missing" for name in shapes if name not in tensors]
+    faults += [f"{name} is not expected" for name in tensors if name not in shapes]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)} and should be {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise DataError(
+            f"{source}: holds another architecture than its configuration says "
+            f"({'; '.join(faults[:5])}{more}); use the checkpoint of the matching run"
+        )
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy `tensors` to the module's own by name; DataError unless names and shapes agree."""
+    own = module.state_dict()
+    check_tensors(own, tensors, source)
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def momentum_buffers(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Return SGD's momentum of each parameter, under the parameter's name."""
+    states = {name: optimizer.state.get(p, {}) for name, p in module.named_parameters()}
+    return {
+        f"momentum.{k}": s["momentum_buffer"]
+        for k, s in states.items()
+        if s.get("momentum_buffer") is not None
+    }
+
+
+def momentum_shapes(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of what `momentum_buffers` returns after a step."""
+    if not optimizer.defaults["momentum"]:
+        return {}
+    return {f"momentum.{name}": p.shape for name, p in module.named_parameters()}
+
+
+def restore_momentum(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Give SGD the momentum that `momentum_buffers` returned."""
+    for name, parameter in module.named_parameters():
+        if (buffer := tensors.get(f"momentum.{name}")) is not None:
+            # In the parameter's own memory format, as SGD made it.
+            own = torch.empty_like(parameter, dtype=buffer.dtype, requires_grad=False)
+            optimizer.state[parameter]["momentum_buffer"] = own.copy_(buffer)
+
+
+def _newest_whole(run: Path, set_aside: bool) -> Path | None:
+    damaged: list[str] = []
+    for _, folder in reversed(step_folders(run)):
+        try:
+            _verified_state(folder)
+        except OtherFormatError:
+            raise
+        except (DataError, MissingError) as error:
+            logger.warning("%s; going back to the checkpoint before it", error)
+            damaged.append(_set_aside(folder).name if set_aside else folder.name)
+        else:
+            return folder
+    damaged += sorted(folder.name for folder in (run / "checkpoints").glob("damaged_step_*"))
+    if damaged:
+        raise DataError(
+            f"{run}: has no whole checkpoint, only {', '.join(dict.fromkeys(damaged))}; bring one "
+            "back, remove these folders to start from nothing, or choose name=... for a new run"
+        )
+    return None
+
+
+def _set_aside(folder: Path) -> Path:
+    target = folder.with_name(f"damaged_{folder.name}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"damaged_{folder.name}.{number}")
+    with output_errors(folder):
+        folder.rename(target)
+    logger.warning("%s: kept as %s", folder, target.name)
+    return target
+
+
+def _verified_state(path: Path) -> dict[str, Any]:
+    """Return the state of the checkpoint in `path` once every byte of it is proved."""
+    try:
+        state = _read_state(path / "state.json")
+        if state["format"] != FORMAT:
+            raise OtherFormatError(
+                f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; "
+                "use its version"
+            )
+        name = path.name
+        if name.startswith("step_") and name != folder_of(path, state["step"]).name:
+            raise DataError(f"{path}: holds step {state['step']}; give it back its name")
+        if sorted(state["files"]) != sorted(FILES):
+            raise DataError(f"{path}: lists other files than {', '.join(FILES)}; use another one")
+        for name in FILES:
+            _verify(path / name, **state["files"][name])
+    except FileNotFoundError as error:
+        raise MissingError(
+            f"{error.filename}: missing from the checkpoint; use another one"
+        ) from error
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: damaged checkpoint ({error!r}); use another one") from error
+    return state
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    _require_plain(path, _MAX_STATE)
+    text = path.read_bytes()
+    body, mark, end = text.rpartition(b'"sha256": "')
+    if end != hashlib.sha256(body + mark).hexdigest().encode() + b'"\n}\n':
+        if b'"sha256": "' not in text[-80:] and b'"format": 1,' in text[:20]:
+            raise OtherFormatError(
+                f"{path}: checkpoint format 1, this version reads {FORMAT}; use its version"
+            )
+        raise DataError(f"{path}: damaged (its SHA-256 is not the one at its end); use another one")
+    state: dict[str, Any] = json.loads(text)
+    return state
+
+
+def _verify(path: Path, bytes: int, sha256: str) -> None:
+    size = _require_plain(path, bytes)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if (size, found) != (bytes, sha256):
+        raise DataError(
+            f"{path}: damaged (its SHA-256 is not the one in state.json); use another one"
+        )
+
+
+def _require_plain(path: Path, most: int) -> int:
+    """Return the size of a file; DataError if it is a device, a pipe, or larger than `most`."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path}: not a plain file; use another checkpoint")
+    if found.st_size > most:
+        raise DataError(f"{path}: damaged ({found.st_size} bytes, not {most}); use another one")
+    return found.st_size

@@ -1,0 +1,135 @@
+"""A command of the package: from its arguments to its exit state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TextIO, TypeVar
+
+from moco_dist.config import yaml_files
+from moco_dist.distributed import comms, peers, stopping
+from moco_dist.distributed.stopping import StopRequests
+from moco_dist.errors import PeerError, StoppedError, UserError, output_errors
+from moco_dist.runs.status import note_outcome
+
+Schema = TypeVar("Schema")
+
+COMMANDS = """\
+  accelerate launch -m moco_dist.pretrain configs/pretrain/cifar10.yaml [file.yaml | key=value ...]
+  accelerate launch -m moco_dist.probe configs/probe/cifar10.yaml encoder=runs/cifar10 [...]
+One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu
+--num_processes 2 -m. Files and overrides apply from left to right onto these defaults:
+"""
+
+# Names a folder for what each process but the first prints: process_3.log.
+LOGS = "MOCO_DIST_LOGS"
+_console: TextIO | None = None
+
+REPORT = "a fault of moco_dist or of the machine; the last checkpoint stands"
+
+
+def main(
+    schema: type[Schema],
+    run: Callable[[Schema, StopRequests], None],
+    purpose: str | None,
+    arguments: list[str] | None = None,
+) -> None:
+    """Load the configuration of the command line, call `run`, and exit with what came of it.
+
+    `arguments` stand for those of the command line.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(f"{purpose}\n\n{COMMANDS}\n{yaml_files.to_yaml(schema())}", end="")
+        return
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.captureWarnings(True)
+    warnings.formatwarning = _one_line
+    stop = StopRequests()
+    if _first():
+        stop.on_end = lambda status, text, again: note_outcome(status, peers.me.step, text, again)
+    try:
+        try:
+            stop.listen()
+            _redirect()
+            run(yaml_files.load(schema, arguments), stop)
+        except BaseException as error:
+            _end(error, stop)
+    except BaseException as error:  # a signal that came on the way out, which happens once
+        _end(error, stop)
+    stop.on_end(0, "", False)
+    peers.me.part()
+    comms.shutdown()
+    sys.exit(0)
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _redirect() -> None:
+    """Send what other processes than the first print into files, if the environment says where."""
+    global _console
+    if (folder := os.environ.get(LOGS)) and not _first():
+        with output_errors(Path(folder)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            path = Path(folder, f"process_{os.environ['RANK']}.log")
+            log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        _console = os.fdopen(os.dup(2), "w")
+        for stream in (1, 2):
+            os.dup2(log, stream)
+
+
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return a warning of Python as one line for a log."""
+    return f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
+
+
+def _end(error: BaseException, stop: StopRequests) -> NoReturn:
+    """Say once, on one process, why the run ends, and leave with its exit state.
+
+    The process group is left as it is: to take leave of it could hang.
+    """
+    me = peers.me
+    if stop.request and not me.training and not (isinstance(error, UserError) and error.shared):
+        # In the start a signal ends some processes before others, which then miss them.
+        error = stopping.error(stop.request, "before the first step")
+    elif comms.world_size() > 1 and comms.lost_connection(error):
+        error = PeerError(me.blame())
+    status, text, speaks = UserError.exit_status, str(error), True
+    again = error.again if isinstance(error, UserError) else True
+    if isinstance(error, UserError):
+        status = error.exit_status
+        lost = isinstance(error, PeerError) and not error.shared
+        if lost:
+            speaks = me.speaks()
+        # Before all have met, and of signals, the first process says what all of them see.
+        elif error.shared or comms.world_size() == 1 or isinstance(error, StoppedError):
+            speaks = _first()
+        me.leave(None if lost or error.shared else text, speaks)
+    else:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        me.leave(text, speaks)
+        traceback.print_exception(error)
+        where = f"process {comms.rank()} (host {socket.gethostname()}, pid {os.getpid()})"
+        text = f"{where} failed at step {me.step}, {me.doing}: {text}; {REPORT}"
+    if speaks:
+        prefix = "" if isinstance(error, StoppedError) else "error: "
+        for stream in filter(None, (sys.stderr, _console)):
+            print(f"{prefix}{text}", file=stream, flush=True)
+    stop.flush()
+    stop.on_end(status, text, again)
+    sys.stdout.flush()
+    os._exit(status)

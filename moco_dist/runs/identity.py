@@ -1,0 +1,47 @@
+"""One id for the life of a run, and the group it belongs to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moco_dist.errors import ConfigError, output_errors
+from moco_dist.runs.status import replace
+
+# An id is part of the names of folders, and may come from a stranger's checkpoint.
+_USABLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def run_id(directory: Path, name: str, saved: Mapping[str, Any] | None) -> str:
+    """Return the id of the run for its whole life; the first start draws it.
+
+    `saved` is the state of the checkpoint that the run resumes from. The id belongs to the name: a
+    copy of a run directory that goes on under another name is another run.
+    """
+    path = directory / "run_id.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+        if found["name"] == name and _USABLE.fullmatch(found["id"]):
+            return str(found["id"])
+    drawn = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
+    with suppress(KeyError, TypeError):
+        if saved and saved["config"]["name"] == name and _USABLE.fullmatch(saved["run_id"]):
+            drawn = str(saved["run_id"])
+    if not _USABLE.fullmatch(drawn):
+        raise ConfigError(f"WANDB_RUN_ID={drawn} is no id; use up to 64 of a-z A-Z 0-9 _ -")
+    with output_errors(path):
+        replace(path, json.dumps({"name": name, "id": drawn}) + "\n")
+    return drawn
+
+
+def group(name: str, state: Mapping[str, Any]) -> str:
+    """Return the group of the pretraining run `name`, from the state of its checkpoint."""
+    with suppress(KeyError, TypeError):
+        return f"{state['config']['name']}-{state['run_id']}"
+    return name

@@ -1,0 +1,194 @@
+"""What the files of a run directory tell of a run, on any machine that sees them, without torch.
+
+Any of them may be missing, cut short or of another version: what can't be read is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moco_dist.config.yaml_files import stored
+from moco_dist.errors import MissingError, shown
+from moco_dist.runs import lock
+
+# An entry of metrics.jsonl; "step" is a whole number.
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The names of the folders in checkpoints/, whole or not."""
+
+    steps: list[int]
+    damaged: list[str]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as its files tell of it."""
+
+    directory: Path
+    # A word of errors.STATES, or: running, starting, gone, empty, unknown.
+    state: str
+    # Why it ended, if that was otherwise than well.
+    reason: str
+    status: dict[str, Any]
+    # Leaves of config.yaml under their dotted keys.
+    config: dict[str, Any]
+    # The content of DONE.
+    results: dict[str, Any]
+    lines: list[Line]
+    checkpoints: Checkpoints
+
+    @property
+    def kind(self) -> str:
+        """Return 'pretrain', 'probe', or '' where no configuration tells."""
+        if "moco.queue_size" in self.config:
+            return "pretrain"
+        return "probe" if "encoder" in self.config else ""
+
+    @property
+    def step(self) -> int:
+        """Return the number of steps done, as far as the files know."""
+        at_end = self.status.get("step")
+        logged: int = self.lines[-1]["step"] if self.lines else 0
+        return max(at_end, logged) if isinstance(at_end, int) else logged
+
+    @property
+    def total_steps(self) -> int:
+        """Return the number of steps that the run is to do; 0 if that is not known yet."""
+        return total_steps(self.config, self.lines)
+
+    @property
+    def alarms(self) -> list[Line]:
+        """Return the lines that are alarms, in words under "text"."""
+        return [line for line in self.lines if isinstance(line.get("alarm"), str)]
+
+    def figures(self, name: str) -> list[tuple[int, float]]:
+        """Return step and value of each line that has the metric `name`."""
+        return [
+            (line["step"], v) for line in self.lines if (v := number(line.get(name))) is not None
+        ]
+
+    def last(self, name: str) -> float | None:
+        """Return the last value of a metric, None without one."""
+        return next((value for _, value in reversed(self.figures(name))), None)
+
+    @property
+    def best_knn(self) -> tuple[int, float] | None:
+        """Return step and accuracy of the best kNN; what was before the first step is no result."""
+        after = [pair for pair in self.figures("knn/top1") if pair[0] and math.isfinite(pair[1])]
+        return max(after, key=lambda pair: pair[1], default=None)
+
+    def result(self, encoder: str, part: str, name: str) -> float | None:
+        """Return a figure of a finished probe, None where there is none."""
+        found: Any = self.results
+        for key in (encoder, part, name):
+            found = found.get(key) if isinstance(found, dict) else None
+        return number(found.get("mean") if isinstance(found, dict) else found)
+
+
+def read(directory: Path) -> Record:
+    """Return what the files of a run directory tell; MissingError if there is no such directory."""
+    if not directory.is_dir():
+        what = "not a directory" if directory.exists() else "no such run directory"
+        raise MissingError(f"{shown(directory)}: {what}; give runs/NAME, where a run has begun")
+    status = read_object(directory / "status.json")
+    config = stored(directory / "config.yaml")
+    found = lines(directory / "metrics.jsonl")
+    state, reason = standing(directory)
+    results, checkpoints = read_object(directory / "DONE"), _checkpoints(directory)
+    return Record(directory, state, reason, status, config, results, found, checkpoints)
+
+
+def lines(path: Path) -> list[Line]:
+    """Return the entries of a metrics.jsonl that have a step; none if it can't be read."""
+    with suppress(OSError):
+        return parse(path.read_bytes().splitlines())
+    return []
+
+
+def parse(texts: Iterable[bytes]) -> list[Line]:
+    """Return the entries with a step; a header and a line that was cut short have none."""
+    found = []
+    for text in texts:
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(text)
+            step = number(entry.get("step")) if isinstance(entry, dict) else None
+            if step is not None and 0 <= step < 2**53:
+                found.append(entry | {"step": int(step)})
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one if that can't be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def number(value: object) -> float | None:
+    """Return a number as a float, NaN and infinity too, and None for anything else."""
+    with suppress(OverflowError):
+        return (
+            float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        )
+    return None
+
+
+def total_steps(config: dict[str, Any], lines: list[Line]) -> int:
+    """Return epochs times the steps of one, which any line about an epoch gives; 0 before that."""
+    for line in reversed(lines):
+        if per_epoch := steps_per_epoch(line):
+            epochs, end = (number(config.get(key)) or 0 for key in ("epochs", "stop_at_step"))
+            total = per_epoch * epochs
+            return int(min(total, end or total)) if 0 <= total < math.inf else 0
+    return 0
+
+
+def steps_per_epoch(line: Line) -> int:
+    """Return the steps of an epoch, of which a line has step and epoch; 0 if it tells nothing."""
+    epoch = number(line.get("epoch")) or 0
+    return round(line["step"] / epoch) if 1e-9 < epoch < math.inf else 0
+
+
+def text_of(value: object) -> str:
+    """Return a text of a file on one line, whole and printable."""
+    return shown(" ".join(str(value).split()), limit=10_000)
+
+
+def standing(directory: Path) -> tuple[str, str]:
+    """Return the state of a run, and why if it did not end well."""
+    status = read_object(directory / "status.json")
+    word, reason = status.get("state"), text_of(status.get("reason") or "")
+    state = text_of(word) if isinstance(word, str) and word else "unknown"
+    owner = lock.owner(directory)
+    if owner and owner.alive:
+        # Its status may be that of the start before, or of this one, which is about to leave.
+        ended = state != "running" and status.get("pid") == owner.pid
+        return (state, reason) if ended or state == "running" else ("starting", "")
+    if state == "unknown":
+        begun = any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+        return "unknown" if begun else "empty", ""
+    if state != "running":
+        return state, reason
+    who = owner.name if owner else f"process {status.get('pid')} on {text_of(status.get('host'))}"
+    saved = _checkpoints(directory).steps
+    again = f"the same command goes on from step {max(saved):,}" if saved else "nothing was saved"
+    return "gone", f"{who} ended without a word; {again}"
+
+
+def _checkpoints(directory: Path) -> Checkpoints:
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    steps = [int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{1,15}", name)]
+    return Checkpoints(steps, [shown(name) for name in names if name.startswith("damaged_step_")])

@@ -1,0 +1,250 @@
+"""Start and end of a run: Accelerator, run directory, lock, banner, status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+
+from moco_dist.config import yaml_files
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.distributed import comms, peers, stopping
+from moco_dist.distributed.stopping import StopRequests
+from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
+from moco_dist.runs import checkpoint, host_memory, identity, saving
+from moco_dist.runs.environment import environment
+from moco_dist.runs.lock import RunLock
+from moco_dist.runs.saving import Saver
+from moco_dist.runs.status import note_outcome, replace, write_status
+
+logger = logging.getLogger(__name__)
+
+
+# The locks of this process.
+_held: dict[Path, RunLock] = {}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run has besides its own state."""
+
+    accelerator: Accelerator
+    settings: PretrainConfig | ProbeConfig
+    # The run directory, runs/<name>.
+    directory: Path
+    # Where the newest whole checkpoint stands; None at the start of a new run.
+    resumed: checkpoint.Checkpoint | None
+    finished: bool
+    stop: StopRequests
+    saver: Saver
+    # One for the life of the run: what W&B knows it by.
+    run_id: str
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def close(self) -> None:
+        """Give the run directory free; a command does so at its end."""
+        self.stop.on_end(0, "", False)
+
+    def stop_for(self, request: int) -> None:
+        """Raise on all processes what `request`, the one that all agree on, asks for."""
+        if request == stopping.FAILED:
+            peers.from_main(self.saver.finish)
+        elif request:
+            raise stopping.error(request, f"at step {peers.me.step}").on_all()
+
+    def request(self) -> int:
+        """Return what this process was asked for, 0 for nothing."""
+        return stopping.FAILED if self.saver.failed else self.stop.poll()
+
+    def save(
+        self,
+        step: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        wait: bool,
+    ) -> None:
+        """Save the state after `step` steps, in the background, or `wait` until it is on disk.
+
+        In the background, `saver.copied` tells when the tensors may change.
+        """
+        self.stop.saving = wait or comms.is_main()  # the save before this one may take long
+        if comms.is_main():
+            self.saver.start(step, model, optimizer, state)
+        if wait:
+            peers.from_main(self.saver.finish)
+        self.stop.saving = False
+
+    def pause(self, doing: str) -> None:
+        """Raise StoppedError, on all processes alike, if one was asked to stop; a collective."""
+        peers.me.mark(peers.me.step, doing)
+        asked = self.request()
+        if comms.world_size() > 1:  # a process alone has no reason to wait for its device
+            asked = int(comms.all_gather(torch.tensor([asked], device=self.device)).max())
+        self.stop_for(asked)
+
+
+def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
+    """Join the processes, open the run directory and find where to go on; on all processes."""
+    stop = stop or StopRequests()
+    machine = settings.runtime
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            f"runtime.device=cuda and PyTorch sees no GPU on {platform.node()} "
+            f"(CUDA_VISIBLE_DEVICES={visible}); look at its driver with nvidia-smi, take another "
+            "machine, or give runtime.device=cpu"
+        )
+    accelerator = Accelerator(
+        cpu=machine.device == "cpu",
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        dynamo_backend="no",  # it would compile the query encoder alone
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
+        ],
+    )
+    if accelerator.device.type == "cpu":
+        host_memory.keep_freed()
+    if not comms.is_main():
+        logging.disable(logging.WARNING)
+    peers.me.join(machine.timeout_seconds)
+    wanted, got = machine.processes, comms.world_size()
+    if wanted not in (0, got):
+        raise ConfigError(
+            f"runtime.processes={wanted} and {got} took part; start that many "
+            f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
+            f"--num_processes {wanted} -m ...)"
+        )
+    asked, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.mixed_precision
+    if asked not in ("no", ours):
+        logger.warning(
+            "the launcher's mixed precision %s is not used, the configuration's precision=%s is",
+            asked,
+            settings.precision,
+        )
+    if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        logger.warning(
+            "the launcher's dynamo backend %s is not used; runtime.compile=true compiles a "
+            "pretraining",
+            asked,
+        )
+    peers.same_everywhere("the configuration", yaml_files.flat(yaml_files.to_dict(settings)))
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # It would fill every new tensor first; nothing here reads one unwritten.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    directory = Path(settings.output).expanduser() / settings.name
+    lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
+    stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
+    resumed = checkpoint.newest(directory, set_aside=True)
+    peers.from_main(lambda: _require_same(directory, settings, resumed))
+    finished = peers.from_main(lambda: (directory / "DONE").exists())
+    saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
+    if resumed:
+        saver.place = resumed.step, resumed.state.get("evaluated")
+    # Where another process has failed, a save in flight can still be brought to its end.
+    stop.flush = partial(saver.join, machine.grace_seconds)
+    state = resumed.state if resumed else None
+    run_id = peers.from_main(lambda: identity.run_id(directory, settings.name, state))
+    return Session(accelerator, settings, directory, resumed, finished, stop, saver, run_id)
+
+
+def _take(directory: Path, stop: StopRequests) -> RunLock:
+    """Become the only writer of the run directory, until the run ends."""
+    with output_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    # A caller in Python may start several runs in a process, and a failed one left its lock behind.
+    if before := _held.pop(directory.resolve(), None):
+        before.release()
+    lock = _held[directory.resolve()] = RunLock(directory)
+
+    def end(status: int, text: str, again: bool) -> None:
+        with suppress(OSError):
+            write_status(directory, status, peers.me.step, text, again)
+        note_outcome(status, peers.me.step, text, again)
+        lock.release()
+
+    stop.on_end = end
+    saving.clean(directory)
+    return lock
+
+
+def _require_same(
+    directory: Path, settings: PretrainConfig | ProbeConfig, resumed: checkpoint.Checkpoint | None
+) -> None:
+    if resumed:
+        changed = yaml_files.changed_keys(resumed.piece("config"), settings)
+        if changed:
+            raise ConfigError(
+                f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
+                "give it back to resume that run, or choose name=... for a new one"
+            )
+
+
+def begin(session: Session) -> None:
+    """Note in the run directory what runs now; from here on a signal is obeyed between steps."""
+    session.stop.raise_at_once()
+    session.stop.at_once = False
+    try:
+        session.pause("starting")
+    except StoppedError as error:
+        end_early(session, error, "nothing was begun")
+    peers.me.training = True
+
+    def write() -> None:
+        with output_errors(session.directory):
+            run = session.directory
+            (run / "DONE").unlink(missing_ok=True)
+            replace(run / "config.yaml", yaml_files.to_yaml(session.settings))
+            replace(run / "environment.json", json.dumps(environment(), indent=1))
+            write_status(run, None, peers.me.step, "")
+
+    peers.from_main(write)
+
+
+def end_early(session: Session, error: StoppedError | NumbersError, place: str) -> NoReturn:
+    """Raise, on all processes, `error` with `place`, which says what is saved; note its details."""
+
+    def write() -> None:
+        with output_errors(session.directory):
+            (session.directory / "STOP").unlink(missing_ok=True)  # it has been obeyed
+            if isinstance(error, NumbersError):
+                text = json.dumps(dict(error.details), indent=1)
+                replace(session.directory / "not_finite.json", text + "\n")
+
+    peers.from_main(write)
+    go_on = "" if isinstance(error, NumbersError) else "; the same command goes on from there"
+    ended = type(error)(f"{error}: {place}{go_on}")
+    ended.again = error.again
+    raise ended.on_all() from error
+
+
+def finish(session: Session, results: dict[str, Any]) -> None:
+    """Mark the run as done, with its results as JSON in DONE."""
+
+    def write() -> None:
+        with output_errors(session.directory):
+            replace(session.directory / "DONE", json.dumps(results, indent=1) + "\n")
+
+    peers.from_main(write)

@@ -1,1 +1,0 @@
-"""Where a run can be watched: Weights & Biases, TensorBoard, pictures."""

@@ -1,0 +1,158 @@
+"""A run watched through the files of its run directory, on any machine that sees them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from moco_dist.config.yaml_files import stored
+from moco_dist.errors import shown
+from moco_dist.runs import record
+from moco_dist.runs.record import Line, number, text_of
+from moco_dist.tracking import terminal
+from moco_dist.tracking.progress import RunProgress, moment
+
+# Seconds from one look at the files to the next.
+PAUSE = 1.0
+# Results from before the first look that are printed above the live picture.
+EARLIER = 5
+
+
+class News(NamedTuple):
+    """Whole lines of a file: those that are new, and, where it was cut back, those that stayed."""
+
+    cut: bool
+    old: list[bytes]
+    new: list[bytes]
+
+
+class Tail:
+    """The lines of a file that grows, and is cut back to an earlier line now and then."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._end, self._last = path, 0, b""
+        self._known: list[int] = []
+
+    def read(self) -> News:
+        """Return what is new since the last call; nothing if the file can't be read."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._end - len(self._last))
+                cut = file.read(len(self._last)) != self._last
+                if cut:
+                    file.seek(0)
+                content = file.read()
+        except OSError:
+            return News(False, [], [])
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        kept = 0
+        if cut:
+            self._end, self._last = 0, b""
+            while kept < min(len(lines), len(self._known)) and self._known[kept] == hash(
+                lines[kept]
+            ):
+                kept += 1
+            del self._known[kept:]
+        self._end += sum(map(len, lines))
+        self._last = lines[-1] if lines else self._last
+        self._known += map(hash, lines[kept:])
+        return News(cut, lines[:kept], lines[kept:])
+
+
+class Watch:
+    """What is known of a followed run, and how it is shown."""
+
+    def __init__(self, directory: Path, console: Console) -> None:
+        self._directory, self._console = directory, console
+        self._tail = Tail(directory / "metrics.jsonl")
+        self._live = terminal.is_live(console)
+        self._progress = RunProgress()
+        # How the run stands, in a word and in a line.
+        self._state, self.note = "", ""
+        self.display = terminal.Display(console, self._progress, lambda: self.note)
+
+    def look(self) -> bool:
+        """Show what is new; return whether the run is done."""
+        # In this order: the lines of a run that is done are all there.
+        state, reason = record.standing(self._directory)
+        news = self._tail.read()
+        if news.cut:
+            self._progress = RunProgress()
+            self._add(record.parse(news.old))
+            self._print(f"{self._place()} started again from here")
+        texts = self._add(record.parse(news.new))
+        for text in texts[-EARLIER:] if self._live else texts:
+            self._print(text)
+        self._progress.running = state == "running"
+        self._tell(state, reason)
+        self.display.show(self._progress)
+        return state == "done"
+
+    def _tell(self, state: str, reason: str) -> None:
+        """Note how the run stands, and print it where it is news."""
+        if state == "empty":
+            state, reason = "nothing is there yet", "waiting, Ctrl-C ends"
+        elif state not in ("starting", "running", "done"):
+            reason = f"{reason}; waiting for it to go on, Ctrl-C ends".removeprefix("; ")
+        self.note = ": ".join(filter(None, [shown(self._directory), state, reason]))
+        if state != self._state:
+            self._state = state
+            if reason or not self._live:
+                self._print(f"{moment(time.time())} {self.note}")
+
+    def _add(self, lines: list[Line]) -> list[str]:
+        """Take in lines; return those that are news, as a person reads them."""
+        if not lines:
+            return []
+        progress, began = self._progress, self._began()
+        config = stored(self._directory / "config.yaml")
+        progress.knn_every = int(number(config.get("knn.every_epochs")) or 0)
+        progress.total = record.total_steps(config, lines) or progress.total
+        texts = []
+        for line in lines:
+            if progress.moment < began <= (number(line.get("time")) or 0.0):
+                progress.begin_again()
+            progress.add(line)
+            texts.append(self._text(line))
+        return [text for text in texts if text]
+
+    def _text(self, line: Line) -> str | None:
+        if isinstance(line.get("alarm"), str):
+            text = text_of(line.get("text") or "")
+            return f"{self._place()} ALARM {text_of(line['alarm'])}: {text}"
+        return terminal.plain(line, self._progress, results_only=self._live)
+
+    def _began(self) -> float:
+        """Return when the newest start of the run was; the pace of those before is no guide."""
+        environment = record.read_object(self._directory / "environment.json")
+        with suppress(ValueError, OverflowError):
+            text = str(environment.get("started"))
+            return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+        return 0.0
+
+    def _place(self) -> str:
+        progress = self._progress
+        return f"{moment(progress.moment)} {terminal.place(progress)}"
+
+    def _print(self, text: str) -> None:
+        terminal.write_line(self._console, text)
+
+
+def follow(directory: Path, console: Console, wait: Callable[[float], None] = time.sleep) -> None:
+    """Show a run as it goes on, until it is done: in a terminal as its own console does."""
+    watch = Watch(directory, console)
+    live = terminal.is_live(console)
+    if live:
+        watch.display.start()
+    try:
+        while not watch.look():
+            wait(PAUSE)
+    finally:
+        if live:
+            watch.display.stop()

@@ -1,0 +1,138 @@
+"""Pictures of a run, as files: runs/NAME/media/step_00039000/*.png, and histograms as *.json.
+
+They are made on process 0 without asking the others; W&B, TensorBoard and a report show the files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from moco_dist.config.recipe import ViewsConfig
+
+logger = logging.getLogger(__name__)
+
+# Images in a picture, and neighbours beside each.
+ROWS, NEIGHBOURS = 8, 8
+BINS = 64
+# Pixels of the smallest tile, of a frame, and between tiles.
+TILE, FRAME, GAP = 64, 3, 3
+GREEN, RED, WHITE = (40, 160, 70), (210, 50, 50), (255, 255, 255)
+# Classes whose names and counts can be read in a picture.
+READABLE = 30
+
+Pixels = NDArray[np.uint8]
+
+
+class Album:
+    """The pictures of a run; where one can't be written there is one warning, and no more."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failed = False
+
+    def views(self, step: int, first: Tensor, second: Tensor, config: ViewsConfig) -> None:
+        """Save views.png: two views of each image, one below the other.
+
+        Both are float (images, 3, size, size), normalised.
+        """
+        rows = [[_tile(_colours(view, config)) for view in part] for part in (first, second)]
+        self._save(step, "views.png", lambda path: _grid(rows).save(path))
+
+    def neighbours(self, step: int, queries: Tensor, nearest: Tensor, right: Tensor) -> None:
+        """Save neighbours.png: each query before its neighbours, framed green where `right`.
+
+        `queries` is uint8 (n, 3, height, width), `nearest` (n, k, 3, height, width), `right` bool
+        (n, k): whether the neighbour is of the query's class.
+        """
+        rows = [
+            [
+                _tile(query),
+                *(_tile(n, GREEN if r else RED) for n, r in zip(near, good, strict=True)),
+            ]
+            for query, near, good in zip(queries, nearest, right.tolist(), strict=True)
+        ]
+        self._save(step, "neighbours.png", lambda path: _grid(rows).save(path))
+
+    def histogram(self, step: int, name: str, similarities: Tensor) -> None:
+        """Save NAME.json: counts of cosine similarities, and the edges of their bins."""
+        counts = torch.histc(similarities.float(), BINS, -1.0, 1.0).long().tolist()
+        edges = np.linspace(-1, 1, BINS + 1).tolist()
+        text = json.dumps({"counts": counts, "edges": edges})
+        self._save(step, f"{name}.json", lambda path: path.write_text(text))
+
+    def confusion(self, step: int, counts: Tensor, classes: Sequence[str]) -> None:
+        """Save confusion.png and .csv: `counts` is int64 (true class, predicted class)."""
+        rows = [["", *classes], *([n, *c] for n, c in zip(classes, counts.tolist(), strict=True))]
+        text = "".join(",".join(json.dumps(cell) for cell in row) + "\n" for row in rows)
+        self._save(step, "confusion.csv", lambda path: path.write_text(text))
+        self._save(step, "confusion.png", lambda path: _matrix(counts, classes).save(path))
+
+    def _save(self, step: int, name: str, write: Callable[[Path], object]) -> None:
+        path = self.folder / f"step_{step:08d}" / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+        except OSError as error:
+            if not self.failed:
+                self.failed = True
+                logger.warning("%s: can't be written (%s); the run goes on", path, error)
+
+
+def _colours(view: Tensor, config: ViewsConfig) -> Tensor:
+    """Return a normalised view as uint8 (3, size, size)."""
+    mean, std = (view.new_tensor(each)[:, None, None] for each in (config.mean, config.std))
+    return ((view * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _tile(image: Tensor, frame: tuple[int, int, int] = WHITE) -> Pixels:
+    """Return a uint8 image (3, height, width) as (height, width, 3), enlarged, with a frame."""
+    pixels: Pixels = image.permute(1, 2, 0).cpu().numpy()
+    factor = max(1, TILE // min(pixels.shape[:2]))
+    large = pixels.repeat(factor, 0).repeat(factor, 1)
+    height, width, _ = large.shape
+    framed = np.empty((height + 2 * FRAME, width + 2 * FRAME, 3), np.uint8)
+    framed[:] = frame
+    framed[FRAME:-FRAME, FRAME:-FRAME] = large
+    return framed
+
+
+def _grid(rows: Sequence[Sequence[Pixels]]) -> Image.Image:
+    """Return the tiles of one size, row by row, on white."""
+    height, width, _ = rows[0][0].shape
+    size = len(rows[0]) * (width + GAP) - GAP, len(rows) * (height + GAP) - GAP
+    picture = Image.new("RGB", size, WHITE)
+    for y, row in enumerate(rows):
+        for x, tile in enumerate(row):
+            picture.paste(Image.fromarray(tile), (x * (width + GAP), y * (height + GAP)))
+    return picture
+
+
+def _matrix(counts: Tensor, classes: Sequence[str]) -> Image.Image:
+    """Return the matrix in shades of its rows' shares, true classes downwards."""
+    shares = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    shade = (255 * (1 - shares)).round().to(torch.uint8).cpu().numpy()
+    pixels = np.stack([shade, shade, np.full_like(shade, 255)], axis=-1)
+    readable = len(classes) <= READABLE
+    cell, left = (44, 110) if readable else (max(1, 800 // len(classes)), 0)
+    side = cell * len(classes)
+    picture = Image.new("RGB", (left + side, side + 20 * readable), WHITE)
+    matrix = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    picture.paste(matrix, (left, 20 * readable))
+    if readable:
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+        for y, name in enumerate(classes):
+            draw.text((4, 20 + cell * y + 15), name[:16], (0, 0, 0), font)
+            draw.text((left + cell * y + 2, 4), name[:6], (0, 0, 0), font)
+            for x, count in enumerate(counts[y].tolist()):
+                ink = (255, 255, 255) if shares[y, x] > 0.6 else (0, 0, 0)
+                draw.text((left + cell * x + 4, 20 + cell * y + 15), str(count), ink, font)
+    return picture

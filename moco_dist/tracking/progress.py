@@ -1,0 +1,163 @@
+"""How far a run is and how it does, from its lines of metrics alone: what a person watches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from moco_dist.runs.record import number, steps_per_epoch, text_of
+
+# Lines of metrics over which the pace is taken.
+WINDOW = 1000
+# Points that a curve keeps at most.
+POINTS = 512
+
+
+class Alarm(NamedTuple):
+    """Something wrong with the run, in words."""
+
+    step: int
+    name: str
+    text: str
+
+
+class Curve:
+    """The course of a figure in some hundred points: means of equally many values each."""
+
+    def __init__(self) -> None:
+        self.points: list[float] = []
+        self._each, self._sum, self._count = 1, 0.0, 0
+
+    def add(self, value: float) -> None:
+        """Add a value; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count < self._each:
+            return
+        points = [*self.points, self._sum / self._count]
+        self._sum, self._count = 0.0, 0
+        if len(points) == POINTS:
+            pairs = zip(points[::2], points[1::2], strict=True)
+            points, self._each = [(a + b) / 2 for a, b in pairs], 2 * self._each
+        self.points = points  # at once: another thread may be drawing
+
+    def drawn(self, width: int, marks: str) -> str:
+        """Return the curve as at most `width` of the marks, which go from low to high."""
+        points, count = self.points, len(self.points)
+        if not points:
+            return ""
+        size = min(width, count)
+        cuts = [place * count // size for place in range(size + 1)]
+        means = [sum(points[a:b]) / (b - a) for a, b in pairwise(cuts)]
+        low, high = min(means), max(means)
+        scale = (len(marks) - 1) / (high - low) if high > low else 0.0
+        return "".join(marks[round((mean - low) * scale)] for mean in means)
+
+
+class RunProgress:
+    """The place of a run and its newest figures; `add` takes its lines in their order.
+
+    `knn_every` are the epochs from one evaluation to the next, for the time that is left.
+    """
+
+    def __init__(self, total: int = 0, step: int = 0, knn_every: int = 0) -> None:
+        self.total, self.step, self.knn_every = total, step, knn_every
+        self.per_epoch = 0
+        # The newest value of each metric.
+        self.newest: dict[str, float] = {}
+        # The second one is kNN's, or the probe's top-1.
+        self.loss, self.accuracy = Curve(), Curve()
+        # Step and accuracy.
+        self.best_knn: tuple[int, float] | None = None
+        self.alarms: list[Alarm] = []
+        # Whether steps are being done; there is no time left to tell otherwise.
+        self.running = True
+        # Time of the newest line.
+        self.moment = 0.0
+        self._filled = False
+        # Time, step and seconds of evaluation up to then, at lines about training.
+        self._pace: deque[tuple[float, int, float]] = deque(maxlen=WINDOW)
+        # Seconds of evaluation, the number of those, and the step of the last one.
+        self._evaluating, self._evaluations, self._evaluated = 0.0, 0, -1
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Take in a line of metrics, with "step" and "time", or an alarm."""
+        step, before = line["step"], self.moment
+        self.moment = now = number(line.get("time")) or before
+        if isinstance(line.get("alarm"), str):
+            alarm = Alarm(step, text_of(line["alarm"]), text_of(line.get("text") or ""))
+            self.alarms, self.step = [*self.alarms, alarm], max(self.step, step)
+            return
+        self.per_epoch = steps_per_epoch(dict(line)) or self.per_epoch
+        loss, knn = number(line.get("train/loss")), number(line.get("knn/top1"))
+        if (accuracy := knn if knn is not None else number(line.get("probe/top1"))) is not None:
+            self.accuracy.add(accuracy)
+        if knn is not None:
+            self._evaluated = step
+            if step and math.isfinite(knn) and knn > (self.best_knn or (0, -1.0))[1]:
+                self.best_knn = step, knn
+            if loss is None and self._pace and self._pace[-1][1] == step == self.step:
+                self._evaluating += max(0.0, now - before)
+                self._evaluations += 1
+        if loss is not None:
+            # The loss climbs while the queue fills, and says nothing till then.
+            if number(line.get("queue/fill")) == 1 and not self._filled:
+                self._filled, self.loss = True, Curve()
+            self.loss.add(loss)
+            self._pace.append((now, step, self._evaluating))
+        figures = {name: found for name, v in line.items() if (found := number(v)) is not None}
+        self.newest = self.newest | figures
+        self.step = step
+
+    def begin_again(self) -> None:
+        """Forget the pace: the lines so far are those of an earlier start of the run."""
+        self._pace.clear()
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds from the newest line to the end; None if nothing tells yet.
+
+        Training, with the saves in it, and evaluations are counted apart: the next evaluation may
+        be far from the last one.
+        """
+        if not self.running or not self.total or len(self._pace) < 2:
+            return None
+        (began, first, idle), (ended, last, idle_by_now) = self._pace[0], self._pace[-1]
+        if last <= first:
+            return None
+        each = max(0.0, ended - began - (idle_by_now - idle)) / (last - first)
+        evaluation = self._evaluating / max(1, self._evaluations)
+        steps = max(0, self.total - self.step)
+        evaluations = self._evaluations_left() if self._evaluations else 0
+        return each * steps + evaluation * evaluations if steps or evaluations else None
+
+    def _evaluations_left(self) -> int:
+        """Return the evaluations to come; the last step always has one."""
+        every = self.knn_every * self.per_epoch
+        if not every or (self.step >= self.total and self._evaluated == self.step):
+            return 0
+        pending = self.step % every == 0 and self._evaluated != self.step
+        return self.total // every - self.step // every + (self.total % every > 0) + pending
+
+
+def duration(seconds: float) -> str:
+    """Return a span of time in at most six characters: 45s, 12m05s, 2h05m, 3d04h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, hours = whole // 60, whole // 3600
+    if hours < 1:
+        return f"{minutes}m{whole % 60:02}s"
+    return f"{hours}h{minutes % 60:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
+
+
+def moment(seconds: float) -> str:
+    """Return a point in time as a log shows it: month, day, hour and minute here."""
+    try:
+        return time.strftime("%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):  # no time at all
+        return "??-?? ??:??"

@@ -1,0 +1,266 @@
+"""What a person reads while a run goes on: a live picture in a terminal, plain lines without one.
+
+Both are made of a run's lines of metrics alone, so that `report --follow` shows the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from moco_dist.runs.record import Line
+from moco_dist.tracking.progress import RunProgress, duration, moment
+
+Sink = Callable[[int, Mapping[str, Any]], None]
+
+BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#"
+# Alarms that stay in the picture.
+ALARMS = 3
+
+
+class Display:
+    """The live picture of a run below what is printed; `note` is asked for a line of its own."""
+
+    def __init__(
+        self, console: Console, progress: RunProgress, note: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._console, self._progress, self._note = console, progress, note
+        self._began, self._handlers = time.monotonic(), list[Any]()
+        self._live: Live | None = None
+
+    def start(self) -> None:
+        """Show it from here on; warnings come out above it, as whole lines."""
+        stderr = sys.stderr
+        self._live = Live(
+            console=self._console,
+            get_renderable=self._picture,
+            refresh_per_second=1,
+            redirect_stderr=stderr.isatty(),
+        )
+        with suppress(OSError):
+            self._live.start(refresh=True)
+            # A process may end without a word, and the terminal would be without a cursor.
+            self._console.show_cursor(True)
+        # Handlers of `logging` hold the stream that was there when they were made.
+        self._handlers = [
+            handler
+            for handler in logging.root.handlers
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stderr
+        ]
+        for handler in self._handlers:
+            handler.setStream(sys.stderr)
+
+    def stop(self) -> None:
+        """Leave the picture as it is."""
+        if live := self._live:
+            with suppress(OSError):
+                live.stop()
+        for handler in self._handlers:
+            handler.setStream(sys.stderr)
+
+    def show(self, progress: RunProgress) -> None:
+        """Draw it now, of `progress`."""
+        self._progress = progress
+        if self._live and self._live.is_started:
+            with suppress(OSError):
+                self._live.refresh()
+
+    def _picture(self) -> RenderableType:
+        options = self._console.options
+        # Room for the ^C of the terminal, which would begin a line.
+        width = max(20, options.max_width - 3)
+        return picture(self._progress, width, options.ascii_only, time.time(), self._note())
+
+
+def show(
+    console: Console, total: int, step: int, knn_every: int = 0, before: Iterable[Line] = ()
+) -> tuple[Sink, Display | None]:
+    """Return a sink for a person to read, and the live picture if there is a terminal to show it.
+
+    `before` are the lines of earlier starts, up to `step`.
+    """
+    progress = RunProgress(total, step, knn_every)
+    for line in before:
+        progress.add(line)
+    progress.begin_again()
+    display = Display(console, progress) if is_live(console) else None
+
+    def write(step: int, metrics: Mapping[str, Any]) -> None:
+        line: dict[str, Any] = {"step": step, "time": time.time(), **metrics}
+        progress.add(line)
+        # An alarm has gone through `logging`.
+        text = None if "alarm" in line else plain(line, progress, results_only=display is not None)
+        if text:
+            write_line(console, text)
+        if display:
+            display.show(progress)
+
+    return write, display
+
+
+def is_live(console: Console) -> bool:
+    """Return whether the console is a terminal that can show a picture; a file never is one."""
+    return console.is_interactive and not console.is_dumb_terminal and console.file.isatty()
+
+
+def write_line(console: Console, text: str) -> None:
+    """Print one line as it is; a terminal breaks it between words."""
+    _print(console, text, soft_wrap=not is_live(console))
+
+
+def _print(console: Console, text: str, soft_wrap: bool = True, style: str | None = None) -> None:
+    """Print a text; a log that can't be written, or a pipe that nobody reads, ends no run."""
+    with suppress(OSError, SystemExit):
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=soft_wrap)
+
+
+def banner(console: Console, title: str, rows: Mapping[str, str]) -> None:
+    """Print a title and, under it, names and what there is to say; a log gets each as one line."""
+    _print(console, title, style="bold")
+    size = max(map(len, rows)) + 2
+    width = max(size + 20, console.width) if is_live(console) else sys.maxsize
+    for name, text in rows.items():
+        wrapper = textwrap.TextWrapper(
+            width,
+            initial_indent=name.ljust(size),
+            subsequent_indent=" " * size,
+            break_long_words=False,  # a path stays one to be copied
+            break_on_hyphens=False,
+        )
+        for line in wrapper.wrap(text) or [name]:
+            _print(console, line)
+
+
+def table(console: Console, title: str, rows: Sequence[Sequence[str]], words: int) -> None:
+    """Print a title and, under it, aligned columns."""
+    _print(console, title, style="bold")
+    for line in layout(rows, words):
+        _print(console, line)
+
+
+def plain(line: Mapping[str, Any], progress: RunProgress, results_only: bool = False) -> str | None:
+    """Return a line of metrics, which `progress` has, as one line of ASCII; None if it is no news.
+
+    A usual one has less than 80 characters.
+    """
+    shown = figures({name: v for name, v in line.items() if isinstance(v, float | int)})
+    if results_only:
+        shown = {name: text for name, text in shown.items() if name == "kNN"}
+    if not shown:
+        return None
+    if "kNN" in shown and (best := progress.best_knn) and line["step"] != best[0]:
+        shown["best"] = f"{share(best[1])} at {best[0]}"
+    left = progress.seconds_left() if "train/loss" in line and not results_only else None
+    steps = place(progress).rjust(2 * len(str(progress.total)) + 1)
+    time_left = [] if left is None else [f"{duration(left)} left"]
+    epochs = [f"epoch {progress.newest['epoch']:5.1f}"] if "epoch" in progress.newest else []
+    return " ".join([moment(progress.moment), steps, *epochs, *words(shown), *time_left])
+
+
+def layout(rows: Sequence[Sequence[str]], words: int) -> list[str]:
+    """Return the rows as lines with aligned columns; after `words` of them to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(size) if place < words else cell.rjust(size)
+            for place, (cell, size) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in rows
+    ]
+
+
+def picture(
+    progress: RunProgress, width: int, ascii_only: bool, now: float, note: str = ""
+) -> RenderableType:
+    """Return the live picture of a run: the way it has gone, figures, curves, alarms."""
+    total, step = progress.total, progress.step
+    left = progress.seconds_left()
+    since = max(0, now - progress.moment)
+    after = "" if left is None else f"{duration(max(0, left - since))} left"
+    way = Table.grid(padding=(0, 1))
+    way.width = width
+    for _ in range(4):
+        way.add_column(no_wrap=True)
+    way.columns[1].ratio = 1
+    part = step / total if total else 0.0
+    bar = ProgressBar(total=max(1, total), completed=step)
+    way.add_row(place(progress), bar, f"{int(100 * part)}%", after)
+    newest = progress.newest
+    shown = figures(newest)
+    speed = {name: text for name, text in shown.items() if name == "img/s"}
+    best = {"best": share(progress.best_knn[1])} if progress.best_knn else {}
+    epochs = [f"epoch {newest['epoch']:.1f}"] if "epoch" in newest else []
+    parts = [" ".join(part.split()) for part in [*epochs, *words(shown | best | speed)]]
+    rows: list[RenderableType] = [way, *(Text(line) for line in flowed(parts, width))]
+    marks = ASCII if ascii_only else BLOCKS
+    accuracy = "kNN " if "knn/top1" in newest else "top1"
+    for name, curve in (("loss", progress.loss), (accuracy, progress.accuracy)):
+        if len(curve.points) > 1:
+            rows.append(Text(f"{name} {curve.drawn(width - 5, marks)}", no_wrap=True))
+    for alarm in progress.alarms[-ALARMS:]:
+        text = f"ALARM at step {alarm.step}: {alarm.text or alarm.name}"
+        rows.append(Text(_cut(text, width), style="bold yellow"))
+    if note:
+        rows.append(Text(_cut(note, width), style="dim"))
+    return Group(*rows)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def place(progress: RunProgress) -> str:
+    """Return how far a run is."""
+    return f"{progress.step}/{progress.total or '?'}"
+
+
+def figures(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return the figures to show, by the names that they are shown under."""
+    names: dict[str, tuple[str, Callable[[float], str]]] = {
+        "train/loss": ("loss", loss),
+        "train/accuracy_top1": ("top1", share),
+        "probe/top1": ("probe", share),
+        "control/top1": ("control", share),
+        "knn/top1": ("kNN", share),
+        "train/images_per_second": ("img/s", lambda value: f"{value:4.0f}"),
+    }
+    return {shown: text(metrics[name]) for name, (shown, text) in names.items() if name in metrics}
+
+
+def words(shown: Mapping[str, str]) -> list[str]:
+    """Return the figures with their names."""
+    return [
+        f"{text} {name}" if name == "img/s" else f"{name} {text}" for name, text in shown.items()
+    ]
+
+
+def loss(value: float) -> str:
+    """Return a loss in few characters, whatever its size."""
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
+
+
+def share(value: float) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * value:4.1f}%"
+
+
+def flowed(parts: Iterable[str], width: int) -> list[str]:
+    """Return the parts, which stay whole, in lines of at most `width`."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += "  " + part
+        else:
+            lines.append(part)
+    return lines
