@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from moco_dist import console_commands, packaged
+from moco_dist import packaged
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from tests import image_sets
@@ -50,17 +50,18 @@ def test_the_place_of_each_file_is_told(capsys: pytest.CaptureFixture[str]) -> N
     assert packaged.config("pretrain/../../pyproject") is None
 
 
-def test_every_console_command_is_there_and_starts_its_module(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    started: list[str] = []
-    monkeypatch.setattr("runpy.run_module", lambda name, **_: started.append(name))
-    for command, target in PROJECT["scripts"].items():
-        module, _, name = target.partition(":")
-        assert command == f"moco-{name}"
-        assert module == console_commands.__name__
-        getattr(importlib.import_module(module), name)()
-        assert started.pop() == f"moco_dist.{name}"
+@pytest.mark.parametrize("command", PROJECT["scripts"])
+def test_a_console_command_is_the_main_of_its_module(command: str) -> None:
+    package = command.removeprefix("moco-")
+    target = PROJECT["scripts"][command]
+    assert target == f"moco_dist.{package}.__main__:main"
+    module, _, name = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_every_command_of_the_package_is_a_console_command() -> None:
+    commands = {path.parent.name for path in (ROOT / "moco_dist").glob("*/__main__.py")}
+    assert {f"moco-{command}" for command in commands} == set(PROJECT["scripts"])
 
 
 @pytest.fixture(scope="module")
