@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from moco_dist.method.slots import CROP_ATTEMPTS
+
 Pixels = NDArray[np.uint8]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -152,11 +154,12 @@ def box(numbers: Sequence[float], height: int, width: int, recipe: Recipe) -> Bo
     `numbers` are a row of `views.crop_numbers`. What is left to do is correctly rounded by IEEE 754
     (product, quotient, root), so that it has the same result in every library.
     """
-    for share, ratio in zip(numbers[:10], numbers[10:20], strict=True):
+    ratios, place = numbers[CROP_ATTEMPTS:-2], numbers[-2:]
+    for share, ratio in zip(numbers[:CROP_ATTEMPTS], ratios, strict=True):
         area = height * width * share
         tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < tall <= height and 0 < wide <= width:
-            top, left = numbers[20:]
+            top, left = place
             return Box(int(top * (height - tall + 1)), int(left * (width - wide + 1)), tall, wide)
     tall = min(height, round(width / recipe.ratio_min))
     wide = min(width, round(height * recipe.ratio_max))

@@ -94,7 +94,8 @@ class WorkerPool:
     def submit(self, places: Sequence[Place], recipe: Recipe, numbers: Tensor | None) -> Ticket:
         """Ask for what `recipe` says of the images at `places`; return at once.
 
-        `numbers` are rows of `views.crop_numbers`, float64 (images, views, 22), if crops are cut.
+        `numbers` are rows of `views.crop_numbers`, float64 (images, views, CROP_NUMBERS), if crops
+        are cut.
         """
         self._start()
         self._receive(0.0)
