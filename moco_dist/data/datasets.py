@@ -188,8 +188,8 @@ def _root(config: DataConfig) -> Path:
         unpacked = image_archive.unpack(root, _cache(config))
         inside = list(unpacked.iterdir())
         # Packed with the folder around it, as is usual, or without.
-        named = len(inside) == 1 and inside[0].is_dir() and inside[0].name != "train"
-        return inside[0] if named else unpacked
+        bare = image_folder.parts(unpacked)[0] != unpacked
+        return inside[0] if len(inside) == 1 and inside[0].is_dir() and not bare else unpacked
     raise DataError(
         f"data.root={shown(root)}: a file, and data.root needs a folder, or with data.name=folder "
         "a tar or zip file of images"
@@ -243,14 +243,12 @@ def _held_in_memory(part: ImageIndex, config: DataConfig, channels: int, cache: 
 def _folders(
     config: DataConfig, cache: Path, labelled: bool
 ) -> tuple[ImageIndex, ImageIndex | None]:
-    """Return DIR/train and DIR/test (or DIR/val); without DIR/train, DIR and no test set."""
-    root = _root(config)
-    parted = os.path.isdir(root / "train")
-    train = image_index.of_folder(root / "train" if parted else root, labelled, cache)
-    tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
-    if not tests or not train.classes:
+    """Return the images for training and, if they have classes, those for testing."""
+    train_folder, test_folder = image_folder.parts(_root(config))
+    train = image_index.of_folder(train_folder, labelled, cache)
+    if not test_folder or not train.classes:
         return train, None
-    return train, image_index.of_folder(tests[0], True, cache, train.classes)
+    return train, image_index.of_folder(test_folder, True, cache, train.classes)
 
 
 def _shards(
