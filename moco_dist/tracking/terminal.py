@@ -1,6 +1,6 @@
-"""What a person reads while a run goes on: a live picture in a terminal, plain lines without one.
+"""What a person reads during a run: a live picture in a terminal, plain lines without one.
 
-Both are made of a run's lines of metrics alone, so that `report --follow` shows the same.
+Both are made from a run's lines of metrics alone, so that `report --follow` shows the same.
 """
 
 from __future__ import annotations
@@ -126,26 +126,14 @@ def _print(console: Console, text: str, soft_wrap: bool = True, style: str | Non
 
 
 def banner(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    """Print a title and, under it, names and what there is to say; a log gets each as one line."""
-    _print(console, title, style="bold")
-    size = max(map(len, rows)) + 2
-    width = max(size + 20, console.width) if is_live(console) else sys.maxsize
-    for name, text in rows.items():
-        wrapper = textwrap.TextWrapper(
-            width,
-            initial_indent=name.ljust(size),
-            subsequent_indent=" " * size,
-            break_long_words=False,  # a path stays one to be copied
-            break_on_hyphens=False,
-        )
-        for line in wrapper.wrap(text) or [name]:
-            _print(console, line)
+    """Print a title and, under it, names and what there is to say of each."""
+    table(console, title, list(rows.items()), words=2)
 
 
 def table(console: Console, title: str, rows: Sequence[Sequence[str]], words: int) -> None:
-    """Print a title and, under it, aligned columns."""
+    """Print a title and, under it, aligned columns; a log gets each row as one line."""
     _print(console, title, style="bold")
-    for line in layout(rows, words):
+    for line in layout(rows, words, console.width if is_live(console) else sys.maxsize):
         _print(console, line)
 
 
@@ -168,16 +156,28 @@ def plain(line: Mapping[str, Any], progress: RunProgress, results_only: bool = F
     return " ".join([moment(progress.moment), steps, *epochs, *words(shown), *time_left])
 
 
-def layout(rows: Sequence[Sequence[str]], words: int) -> list[str]:
-    """Return the rows as lines with aligned columns; after `words` of them to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
+def layout(rows: Sequence[Sequence[str]], words: int, width: int = sys.maxsize) -> list[str]:
+    """Return the rows as lines with aligned columns, the first `words` to the left, others right.
+
+    A line that is longer than `width` continues below its last column.
+    """
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for cells in rows:
+        *head, last = [
             cell.ljust(size) if place < words else cell.rjust(size)
-            for place, (cell, size) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    ]
+            for place, (cell, size) in enumerate(zip(cells, sizes, strict=True))
+        ]
+        indent = "".join(f"{cell}  " for cell in head)
+        wrapper = textwrap.TextWrapper(
+            max(width, len(indent) + 20),
+            initial_indent=indent,
+            subsequent_indent=" " * len(indent),
+            break_long_words=False,  # a path stays whole, to be copied
+            break_on_hyphens=False,
+        )
+        lines += wrapper.wrap(last.rstrip()) or [indent.rstrip()]
+    return lines
 
 
 def picture(
