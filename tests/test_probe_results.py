@@ -132,7 +132,9 @@ def told(trained: float, control: float | None, images: int, **changes: Any) -> 
         "majority_top1": {"test": 0.1},
         "encoders": encoders,
     }
-    return verdict.sentence(content | changes)
+    sentence, better = verdict.judge(content | changes)
+    assert better is (None if control is None else sentence.startswith("The trained encoder is b"))
+    return sentence
 
 
 def test_the_verdict_follows_from_the_figures() -> None:

@@ -1,10 +1,15 @@
-"""Learning rate and momentum as pure functions of the step: nothing to save or to step twice."""
+"""Learning rate, momentum and what is due, as functions of the step: no state to save."""
 
 from __future__ import annotations
 
 import math
 
 from moco_dist.config.recipe import MocoConfig, OptimConfig
+
+
+def due(every: int, number: int, always: bool = False) -> bool:
+    """Return whether something is due at `number`, from 1, if it is every `every`; 0 is never."""
+    return every > 0 and (always or (number > 0 and number % every == 0))
 
 
 def learning_rate(optim: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

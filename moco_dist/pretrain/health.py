@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from moco_dist.distributed import comms
+from moco_dist.method import schedule
 from moco_dist.method.moco import MoCo
 
 
 def due(every_steps: int, step: int) -> bool:
-    """Return whether step `step`, from 1, is one that is measured: the first, and each so many."""
-    return every_steps > 0 and (step == 1 or step % every_steps == 0)
+    """Return whether step `step`, from 1, is measured: the first one, and every `every_steps`."""
+    return schedule.due(every_steps, step, always=step == 1)
 
 
 def alignment(queries: Tensor, keys: Tensor) -> Tensor:

@@ -22,10 +22,9 @@ from moco_dist.probe import heads, label_fraction
 from moco_dist.probe.finetune import FineTuning, calibrate
 from moco_dist.probe.frozen import Frozen
 from moco_dist.runs import checkpoint
+from moco_dist.runs.record import CONTROL, TRAINED
 from moco_dist.runs.session import Session
 
-# The trained encoder, and a randomly initialised one that says what the architecture alone gives.
-TRAINED, CONTROL = "probe", "control"
 # Images by which the random encoder that is to be fine-tuned gets its statistics.
 CALIBRATION = 256
 

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from moco_dist.probe import figures as probe_figures
-from moco_dist.probe import intervals, overlap, verdict
+from moco_dist.probe import overlap, verdict
 from moco_dist.probe.linear_probe import LinearProbe
+from moco_dist.runs.record import CONTROL, PARTS, PROBE_SCHEMA, TRAINED, is_result
 
 Results = dict[str, Any]
 
-SCHEMA = {"schema": "moco_dist.probe", "version": 1}
 # Places in the figures of a head.
 LOSS, SQUARE, TOP1, TOP_K = range(4)
 
@@ -41,9 +41,9 @@ def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
             "selected": dataclasses.asdict(probe.points[chosen[place]]),
             "grid": rows,
         }
-    trained = encoders[verdict.TRAINED]
+    trained = encoders[TRAINED]
     results: Results = {
-        **SCHEMA,
+        **PROBE_SCHEMA,
         "protocol": config.protocol,
         "features": _kind_of_features(probe),
         "label_fraction": config.label_fraction,
@@ -61,7 +61,7 @@ def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
             each.part: {"images": len(each.pairs), "pairs": each.pairs[:100]} for each in overlaps
         },
     }
-    results["verdict"] = verdict.sentence(results)
+    results["verdict"], results["better"] = verdict.judge(results)
     sentences = [each.sentence() for each in overlaps]
     results["faults"] = [*filter(None, sentences), *verdict.misfits(results)]
     return results
@@ -106,7 +106,7 @@ def grid(
     kept, rows = keeps_best(probe), []
     for number, point in enumerate(probe.points):
         row: dict[str, Any] = dataclasses.asdict(point)
-        for part in ("validation", "test"):
+        for part in PARTS:
             for prefix, figures in (("", last), ("best_epoch_", best)):
                 values = figures[part][place, :, number, TOP1].tolist() if part in figures else []
                 row[f"{prefix}{part}_top1"] = fmean(values) if values else None
@@ -146,14 +146,14 @@ def _figures(
 
 def _share(values: list[float], count: int) -> dict[str, Any]:
     if len(values) > 1:
-        return _interval(values, intervals.student_t(values))
-    return _interval(values, intervals.wilson(values[0], count))
+        return _interval(values, probe_figures.student_t(values))
+    return _interval(values, probe_figures.wilson(values[0], count))
 
 
 def _loss(values: list[float], square: float, count: int) -> dict[str, Any]:
     if len(values) > 1:
-        return _interval(values, intervals.student_t(values))
-    return _interval(values, intervals.normal(values[0], square, count))
+        return _interval(values, probe_figures.student_t(values))
+    return _interval(values, probe_figures.normal(values[0], square, count))
 
 
 def _interval(values: list[float], ends: tuple[float, float]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def brief(results: Results) -> dict[str, dict[str, dict[str, float]]]:
             part: {
                 key: value["mean"] if isinstance(value, dict) else value
                 for key, value in figures[part].items()
-                if key in ("loss", "knn_top1") or key.startswith("top")
+                if is_result(key)
             }
             for part in results["majority_top1"]
         }
@@ -178,7 +178,7 @@ def brief(results: Results) -> dict[str, dict[str, dict[str, float]]]:
 def summary_rows(results: Results) -> list[tuple[str, ...]]:
     """Return the table of both encoders and of naming the largest class, with its head."""
     scratch = results["protocol"] == "finetune"
-    titles = {"probe": "trained", "control": "from scratch" if scratch else "random"}
+    titles = {TRAINED: "trained", CONTROL: "from scratch" if scratch else "random"}
     few = f"top{results['top_k']}"
     rows: list[tuple[str, ...]] = [
         (

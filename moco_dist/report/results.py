@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco_dist.runs.record import Record, number, read_object, text_of
+from moco_dist.runs.record import (
+    CONTROL,
+    PARTS,
+    PROBE_SCHEMA,
+    TRAINED,
+    Record,
+    is_result,
+    number,
+    read_object,
+    text_of,
+)
 
-SCHEMA = "moco_dist.probe"
-TRAINED, CONTROL = "probe", "control"
 TITLES = {TRAINED: "trained encoder", CONTROL: "random encoder"}
-PARTS = ("validation", "test")
 # Classes and combinations above which a file is not believed.
 MAX_CLASSES, MAX_GRID = 100_000, 10_000
 
@@ -66,9 +72,7 @@ class Results:
                     content = content.get(key) if isinstance(content, dict) else None
                 figures = content if isinstance(content, dict) else {}
                 found |= dict.fromkeys(
-                    name
-                    for name, figure in figures.items()
-                    if (name == "loss" or name.startswith(("top", "knn_"))) and value(figure)
+                    name for name, figure in figures.items() if is_result(name) and value(figure)
                 )
         order = {name: place for place, name in enumerate(("top1", "top5", "loss", "knn_top1"))}
         return sorted(found, key=lambda name: order.get(name, 1))
@@ -102,39 +106,10 @@ class Results:
         entries = found[:MAX_GRID] if isinstance(found, list) else []
         return [entry for entry in entries if isinstance(entry, dict)]
 
-    def _spread(self, trained: Value, control: Value) -> float:
-        """Return the points by which two encoders may differ by chance (95 %).
-
-        From their intervals, or else as shares of so many images (binomial), or 0 where
-        their number isn't known.
-        """
-        ends = [(v.low, v.high) for v in (trained, control)]
-        if wide := [high - low for low, high in ends if low is not None and high is not None]:
-            return 50 * sum(wide)
-        images = sum(map(sum, self.confusion)) if self.confusion_part == self.part else 0
-        variance = sum(max(0.0, v.mean * (1 - v.mean)) for v in (trained, control))
-        return 196 * math.sqrt(variance / images) if images else 0.0
-
     @property
     def verdict(self) -> tuple[str, bool]:
-        """Return in words whether the trained encoder beats the random one, and whether it does."""
-        trained, control = (self.value(each, self.part, "top1") for each in TITLES)
-        if trained is None or control is None:
-            return text_of(self.content.get("verdict") or ""), True
-        points, spread = 100 * (trained.mean - control.mean), self._spread(trained, control)
-        better = points > spread
-        if isinstance(said := self.content.get("verdict"), str) and said:
-            return text_of(said), better
-        images = f"on the {self.part} images"
-        chance = f" (chance alone gives up to {spread:.2f})" if spread else ""
-        if better:
-            return f"Top-1 {images} is {points:.2f} points above a random encoder's{chance}.", True
-        return (
-            f"The trained encoder is not better than a random one: top-1 {images} is "
-            f"{abs(points):.2f} points {'below' if points < 0 else 'above'} it{chance}. "
-            "Pretraining has taught it nothing that this probe can see.",
-            False,
-        )
+        """Return what the probe said of its figures, and whether that is good news."""
+        return text_of(self.content.get("verdict") or ""), self.content.get("better") is not False
 
 
 def value(found: object) -> Value | None:
@@ -155,7 +130,8 @@ def results(record: Record) -> Results | None:
     if not record.results or record.kind != "probe":
         return None
     content = read_object(record.directory / "results.json")
-    if content.get("schema") != SCHEMA or not isinstance(content.get("encoders"), dict):
+    is_ours = content.get("schema") == PROBE_SCHEMA["schema"]
+    if not is_ours or not isinstance(content.get("encoders"), dict):
         content = {"encoders": record.results}
     names = content.get("classes")
     classes = [text_of(name) for name in names[:MAX_CLASSES]] if isinstance(names, list) else []

@@ -18,6 +18,11 @@ from moco_dist.config.yaml_files import stored
 from moco_dist.errors import MissingError, shown
 from moco_dist.runs import lock
 
+# What a probe's results.json begins with, the names of its two encoders, and the parts of the data
+# that they are measured on.
+PROBE_SCHEMA = {"schema": "moco_dist.probe", "version": 1}
+TRAINED, CONTROL = "probe", "control"
+PARTS = ("validation", "test")
 # An entry of metrics.jsonl; "step" is a whole number.
 Line = dict[str, Any]
 
@@ -142,6 +147,11 @@ def number(value: object) -> float | None:
             float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
         )
     return None
+
+
+def is_result(name: str) -> bool:
+    """Return whether `name` is a figure of a probed encoder, such as top1, top5, loss, knn_top1."""
+    return name == "loss" or name.startswith(("top", "knn_"))
 
 
 def total_steps(config: dict[str, Any], lines: list[Line]) -> int:
