@@ -15,7 +15,7 @@ from moco_dist.method.encoder import Encoder
 from moco_dist.runs import checkpoint
 from moco_dist.runs import record as runs_record
 from moco_dist.runs.checkpoint import Checkpoint
-from moco_dist.runs.record import CONTROL, PARTS, TRAINED
+from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric
 
 # What a probe calls the two encoders in its results.
 # Keys of the pretraining that the card shows, with the words for them.
@@ -137,7 +137,7 @@ def measured(found: Checkpoint, encoder: Encoder) -> Iterator[str]:
     """Yield the figures of this very checkpoint, each with how it was measured."""
     run, config = run_directory(found), found.state.get("config")
     settings = flat(config) if isinstance(config, dict) else {}
-    accuracies = dict(runs_record.read(run).figures("knn/top1")) if run else {}
+    accuracies = dict(runs_record.read(run).figures(Metric.KNN_TOP1)) if run else {}
     if found.step in accuracies:
         yield (
             f"kNN top-1 {accuracies[found.step]:.1%} on the validation images: weighted nearest "

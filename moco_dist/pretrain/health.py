@@ -15,6 +15,7 @@ from torch import Tensor
 from moco_dist.distributed import comms
 from moco_dist.method import schedule
 from moco_dist.method.moco import MoCo
+from moco_dist.runs.record import Metric
 
 
 def due(every_steps: int, step: int) -> bool:
@@ -103,14 +104,14 @@ def of_step(
     older, their_samples = network.queue.negatives()
     encoders = network.key_encoder.parameters(), network.query_encoder.parameters()
     figures = {
-        "health/alignment": alignment(points, keys[0].double()),
-        "health/uniformity": uniformity(points),
-        "health/feature_std": feature_std(points),
-        "health/ema_distance": ema_distance(*encoders),
-        "queue/own_images": own_images(samples, their_samples),
+        Metric.ALIGNMENT: alignment(points, keys[0].double()),
+        Metric.UNIFORMITY: uniformity(points),
+        Metric.FEATURE_STD: feature_std(points),
+        Metric.EMA_DISTANCE: ema_distance(*encoders),
+        Metric.OWN_IMAGES: own_images(samples, their_samples),
     }
     if len(older):
-        figures["health/rankme"] = rankme(older.double())
+        figures[Metric.RANKME] = rankme(older.double())
     values = torch.stack([figure.double() for figure in figures.values()]).tolist()
     age = age_steps(len(older), len(keys) * len(samples))
-    return dict(zip(figures, values, strict=True)) | {"queue/age_steps": age}
+    return dict(zip(figures, values, strict=True)) | {Metric.QUEUE_AGE: age}

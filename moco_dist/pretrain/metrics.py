@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.distributed import comms
+from moco_dist.runs.record import Metric
 
 
 def of_step(loss: Tensor, logits: Tensor, temperature: float) -> dict[str, float]:
@@ -22,9 +23,9 @@ def of_step(loss: Tensor, logits: Tensor, temperature: float) -> dict[str, float
     figures = [loss, (rank < 1).double().mean(), (rank < 5).double().mean()]
     figures += [positive.mean() * temperature, mean_negative * temperature]
     values = comms.mean(torch.stack([figure.double() for figure in figures])).tolist()
-    names = ["train/loss", "train/accuracy_top1", "train/accuracy_top5"]
-    names += ["similarity/positive", "similarity/negative"]
+    names = [Metric.LOSS, Metric.ACCURACY_TOP1, Metric.ACCURACY_TOP5]
+    names += [Metric.POSITIVE, Metric.NEGATIVE]
     shown = dict(zip(names, values, strict=True))
     if not negative.numel():
-        del shown["similarity/negative"]
+        del shown[Metric.NEGATIVE]
     return shown

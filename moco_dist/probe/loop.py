@@ -17,7 +17,7 @@ from moco_dist.probe import results as probe_results
 from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.probe.results import LOSS, TOP1, TOP_K, Results
 from moco_dist.runs.environment import memory_gb
-from moco_dist.runs.record import TRAINED
+from moco_dist.runs.record import TRAINED, Metric
 from moco_dist.runs.status import replace
 from moco_dist.tracking.tracker import Tracker
 
@@ -33,8 +33,8 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
         if epoch or last:
             metrics = {"epoch": step / per_epoch}
             seconds = time.monotonic() - since
-            metrics["train/images_per_second"] = (step - evaluated) * config.batch_size / seconds
-            metrics["system/memory_gb"] = memory_gb(probe.session.device)
+            metrics[Metric.IMAGES_PER_SECOND] = (step - evaluated) * config.batch_size / seconds
+            metrics[Metric.MEMORY_GB] = memory_gb(probe.session.device)
             tracker.log(step, metrics | evaluate(probe, comms.mean(losses), epoch > 0))
             since, evaluated = time.monotonic(), step
         keep = config.checkpoint
@@ -55,7 +55,10 @@ def evaluate(probe: LinearProbe, losses: Tensor, epoch_ends: bool) -> dict[str, 
     figures = probe.note_best() if notes else probe.evaluate(part)
     chosen = probe_results.select(probe, {part: figures})
     rates = probe.optimizer.rates(probe.step - 1, probe.steps_per_epoch, probe.total_steps)
-    found = {"train/loss": float(losses.mean(1)[0, chosen[0]]), "train/lr": rates[chosen[0]]}
+    found: dict[str, float] = {
+        Metric.LOSS: float(losses.mean(1)[0, chosen[0]]),
+        Metric.LR: rates[chosen[0]],
+    }
     for place, name in enumerate(probe.names):
         values = figures[place, :, chosen[place]].mean(0).tolist()
         found |= {f"{name}/loss": values[LOSS], f"{name}/top1": values[TOP1]}

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moco_dist.runs.record import Line
+from moco_dist.runs.record import Line, Metric
 from moco_dist.tracking.progress import RunProgress, duration, moment
 
 Sink = Callable[[int, Mapping[str, Any]], None]
@@ -149,7 +149,7 @@ def plain(line: Mapping[str, Any], progress: RunProgress, results_only: bool = F
         return None
     if "kNN" in shown and (best := progress.best_knn) and line["step"] != best[0]:
         shown["best"] = f"{share(best[1])} at {best[0]}"
-    left = progress.seconds_left() if "train/loss" in line and not results_only else None
+    left = progress.seconds_left() if Metric.LOSS in line and not results_only else None
     steps = place(progress).rjust(2 * len(str(progress.total)) + 1)
     time_left = [] if left is None else [f"{duration(left)} left"]
     epochs = [f"epoch {progress.newest['epoch']:5.1f}"] if "epoch" in progress.newest else []
@@ -204,7 +204,7 @@ def picture(
     parts = [" ".join(part.split()) for part in [*epochs, *words(shown | best | speed)]]
     rows: list[RenderableType] = [way, *(Text(line) for line in flowed(parts, width))]
     marks = ASCII if ascii_only else BLOCKS
-    accuracy = "kNN " if "knn/top1" in newest else "top1"
+    accuracy = "kNN " if Metric.KNN_TOP1 in newest else "top1"
     for name, curve in (("loss", progress.loss), (accuracy, progress.accuracy)):
         if len(curve.points) > 1:
             rows.append(Text(f"{name} {curve.drawn(width - 5, marks)}", no_wrap=True))
@@ -228,12 +228,12 @@ def place(progress: RunProgress) -> str:
 def figures(metrics: Mapping[str, float]) -> dict[str, str]:
     """Return the figures to show, by the names that they are shown under."""
     names: dict[str, tuple[str, Callable[[float], str]]] = {
-        "train/loss": ("loss", loss),
-        "train/accuracy_top1": ("top1", share),
-        "probe/top1": ("probe", share),
-        "control/top1": ("control", share),
-        "knn/top1": ("kNN", share),
-        "train/images_per_second": ("img/s", lambda value: f"{value:4.0f}"),
+        Metric.LOSS: ("loss", loss),
+        Metric.ACCURACY_TOP1: ("top1", share),
+        Metric.PROBE_TOP1: ("probe", share),
+        Metric.CONTROL_TOP1: ("control", share),
+        Metric.KNN_TOP1: ("kNN", share),
+        Metric.IMAGES_PER_SECOND: ("img/s", lambda value: f"{value:4.0f}"),
     }
     return {shown: text(metrics[name]) for name, (shown, text) in names.items() if name in metrics}
 
