@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # What images become, by their channels.
 MODES = {1: "L", 3: "RGB"}
 
-# Above the 151 million of the largest cameras; an image takes 3 or 4 bytes a pixel, twice.
+# Above the 151 million of the largest cameras; an image needs 3 or 4 bytes a pixel, twice.
 MAX_PIXELS = 160_000_000
 # PIL warns above its limit without the path, and from half of ours on if it is left as it is.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS

@@ -232,8 +232,8 @@ def load(
 ) -> Tensor:
     """Return what `decode` returns, from `cache` if these very files were decoded before.
 
-    Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a
-    warning.
+    Files are told apart by path, size and modification time. If the cache is damaged, the images
+    are decoded again, with a warning.
     """
     path = cache / f"{_key(images, size, channels)}.safetensors"
     count = len(images.all_places())

@@ -74,7 +74,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, file: int, slot_bytes: int) -> 
 
 
 def main() -> None:
-    """Serve the process that started this one, which has blocked the signals till here."""
+    """Serve the process that started this one, which has blocked the signals until now."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)

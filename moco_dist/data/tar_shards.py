@@ -1,4 +1,4 @@
-"""Tar files of images in the layout of WebDataset: KEY.jpg beside KEY.cls or KEY.json.
+"""Tar files of images in the layout of WebDataset: KEY.jpg with KEY.cls or KEY.json.
 
 github.com/webdataset/webdataset describes the layout. Only headers are read here, and labels; the
 images are read by their place in the file, so that any of them can be had in any order.

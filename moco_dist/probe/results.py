@@ -22,8 +22,8 @@ LOSS, SQUARE, TOP1, TOP_K = range(4)
 def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
     """Return what results.json holds; on all processes, after the last step.
 
-    Figures are those of the last epoch, by the point of the grid that was best on the validation
-    images in that epoch; each encoder has its own. The grid has the best epoch's beside them.
+    Figures are those of the last epoch, at the point of the grid that was best on the validation
+    images in that epoch; each encoder has its own. The grid also has those of the best epoch.
     """
     config = probe.config
     probe.refresh(*probe.parts)
@@ -80,7 +80,7 @@ def _kind_of_features(probe: LinearProbe) -> str:
 
 
 def keeps_best(probe: LinearProbe) -> bool:
-    """Return whether the heads after their best epoch are at hand: of frozen encoders only."""
+    """Return whether the heads of the best epoch are kept, as they are for frozen encoders."""
     return "validation" in probe.parts and not probe.tunes
 
 
@@ -117,7 +117,7 @@ def grid(
 
 
 def majority_top1(probe: LinearProbe, part: str) -> float:
-    """Return the share of a part's images in the class that most training images have."""
+    """Return the share of a part's images that are of the most common training class."""
     train = probe.parts["train"].labels[probe.subsets[0]]
     largest = train.bincount().argmax()
     return float((probe.parts[part].labels == largest).double().mean())
@@ -176,7 +176,7 @@ def brief(results: Results) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def summary_rows(results: Results) -> list[tuple[str, ...]]:
-    """Return the table of both encoders and of naming the largest class, with its head."""
+    """Return the table of both encoders and of always naming the largest class, with its head."""
     scratch = results["protocol"] == "finetune"
     titles = {TRAINED: "trained", CONTROL: "from scratch" if scratch else "random"}
     few = f"top{results['top_k']}"

@@ -1,4 +1,4 @@
-"""What the figures of a finished probe mean, in a sentence for people who read nothing else."""
+"""What the figures of a finished probe mean, in one sentence for people who read nothing else."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class RunProgress:
                 self._evaluating += max(0.0, now - before)
                 self._evaluations += 1
         if loss is not None:
-            # The loss climbs while the queue fills, and says nothing till then.
+            # The loss climbs while the queue fills, and says nothing until then.
             if number(line.get(Metric.QUEUE_FILL)) == 1 and not self._filled:
                 self._filled, self.loss = True, Curve()
             self.loss.add(loss)
