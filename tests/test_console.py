@@ -60,7 +60,8 @@ def line(step: int, time: float, **metrics: float | str) -> dict[str, Any]:
 
 
 def test_a_log_file_has_one_plain_line_for_each_interval(tmp_path: Path) -> None:
-    result = python("pretrain", *TINY, f"output={tmp_path}", "runtime.device=cpu", TERM="xterm")
+    settings = [f"output={tmp_path}", "runtime.device=cpu", "tracking.health_every_steps=5"]
+    result = python("pretrain", *TINY, *settings, TERM="xterm")
     assert result.returncode == 0, result.stderr
     text = result.stdout
     assert text.isascii()
