@@ -14,17 +14,9 @@ class Slot(IntEnum):
     SHARE = 0  # CROP_ATTEMPTS numbers: the crop's share of the image's area
     RATIO = SHARE + CROP_ATTEMPTS  # CROP_ATTEMPTS numbers: its width over its height
     ORDER = RATIO + CROP_ATTEMPTS  # four numbers, whose ranks order the operations of the jitter
-    TOP = ORDER + 4
-    LEFT = TOP + 1
-    FLIP = LEFT + 1
-    JITTER = FLIP + 1
-    BRIGHTNESS = JITTER + 1
-    CONTRAST = BRIGHTNESS + 1
-    SATURATION = CONTRAST + 1
-    HUE = SATURATION + 1
-    GRAYSCALE = HUE + 1
-    BLUR = GRAYSCALE + 1
-    SIGMA = BLUR + 1
+    TOP, LEFT, FLIP, JITTER = range(ORDER + 4, ORDER + 8)
+    BRIGHTNESS, CONTRAST, SATURATION, HUE = range(ORDER + 8, ORDER + 12)
+    GRAYSCALE, BLUR, SIGMA = range(ORDER + 12, ORDER + 15)
 
 
 # Numbers of a view.

@@ -16,7 +16,7 @@ from moco_dist.runs.record import CONTROL, PARTS, PROBE_SCHEMA, TRAINED, is_resu
 Results = dict[str, Any]
 
 # Places in the figures of a head.
-LOSS, SQUARE, TOP1, TOP_K = range(4)
+LOSS, _, TOP1, TOP_K = range(4)
 
 
 def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
@@ -127,16 +127,17 @@ def _figures(
     probe: LinearProbe, name: str, part: str, figures: Tensor, point: int
 ) -> dict[str, Any]:
     """Return the figures of an encoder's selected heads on a part."""
-    rows, count = figures[probe.names.index(name), :, point].tolist(), len(probe.parts[part])
+    loss, squares, top1, top_k = figures[probe.names.index(name), :, point].T.tolist()
+    count = len(probe.parts[part])
     counts = probe_figures.confusion(probe, name, part, point)
     images = counts.sum(2).clamp(min=1).double()
     shares = (counts.diagonal(dim1=1, dim2=2) / images).mean(0).tolist()
     empty = (counts[0].sum(1) == 0).tolist()
     return {
         "images": count,
-        "top1": _share([row[TOP1] for row in rows], count),
-        f"top{probe.config.top_k}": _share([row[TOP_K] for row in rows], count),
-        "loss": _loss([row[LOSS] for row in rows], rows[0][SQUARE], count),
+        "top1": _interval(top1, probe_figures.wilson(top1[0], count)),
+        f"top{probe.config.top_k}": _interval(top_k, probe_figures.wilson(top_k[0], count)),
+        "loss": _interval(loss, probe_figures.normal(loss[0], squares[0], count)),
         "knn_top1": probe_figures.knn_top1(probe, name, part),
         "per_class": [None if e else s for s, e in zip(shares, empty, strict=True)],
         # Of the first seed: each image counts once.
@@ -144,20 +145,10 @@ def _figures(
     }
 
 
-def _share(values: list[float], count: int) -> dict[str, Any]:
-    if len(values) > 1:
-        return _interval(values, probe_figures.student_t(values))
-    return _interval(values, probe_figures.wilson(values[0], count))
-
-
-def _loss(values: list[float], square: float, count: int) -> dict[str, Any]:
-    if len(values) > 1:
-        return _interval(values, probe_figures.student_t(values))
-    return _interval(values, probe_figures.normal(values[0], square, count))
-
-
-def _interval(values: list[float], ends: tuple[float, float]) -> dict[str, Any]:
-    return {"mean": fmean(values), "low": ends[0], "high": ends[1], "values": values}
+def _interval(values: list[float], of_images: tuple[float, float]) -> dict[str, Any]:
+    """Return the mean over seeds and its interval: that over the images if there is one seed."""
+    low, high = probe_figures.student_t(values) if len(values) > 1 else of_images
+    return {"mean": fmean(values), "low": low, "high": high, "values": values}
 
 
 def brief(results: Results) -> dict[str, dict[str, dict[str, float]]]:
