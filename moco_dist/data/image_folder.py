@@ -57,6 +57,17 @@ class Located(Protocol):
         """Return where the images lie."""
 
 
+def parts(root: Path) -> tuple[Path, Path | None]:
+    """Return the folder of the training images, and that of the test images if there is one.
+
+    They are DIR/train and DIR/test (or DIR/val); without DIR/train all of DIR is for training.
+    """
+    if not os.path.isdir(root / "train"):
+        return root, None
+    tests = (root / name for name in ("test", "val"))
+    return root / "train", next(filter(os.path.isdir, tests), None)
+
+
 def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> Listing:
     """Return the images below `root`, at any depth, in the order of their names.
 
@@ -221,8 +232,8 @@ def load(
 ) -> Tensor:
     """Return what `decode` returns, from `cache` if these very files were decoded before.
 
-    Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a
-    warning.
+    Files are told apart by path, size and modification time. If the cache is damaged, the images
+    are decoded again, with a warning.
     """
     path = cache / f"{_key(images, size, channels)}.safetensors"
     count = len(images.all_places())

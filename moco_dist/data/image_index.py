@@ -1,7 +1,7 @@
 """Lists of the images of a folder or of tar shards: made once, kept in the cache, a few bytes each.
 
-A kept list stands as long as no folder of it has another time of change, and no tar another size or
-time. A file that is overwritten in its place is not noticed by that.
+A list is kept until the modification time of one of its folders changes, or the size or time of one
+of its tars. A file that is overwritten in place goes unnoticed.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _kept(
                     index = ImageIndex(root, classes=tuple(classes), tars=tuple(tars), **parts)
                     if index.fingerprint() == notes["fingerprint"]:
                         return index
-                    logger.warning("%s: its content changed on disk; listing anew", path)
+                    logger.warning("%s: its content changed on disk; listing it again", path)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s: can't be read (%s); listing the images again", path, shown(error))
     began = time.time()
