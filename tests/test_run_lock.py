@@ -67,11 +67,13 @@ def holder(run: Path, script: str = HOLD) -> Iterator[subprocess.Popen[str]]:
 def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that this process has made while it waited for an owner."""
     made: list[float] = []
-    monkeypatch.setattr(
-        runs_lock.time,
-        "sleep",
-        lambda seconds: (made.append(seconds), threading.Event().wait(seconds)),
-    )
+    pause = time.sleep
+
+    def sleep(seconds: float) -> None:
+        made.append(seconds)
+        pause(seconds)
+
+    monkeypatch.setattr("time.sleep", sleep)
     return made
 
 
