@@ -422,6 +422,21 @@ def test_with_no_login_the_run_is_offline_and_nobody_is_asked(tmp_path: Path) ->
     assert scalars(folder.history) == expected(tmp_path / "run")
 
 
+def test_a_server_that_falls_silent_does_not_hold_the_end(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    limits = {"wandb_run.FINISH_SECONDS": 3.0}
+    arguments = ["epochs=100", "tracking.wandb=online"]
+    with Start(tmp_path, *arguments, limits=limits, environment=server.environment) as start:
+        while "W&B: http" not in start.log.read_text():
+            assert start.process.poll() is None, start.log.read_text()
+            time.sleep(0.01)
+        server.mute = True
+        assert start.wait() == 0, start.log.read_text()
+    told = warned(start.log.read_text())[-1]
+    assert told.startswith("W&B: not all was uploaded in time; upload it by: wandb sync ")
+
+
 @pytest.fixture
 def silent() -> Iterator[dict[str, str]]:
     """The environment of a server that accepts every connection and answers none."""
