@@ -426,7 +426,7 @@ def test_a_server_that_falls_silent_does_not_hold_the_end(
     tmp_path: Path, server: WandbServer
 ) -> None:
     limits = {"wandb_run.FINISH_SECONDS": 3.0}
-    arguments = ["epochs=100", "tracking.wandb=online"]
+    arguments = ["epochs=40", "tracking.wandb=online"]
     with Start(tmp_path, *arguments, limits=limits, environment=server.environment) as start:
         while "W&B: http" not in start.log.read_text():
             assert start.process.poll() is None, start.log.read_text()

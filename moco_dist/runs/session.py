@@ -101,13 +101,15 @@ class Session:
         self.stop_for(asked)
 
 
-def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
-    """Join the processes, open the run directory and find where to resume; on all processes."""
-    stop = stop or StopRequests()
-    machine = settings.runtime
+def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
+    """Return Accelerate's view of this process once all processes have met, under `settings`.
+
+    Raises ConfigError if `settings` ask for a device or for processes that there are not, and
+    UserError if the settings are not the same on all processes.
+    """
     accelerator = _accelerator(settings)
-    peers.me.join(machine.timeout_seconds)
-    wanted, got = machine.processes, comms.world_size()
+    peers.me.join(settings.runtime.timeout_seconds)
+    wanted, got = settings.runtime.processes, comms.world_size()
     if wanted not in (0, got):
         raise ConfigError(
             f"runtime.processes={wanted} and {got} took part; start that many "
@@ -115,6 +117,12 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
             f"--num_processes {wanted} -m ...)"
         )
     peers.same_everywhere("the configuration", yaml_files.flat(yaml_files.to_dict(settings)))
+    return accelerator
+
+
+def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
+    """Join the processes, open the run directory and find its newest checkpoint; a collective."""
+    stop, machine, accelerator = stop or StopRequests(), settings.runtime, join(settings)
     directory = Path(settings.output).expanduser() / settings.name
     lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
     stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
