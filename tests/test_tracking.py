@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import threading
 from collections.abc import Mapping
@@ -149,6 +150,7 @@ def test_a_service_that_hangs_does_not_hold_the_end(
     ]
     assert book.rows == []  # it has hung all the time
     book.go_on.set()
+    atexit.unregister(feed._exit)
 
 
 def test_a_picture_that_cannot_be_written_is_one_warning(

@@ -7,9 +7,12 @@ for each step once the row is complete, which is when a later step has begun, or
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -82,6 +85,7 @@ class Feed:
             peers.me.mark(peers.me.step, f"finishing {self.service.name}")
         if self._thread.is_alive():
             self._fail("does not finish")
+            atexit.register(_exit, status)  # before what the service has registered, and waits for
 
     def _run(self) -> None:
         try:
@@ -120,6 +124,12 @@ class Feed:
             self._flush()
         self.service.finish(status)
         self._ended = True
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _lines(path: Path, size: int) -> Iterator[tuple[int, dict[str, float]]]:
