@@ -102,12 +102,8 @@ class WandbRun:
             os.environ.pop("WANDB_MODE", None)
         # wandb would report its own errors to its makers, with names of this machine.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            import wandb
-        except ImportError as error:
-            raise RuntimeError(
-                f"{error}; pip install wandb, or tracking.wandb=disabled to do without"
-            ) from error
+        import wandb
+
         # wandb's log is in the run's folder: on a full disk each of its lines would be a traceback.
         logging.raiseExceptions = False
         folder = self.place / "wandb"
