@@ -135,26 +135,26 @@ class Trainer:
         (rows, 1 + negatives), positive first. What a hook raises leaves weights and queue as they
         were.
         """
+        self.moco.train()
         rows = self.load()  # for x in loader:
         hooks.begin(self.step, rows)
-        self.moco.train()
         key_views, query_views = self.make_views(rows)  # x_q, x_k = aug(x), aug(x)
         keys = self.encode_keys(rows, key_views, hooks)  # k = f_k.forward(x_k).detach()
-        queries, losses, logits = list[Tensor](), list[Tensor](), list[Tensor]()
+        done = []
         for piece in self.pieces(rows, query_views, keys):
             with self.adding_gradients(piece):
                 q = self.encode_queries(piece)  # q = f_q.forward(x_q)
-                loss, scores = self.contrast(q, piece)  # loss = CrossEntropyLoss(logits / t, 0)
+                loss, logits = self.contrast(q, piece)  # loss = CrossEntropyLoss(logits / t, 0)
                 self.backward(loss)  # loss.backward()
-            queries, losses = [*queries, q.detach()], [*losses, loss.detach()]
-            logits.append(scores.detach())
+            done.append((q.detach(), loss.detach(), logits.detach()))
+        queries, losses, all_logits = map(list, zip(*done, strict=True))
         hooks.before_update(keys, losses)
         self.update_query_encoder()  # update(f_q.params)
         self.moco.update_key_encoder(self.key_momentum)  # f_k.params = m f_k.params + (1 - m) ...
         hooks.before_enqueue(torch.cat(queries[: self.config.runtime.micro_batches]), keys)
         self.moco.queue.enqueue(torch.cat(keys), rows.samples.repeat(len(keys)))  # enqueue, dequeue
         self.step += 1
-        return torch.stack(losses).mean(), logits
+        return torch.stack(losses).mean(), all_logits
 
     def load(self) -> Step:
         """Return the rows of this step, with their crops at hand where images are streamed."""
