@@ -273,7 +273,7 @@ def test_workers_end_with_the_trainer_however_it_ends(tmp_path: Path, end: str) 
             assert all(psutil.pid_exists(pid) for pid in pids)
             trainer.kill()
         trainer.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while any(psutil.pid_exists(pid) and alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker is left"
         time.sleep(0.05)

@@ -83,9 +83,9 @@ def test_links_among_siblings_cost_no_more_than_folders(tmp_path: Path) -> None:
         write_image(tmp_path / "set" / f"{i:02}" / "0.png")
         for j in range(12):
             (tmp_path / "set" / f"{i:02}" / f"to{j}").symlink_to(tmp_path / "set" / f"{j:02}")
-    start = time.monotonic()
+    start = time.process_time()
     assert len(image_folder.scan(tmp_path / "set", labelled=True).files) == 12
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_class_folders_that_are_links_hold_images(tmp_path: Path) -> None:

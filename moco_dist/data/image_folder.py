@@ -6,9 +6,7 @@ import hashlib
 import json
 import logging
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +21,7 @@ from moco_dist.data import image_file
 from moco_dist.data.image_file import EXTENSIONS, Place
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
+from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -258,17 +257,13 @@ def load(
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s: can't be read (%s); decoding the images again", path, error)
     pixels = decode(images, size, unreadable, channels)
-    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
     try:
         cache.mkdir(parents=True, exist_ok=True)
         noted = {"fingerprint": fingerprint.of_tensors(pixels)}
-        save_file(
-            {"pixels": pixels}, temporary, noted | {"unreadable": json.dumps(unreadable or [])}
-        )
-        temporary.replace(path)
+        noted["unreadable"] = json.dumps(unreadable or [])
+        with written_whole(path) as temporary:
+            save_file({"pixels": pixels}, temporary, noted)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         logger.warning(
             "%s: can't keep the decoded images (%s); the next start decodes again",
             shown(cache),

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -27,6 +26,7 @@ from moco_dist.data import image_folder, tar_shards
 from moco_dist.data.image_file import Place
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import DataError, shown
+from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -215,14 +215,11 @@ def _keep(index: ImageIndex, states: dict[str, list[float]], path: Path) -> None
         "fingerprint": index.fingerprint(),
     }
     names = ("names", "ends", "sizes", "labels", "tar", "offsets")
-    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(index, name) for name in names}, temporary, notes)
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            save_file({name: getattr(index, name) for name in names}, temporary, notes)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         logger.warning(
             "%s: can't keep the list of the images (%s); the next start lists them again",
             shown(path.parent),

@@ -50,7 +50,6 @@ def tracker(
         identity = wandb_run.Identity(session.run_id, settings.name, group, job)
         services.append(
             wandb_run.WandbRun(
-                session.accelerator,
                 settings.tracking,
                 run,
                 identity,
