@@ -14,7 +14,7 @@ from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import datasets
 from moco_dist.data.view_source import Pieces, view_source, views_of
 from moco_dist.distributed import agreement, comms, fingerprint, peers
-from moco_dist.encoders import features, knn, load
+from moco_dist.encoders import features, load
 from moco_dist.errors import UserError
 from moco_dist.method import batch_norm, moco, schedule
 from moco_dist.method import loss as method_loss
@@ -254,10 +254,10 @@ class Trainer:
                 features.extract(encoder.backbone, part, config.views, config.batch_size, pause)
                 for part in parts
             )
-        self.nearest = knn.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
+        self.nearest = features.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
         mine = features.share(len(queries))
         classes, (train, validation) = len(parts[0].classes), parts
-        predicted = knn.predict(
+        predicted = features.predict(
             queries[mine], bank, train.labels, classes, config.knn.k, config.knn.temperature
         )
         right = comms.total((predicted == validation.labels[mine]).sum())

@@ -16,8 +16,8 @@ from moco_dist.data import datasets
 from moco_dist.data.image_file import MODES
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.encoders import source as encoders_source
-from moco_dist.encoders.source import Source
+from moco_dist.encoders import load
+from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
 from moco_dist.probe import overlap, verdict
 from moco_dist.probe import results as probe_results
@@ -41,9 +41,9 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
             "encoder is empty; give encoder=runs/NAME, a run directory, a checkpoint folder, or a "
             "file with a state dict"
         )
-    path = Path(config.encoder).expanduser()
+    path = Path(config.encoder)
     config = dataclasses.replace(config, name=config.run_name())
-    source = peers.together(lambda: encoders_source.find(path))
+    source = peers.together(lambda: load.find(path))
     session = runs_session.start(config, stop)
     # Each process looked for itself, and a pretraining may be going on.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
@@ -59,7 +59,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     runs_session.begin(session)
     results_file = session.directory / "results.json"
     peers.from_main(lambda: results_file.unlink(missing_ok=True))
-    group = identity.group(config.pretraining(), source.state)
+    group = identity.group(config.pretraining(), source.checkpoint.state)
     with start.tracker(session, total, "probe", group) as tracker:
         try:
             loop(probe, total, tracker)
@@ -77,7 +77,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         summarize(probe, results)
 
 
-def require_channels(config: ProbeConfig, source: Source) -> None:
+def require_channels(config: ProbeConfig, source: Found) -> None:
     """Raise ConfigError unless images can be had in the channels that the encoder takes."""
     channels = source.architecture.channels
     if channels not in MODES:
@@ -108,7 +108,7 @@ def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
     return splits
 
 
-def warn_of_views(config: ProbeConfig, source: Source) -> None:
+def warn_of_views(config: ProbeConfig, source: Found) -> None:
     """Warn of images that are fed to the encoder otherwise than in its pretraining."""
     for key in ("size", "mean", "std") if source.views else ():
         ours, theirs = getattr(config.views, key), getattr(source.views, key)
@@ -205,7 +205,7 @@ def write(path: Path, results: Results) -> None:
         replace(path, json.dumps(results) + "\n")
 
 
-def announce(probe: LinearProbe, source: Source) -> None:
+def announce(probe: LinearProbe, source: Found) -> None:
     """Print the banner."""
     config, splits, processes = probe.config, probe.splits, comms.world_size()
     images, used = len(splits.train), probe.subsets.shape[1]
