@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,13 @@ def look(path: Path, data: DataConfig | None = None) -> Look:
     sentence, if the encoder or the data can't be read.
     """
     found = load.find(path)
-    view, settings = found.fed, found.checkpoint.piece("config")
+    settings = found.checkpoint.piece("config")
     if data is None and "data" not in settings:
         raise MissingError(
             f"{found.place}: doesn't tell which images it was trained on; give a run"
         )
     config = data or from_dict(DataConfig, settings["data"])
+    view = replace(found.fed, size=min(found.fed.size, config.size))
     part, images = held_out(config, found.architecture.channels)
     points = extract(found.backbone, images, view)
     images = images[torch.arange(len(points))]
