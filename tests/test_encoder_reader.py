@@ -32,7 +32,7 @@ from tests.test_init_from import started
 
 SIZE = 32
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-VIEWS = ViewsConfig(size=SIZE, **IMAGENET)
+VIEWS = ViewsConfig(size=SIZE, mean=IMAGENET["mean"], std=IMAGENET["std"])
 DATA = DataConfig(shapes_train=20, shapes_test=20, size=SIZE)
 
 
@@ -88,9 +88,9 @@ def of_lightly(path: Path, model: Any, **tensors: Tensor) -> Path:
 def of_solo_learn(path: Path, model: Any, **tensors: Tensor) -> Path:
     """As its mocov2plus builds it: torchvision's names, and a classifier that is trained along."""
     module = nn.Module()
-    module.backbone, module.momentum_backbone = copy.deepcopy(model), torchvision.models.resnet18()
-    for backbone in (module.backbone, module.momentum_backbone):
-        backbone.fc = nn.Identity()  # type: ignore[assignment, union-attr]
+    backbone, momentum_backbone = copy.deepcopy(model), torchvision.models.resnet18()
+    backbone.fc = momentum_backbone.fc = nn.Identity()
+    module.backbone, module.momentum_backbone = backbone, momentum_backbone
     module.classifier = nn.Linear(512, 10)
     module.projector = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 8))
     module.momentum_projector = copy.deepcopy(module.projector)
@@ -149,7 +149,7 @@ def by_probe(path: Path, folder: Path) -> Answer:
 def by_export(path: Path, folder: Path) -> Answer:
     exported = export_run.export(path, "torchvision", folder / "export")
     model = torchvision.models.resnet18()
-    model.fc = nn.Identity()  # type: ignore[assignment]
+    model.fc = nn.Identity()
     model.load_state_dict(load_file(exported / "model.safetensors"))
     images = pixels_of(datasets.load(DATA).test)
     return features(model.eval(), images), images

@@ -44,7 +44,8 @@ def many() -> datasets.Splits:
 
 def tensors(pretrained: Path) -> dict[str, Tensor]:
     """Return the state dict of the pretrained backbone."""
-    return encoders_load.find(pretrained).backbone.state_dict()
+    state: dict[str, Tensor] = encoders_load.find(pretrained).backbone.state_dict()
+    return state
 
 
 def trained(trial: LinearProbe) -> LinearProbe:
