@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco_dist.config.recipe import DataConfig, ViewsConfig
 from moco_dist.config.yaml_files import from_dict
 from moco_dist.data import datasets, image_folder
 from moco_dist.data.datasets import Images
-from moco_dist.encoders import checkpoints, features, knn
+from moco_dist.encoders import features, load
 from moco_dist.errors import MissingError, shown
 from moco_dist.method import views
-from moco_dist.method.encoder import Encoder
 from moco_dist.randomness import Purpose, permutation
 from moco_dist.report.pictures import Tile
 
@@ -63,20 +62,26 @@ class Look:
     pairs: list[list[Tile]]
 
 
-def look(run: Path) -> Look:
-    """Return what the newest whole checkpoint of a pretraining makes of images it was not fed.
+def look(path: Path, data: DataConfig | None = None) -> Look:
+    """Return what the encoder that `path` names makes of images that it was not trained on.
 
-    Raises UserError, in a sentence, without a checkpoint or without the data.
+    `data` says which; by default it is the data of its own pretraining. Raises UserError, in one
+    sentence, if the encoder or the data can't be read.
     """
-    found = checkpoints.find(run)
-    encoder, architecture, view = checkpoints.load_encoder(found)
-    config = from_dict(DataConfig, found.piece("config")["data"])
-    part, images = held_out(config, architecture.channels)
-    points = extract(encoder, images, view)
+    found = load.find(path)
+    settings = found.checkpoint.piece("config")
+    if data is None and "data" not in settings:
+        raise MissingError(
+            f"{found.place}: doesn't tell which images it was trained on; give a run"
+        )
+    config = data or from_dict(DataConfig, settings["data"])
+    view = replace(found.fed, size=min(found.fed.size, config.size))
+    part, images = held_out(config, found.architecture.channels)
+    points = extract(found.backbone, images, view)
     images = images[torch.arange(len(points))]
     components, variance = principal(points)
     return Look(
-        found.step,
+        found.checkpoint.step,
         part,
         len(images),
         images.labels.numpy(),
@@ -137,10 +142,10 @@ def sample(size: int, config: DataConfig) -> Tensor:
     return permutation(size, config.split_seed, Purpose.SPLIT)[:SAMPLE]
 
 
-def extract(encoder: Encoder, images: Images, view: ViewsConfig) -> Tensor:
+def extract(backbone: nn.Module, images: Images, view: ViewsConfig) -> Tensor:
     """Return features of unit length, (n, features), of the images that SECONDS are enough for."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone, parts, began = encoder.backbone.to(device), [], time.monotonic()
+    backbone, parts, began = backbone.to(device), [], time.monotonic()
     for rows in torch.arange(len(images)).split(BATCH):
         parts.append(features.extract(backbone, images[rows].to(device), view, BATCH).cpu())
         if time.monotonic() - began > SECONDS:
@@ -186,7 +191,7 @@ def neighbours(points: Tensor, images: Images) -> list[list[Tile]]:
     similarity = points @ points.T
     rows = []
     for query in queries(images.labels):
-        near = knn.nearest(points[query, None], points, NEIGHBOURS + 1)[0].tolist()
+        near = features.nearest(points[query, None], points, NEIGHBOURS + 1)[0].tolist()
         others = [other for other in near if other != query][:NEIGHBOURS]
         row = [Tile(_pixels(images.pixels[query]), _name(images, query))]
         for other in others:
