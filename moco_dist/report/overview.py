@@ -1,52 +1,69 @@
-"""How the runs of a report stand, their key figures, a table of them, and their alarms."""
+"""The state of each run in words, the key figures of a page, and the table of its runs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from moco_dist.report import curves
-from moco_dist.report.markup import NONE, Html, element, section, table
-from moco_dist.report.probing import percent, shown
-from moco_dist.report.results import CONTROL, TITLES, Results, results
-from moco_dist.runs.record import Record, number, text_of
+from moco_dist.report.probing import NONE, figure, percent
+from moco_dist.report.results import CONTROL, TITLES, Results
+from moco_dist.runs.record import Record, number
 from moco_dist.tracking.progress import RunProgress, duration
 from moco_dist.tracking.terminal import loss
 
+if TYPE_CHECKING:
+    from moco_dist.report.encoder import Look
+
 KINDS = {"pretrain": "pretraining", "probe": "probe", "": "unknown"}
+# States that are no reason to warn.
+WELL = ("done", "running", "starting", "empty")
 
 
-def standing(name: str, record: Record) -> Html:
-    """Return in words how a run stands."""
-    kind, total, step = KINDS[record.kind], record.total_steps, record.step
-    what = f"{kind} {name}" if record.kind else name
+@dataclass(frozen=True)
+class Run:
+    """A run on a page; the names of its pictures begin with `prefix`."""
+
+    name: str
+    record: Record
+    prefix: str
+    results: Results | None
+    # What its encoder makes of images, or else why that can't be shown; both empty if unasked.
+    look: Look | None
+    why_not: str
+    command: str
+    environment: dict[str, Any]
+
+
+def standing(name: str, record: Record) -> str:
+    """Return the state of a run as a sentence."""
+    total, step = record.total_steps, record.step
+    run = f"The {KINDS[record.kind]} {name}" if record.kind else f"The run {name}"
     place = f"step {step:,} of {total:,}" if total else f"step {step:,}"
     share = f" ({100 * step / total:.0f} %)" if total else ""
-    warn = True
+    reason = record.reason or "no reason was recorded"
     if record.state == "done":
-        return element("p", f"The {what} is done: {place}{_last_moment(record)}.", class_="quiet")
+        return f"{run} is done: {place}{_last_moment(record)}."
     if record.state == "running":
         left = _seconds_left(record)
-        rest = f", about {duration(left)} left by then" if left else ""
-        text = (
-            f"The {what} is still going on: {place}{share}{_last_moment(record)}{rest}. What is "
-            "shown here is up to there; the same command makes the page again."
+        rest = f", about {duration(left)} left" if left else ""
+        return (
+            f"{run} is still running: {place}{share}{_last_moment(record)}{rest}. Repeat the "
+            "command to bring this page up to date."
         )
-        warn = False
-    elif record.state == "starting":
-        text, warn = f"The {what} is just starting; what is shown is of its starts before.", False
-    elif record.state == "gone":
-        text = f"The {what} was killed or lost its machine after {place}: {record.reason}."
-    elif record.state in ("stopped", "interrupted"):
-        text = f"The {what} was stopped at {place}{share}: {record.reason or 'no reason was noted'}"
-    elif record.state == "empty":
-        text, warn = f"{name}: nothing is there yet.", False
-    elif record.state == "unknown":
-        text = f"The {what} has no status.json that tells how it stands; its files end at {place}."
-    else:
-        reason = record.reason or "no reason was noted"
-        text = f"The {what} ended with an error ({record.state}) at {place}: {reason}"
-    return element("p", text, class_="note warn" if warn else "note")
+    if record.state == "starting":
+        return f"{run} is starting; this page shows what it did before."
+    if record.state == "gone":
+        return f"{run} was killed or lost its machine after {place}: {reason}."
+    if record.state in ("stopped", "interrupted"):
+        return f"{run} was stopped at {place}{share}: {reason}"
+    if record.state == "empty":
+        return f"{name}: the folder is empty."
+    if record.state == "unknown":
+        return f"{run} has no readable status.json; its files end at {place}."
+    return f"{run} ended with an error ({record.state}) at {place}: {reason}"
 
 
 def _last_moment(record: Record) -> str:
@@ -55,6 +72,7 @@ def _last_moment(record: Record) -> str:
 
 
 def date(seconds: float) -> str:
+    """Return a local date and time to the minute."""
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
     except (OverflowError, OSError, ValueError):
@@ -69,89 +87,41 @@ def _seconds_left(record: Record) -> float | None:
     return progress.seconds_left()
 
 
-def overview(named: Sequence[tuple[str, Record]]) -> Iterator[Html]:
-    """Yield the key figures of one pretraining and its probe, or a table of all runs; alarms."""
-    probes = [(name, found) for name, r in named if (found := results(r))]
-    pretrainings = [record for _, record in named if record.kind == "pretrain"]
-    for name, found in probes:
-        sentence, better = found.verdict
-        if sentence:
-            about = f"{name}: " if len(probes) > 1 else ""
-            yield element("p", about + sentence, class_="note" if better else "note warn")
-        for fault in found.faults:
-            yield element("p", f"{name}: {fault}", class_="note warn")
-    if len(pretrainings) <= 1 and len([r for _, r in named if r.kind == "probe"]) <= 1:
-        cells = [_key(*key) for key in _key_figures(pretrainings, [each for _, each in probes])]
-        if cells:
-            yield element("dl", *cells, class_="key")
-    if len(named) > 1:
-        yield section("Runs", _run_table(named))
-    alarms = [
-        element(
-            "li",
-            element("strong", text_of(line["alarm"])),
-            f" ({name}, step {line['step']:,}): {text_of(line.get('text'))}",
-        )
-        for name, record in named
-        for line in record.alarms
-    ]
-    if alarms:
-        yield section(
-            "Alarms",
-            element("div", element("ul", *alarms), class_="note warn"),
-        )
-
-
-def _key(title: str, value: str, beside: str) -> Html:
-    shown = element("dd", value, class_="value"), element("dd", beside, class_="beside")
-    return element("div", element("dt", title), *shown)
-
-
-def _key_figures(
-    pretrainings: Sequence[Record], probes: Sequence[Results]
-) -> Iterator[tuple[str, str, str]]:
-    for found in probes:
+def key_figures(runs: Sequence[Run]) -> Iterator[tuple[str, str, str]]:
+    """Yield title, value and explanation of what a reader looks for first."""
+    for found in (run.results for run in runs if run.results):
         for name in [name for name in found.names if name.startswith("top")][:2]:
-            trained, control = (found.value(e, found.part, name) for e in ("probe", "control"))
+            trained, control = (found.value(e, found.part, name) for e in TITLES)
             if trained is None:
                 continue
-            beside = [f"{found.part} images"]
+            told = [f"{found.part} images"]
             if trained.low is not None and trained.high is not None:
-                beside.append(f"95 % interval {percent(trained.low)} to {percent(trained.high)}")
-            beside += [f"{found.titles[CONTROL]} {percent(control.mean)} %"] if control else []
+                told.append(f"95 % interval {percent(trained.low)} to {percent(trained.high)}")
+            told += [f"{found.titles[CONTROL]} {percent(control.mean)} %"] if control else []
             majority = found.majority(found.part) if name == "top1" else None
-            beside += [f"majority class {percent(majority)} %"] if majority is not None else []
+            told += [f"majority class {percent(majority)} %"] if majority is not None else []
             title = f"Linear probe, {name.replace('top', 'top-')}"
-            yield title, f"{percent(trained.mean)} %", ", ".join(beside)
-    for record in pretrainings:
+            yield title, f"{percent(trained.mean)} %", ", ".join(told)
+    for record in (run.record for run in runs if run.record.kind == "pretrain"):
         if best := record.best_knn:
             x, y = curves.epochs(record, "knn/top1")
             before = f", {percent(y[0])} % before the first step" if x[0] == 0 else ""
-            last = record.last("knn/top1")
-            yield (
-                "kNN top-1, best",
-                f"{percent(best[1])} %",
-                (f"validation images, at step {best[0]:,}; last {percent(last)} %{before}"),
-            )
+            last = f"last {percent(record.last('knn/top1'))} %"
+            told = [f"validation images, at step {best[0]:,}; {last}{before}"]
+            yield "kNN top-1, best", f"{percent(best[1])} %", told[0]
         if (value := record.last("train/loss")) is not None:
             yield "Loss, last", loss(value), f"after {record.step:,} steps"
 
 
-def _run_table(named: Sequence[tuple[str, Record]]) -> Html:
-    head = ("run", "kind", "state", "step", "loss", "kNN, best %")
-    rows: list[list[str]] = []
-    for name, record in named:
-        value, best, found = record.last("train/loss"), record.best_knn, results(record)
-        figures = [found.value(e, found.part, "top1") if found else None for e in TITLES]
-        rows.append(
-            [name, KINDS[record.kind], record.state]
-            + [f"{record.step:,} of {record.total_steps:,}" if record.total_steps else NONE]
-            + [NONE if value is None else loss(value)]
-            + [percent(best and best[1])]
-            + [shown(figure) for figure in figures]
+def table_of_runs(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of each run: name, kind, state, step, loss, kNN, probe, random encoder."""
+    for run in runs:
+        record, found = run.record, run.results
+        value, best, total = record.last("train/loss"), record.best_knn, record.total_steps
+        yield (
+            *(run.name, KINDS[record.kind], record.state),
+            f"{record.step:,} of {total:,}" if total else NONE,
+            NONE if value is None else loss(value),
+            percent(best and best[1]),
+            *(figure(found.value(e, found.part, "top1") if found else None) for e in TITLES),
         )
-    caption = (
-        "Top-1 of probes, and of the random encoder beside each, is on the test images; where "
-        "there are none, on the validation images."
-    )
-    return table(caption, (*head, "probe, %", "random, %"), rows, (0, 1, 2))

@@ -51,8 +51,8 @@ def _content(status: int | None, step: int, reason: str, again: bool) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a small text file so that it is whole or as it was."""
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader finds either all of it or what was there before."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
     temporary.replace(path)
