@@ -105,7 +105,9 @@ def test_one_run_alone_shows_its_details(runs: Path, told: Text) -> None:
         "before the first step",
     ):
         assert words in text
-    assert "random control, test" in told(runs / "real-probe")
+    done = json.loads((runs / "real-probe" / "DONE").read_text())
+    control = f"random encoder {100 * done['control']['test']['top1']:.2f} %"
+    assert control in told(runs / "real-probe")
 
 
 def test_numbers_stand_under_each_other(runs: Path, told: Text) -> None:
@@ -120,7 +122,7 @@ def test_a_refused_job_is_shown_with_its_reason(tmp_path: Path, told: Text) -> N
     )
     status = {"state": "configuration", "exit_status": 78, "step": 0, "reason": reason}
     text = told(write(tmp_path / "refused", status=status))
-    assert f"refused: configuration (exit status 78): {reason}\n" in text
+    assert f"error (configuration, exit status 78) at step 0: {reason}\n" in text
     assert cells(text)["refused"]["state"] == "configuration"
 
 
@@ -154,7 +156,7 @@ def test_a_line_cut_short_a_header_and_an_alarm_are_understood(
     assert (row["state"], row["step"]) == ("stopped", "4/10")
     assert row["loss"] == f"{json.loads(kept[-1])['train/loss']:.3f}"
     assert "alarm at step 4, collapse: all features are alike; lower optim.lr" in text
-    assert "stopped (exit status 75): by SIGTERM" in text
+    assert "The pretraining cut was stopped at step 4 of 10 (40 %): by SIGTERM" in text
 
 
 def test_a_number_that_is_not_finite_is_shown(tmp_path: Path, told: Text) -> None:
@@ -186,7 +188,7 @@ def test_a_run_without_an_owner_is_gone_and_one_with_an_owner_runs(
     for change in ({"pid": 2**22 + 1}, {"started": record["started"] + 1}):
         (run / ".lock").write_text(json.dumps(record | change))
         text = told(run)
-        assert "gone: process" in text
+        assert "was killed or lost its machine after step 10 of 10: process" in text
         assert "the same command goes on from step 10" in text
 
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from moco_dist.report.figures import Chart, Series
 from moco_dist.runs.record import Record, number, steps_per_epoch
 
+Captioned = tuple[Chart, str]
+
 
 class Course(NamedTuple):
     """A metric to draw: names of metric and chart, title, unit, factor to that unit, meaning."""
@@ -88,24 +90,26 @@ def epochs(record: Record, metric: str) -> tuple[list[float], list[float]]:
     return x, y
 
 
-def of_runs(course: Course, runs: Sequence[tuple[str, Record]]) -> Chart | None:
-    """Return the chart of a course for the runs that recorded it, None if none did.
+def of_runs(courses: Sequence[Course], runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
+    """Yield the chart of each course that a run has recorded, with its caption.
 
     The kNN of one run is compared with that before its first step, when its encoder was random.
     """
-    series = []
-    for place, (label, record) in enumerate(runs):
-        x, y = epochs(record, course.metric)
-        values = [course.factor * value for value in y]
-        if x:
-            series.append(Series(label, x, values, place))
-        if course is EVALUATION and len(runs) == 1 < len(x) and x[0] == 0:
-            series.append(Series("random encoder", [0, x[-1]], [values[0]] * 2, control=True))
-    return Chart(course.name, course.title, series, y_label=course.unit) if series else None
+    for course in courses:
+        series = []
+        for place, (label, record) in enumerate(runs):
+            x, y = epochs(record, course.metric)
+            values = [course.factor * value for value in y]
+            if x:
+                series.append(Series(label, x, values, place))
+            if course is EVALUATION and len(runs) == 1 < len(x) and x[0] == 0:
+                series.append(Series("random encoder", [0, x[-1]], [values[0]] * 2, control=True))
+        if series:
+            yield Chart(course.name, course.title, series, y_label=course.unit), course.caption
 
 
-def loss(runs: Sequence[tuple[str, Record]]) -> tuple[Chart, str] | None:
-    """Return the chart of the pretraining losses, and its caption.
+def loss(runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
+    """Yield the chart of the pretraining losses with its caption, nothing without a loss.
 
     The loss is drawn from when the queue was full: it begins at 0 and climbs while the queue fills.
     """
@@ -125,20 +129,21 @@ def loss(runs: Sequence[tuple[str, Record]]) -> tuple[Chart, str] | None:
             simple = record.config.get("moco.symmetric") is False
             references.add(math.log(1 + queue) if simple and queue > 0 else None)
     if not series:
-        return None
+        return
     reference = references.pop() if len(references) == 1 else None
     chart = Chart(
         *("loss", "InfoNCE loss, training batches", series),
         reference=(reference, "guessing") if reference else None,
     )
     since = "since the queue was full" if filled else "while the queue was being filled"
-    return chart, (
+    yield (
+        chart,
         f"Loss of the training batches {since}. It depends on the queue and the temperature: "
-        "compare it only between runs that share both, and do not choose a checkpoint by it."
+        "compare it only between runs that share both, and do not choose a checkpoint by it.",
     )
 
 
-def of_probes(runs: Sequence[tuple[str, Record]]) -> Iterator[tuple[Chart, str]]:
+def of_probes(runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
     """Yield the charts of probes, top-1, top-5 (or another top-k) and loss, with captions."""
     counts = {str(record.config.get("top_k", 5)) for _, record in runs}
     parts = {part_of(record) for _, record in runs}

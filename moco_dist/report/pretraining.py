@@ -32,26 +32,27 @@ class Sight:
     told: str = ""
 
 
-@dataclass(frozen=True)
-class Sights:
-    """What a page shows of a pretraining; what its files lack is None."""
-
-    pairs: Sight | None
-    similarity: Sight | None
-    pca: Sight | None
-    tsne: Sight | None
-    neighbours: Sight | None
-
-
-def sights(record: Record, looked: Look | None, prefix: str) -> Sights:
-    """Return the pictures, whose names begin with `prefix`."""
-    return Sights(
-        _pairs(record, looked, f"{prefix}pairs"),
-        _similarity(record, f"{prefix}similarity"),
-        _pca(looked, f"{prefix}map_pca") if looked else None,
-        _tsne(looked, f"{prefix}map_tsne") if looked else None,
-        _neighbours(record, looked, f"{prefix}neighbours"),
-    )
+def sights(record: Record, looked: Look | None, prefix: str) -> dict[str, Sight | None]:
+    """Return the pictures, whose names begin with `prefix`; what a run's files lack is None."""
+    found = {
+        "pairs": _pairs(record, looked, f"{prefix}pairs"),
+        "similarity": _similarity(record, f"{prefix}similarity"),
+        "pca": None,
+        "tsne": None,
+        "neighbours": _neighbours(record, looked, f"{prefix}neighbours"),
+    }
+    if looked:
+        first, second = (100 * share for share in looked.variance)
+        axes = f"component 1, {first:.1f} %", f"component 2, {second:.1f} %"
+        content = looked.components, looked.labels, looked.classes, axes
+        picture = pictures.scatter(f"{prefix}map_pca", "Features by PCA", *content)
+        found["pca"] = Sight(picture, looked.step, f"{first + second:.1f} %")
+    if looked and looked.embedding is not None:
+        count = len(looked.embedding)
+        content = looked.embedding, looked.labels[:count], looked.classes, ("", "")
+        picture = pictures.scatter(f"{prefix}map_tsne", "Features by t-SNE", *content)
+        found["tsne"] = Sight(picture, looked.step, f"{count:,}")
+    return found
 
 
 def _saved(record: Record, file: str, name: str, alt: str) -> Sight | None:
@@ -109,23 +110,6 @@ def _bins(path: Path) -> tuple[list[float], list[float]] | None:
 def _mean(counts: list[float], edges: list[float]) -> float:
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
     return sum(c * m for c, m in zip(counts, middles, strict=True)) / sum(counts)
-
-
-def _pca(looked: Look, name: str) -> Sight:
-    first, second = (100 * share for share in looked.variance)
-    axes = f"component 1, {first:.1f} %", f"component 2, {second:.1f} %"
-    content = looked.components, looked.labels, looked.classes, axes
-    told = f"{first + second:.1f} %"
-    return Sight(pictures.scatter(name, "Features by PCA", *content), looked.step, told)
-
-
-def _tsne(looked: Look, name: str) -> Sight | None:
-    if looked.embedding is None:
-        return None
-    count = len(looked.embedding)
-    content = looked.embedding, looked.labels[:count], looked.classes, ("", "")
-    told = f"{count:,}"
-    return Sight(pictures.scatter(name, "Features by t-SNE", *content), looked.step, told)
 
 
 def _neighbours(record: Record, looked: Look | None, name: str) -> Sight | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections.abc import Iterator
 
 from moco_dist.errors import shown
+from moco_dist.report.results import CONTROL, TITLES, results
 from moco_dist.runs.partners import labels
-from moco_dist.runs.record import Record, text_of
+from moco_dist.runs.record import Record, number, text_of
+from moco_dist.tracking.progress import RunProgress, duration
 from moco_dist.tracking.terminal import layout, loss
 
+KINDS = {"pretrain": "pretraining", "probe": "probe", "": "unknown"}
 # The first WORDS columns hold text; the numbers in the others are aligned to the right.
 COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
 WORDS = 3
@@ -34,9 +38,7 @@ def table(records: list[Record], width: int | None) -> Iterator[str]:
     else:
         yield from full
     notes = [
-        f"{name}: {note}"
-        for name, record in zip(names, records, strict=True)
-        for note in remarks(record)
+        note for name, record in zip(names, records, strict=True) for note in remarks(name, record)
     ]
     if notes:
         yield ""
@@ -61,17 +63,54 @@ def row(name: str, record: Record) -> tuple[str, ...]:
     )
 
 
-def remarks(record: Record) -> Iterator[str]:
+def remarks(name: str, record: Record) -> Iterator[str]:
     """Yield why a run ended, unless it ended well, and its alarms."""
     if record.state not in WELL:
-        status = record.status.get("exit_status")
-        code = f" (exit status {status})" if isinstance(status, int) else ""
-        nothing = {"empty": "the folder is empty", "unknown": "it has no readable status.json"}
-        reason = record.reason or nothing.get(record.state, "no reason was recorded")
-        yield f"{record.state}{code}: {reason}"
+        yield standing(name, record)
     for line in record.alarms:
         what = f"{text_of(line['alarm'])}: {text_of(line.get('text'))}"
-        yield f"alarm at step {line['step']:,}, {what}"
+        yield f"{name}: alarm at step {line['step']:,}, {what}"
+
+
+def standing(name: str, record: Record) -> str:
+    """Return the state of a run as a sentence."""
+    total, step = record.total_steps, record.step
+    run = f"The {KINDS[record.kind]} {name}" if record.kind else f"The run {name}"
+    place = f"step {step:,} of {total:,}" if total else f"step {step:,}"
+    share = f" ({100 * step / total:.0f} %)" if total else ""
+    reason = record.reason or "no reason was recorded"
+    times = [moment for line in record.lines[-1:] if (moment := number(line.get("time")))]
+    last = f", {date(times[0])}" if times else ""
+    code = f", exit status {status}" if (status := record.status.get("exit_status")) else ""
+    if record.state == "running":
+        progress = RunProgress(
+            total, knn_every=int(min(number(record.config.get("knn.every_epochs")) or 0, 1e6))
+        )
+        for line in record.lines:
+            progress.add(line)
+        left = progress.seconds_left()
+        last += f", about {duration(left)} left" if left else ""
+    ended = f"{run} ended with an error ({record.state}{code}) at {place}: {reason}"
+    stopped = f"{run} was stopped at {place}{share}: {reason}"
+    return {
+        "done": f"{run} is done: {place}{last}.",
+        "running": f"{run} is still running: {place}{share}{last}. Repeat the command to bring "
+        "this page up to date.",
+        "starting": f"{run} is starting; this page shows what it did before.",
+        "gone": f"{run} was killed or lost its machine after {place}: {reason}.",
+        "stopped": stopped,
+        "interrupted": stopped,
+        "empty": f"{name}: the folder is empty.",
+        "unknown": f"{run} has no readable status.json; its files end at {place}.",
+    }.get(record.state, ended)
+
+
+def date(seconds: float) -> str:
+    """Return a local date and time, to the minute."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):
+        return "at an unknown time"
 
 
 def details(record: Record) -> Iterator[str]:
@@ -103,7 +142,7 @@ def details(record: Record) -> Iterator[str]:
             f"{value('epochs')} epochs, batch {value('batch_size')}, lr {value('optim.lr')} "
             f"({value('optim.schedule')}), {value('precision')}, seed {value('seed')}"
         )
-    rows |= figures(record)
+    rows |= {title: f"{value}, {about}" for title, value, about in key_figures(record)}
     saved = record.checkpoints
     names = [f"step {step:,}" for step in saved.steps[-4:]] + saved.damaged
     earlier = f"{len(saved.steps) - 4} earlier, " if len(saved.steps) > 4 else ""
@@ -112,25 +151,28 @@ def details(record: Record) -> Iterator[str]:
     yield from (f"{key:{size}}  {text}" for key, text in rows.items())
 
 
-def figures(record: Record) -> dict[str, str]:
-    """Return the results of a run in words, under their titles."""
-    rows = {}
-    before = [value for step, value in record.figures("knn/top1") if step == 0]
-    if best := record.best_knn:
-        without = f"; {percent(before[0])} before the first step" if before else ""
-        rows["best kNN"] = f"{percent(best[1])} % at step {best[0]:,}{without}"
-    for encoder, title in (("probe", "trained"), ("control", "random control")):
-        for part in ("validation", "test"):
-            found = record.results.get(encoder)
-            content = found.get(part) if isinstance(found, dict) else None
-            if isinstance(content, dict):
-                shares = [
-                    f"{text_of(name)} {percent(share)} %"
-                    for name in content
-                    if "top" in name and (share := record.result(encoder, part, name)) is not None
-                ]
-                rows[f"{title}, {part}"] = ", ".join(shares)
-    return rows
+def key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
+    """Yield title, value and explanation of what a reader of a run looks for first."""
+    if found := results(record):
+        for name in [name for name in found.names if name.startswith("top")][:2]:
+            trained, control = (found.value(encoder, found.part, name) for encoder in TITLES)
+            if trained is None:
+                continue
+            told = [f"{found.part} images"]
+            if trained.low is not None and trained.high is not None:
+                told.append(f"95 % interval {percent(trained.low)} to {percent(trained.high)}")
+            told += [f"{found.titles[CONTROL]} {percent(control.mean)} %"] if control else []
+            majority = found.majority(found.part) if name == "top1" else None
+            told += [f"majority class {percent(majority)} %"] if majority is not None else []
+            title = f"Linear probe, {name.replace('top', 'top-')}"
+            yield title, f"{percent(trained.mean)} %", ", ".join(told)
+    if record.kind == "pretrain" and (best := record.best_knn):
+        last, (first_step, first) = record.last("knn/top1"), record.figures("knn/top1")[0]
+        about = f"validation images, at step {best[0]:,}; last {percent(last)} %"
+        before = f", {percent(first)} % before the first step" if first_step == 0 else ""
+        yield "kNN top-1, best", f"{percent(best[1])} %", about + before
+    if record.kind == "pretrain" and (value := record.last("train/loss")) is not None:
+        yield "Loss, last", loss(value), f"after {record.step:,} steps"
 
 
 def percent(share: float | None, none: str = "-") -> str:
