@@ -106,7 +106,7 @@ def test_one_run_alone_shows_its_details(runs: Path, told: Text) -> None:
     ):
         assert words in text
     done = json.loads((runs / "real-probe" / "DONE").read_text())
-    control = f"random encoder {100 * done['control']['test']['top1']:.2f} %"
+    control = f"random encoder {100 * done['control']['test']['top1']:.2f}%"
     assert control in told(runs / "real-probe")
 
 
@@ -156,7 +156,7 @@ def test_a_line_cut_short_a_header_and_an_alarm_are_understood(
     assert (row["state"], row["step"]) == ("stopped", "4/10")
     assert row["loss"] == f"{json.loads(kept[-1])['train/loss']:.3f}"
     assert "alarm at step 4, collapse: all features are alike; lower optim.lr" in text
-    assert "The pretraining cut was stopped at step 4 of 10 (40 %): by SIGTERM" in text
+    assert "The pretraining cut was stopped at step 4 of 10 (40%): by SIGTERM" in text
 
 
 def test_a_number_that_is_not_finite_is_shown(tmp_path: Path, told: Text) -> None:

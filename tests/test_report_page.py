@@ -250,7 +250,7 @@ def test_a_run_that_goes_on_says_how_far_it_is(runs: Path, tmp_path: Path) -> No
         write(run, status={"state": "running", "exit_status": None, "step": 0, "pid": owner.pid})
         text = quick(tmp_path / "out", run).text
         owner.stdin.close()
-    assert "The pretraining going is still running: step 6 of 10 (60 %)" in text
+    assert "The pretraining going is still running: step 6 of 10 (60%)" in text
 
 
 def test_a_bare_folder_gets_no_report_and_one_without_anything_readable_a_page(
@@ -366,7 +366,7 @@ def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_p
     assert "3, 412.50" in text  # best epochs, 12.5 %
     assert faults[0] in text
     assert "(1,234 training images); means of 2 seeds; intervals: 95 %, Student t" in text
-    assert "cat475.00dog (25.0 %)" in text
+    assert "cat475.00dog (25.0%)" in text
     (run / "DONE").unlink()  # of an earlier end: the probe goes on
     assert "81.25" not in quick(tmp_path / "out", run).text
 

@@ -33,7 +33,7 @@ PRETRAINING = (
     Course(
         *("train/accuracy_top1", "instance_top1", "Instance top-1, training batches", "%", 100.0),
         "Share of the queries that are closer to their own key than to any key in the queue. If it "
-        "is near 100 % while kNN does not rise, the encoder has found a shortcut, such as a leak "
+        "is near 100% while kNN does not rise, the encoder has found a shortcut, such as a leak "
         "through BatchNorm.",
     ),
     Course(

@@ -61,7 +61,7 @@ def matrix(
         if wrong.any()
         else ""
     )
-    alt = f"{title}: {right:.2f} % of {numbers.sum():.0f} images are on the diagonal.{worst}"
+    alt = f"{title}: {right:.2f}% of {numbers.sum():.0f} images are on the diagonal.{worst}"
     return drawn(name, alt, draw)
 
 

@@ -43,10 +43,10 @@ def sights(record: Record, looked: Look | None, prefix: str) -> dict[str, Sight 
     }
     if looked:
         first, second = (100 * share for share in looked.variance)
-        axes = f"component 1, {first:.1f} %", f"component 2, {second:.1f} %"
+        axes = f"component 1, {first:.1f}%", f"component 2, {second:.1f}%"
         content = looked.components, looked.labels, looked.classes, axes
         picture = pictures.scatter(f"{prefix}map_pca", "Features by PCA", *content)
-        found["pca"] = Sight(picture, looked.step, f"{first + second:.1f} %")
+        found["pca"] = Sight(picture, looked.step, f"{first + second:.1f}%")
     if looked and looked.embedding is not None:
         count = len(looked.embedding)
         content = looked.embedding, looked.labels[:count], looked.classes, ("", "")

@@ -44,7 +44,7 @@ def facts(found: Results) -> str:
     if (images := number(content.get("train_images"))) is not None:
         told.append(f"{images:,.0f} training images")
     if (fraction := number(content.get("label_fraction"))) is not None and fraction < 1:
-        told.append(f"{100 * fraction:g} % of the labels")
+        told.append(f"{100 * fraction:g}% of the labels")
     values = [found.value(TRAINED, part, "top1") for part in PARTS]
     seeds = max((value.seeds for value in values if value), default=1)
     if seeds > 1:
@@ -94,5 +94,5 @@ def classes(found: Results) -> Iterator[tuple[str, str, str, str]]:
         total = sum(counts)
         wrong = [(n, found.classes[i]) for i, n in enumerate(counts) if i != place and n]
         most = max(wrong, default=(0, NONE), key=lambda pair: pair[0])
-        taken = f"{most[1]} ({100 * most[0] / total:.1f} %)" if wrong else NONE
+        taken = f"{most[1]} ({100 * most[0] / total:.1f}%)" if wrong else NONE
         yield name, f"{total:,.0f}", percent(counts[place] / total if total else None), taken

@@ -77,7 +77,7 @@ def standing(name: str, record: Record) -> str:
     total, step = record.total_steps, record.step
     run = f"The {KINDS[record.kind]} {name}" if record.kind else f"The run {name}"
     place = f"step {step:,} of {total:,}" if total else f"step {step:,}"
-    share = f" ({100 * step / total:.0f} %)" if total else ""
+    share = f" ({100 * step / total:.0f}%)" if total else ""
     reason = record.reason or "no reason was recorded"
     times = [moment for line in record.lines[-1:] if (moment := number(line.get("time")))]
     last = f", {date(times[0])}" if times else ""
@@ -160,17 +160,17 @@ def key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
                 continue
             told = [f"{found.part} images"]
             if trained.low is not None and trained.high is not None:
-                told.append(f"95 % interval {percent(trained.low)} to {percent(trained.high)}")
-            told += [f"{found.titles[CONTROL]} {percent(control.mean)} %"] if control else []
+                told.append(f"95% interval {percent(trained.low)} to {percent(trained.high)}")
+            told += [f"{found.titles[CONTROL]} {percent(control.mean)}%"] if control else []
             majority = found.majority(found.part) if name == "top1" else None
-            told += [f"majority class {percent(majority)} %"] if majority is not None else []
+            told += [f"majority class {percent(majority)}%"] if majority is not None else []
             title = f"Linear probe, {name.replace('top', 'top-')}"
-            yield title, f"{percent(trained.mean)} %", ", ".join(told)
+            yield title, f"{percent(trained.mean)}%", ", ".join(told)
     if record.kind == "pretrain" and (best := record.best_knn):
         last, (first_step, first) = record.last("knn/top1"), record.figures("knn/top1")[0]
-        about = f"validation images, at step {best[0]:,}; last {percent(last)} %"
-        before = f", {percent(first)} % before the first step" if first_step == 0 else ""
-        yield "kNN top-1, best", f"{percent(best[1])} %", about + before
+        about = f"validation images, at step {best[0]:,}; last {percent(last)}%"
+        before = f", {percent(first)}% before the first step" if first_step == 0 else ""
+        yield "kNN top-1, best", f"{percent(best[1])}%", about + before
     if record.kind == "pretrain" and (value := record.last("train/loss")) is not None:
         yield "Loss, last", loss(value), f"after {record.step:,} steps"
 
