@@ -81,11 +81,11 @@ def standing(name: str, record: Record) -> str:
     reason = record.reason or "no reason was recorded"
     times = [moment for line in record.lines[-1:] if (moment := number(line.get("time")))]
     last = f", {date(times[0])}" if times else ""
-    code = f", exit status {status}" if (status := record.status.get("exit_status")) else ""
+    status = record.status.get("exit_status")
+    code = f", exit status {status}" if isinstance(status, int) else ""
     if record.state == "running":
-        progress = RunProgress(
-            total, knn_every=int(min(number(record.config.get("knn.every_epochs")) or 0, 1e6))
-        )
+        every = number(record.config.get("knn.every_epochs")) or 0
+        progress = RunProgress(total, knn_every=int(min(every, 1e6)))
         for line in record.lines:
             progress.add(line)
         left = progress.seconds_left()
