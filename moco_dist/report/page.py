@@ -19,7 +19,6 @@ import moco_dist
 from moco_dist.errors import shown
 from moco_dist.report import curves, figures, pictures, pretraining, probing, table
 from moco_dist.report.figures import Picture
-from moco_dist.report.probing import NONE
 from moco_dist.report.results import CONTROL, results
 from moco_dist.runs.partners import labels
 from moco_dist.runs.record import Record, number, read_object, text_of
@@ -104,7 +103,7 @@ def _differences(runs: Sequence[tuple[str, Record]]) -> Iterator[list[str]]:
 
 
 def _text(value: object) -> str:
-    return text_of(NONE if value is None else value)
+    return text_of(table.NONE if value is None else value)
 
 
 def _template() -> Template:

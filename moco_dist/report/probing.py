@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moco_dist.report import table
 from moco_dist.report.results import PARTS, TRAINED, Results, Value
+from moco_dist.report.table import NONE, percent
 from moco_dist.runs.record import number, text_of
-
-# In a table, where there is no figure.
-NONE = "\N{EN DASH}"
-
-
-def percent(share: float | None) -> str:
-    """Return a share as a percentage without its sign, a dash for None."""
-    return table.percent(share, NONE)
 
 
 def figure(value: Value | None, is_share: bool = True) -> str:

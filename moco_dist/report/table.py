@@ -17,6 +17,8 @@ KINDS = {"pretrain": "pretraining", "probe": "probe", "": "unknown"}
 # The first WORDS columns hold text; the numbers in the others are aligned to the right.
 COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
 WORDS = 3
+# In a table, where there is no figure.
+NONE = "-"
 # States that need no reason.
 WELL = ("done", "running", "starting")
 
@@ -52,10 +54,10 @@ def row(name: str, record: Record) -> tuple[str, ...]:
     trained, control = (record.result(each, "test", "top1") for each in ("probe", "control"))
     return (
         name,
-        record.kind or "-",
+        record.kind or NONE,
         record.state,
-        f"{record.step}/{record.total_steps or '?'}" if record.kind or record.lines else "-",
-        "-" if value is None else loss(value),
+        f"{record.step}/{record.total_steps or '?'}" if record.kind or record.lines else NONE,
+        NONE if value is None else loss(value),
         percent(knn),
         percent(best and best[1]),
         percent(trained),
@@ -175,6 +177,6 @@ def key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
         yield "Loss, last", loss(value), f"after {record.step:,} steps"
 
 
-def percent(share: float | None, none: str = "-") -> str:
-    """Return a share as a percentage without its sign, or `none`."""
-    return none if share is None else f"{100 * share:.2f}"
+def percent(share: float | None) -> str:
+    """Return a share as a percentage without its sign, NONE for None."""
+    return NONE if share is None else f"{100 * share:.2f}"
