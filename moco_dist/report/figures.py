@@ -234,5 +234,6 @@ def histogram(
 
 
 def cut(text: str, most: int) -> str:
-    """Return a text cut to at most `most` characters."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """Return a text of at most `most` characters, shortened in its middle."""
+    end = most // 2
+    return text if len(text) <= most else f"{text[: most - end - 1]}…{text[-end:]}"
