@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Pretrains on images that the package draws itself, on two CPU processes, and probes the encoder.
-# Arguments override the pretraining's configuration, as in: bash launch/demo.sh name=mine seed=1
+# Pretrains on images that the package draws itself, on two CPU processes, probes the encoder and
+# writes a report. Arguments override the pretraining's configuration, as in:
+#   bash launch/demo.sh name=mine seed=1
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" "."
@@ -24,4 +25,8 @@ accelerate launch --config_file launch/two_cpus.yaml \
 accelerate launch --config_file launch/two_cpus.yaml \
     -m moco_dist.probe configs/probe/demo.yaml encoder="$output/$name" output="$output"
 
+python -m moco_dist.report "$output/$name"
+
+echo
 echo "The pretraining is in $output/$name, its probe in $output/$name-probe."
+echo "Open the report in a browser: $output/$name/report/report.html"
