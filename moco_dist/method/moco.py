@@ -39,14 +39,12 @@ def shuffled_keys(
     encoder: Callable[[Tensor], Tensor],
     pieces: Sequence[Callable[[], Tensor]],
     unshuffle: Tensor,
-    note: Tensor,
-) -> tuple[Tensor, Tensor]:
+    gather: Callable[[Tensor], Tensor] = comms.all_gather,
+) -> Tensor:
     """Return on every process the keys of the global batch in its order, float (batch_size, dim).
 
-    `pieces` give the views of this process's share of the permuted batch, piece by piece; one
-    gather joins the keys of all processes and `unshuffle`, int64 (batch_size,), undoes the
-    permutation (section 3.3). The `note` of each process, int64 (k,), goes along: (processes, k).
+    `pieces` give the views of this process's share of the permuted batch, piece by piece; `gather`
+    joins the keys of all processes, and `unshuffle`, int64 (batch_size,), undoes the permutation
+    (section 3.3).
     """
-    mine = torch.cat([encoder(piece()) for piece in pieces])
-    keys, notes = comms.all_gather_with_note(mine, note)
-    return keys[unshuffle], notes
+    return gather(torch.cat([encoder(piece()) for piece in pieces]))[unshuffle]

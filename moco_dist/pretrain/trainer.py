@@ -202,8 +202,16 @@ class Trainer:
                 f"batch_size={size}; nothing was changed by it: start all processes with the same "
                 "command, files and versions"
             )
+        notes = []
+
+        def gather(mine: Tensor) -> Tensor:
+            gathered, noted = comms.all_gather_with_note(mine, note)
+            notes.append(noted)
+            return gathered
+
         with self.accelerator.autocast():
-            return moco.shuffled_keys(self.moco.key_encoder, views, rows.unshuffle[number], note)
+            keys = moco.shuffled_keys(self.moco.key_encoder, views, rows.unshuffle[number], gather)
+        return keys, notes[0]
 
     def backward(
         self, rows: Step, keys: list[Tensor], views: list[Pieces]
