@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 import moco_dist as md
 
-STEPS, BATCH, TRAIN, TEST = 400, 128, 3000, 500
+STEPS, BATCH, TRAIN, TEST = 500, 128, 3000, 500
 
 images, labels = md.draw_shapes(TRAIN + TEST, size=40, seed=0)
 recipe = md.ViewsConfig(
@@ -37,10 +37,12 @@ def measure() -> str:
     encoder.eval()
     centers = [md.center_view(part, recipe) for part in images.split(250)]
     features = torch.cat([encoder.backbone(part) for part in centers])
-    train, test = (features - features[:TRAIN].mean(0)).split([TRAIN, TEST])
+    train, test = features.split([TRAIN, TEST])
     near = md.knn_predict(test, train, labels[:TRAIN], num_classes=10, k=20, temperature=0.1)
-    linear = torch.linalg.lstsq(train, one_hot(labels[:TRAIN]).float()).solution
-    hits = [(x == labels[TRAIN:]).float().mean() for x in (near, (test @ linear).argmax(1))]
+    mean = train.mean(0)
+    linear = torch.linalg.lstsq(train - mean, one_hot(labels[:TRAIN]).float()).solution
+    probed = ((test - mean) @ linear).argmax(1)
+    hits = [(found == labels[TRAIN:]).float().mean() for found in (near, probed)]
     return f"kNN {hits[0]:.1%}, linear probe {hits[1]:.1%}"
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pretrains on images that the package draws itself, on two CPU processes, and probes the encoder.
-# Arguments override the pretraining's configuration, as in: bash launch/demo.sh name=mine seed=1
+# Pretrains on drawn images with two CPU processes, then probes the encoder.
+# Arguments override the configuration of the pretraining, as in: bash launch/demo.sh name=mine seed=1
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" "."
@@ -13,7 +13,7 @@ for argument in "$@"; do
     esac
 done
 
-# Each of the two processes gets half the cores, four at most: the images are small.
+# Each of the two processes gets half the cores, at most four, because the images are small.
 cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
 threads=$((cores >= 8 ? 4 : cores > 2 ? cores / 2 : 1))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"

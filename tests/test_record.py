@@ -142,7 +142,7 @@ def test_a_piece_that_is_over_ends_with_75_before_its_next_run(tmp_path: Path) -
     over = call(tmp_path / "images in", tmp_path, ["a=1", "--", "b=2"], **stubbed)
     assert over.returncode == 75, over.stderr
     ran, said = over.stdout.splitlines()
-    assert said == "the piece is over; the same call goes on with tiny-0-probe"
+    assert said == "the piece is over; the same call continues with tiny-0-probe"
     words = ran.split("|")
     assert words[:4] == [
         *("-m", "moco_dist.pretrain", "configs/pretrain/paper.yaml", "moco.temperature=0.2"),
