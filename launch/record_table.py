@@ -145,7 +145,7 @@ def recipes(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what the arguments ask for; return the exit state."""
+    """Print what the arguments ask for; return the exit status."""
     folders = [argument for argument in arguments if argument != "--json"]
     if len(folders) != 1 or not (Path(folders[0]) / "pieces.jsonl").is_file():
         print("error: give the folder that launch/record.sh wrote, as runs/record", file=sys.stderr)
