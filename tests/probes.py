@@ -15,7 +15,8 @@ from moco_dist.data import datasets
 from moco_dist.data.shapes import CLASSES
 from moco_dist.distributed import fingerprint
 from moco_dist.encoders import source as encoders_source
-from moco_dist.pretrain.trainer import Trainer
+from moco_dist.pretrain import loop
+from moco_dist.pretrain import run as pretrain_run
 from moco_dist.probe import linear_probe
 from moco_dist.probe import run as probe_run
 from moco_dist.runs import session as runs_session
@@ -33,10 +34,10 @@ def pretrain(output: Path, *overrides: str) -> Path:
     """Do five steps of a pretraining; return its run directory."""
     config = load(PretrainConfig, [*PRETRAIN, f"output={output}", "name=tiny", *overrides])
     session = runs_session.start(config)
-    trainer = Trainer(config, session, datasets.load(config.data))
+    trainer = pretrain_run.build(config, session)
     for _ in range(5):
         trainer.train_step()
-    trainer.save(wait=True)
+    loop.save(trainer, session, wait=True)
     session.close()
     return output / "tiny"
 

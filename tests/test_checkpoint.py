@@ -18,11 +18,10 @@ from safetensors.torch import load_file
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.running import CheckpointConfig
 from moco_dist.config.yaml_files import load
-from moco_dist.data import datasets
 from moco_dist.distributed import comms, peers
 from moco_dist.encoders import checkpoints
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
-from moco_dist.pretrain.trainer import Trainer
+from moco_dist.pretrain import loop, run
 from moco_dist.runs import checkpoint, saving
 from moco_dist.runs import session as runs_session
 from tests import processes
@@ -116,10 +115,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs")
     config = load(PretrainConfig, [*TINY, f"output={output}", "name=tiny"])
     session = runs_session.start(config)
-    trainer = Trainer(config, session, datasets.load(config.data))
+    trainer = run.build(config, session)
     for _ in range(2):
         trainer.train_step()
-    trainer.save(wait=True)
+    loop.save(trainer, session, wait=True)
     session.close()
     return output / "tiny"
 
@@ -259,7 +258,7 @@ def test_a_run_of_a_version_with_fewer_keys_is_resumed_with_their_defaults(
     saving._write_state(folder / "state.json", state)
     config = load(PretrainConfig, [*TINY, f"output={tmp_path}", "name=tiny"])
     session = runs_session.start(config)
-    trainer = Trainer(config, session, datasets.load(config.data))
+    trainer = run.build(config, session)
     session.close()
     assert trainer.step == 2
     given = dataclasses.replace(config.data, skip_unreadable=True)

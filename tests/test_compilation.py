@@ -26,7 +26,7 @@ from moco_dist.method import views
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
 from moco_dist.method.compilation import compiled
 from moco_dist.method.encoder import Encoder, build_encoder
-from moco_dist.pretrain import rehearsal, run
+from moco_dist.pretrain import loop, rehearsal, run
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
@@ -157,7 +157,7 @@ def test_a_signal_while_it_compiles_is_no_fault_of_the_compiler(
     config = load(PretrainConfig, [*RUN, f"output={tmp_path}", "runtime.compile=true"])
     session = runs_session.start(config, stop)
     with pytest.raises(StoppedError, match=r"stopped by SIGTERM before the first step$") as caught:
-        Trainer(config, session, datasets.load(config.data))
+        run.build(config, session)
     assert caught.value.exit_status == 75
     session.close()
 
@@ -178,9 +178,8 @@ def test_a_process_has_as_many_compiled_runs_as_it_likes(
     for seed in range(2):
         words = [*RUN, f"output={tmp_path}", "runtime.compile=true", f"seed={seed}"]
         config = load(PretrainConfig, [*words, f"name={seed}"])
-        trainer = Trainer(config, runs_session.start(config), datasets.load(config.data))
+        trainer = Trainer(config, runs_session.join(config), datasets.load(config.data))
         trainer.train_step()
-        trainer.session.close()
 
 
 def test_a_run_that_is_done_is_not_compiled_again(
@@ -214,13 +213,14 @@ def test_a_python_that_can_not_compile_is_one_sentence(monkeypatch: pytest.Monke
 def state(output: str, until: int, overrides: list[str]) -> tuple[dict[str, Tensor], list[Any]]:
     """Train to a step and save; return the model and the BatchNorm groups' turns."""
     config = load(PretrainConfig, [*RUN, f"output={output}", *overrides])
-    trainer = Trainer(config, runs_session.start(config), datasets.load(config.data))
+    session = runs_session.start(config)
+    trainer = run.build(config, session)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     while trainer.step < until:
         trainer.train_step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # all were compiled
-    trainer.save(wait=True)
-    trainer.session.close()
+    loop.save(trainer, session, wait=True)
+    session.close()
     model = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
     return model, [norm.next_group for norm in batch_norms(trainer.moco)]
 

@@ -10,7 +10,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import agreement
-from moco_dist.method import batch_norm
+from moco_dist.pretrain import loop
 from moco_dist.pretrain.trainer import Trainer
-from moco_dist.runs import session
 from tests.test_trainer import build
 
 DEVICE = torch.device("lazy", 0)
@@ -83,9 +81,7 @@ def moved(trainer: Trainer) -> Trainer:
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
     trainer.query = trainer.moco.query_encoder
-    trainer.parameters = list(trainer.query.parameters())
-    trainer.optimizer = torch.optim.SGD(trainer.parameters, 0.1, 0.9)
-    trainer.undo = batch_norm.Undo(trainer.moco.query_encoder, trainer.moco.key_encoder)
+    trainer.optimizer = torch.optim.SGD(trainer.query.parameters(), 0.1, 0.9)
     trainer.plan = dataclasses.replace(trainer.plan, device=device)
     trainer.splits = trainer.splits.to(device)
     trainer.source = view_source(
@@ -103,22 +99,21 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_autocast")
 @pytest.mark.parametrize("overrides", [[], ALL], ids=["plain", "all"])
 def test_a_step_of_one_process_waits_for_its_device_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+    overrides: list[str],
 ) -> None:
-    trainer = build(tmp_path, "bn_groups=2", "tracking.health_every_steps=3", *overrides)
+    trainer = build("bn_groups=2", "tracking.health_every_steps=3", *overrides)
     with watched() as found:
-        moved(trainer)
-        trainer.train_step()  # the first one measures health, as the third
+        hooks = loop.run_hooks(moved(trainer))
+        trainer.train_step(hooks)  # the first one measures health, as the third
         found.clear()
-        loss, (logits, *_) = trainer.train_step()
+        loss, (logits, *_) = trainer.train_step(hooks)
         assert found == {"read": 1}
-        assert {loss.device, logits.device, trainer.gradient_norm.device} == {DEVICE}
+        assert {loss.device, logits.device, hooks.gradient_norm.device} == {DEVICE}
         assert {p.device for p in trainer.moco.state_dict().values()} == {DEVICE}
         # Figures, health and neighbours, once in many steps, are computed there as well.
-        loss, logits_of = trainer.train_step()
-        figures = trainer.metrics(loss, logits_of, 1.0, 1)
+        loss, logits_of = trainer.train_step(hooks)
+        figures = loop.figures_of(trainer, hooks, loss, logits_of, 1.0)
         assert figures.keys() >= {"train/loss", "health/rankme", "queue/own_images"}
-        monkeypatch.setattr(session.Session, "device", DEVICE)
         found.clear()
         trainer.knn_top1()
         assert found["read"] == 2  # are all images labelled; how many neighbours are right

@@ -16,7 +16,7 @@ from torch import Tensor
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
-from moco_dist.pretrain import health
+from moco_dist.pretrain import figures, loop
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
@@ -38,28 +38,28 @@ def test_figures_of_points_are_those_of_their_papers(rows: int, dim: int, spread
     queries, keys = sphere(rows, dim, 1, spread), sphere(rows, dim, 2, spread)
     q, k = queries.numpy(), keys.numpy()
     aligned = np.mean([np.linalg.norm(a - b) ** 2 for a, b in zip(q, k, strict=True)])
-    assert float(health.alignment(queries, keys)) == pytest.approx(aligned, abs=1e-12)
+    assert float(figures.alignment(queries, keys)) == pytest.approx(aligned, abs=1e-12)
     uniform = np.log(np.mean(np.exp(-2 * pdist(q, "sqeuclidean"))))
-    assert float(health.uniformity(queries)) == pytest.approx(uniform, abs=1e-12)
+    assert float(figures.uniformity(queries)) == pytest.approx(uniform, abs=1e-12)
     singular = np.linalg.svd(q, compute_uv=False)
     p = singular / np.sum(singular) + 1e-7
-    assert float(health.rankme(queries)) == pytest.approx(np.prod(p**-p), rel=1e-6)
+    assert float(figures.rankme(queries)) == pytest.approx(np.prod(p**-p), rel=1e-6)
     std = np.mean(np.std(q, axis=0, ddof=1)) * dim**0.5
-    assert float(health.feature_std(queries)) == pytest.approx(std, abs=1e-12)
+    assert float(figures.feature_std(queries)) == pytest.approx(std, abs=1e-12)
 
 
 def test_figures_have_their_ends_where_the_docstrings_say() -> None:
     one = sphere(1, 16, 0).repeat(500, 1)
-    assert float(health.uniformity(one)) == pytest.approx(0, abs=1e-12)
-    assert float(health.feature_std(one)) == pytest.approx(0, abs=1e-12)
-    assert float(health.rankme(one)) == pytest.approx(1, abs=1e-4)
-    assert float(health.alignment(one, one)) == 0
+    assert float(figures.uniformity(one)) == pytest.approx(0, abs=1e-12)
+    assert float(figures.feature_std(one)) == pytest.approx(0, abs=1e-12)
+    assert float(figures.rankme(one)) == pytest.approx(1, abs=1e-4)
+    assert float(figures.alignment(one, one)) == 0
     even = torch.eye(64, dtype=torch.float64)
-    assert float(health.rankme(even)) == pytest.approx(64, rel=1e-4)
+    assert float(figures.rankme(even)) == pytest.approx(64, rel=1e-4)
     points = torch.from_numpy(np.random.default_rng(0).normal(size=(4000, 64)))
     points /= points.norm(dim=1, keepdim=True)
-    assert float(health.feature_std(points)) == pytest.approx(1, abs=0.01)
-    assert float(health.uniformity(points)) == pytest.approx(-3.9, abs=0.1)
+    assert float(figures.feature_std(points)) == pytest.approx(1, abs=0.01)
+    assert float(figures.uniformity(points)) == pytest.approx(-3.9, abs=0.1)
 
 
 @pytest.mark.parametrize(("size", "keys_per_step"), [(40, 16), (32, 16), (50, 50), (7, 3)])
@@ -70,7 +70,7 @@ def test_the_age_of_the_queue_is_that_of_its_keys_counted_one_by_one(
     for step in range(12):
         ages = [step - written for written in queue]
         age = sum(ages) / len(ages) if ages else 0
-        assert health.age_steps(len(queue), keys_per_step) == pytest.approx(age)
+        assert figures.age_steps(len(queue), keys_per_step) == pytest.approx(age)
         queue.extend([step] * keys_per_step)
 
 
@@ -79,19 +79,20 @@ def test_own_images_are_counted_one_by_one() -> None:
     samples = random.permutation(50)[:16]
     older = random.integers(0, 50, size=120)
     hits = [sum(s == o for o in older) for s in samples]
-    found = health.own_images(torch.from_numpy(samples), torch.from_numpy(older))
+    found = figures.own_images(torch.from_numpy(samples), torch.from_numpy(older))
     assert float(found) == pytest.approx(np.mean(hits))
 
 
-def figures(folder: str, overrides: list[str], until: int) -> list[dict[str, Any]]:
+def followed(folder: str, overrides: list[str], until: int) -> list[dict[str, Any]]:
     config = load(PretrainConfig, [*SMALL, f"output={folder}", *overrides])
     session = runs_session.start(config)
-    trainer = Trainer(config, session, datasets.load(config.data))
+    trainer = Trainer(config, session.accelerator, datasets.load(config.data))
+    hooks = loop.run_hooks(trainer, session)
     steps = []
     while trainer.step < until:
         samples = trainer.plan.step(trainer.step).samples
         older = trainer.moco.queue.negatives()[1].clone()
-        loss, logits = trainer.train_step()
+        loss, logits = trainer.train_step(hooks)
         network = trainer.moco
         key, query = (
             np.concatenate([p.detach().numpy().ravel() for p in encoder.parameters()])
@@ -99,8 +100,8 @@ def figures(folder: str, overrides: list[str], until: int) -> list[dict[str, Any
         )
         own = (samples[:, None] == older).sum(1).double().mean()
         apart = np.linalg.norm(key - query) / np.linalg.norm(query)
-        logged = trainer.metrics(loss, logits, 1.0, 1)
-        steps.append({"health": trainer.health, "logged": logged, "own": own, "apart": apart})
+        logged = loop.figures_of(trainer, hooks, loss, logits, 1.0)
+        steps.append({"health": hooks.health, "logged": logged, "own": own, "apart": apart})
     session.close()
     return steps
 
@@ -111,7 +112,7 @@ def test_every_number_of_processes_measures_the_same_and_what_is_so(
 ) -> None:
     common = ["tracking.health_every_steps=2", f"moco.symmetric={symmetric}"]
     common += ["runtime.micro_batches=2", "data.shapes_train=120"]
-    accounts = {n: processes.run(figures, n, str(tmp_path / str(n)), common, 7) for n in (1, 2, 4)}
+    accounts = {n: processes.run(followed, n, str(tmp_path / str(n)), common, 7) for n in (1, 2, 4)}
     alone = accounts[1][0]
     names = {"alignment", "uniformity", "feature_std", "ema_distance", "rankme"}
     for number, step in enumerate(alone, start=1):

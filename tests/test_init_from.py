@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
-from moco_dist.data import datasets
 from moco_dist.errors import ConfigError, DataError, MissingError
 from moco_dist.method import batch_norm
+from moco_dist.pretrain import loop, run
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 
@@ -25,15 +25,18 @@ ARGUMENTS = [
 ]
 
 
-def started(output: Path, source: Path | str, *more: str) -> Trainer:
+def started(output: Path, source: Path | str, *more: str, steps: int = 0) -> Trainer:
     start = [f"init_from={source}"] if source else []
     arguments = [*ARGUMENTS, f"output={output}", *start, *more]
     config = load(PretrainConfig, arguments)
     session = runs_session.start(config)
-    try:
-        return Trainer(config, session, datasets.load(config.data))
-    finally:
-        session.close()
+    trainer = run.build(config, session)
+    if steps:
+        while trainer.step < steps:
+            trainer.train_step()
+        loop.save(trainer, session, wait=True)
+    session.close()
+    return trainer
 
 
 @pytest.fixture
@@ -90,9 +93,7 @@ def test_a_resumed_run_does_not_read_it_again_and_keeps_its_name(
 ) -> None:
     path = tmp_path / "resnet.pth"
     torch.save(theirs, path)
-    trainer = started(tmp_path, path)
-    trainer.train_step()
-    trainer.save(wait=True)
+    trainer = started(tmp_path, path, steps=1)
     weight = trainer.moco.query_encoder.backbone.conv1.weight.detach().clone()
     path.unlink()
     again = started(tmp_path, path)
@@ -103,9 +104,7 @@ def test_a_resumed_run_does_not_read_it_again_and_keeps_its_name(
 
 
 def test_one_run_starts_from_another(tmp_path: Path) -> None:
-    first = started(tmp_path, "", "name=first")
-    first.train_step()
-    first.save(wait=True)
+    first = started(tmp_path, "", "name=first", steps=1)
     second = started(tmp_path, tmp_path / "first", "seed=5")
     before, after = (each.moco.query_encoder.state_dict() for each in (first, second))
     for name, tensor in before.items():

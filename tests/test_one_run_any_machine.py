@@ -13,6 +13,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.distributed import comms, fingerprint
+from moco_dist.pretrain import loop
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
@@ -46,7 +47,9 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
     """
     config = load(PretrainConfig, [*SMALL, f"output={folder}", *overrides])
     session = runs_session.start(config)
-    trainer = Trainer(config, session, datasets.load(config.data))
+    splits = datasets.load(config.data)
+    trainer = Trainer(config, session.accelerator, splits, session.resumed)
+    hooks = loop.run_hooks(trainer, session)
     if nudge:
         for module in (trainer.moco.query_encoder, trainer.moco.key_encoder):
             draws = torch.Generator().manual_seed(0)
@@ -55,11 +58,11 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
                 parameter.data *= 1 + nudge * share
     losses, queues = [], []
     while trainer.step < until:
-        loss, _ = trainer.train_step()
+        loss, _ = trainer.train_step(hooks)
         losses.append(float(comms.mean(loss)))
         queue = trainer.moco.queue
         queues.append(fingerprint.of_tensors(queue.keys, queue.samples))
-    trainer.save(wait=True)
+    loop.save(trainer, session, wait=True)
     session.close()
     state = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
     buffers = trainer.optimizer.state.values()

@@ -16,6 +16,7 @@ from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.distributed import comms
 from moco_dist.errors import DataError, NumbersError
+from moco_dist.pretrain import loop
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import checkpoint, saving, session
 from tests import processes
@@ -124,11 +125,14 @@ def test_every_dtype_is_written_as_the_library_reads_it(tmp_path: Path) -> None:
 def wish(output: str) -> tuple[bool, bool]:
     """Let process 1 alone wish to save in the second step."""
     config = load(PretrainConfig, [*TINY, f"output={output}"])
-    trainer = Trainer(config, session.start(config), datasets.load(config.data))
-    trainer.train_step()
-    before = trainer.agreed.save
-    trainer.train_step(wants_save=comms.rank() == 1)
-    return before, trainer.agreed.save
+    opened = session.start(config)
+    trainer = Trainer(config, opened.accelerator, datasets.load(config.data))
+    hooks = loop.run_hooks(trainer, opened)
+    trainer.train_step(hooks)
+    before = hooks.agreed.save
+    hooks.wants_save = comms.rank() == 1
+    trainer.train_step(hooks)
+    return before, hooks.agreed.save
 
 
 def test_all_processes_save_when_the_clock_of_one_says_so(tmp_path: Path) -> None:

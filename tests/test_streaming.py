@@ -26,10 +26,11 @@ from moco_dist.errors import DataError
 from moco_dist.method import views
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.plan import Plan, Step
-from moco_dist.pretrain import pictures
+from moco_dist.pretrain import loop, pictures, run
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.runs import session
+from moco_dist.runs.session import Session
 from moco_dist.tracking import media
 from tests import image_sets, processes
 
@@ -131,24 +132,29 @@ def test_a_whole_crop_is_changed_by_its_flip_alone(squares: Path, tmp_path: Path
     close(trainer.splits)
 
 
-def build(output: Path | str, root: Path | str, *overrides: str) -> Trainer:
+def start(output: Path | str, root: Path | str, *overrides: str) -> tuple[Trainer, Session]:
     place = [f"output={output}", f"data.root={root}", f"data.cache={output}/cache"]
     name = [] if any(o.startswith("data.name") for o in overrides) else ["data.name=folder"]
     config = load(PretrainConfig, [*RUN, *name, *place, *overrides])
-    return Trainer(config, session.start(config), datasets.load(config.data))
+    opened = session.start(config)
+    return run.build(config, opened), opened
+
+
+def build(output: Path | str, root: Path | str, *overrides: str) -> Trainer:
+    return start(output, root, *overrides)[0]
 
 
 def followed(output: str, root: str, until: int, overrides: list[str]) -> dict[str, Any]:
     """Train to a step; return a hash of the global batch's crops for each step, and the state."""
-    trainer = build(output, root, *overrides)
+    trainer, opened = start(output, root, *overrides)
     first, found = trainer.step, {}
     while trainer.step < until:
         step, rows = trainer.step, trainer.plan.step(trainer.step, len(trainer.passes))
         trainer.train_step()
         assert isinstance(trainer.source, StreamedSource)
         found[step] = crops_hash(trainer.source, rows)
-    trainer.save(wait=True)
-    trainer.session.close()
+    loop.save(trainer, opened, wait=True)
+    opened.close()
     close(trainer.splits)
     state = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
     return {"first": first, "hashes": found, "state": state}

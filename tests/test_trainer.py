@@ -21,6 +21,7 @@ from moco_dist.distributed import comms
 from moco_dist.method import loss as method_loss
 from moco_dist.method import views
 from moco_dist.method.batch_norm import batch_norms
+from moco_dist.pretrain import loop, run
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment, session
 from tests import processes
@@ -32,13 +33,23 @@ TINY = [
 ]
 
 
-def build(output: Path | str, *overrides: str) -> Trainer:
-    config = load(PretrainConfig, [*TINY, f"output={output}", *overrides])
-    return Trainer(config, session.start(config), datasets.load(config.data))
+def build(*overrides: str) -> Trainer:
+    """Return a trainer without a run directory."""
+    config = load(PretrainConfig, [*TINY, *overrides])
+    return Trainer(config, session.join(config), datasets.load(config.data))
 
 
-def test_only_the_query_encoder_is_trained(tmp_path: Path) -> None:
-    trainer = build(tmp_path)
+def test_a_step_needs_no_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = build()
+    trainer.train_step()
+    trainer.train_step(loop.run_hooks(trainer))
+    assert trainer.step == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_query_encoder_is_trained() -> None:
+    trainer = build()
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in trainer.moco.query_encoder.parameters()}
     for _ in range(3):
@@ -47,8 +58,8 @@ def test_only_the_query_encoder_is_trained(tmp_path: Path) -> None:
     assert not trainer.moco.queue.keys.requires_grad
 
 
-def wrapped(output: str) -> tuple[list[str], float, float]:
-    trainer = build(output)
+def wrapped() -> tuple[list[str], float, float]:
+    trainer = build()
     assert isinstance(trainer.query, DistributedDataParallel)
     assert trainer.query.module is trainer.moco.query_encoder
     norm = batch_norms(trainer.moco.query_encoder)[0]
@@ -59,16 +70,16 @@ def wrapped(output: str) -> tuple[list[str], float, float]:
     return names, float(norm.running_mean[0]), float(norm.group_mean.sum())
 
 
-def test_ddp_wraps_the_query_encoder_alone_and_leaves_statistics_alone(tmp_path: Path) -> None:
-    (names, first, own_first), (_, second, own_second) = processes.run(wrapped, 2, str(tmp_path))
+def test_ddp_wraps_the_query_encoder_alone_and_leaves_statistics_alone() -> None:
+    (names, first, own_first), (_, second, own_second) = processes.run(wrapped, 2)
     assert names
     assert all(name.startswith(("module.backbone.", "module.head.")) for name in names)
     assert (first, second) == (0, 1)
     assert own_first != own_second
 
 
-def test_an_images_own_older_keys_are_no_negatives(tmp_path: Path) -> None:
-    trainer = build(tmp_path, "moco.queue_size=200", "moco.mask_own_keys=true")
+def test_an_images_own_older_keys_are_no_negatives() -> None:
+    trainer = build("moco.queue_size=200", "moco.mask_own_keys=true")
     hits = 0
     for _ in range(15):  # three epochs: each image stands in the queue up to three times
         samples = trainer.plan.step(trainer.step).samples
@@ -80,8 +91,8 @@ def test_an_images_own_older_keys_are_no_negatives(tmp_path: Path) -> None:
     assert hits > 100
 
 
-def in_mixed_precision(output: str, symmetric: str) -> tuple[set[torch.dtype], ...]:
-    trainer = build(output, "precision=bf16", f"moco.symmetric={symmetric}")
+def in_mixed_precision(symmetric: str) -> tuple[set[torch.dtype], ...]:
+    trainer = build("precision=bf16", f"moco.symmetric={symmetric}")
     inside: set[torch.dtype] = set()
     trainer.moco.key_encoder.backbone.layer1.register_forward_hook(
         lambda _module, _inputs, output: inside.add(output.dtype)
@@ -97,22 +108,20 @@ def in_mixed_precision(output: str, symmetric: str) -> tuple[set[torch.dtype], .
 
 
 @pytest.mark.parametrize("symmetric", ["false", "true"])
-def test_mixed_precision_keeps_keys_loss_and_weights_in_float32(
-    tmp_path: Path, symmetric: str
-) -> None:
-    inside, outside = processes.run(in_mixed_precision, 1, str(tmp_path), symmetric)[0]
+def test_mixed_precision_keeps_keys_loss_and_weights_in_float32(symmetric: str) -> None:
+    inside, outside = processes.run(in_mixed_precision, 1, symmetric)[0]
     assert inside == {torch.bfloat16}
     assert outside == {torch.float32}
 
 
-def test_the_symmetric_loss_adds_both_directions_and_enqueues_both_views(tmp_path: Path) -> None:
-    trainer = build(tmp_path, "moco.symmetric=true", "precision=fp64")
+def test_the_symmetric_loss_adds_both_directions_and_enqueues_both_views() -> None:
+    trainer = build("moco.symmetric=true", "precision=fp64")
     trainer.train_step()
     queue, samples = trainer.moco.queue, trainer.plan.step(0).samples
     assert queue.filled == 32
     assert queue.samples[:32].equal(samples.repeat(2))
     # The same step by hand, without groups of processes or pieces: gradients of two losses, added.
-    by_hand = build(tmp_path, "moco.symmetric=true", "precision=fp64", "name=by_hand")
+    by_hand = build("moco.symmetric=true", "precision=fp64")
     by_hand.train_step()
     rows = by_hand.plan.step(1, 2)
     network = by_hand.moco.train()
@@ -132,8 +141,8 @@ def test_the_symmetric_loss_adds_both_directions_and_enqueues_both_views(tmp_pat
     assert float(loss) == pytest.approx(float(total) / 2, abs=1e-12)
 
 
-def test_views_made_in_one_pass_are_those_of_their_samples_and_numbers(tmp_path: Path) -> None:
-    trainer = build(tmp_path)
+def test_views_made_in_one_pass_are_those_of_their_samples_and_numbers() -> None:
+    trainer = build()
     config, rows = trainer.config, trainer.plan.step(1)
     wanted = [(rows.samples[rows.key_rows[0]], 1), (rows.samples, 0)]
     for (samples, view), made in zip(wanted, trainer.source.views(wanted, 3), strict=True):
@@ -162,9 +171,9 @@ def _is(leaf: object) -> bool:
 
 
 @pytest.mark.parametrize("masked", ["true", "false"])
-def test_a_step_makes_no_tensor_as_large_as_the_queue(tmp_path: Path, masked: str) -> None:
+def test_a_step_makes_no_tensor_as_large_as_the_queue(masked: str) -> None:
     queue = ["moco.queue_size=65536", "encoder.dim=128", f"moco.mask_own_keys={masked}"]
-    trainer = build(tmp_path, *queue, "tracking.health_every_steps=0")
+    trainer = build(*queue, "tracking.health_every_steps=0")
     fill_queue(trainer)
     for _ in range(2):  # before the second one the momentum of SGD is made
         with Largest() as largest:  # type: ignore[no-untyped-call]
@@ -174,16 +183,16 @@ def test_a_step_makes_no_tensor_as_large_as_the_queue(tmp_path: Path, masked: st
     assert largest.elements < trainer.moco.queue.keys.numel() / 7
 
 
-def accuracy(output: str) -> float:
-    trainer = build(output)
+def accuracy() -> float:
+    trainer = build()
     for _ in range(3):
         trainer.train_step()
     return trainer.knn_top1()
 
 
-def test_the_nearest_neighbour_monitor_counts_each_image_once(tmp_path: Path) -> None:
-    alone = processes.run(accuracy, 1, str(tmp_path / "1"))[0]
-    several = processes.run(accuracy, 4, str(tmp_path / "4"))
+def test_the_nearest_neighbour_monitor_counts_each_image_once() -> None:
+    alone = processes.run(accuracy, 1)[0]
+    several = processes.run(accuracy, 4)
     assert several == [alone] * 4
     assert alone * 10 == pytest.approx(round(alone * 10))  # of 10 validation images
 
@@ -198,24 +207,26 @@ def test_memory_is_the_peak_of_what_the_system_says_this_process_has() -> None:
 
 def test_a_backbone_without_batchnorm_is_trained_and_resumed(tmp_path: Path) -> None:
     architecture = ["encoder.backbone=timm/test_vit", "encoder.stem=imagenet", "encoder.width=64"]
-    trainer = build(tmp_path, *architecture)
+    config = load(PretrainConfig, [*TINY, f"output={tmp_path}", *architecture])
+    opened = session.start(config)
+    trainer = run.build(config, opened)
     trainer.train_step()
-    trainer.save(wait=True)
+    loop.save(trainer, opened, wait=True)
     ours, _ = trainer.train_step()
-    trainer.session.close()
-    again = build(tmp_path, *architecture)
+    opened.close()
+    opened = session.start(config)
+    again = run.build(config, opened)
     assert again.step == 1
     theirs, _ = again.train_step()
     assert torch.equal(ours, theirs)
-    again.session.close()
+    opened.close()
 
 
 def test_the_launchers_compiler_is_left_out_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    AcceleratorState._reset_state()  # it keeps what the first start of a process has found
-    trainer = build(tmp_path)
+    AcceleratorState._reset_state()  # it keeps what the first trainer of a process has found
+    trainer = build()
     assert trainer.query is trainer.moco.query_encoder
     assert "dynamo backend eager is not used; runtime.compile=true compiles" in caplog.text
-    trainer.session.close()

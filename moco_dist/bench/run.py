@@ -16,13 +16,10 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +33,10 @@ from moco_dist.data import datasets
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError
+from moco_dist.pretrain.loop import run_hooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import command
-from moco_dist.runs import session as runs_session
-from moco_dist.runs.session import Session
+from moco_dist.runs.session import join
 from moco_dist.tracking import terminal
 from moco_dist.tracking.start import console
 
@@ -68,18 +65,12 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
             f"--against {asked.against}: its images are RGB, and encoder.channels is not 3; leave "
             "one of the two out"
         )
-    folder = shared_folder()
-    try:
-        found = []
-        for each in configs:
-            session = runs_session.start(replace(each, output=str(folder)), stop)
-            splits = datasets.load(each.data, each.encoder.channels)
-            found.append(one(Trainer(each, session, splits), session, asked))
-            session.close()
-            AcceleratorState._reset_state()  # which would hold the next one to this one's precision
-    finally:
-        if comms.is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+    found = []
+    for each in configs:
+        accelerator = join(each)
+        splits = datasets.load(each.data, each.encoder.channels)
+        found.append(one(Trainer(each, accelerator, splits), asked))
+        AcceleratorState._reset_state()  # which would hold the next one to this one's precision
     if not comms.is_main():
         return
     if asked.sweep:
@@ -102,14 +93,6 @@ def swept(config: PretrainConfig, asked: argparse.Namespace) -> list[PretrainCon
     ]
 
 
-def shared_folder() -> Path:
-    """Return a folder for a run that is none, by a name that all processes of this launch know."""
-    if "MASTER_PORT" not in os.environ:
-        return Path(tempfile.mkdtemp(prefix="moco_dist_bench_"))
-    launch = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ['MASTER_PORT']}"
-    return Path(tempfile.gettempdir(), f"moco_dist_bench_{os.getuid()}_{launch}")
-
-
 def _number(asked: argparse.Namespace, name: str, default: int, least: int = 1) -> int:
     text = getattr(asked, name)
     option = f"--{name.replace('_', '-')}"
@@ -122,9 +105,9 @@ def _number(asked: argparse.Namespace, name: str, default: int, least: int = 1) 
     return number
 
 
-def one(trainer: Trainer, session: Session, asked: argparse.Namespace) -> dict[str, Any]:
+def one(trainer: Trainer, asked: argparse.Namespace) -> dict[str, Any]:
     """Return, and print, what was measured of one configuration."""
-    on_gpu = session.device.type == "cuda"
+    on_gpu = trainer.device.type == "cuda"
     steps = _number(asked, "steps", 20 if on_gpu else 1)
     repeats = _number(asked, "repeats", 5)
     warm_up = _number(asked, "warm_up", 20 if on_gpu else 2)
@@ -141,7 +124,7 @@ def one(trainer: Trainer, session: Session, asked: argparse.Namespace) -> dict[s
 
 def machine(trainer: Trainer) -> dict[str, Any]:
     """Return what was measured, and on what."""
-    config, device = trainer.config, trainer.session.device
+    config, device = trainer.config, trainer.device
     on_gpu = device.type == "cuda"
     return {
         "name": config.name,
@@ -168,12 +151,12 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
     By wall time and by process time, which knows nothing of others on the machine, nor of the plain
     loop's workers.
     """
-    device = trainer.session.device
+    device = trainer.device
     peers.me.mark(trainer.step, "measuring the plain loop")
     train = trainer.splits.train
     plain = Textbook(trainer.config, train.squares(torch.arange(len(train))), device, workers)
     pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "step": (trainer.train_step, plain.step),
+        "step": (partial(trainer.train_step, run_hooks(trainer)), plain.step),
         "pipeline": (pipeline(trainer), plain.views),
     }
     found: dict[str, Any] = {"workers": workers}

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
 from moco_dist.data.view_source import views_of
 from moco_dist.distributed import comms
-from moco_dist.method import loss as method_loss
-from moco_dist.pretrain import finite, health
+from moco_dist.pretrain import figures
+from moco_dist.pretrain.hooks import RunHooks
+from moco_dist.pretrain.loop import figures_of, run_hooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment
 
@@ -58,95 +60,36 @@ class Speed:
         return self.flops / self.step_seconds / self.peak_flops
 
 
-class Clock:
-    """The time of nested parts, each without those inside it; it doesn't wait for a GPU."""
+def timed_parts(trainer: Trainer, hooks: RunHooks, steps: int) -> dict[str, float]:
+    """Return the seconds that each of PARTS takes in a step, the mean of `steps` steps.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._parts = ["rest"]
-        self._marks: list[tuple[str, Any]] = []
-
-    def _mark(self) -> None:
-        stamp: Any = time.perf_counter()
-        if self._device.type == "cuda":
-            stamp = torch.cuda.Event(enable_timing=True)
-            stamp.record()
-        self._marks.append((self._parts[-1], stamp))
-
-    def enter(self, part: str, *_: Any) -> None:
-        """Begin `part`; further arguments are those of a hook."""
-        self._mark()
-        self._parts.append(part)
-
-    def leave(self, *_: Any) -> None:
-        """End the part begun last."""
-        self._mark()
-        self._parts.pop()
-
-    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `function` with its time counted as that of `part`."""
-
-        @wraps(function)
-        def timed(*arguments: Any, **named: Any) -> Any:
-            self.enter(part)
-            try:
-                return function(*arguments, **named)
-            finally:
-                self.leave()
-
-        return timed
-
-    def read(self) -> dict[str, float]:
-        """Return the seconds of each part since the last reading, and begin anew."""
-        wait_for(self._device)
-        seconds = dict.fromkeys(PARTS, 0.0)
-        for (_, before), (part, now) in zip(self._marks, self._marks[1:], strict=False):
-            on_gpu = self._device.type == "cuda"
-            seconds[part] += before.elapsed_time(now) / 1e3 if on_gpu else now - before
-        self._marks.clear()
-        return seconds
+    The parts are the ranges that the trainer records for torch.profiler, each without those inside
+    it. On a GPU they are the time of the kernels that a part has launched; what no part launched
+    on its own thread is of the backward pass, which autograd runs on another one.
+    """
+    on_gpu = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(steps):
+            with record_function("rest"):
+                trainer.train_step(hooks)
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for event in profiler.events() or []:
+        part = _part(event)
+        if on_gpu and event.device_type.name == "CPU":
+            seconds[part or "backward"] += event.self_device_time_total / 1e6
+        elif event.name in PARTS:
+            seconds[event.name] += event.cpu_time_total / 1e6
+            if outer := _part(event.cpu_parent):
+                seconds[outer] -= event.cpu_time_total / 1e6
+    return {part: total / steps for part, total in seconds.items()}
 
 
-@contextmanager
-def timed_parts(trainer: Trainer, clock: Clock) -> Iterator[None]:
-    """Have `clock` count the parts of the trainer's steps."""
-    network, before = trainer.moco, list[tuple[Any, str, Any]]()
-    functions: list[tuple[Any, str, str]] = [
-        (trainer.source, "views", "views"),
-        (method_loss, "info_nce", "loss"),
-        (trainer.accelerator, "backward", "backward"),
-        (trainer.optimizer, "step", "optimizer"),
-        (trainer.optimizer, "zero_grad", "optimizer"),
-        (network, "update_key_encoder", "momentum"),
-        (network.queue, "negatives", "queue"),
-        (network.queue, "owners", "queue"),
-        (network.queue, "enqueue", "queue"),
-        (comms, "all_gather_with_note", "communication"),
-        (health, "of_step", "tracking"),
-        (finite, "norms", "rest"),
-    ]
-    for owner, name, part in functions:
-        before.append((owner, name, vars(owner).get(name)))
-        setattr(owner, name, clock.around(part, getattr(owner, name)))
-    encoders = ((network.key_encoder, "key"), (network.query_encoder, "query"))
-    hooks = [
-        handle
-        for encoder, part in encoders
-        for handle in (
-            encoder.register_forward_pre_hook(partial(clock.enter, part)),
-            encoder.register_forward_hook(clock.leave),
-        )
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for owner, name, own in before:
-            if own is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, own)
+def _part(event: FunctionEvent | None) -> str:
+    """Return the innermost of PARTS that an event of the profiler is in, or an empty text."""
+    while event is not None and event.name not in PARTS:
+        event = event.cpu_parent
+    return event.name if event else ""
 
 
 def wait_for(device: torch.device) -> None:
@@ -170,7 +113,7 @@ def fill_queue(trainer: Trainer) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(queue.keys.shape, generator=generator)
     samples = torch.arange(queue.size) % len(trainer.splits.train)
-    device = trainer.session.device
+    device = trainer.device
     queue.enqueue(F.normalize(keys, dim=1).to(device, trainer.dtype), samples.to(device))
 
 
@@ -179,31 +122,25 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
 
     Steps are really taken: with gradients, weights and queue.
     """
-    device, config = trainer.session.device, trainer.config
+    device, config, hooks = trainer.device, trainer.config, run_hooks(trainer)
     fill_queue(trainer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(warm_up):
-        trainer.train_step()
-    flops = step_flops(trainer)
+        trainer.train_step(hooks)
+    flops = step_flops(trainer, hooks)
     peaks, walls, cpus, parts = [peak_flops(trainer)], [], [], []
-    clock = Clock(device)
     for _ in range(repeats):
-        wall, cpu = seconds(lambda: [trainer.train_step() for _ in range(steps)], device)
+        wall, cpu = seconds(lambda: [trainer.train_step(hooks) for _ in range(steps)], device)
         walls.append(wall / steps)
         cpus.append(cpu / steps)
-        with timed_parts(trainer, clock):
-            for _ in range(steps):
-                clock.enter("rest")
-                trainer.train_step()
-                clock.leave()
-                parts.append(clock.read() | {"tracking": 0.0})
+        parts.append(timed_parts(trainer, hooks, steps))
         peaks.append(peak_flops(trainer))
     before = comms.sent_bytes
-    loss, logits = trainer.train_step()
+    loss, logits = trainer.train_step(hooks)
     sent = comms.sent_bytes - before
     medians = {part: statistics.median(each[part] for each in parts) for part in PARTS}
-    medians["tracking"] = tracking_seconds(trainer, loss, logits)
+    medians["tracking"] = tracking_seconds(trainer, hooks, loss, logits)
     step = statistics.median(walls)
     return Speed(
         images_per_second=config.batch_size / step,
@@ -212,7 +149,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
         parts=medians,
         pipeline_images_per_second=pipeline_speed(trainer, repeats),
         bytes_of_keys=sent,
-        bytes_of_gradients=comms.all_reduce_bytes(sum(p.nbytes for p in trainer.parameters)),
+        bytes_of_gradients=comms.all_reduce_bytes(sum(p.nbytes for p in hooks.parameters)),
         memory_gb=environment.memory_gb(device),
         flops=flops,
         peak_flops=max(peaks),
@@ -237,7 +174,7 @@ def pipeline(trainer: Trainer) -> Callable[[], None]:
 
 def pipeline_speed(trainer: Trainer, repeats: int) -> float:
     """Return how many images a second all processes make both views of, and do nothing else."""
-    device, work = trainer.session.device, pipeline(trainer)
+    device, work = trainer.device, pipeline(trainer)
     work()
     walls = [seconds(work, device)[0] for _ in range(max(repeats, 5))]
     return trainer.config.batch_size / statistics.median(walls)
@@ -254,19 +191,19 @@ def _padded_backward(of_out: list[int], x: list[int], weight: list[int], **_: An
     return 2 * conv_flop_count(x, weight, of_out)
 
 
-def step_flops(trainer: Trainer) -> int:
+def step_flops(trainer: Trainer, hooks: RunHooks) -> int:
     """Return the floating-point operations of a step on this process, without those of views."""
     with torch.compiler.set_stance("force_eager"):  # what is compiled can't be looked into
         with FlopCounterMode(display=False) as views:
             both_views(trainer, trainer.step)
         with FlopCounterMode(display=False) as whole:
-            trainer.train_step()
+            trainer.train_step(hooks)
     return int(whole.get_total_flops() - views.get_total_flops())
 
 
 def peak_flops(trainer: Trainer) -> float:
     """Return the floating-point operations a second of a square matrix product on the device."""
-    device, precision = trainer.session.device, trainer.config.precision
+    device, precision = trainer.device, trainer.config.precision
     dtype = {"bf16": torch.bfloat16, "fp64": torch.float64}.get(precision, torch.float32)
     side, times = (8192, 20) if device.type == "cuda" else (1536, 2)
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
@@ -281,15 +218,17 @@ def _multiply(a: Tensor, b: Tensor, product: Tensor, times: int) -> None:
 
 
 @torch.no_grad()
-def tracking_seconds(trainer: Trainer, loss: Tensor, logits: list[Tensor]) -> float:
-    """Return what a line of metrics and the figures of health take, for each step."""
-    settings, device, queue = trainer.config.tracking, trainer.session.device, trainer.moco.queue
-    line = partial(trainer.metrics, loss, logits, 1.0, 1)
+def tracking_seconds(
+    trainer: Trainer, hooks: RunHooks, loss: Tensor, logits: list[Tensor]
+) -> float:
+    """Return the seconds of a line of metrics and of the figures of health, for each step."""
+    settings, device, queue = trainer.config.tracking, trainer.device, trainer.moco.queue
+    line = partial(figures_of, trainer, hooks, loss, logits, 1.0)
     total = statistics.median(seconds(line, device)[0] for _ in range(3)) / settings.every_steps
     if every := settings.health_every_steps:
         keys = queue.keys[: trainer.config.batch_size]
         mine = keys[trainer.plan.local_rows]
-        work = partial(health.of_step, trainer.moco, mine, [keys], queue.samples[: len(keys)])
+        work = partial(figures.health, trainer.moco, mine, [keys], queue.samples[: len(keys)])
         total += statistics.median(seconds(work, device)[0] for _ in range(3)) / every
     return total
 

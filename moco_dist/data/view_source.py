@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from moco_dist.config.recipe import ViewsConfig
 from moco_dist.data.datasets import AnyImages, Images
@@ -83,6 +84,7 @@ class MemorySource:
     def begin(self, step: int) -> None:
         """Get ready for step `step`: nothing is to be done."""
 
+    @record_function("views")
     def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
         """Return the views of each of `wanted`, (n, c, size, size), made in one pass."""
         return self.maker.of_step(self._pixels(wanted), wanted, epoch)
@@ -180,6 +182,7 @@ class StreamedSource:
             for order in self._ahead.pop()[1]:
                 order.abandon()
 
+    @record_function("views")
     def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
         """Return the views of each of `wanted`, queries or keys of the step that was begun.
 

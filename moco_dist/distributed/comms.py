@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 # Collectives that this process has entered: who has the fewest keeps the others waiting.
 calls = 0
@@ -47,6 +48,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+@record_function("communication")
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
     """Return `x` of every process, of equal shapes, joined along dimension 0 in order of ranks."""
@@ -72,6 +74,7 @@ def all_gather_with_note(x: Tensor, note: Tensor) -> tuple[Tensor, Tensor]:
     return keys.reshape(-1, *x.shape[1:]), notes.contiguous().view(torch.int64)
 
 
+@record_function("communication")
 @torch.no_grad()
 def all_to_all_rows(x: Tensor, places: Tensor) -> Tensor:
     """Return this process's share of all rows once they are permuted; each row is sent once.

@@ -16,7 +16,6 @@ from torchvision.transforms.v2 import functional
 
 from moco_dist.config.recipe import EncoderConfig, ViewsConfig
 from moco_dist.config.yaml_files import from_dict
-from moco_dist.distributed import comms
 from moco_dist.encoders import checkpoints, original
 from moco_dist.encoders.names import READABLE
 from moco_dist.errors import ConfigError, DataError, MissingError, output_errors, shown
@@ -125,18 +124,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path}: no whole safetensors file ({error}); use another one") from error
 
 
-def start(encoder: Encoder, path: Path, directory: Path) -> None:
-    """Give the backbone the tensors of `path`; list them in the run's init_from.json."""
-    path = path.expanduser()
-    taken, left = start_from(encoder, path)
-    if comms.is_main():
-        listed = {"source": str(path), "taken": taken, "left": left}
-        with output_errors(directory):
-            (directory / STARTED).write_text(json.dumps(listed, indent=1) + "\n")
+def note_start(directory: Path, path: Path, taken: list[str], left: list[str]) -> None:
+    """List what `start_from` has returned in the run's init_from.json."""
+    listed = {"source": str(path), "taken": taken, "left": left}
+    with output_errors(directory):
+        (directory / STARTED).write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def start_sentence(directory: Path) -> str:
-    """Return what `start` noted in a run directory, in words."""
+    """Return what `note_start` noted in a run directory, in words."""
     noted = json.loads((directory / STARTED).read_text())
     left = noted["left"]
     names = ", ".join(map(shown, left[:4])) + (", ..." if len(left) > 4 else "")

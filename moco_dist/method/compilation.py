@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from moco_dist.errors import ConfigError, shown
+from moco_dist.errors import ConfigError, UserError, shown
 
 
 def compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -35,10 +35,18 @@ def compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextmanager
 def compile_errors() -> Iterator[None]:
-    """Turn what a compiler fails at into ConfigError, one sentence."""
+    """Turn what a compiler fails at into ConfigError, one sentence.
+
+    A UserError that a signal raised while the compiler ran comes out as that UserError.
+    """
     try:
         yield
     except TorchDynamoException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         # Of the compiler behind it, if that failed: the first line would name no more than that.
         raise _failed(getattr(error, "inner_exception", error)) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 
 class KeyQueue(nn.Module):
@@ -34,10 +35,12 @@ class KeyQueue(nn.Module):
         """Slots that hold a key; they are the first ones."""
         return min(self.enqueued, self.size)
 
+    @record_function("queue")
     def negatives(self) -> tuple[Tensor, Tensor]:
         """Return the filled slots: keys, float (filled, dim), and samples, int64 (filled,)."""
         return self.keys[: self.filled], self.samples[: self.filled]
 
+    @record_function("queue")
     def owners(self, samples: Tensor) -> Tensor:
         """Return for each filled slot the row of `samples` that its key is of, -1 if of none.
 
@@ -48,6 +51,7 @@ class KeyQueue(nn.Module):
         place = torch.searchsorted(ordered, theirs).clamp_(max=len(samples) - 1)
         return torch.where(ordered[place] == theirs, rows[place], -1)
 
+    @record_function("queue")
     @torch.no_grad()
     def enqueue(self, keys: Tensor, samples: Tensor) -> None:
         """Write `keys` (n, dim), of the samples `samples` (n,), over the oldest ones."""

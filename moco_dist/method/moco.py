@@ -1,4 +1,4 @@
-"""Momentum Contrast: query and key encoders, shuffled keys, InfoNCE, momentum update.
+"""Momentum Contrast: query encoder, key encoder and queue; shuffled keys; the momentum update.
 
 He, Fan, Wu, Xie, Girshick: Momentum Contrast for Unsupervised Visual Representation Learning,
 CVPR 2020.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from moco_dist.distributed import comms
 from moco_dist.method.encoder import Encoder
@@ -26,6 +27,7 @@ class MoCo(nn.Module):
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.queue = KeyQueue(queue_size, dim)
 
+    @record_function("momentum")
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
         """Move the key parameters to momentum * key + (1 - momentum) * query (equation 2)."""
@@ -43,8 +45,9 @@ def shuffled_keys(
 ) -> Tensor:
     """Return on every process the keys of the global batch in its order, float (batch_size, dim).
 
-    `pieces` give the views of this process's share of the permuted batch, piece by piece; `gather`
-    joins the keys of all processes, and `unshuffle`, int64 (batch_size,), undoes the permutation
-    (section 3.3).
+    `pieces` give the views of this process's share of the permuted batch, piece by piece. `gather`
+    joins the keys of all processes in the order of ranks, and `unshuffle`, int64 (batch_size,),
+    undoes the permutation (section 3.3).
     """
-    return gather(torch.cat([encoder(piece()) for piece in pieces]))[unshuffle]
+    mine = torch.cat([encoder(piece()) for piece in pieces])
+    return gather(mine)[unshuffle]

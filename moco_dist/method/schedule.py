@@ -29,3 +29,8 @@ def key_momentum(moco: MocoConfig, step: int, total_steps: int) -> float:
     if moco.momentum_schedule == "constant":
         return moco.momentum
     return 1 - (1 - moco.momentum) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+def due(every: int, number: int, always: bool = False) -> bool:
+    """Return whether something is due at `number`, from 1, if it is every `every`; 0 is never."""
+    return every > 0 and (always or (number > 0 and number % every == 0))

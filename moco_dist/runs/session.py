@@ -102,9 +102,12 @@ class Session:
         self.stop_for(asked)
 
 
-def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
-    """Join the processes, open the run directory and find where to go on; on all processes."""
-    stop = stop or StopRequests()
+def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
+    """Return Accelerate's view of this process once all of them have met, under `settings`.
+
+    Raises ConfigError if `settings` ask for a device or for processes that there are not, and
+    UserError if the settings are not the same on all processes.
+    """
     machine = settings.runtime
     if machine.device == "cuda" and not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -154,6 +157,12 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill every new tensor first; nothing here reads one unwritten.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return accelerator
+
+
+def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
+    """Join the processes, open the run directory and find its newest checkpoint; a collective."""
+    stop, machine, accelerator = stop or StopRequests(), settings.runtime, join(settings)
     directory = Path(settings.output).expanduser() / settings.name
     lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
     stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)

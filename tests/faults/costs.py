@@ -22,7 +22,7 @@ from moco_dist.distributed import agreement, comms
 from moco_dist.method.batch_norm import group_statistics
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.moco import MoCo
-from moco_dist.pretrain import finite, health, run
+from moco_dist.pretrain import figures, finite, loop, run
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import saving, session
 from tests import processes
@@ -56,7 +56,9 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
     to a gather that of the fastest one: other work on the machine counts in neither.
     """
     config = load(PretrainConfig, [*SMALL, f"output={output}"])
-    trainer = Trainer(config, session.start(config), datasets.load(config.data))
+    opened = session.start(config)
+    trainer = Trainer(config, opened.accelerator, datasets.load(config.data))
+    hooks = loop.run_hooks(trainer, opened)
     clocks: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +70,7 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
 
         return call
 
-    trainer.undo.keep = timed(trainer.undo.keep)  # type: ignore[method-assign]
+    hooks.undo.keep = timed(hooks.undo.keep)  # type: ignore[method-assign]
     for owner, name in ((agreement, "note"), (agreement, "agree"), (finite, "norms")):
         setattr(owner, name, timed(getattr(owner, name)))
     # What the note adds to the gather of the keys: with and without it, in turn.
@@ -78,7 +80,7 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
     for number in range(steps + 5):
         clocks.clear()
         began = time.thread_time()
-        trainer.train_step()
+        trainer.train_step(hooks)
         taken, cost = time.thread_time() - began, sum(clocks)
         for _ in range(3):  # the first of them waits for the other process
             plain.append(timed_once(lambda: comms.all_gather(keys)))
@@ -114,7 +116,7 @@ def measure_tracking(output: str, steps: int) -> tuple[float, float, float]:
     metrics, their lines, the console, alarms, and the threads and the process of W&B.
     """
     os.environ["WANDB_MODE"] = "offline"
-    train_step, of_step = Trainer.train_step, health.of_step
+    train_step, of_step = Trainer.train_step, figures.health
     inside: list[float] = []
     healthy: list[float] = []
     marks: list[tuple[float, float, float]] = []
@@ -125,9 +127,9 @@ def measure_tracking(output: str, steps: int) -> tuple[float, float, float]:
 
     def timed_health(*arguments: Any) -> dict[str, float]:
         began = time.thread_time()
-        figures = of_step(*arguments)
+        found = of_step(*arguments)
         healthy.append(time.thread_time() - began)
-        return figures
+        return found
 
     def timed_step(self: Trainer, *arguments: Any) -> Any:
         if self.step in (FIRST_STEP, FIRST_STEP + steps):
@@ -137,7 +139,7 @@ def measure_tracking(output: str, steps: int) -> tuple[float, float, float]:
         inside.append(time.thread_time() - began)
         return result
 
-    health.of_step = timed_health  # type: ignore[assignment]
+    figures.health = timed_health  # type: ignore[assignment]
     Trainer.train_step = timed_step  # type: ignore[assignment, method-assign]
     quiet = ["knn.every_epochs=0", "checkpoint.every_epochs=0", "tracking.media_every_epochs=0"]
     place = [f"output={output}", f"stop_at_step={FIRST_STEP + steps + 1}"]

@@ -7,6 +7,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import saving
@@ -19,10 +20,10 @@ def limit_files(after: int, size: int, rank: int) -> None:
     """From step `after` on let this process write no file beyond `size` bytes."""
     train_step = Trainer.train_step
 
-    def limited(trainer: Trainer, wants_save: bool = False) -> object:
+    def limited(trainer: Trainer, *arguments: Any) -> object:
         if trainer.step == after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        return train_step(trainer, wants_save)
+        return train_step(trainer, *arguments)
 
     Trainer.train_step = limited  # type: ignore[method-assign, assignment]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from moco_dist.pretrain.trainer import Trainer
 from tests.faults.jobs import KILL, TINY, Job, account, undisturbed
@@ -15,9 +16,9 @@ def slow(rank: int) -> None:
     """Let each step take a tenth of a second more."""
     train_step = Trainer.train_step
 
-    def later(trainer: Trainer, wants_save: bool = False) -> object:
+    def later(trainer: Trainer, *arguments: Any) -> object:
         time.sleep(0.1)
-        return train_step(trainer, wants_save)
+        return train_step(trainer, *arguments)
 
     Trainer.train_step = later  # type: ignore[method-assign, assignment]
 

@@ -230,12 +230,12 @@ def _in_step(step: int, act: Callable[[Trainer], object]) -> None:
     train_step = Trainer.train_step
     done: list[object] = []
 
-    def patched(self: Trainer, wants_save: bool = False) -> Any:
+    def patched(self: Trainer, *arguments: Any) -> Any:
         if self.step == step and not done:
             done.append(act(self))
-        return train_step(self, wants_save)
+        return train_step(self, *arguments)
 
-    Trainer.train_step = patched  # type: ignore[method-assign]
+    Trainer.train_step = patched  # type: ignore[assignment, method-assign]
 
 
 def _step_back(self: Trainer) -> None:

@@ -53,9 +53,9 @@ def slow_steps(seconds: float, rank: int) -> None:
     """Plant: a step takes `seconds` more."""
     step = Trainer.train_step
 
-    def slow(trainer: Trainer, wants_save: bool = False) -> Any:
+    def slow(trainer: Trainer, *arguments: Any) -> Any:
         time.sleep(seconds)
-        return step(trainer, wants_save)
+        return step(trainer, *arguments)
 
     mock.patch.object(Trainer, "train_step", slow).start()
 

@@ -1,7 +1,7 @@
-"""Health of a run without labels: how keys and queries lie on the sphere, and how old keys are.
+"""Figures of a step without labels: its loss, and the health of the run.
 
-All of it is measured on what a step has anyway, changes none of it, and is the same on any number
-of processes.
+Health is how keys and queries lie on the sphere, and how old the keys are. All figures come from
+tensors that a step has anyway, change none of them, and are the same on any number of processes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,26 @@ from moco_dist.distributed import comms
 from moco_dist.method.moco import MoCo
 
 
-def due(every_steps: int, step: int) -> bool:
-    """Return whether step `step`, from 1, is one that is measured: the first, and each so many."""
-    return every_steps > 0 and (step == 1 or step % every_steps == 0)
+def progress(loss: Tensor, logits: Tensor, temperature: float) -> dict[str, float]:
+    """Return loss, instance accuracy and mean similarities of a step, over all processes.
+
+    `loss` is this process's mean, float (); `logits` its rows, (rows, 1 + negatives), positive
+    first, -inf where a negative doesn't count. Without negatives, as in the first step, there is no
+    similarity of them.
+    """
+    positive, negative = logits[:, :1], logits[:, 1:]
+    rank = (negative >= positive).sum(1)
+    count = negative.isfinite().sum()
+    mean_negative = negative.masked_fill(~negative.isfinite(), 0).sum() / count.clamp(min=1)
+    figures = [loss, (rank < 1).double().mean(), (rank < 5).double().mean()]
+    figures += [positive.mean() * temperature, mean_negative * temperature]
+    values = comms.mean(torch.stack([figure.double() for figure in figures])).tolist()
+    names = ["train/loss", "train/accuracy_top1", "train/accuracy_top5"]
+    names += ["similarity/positive", "similarity/negative"]
+    shown = dict(zip(names, values, strict=True))
+    if not negative.numel():
+        del shown["similarity/negative"]
+    return shown
 
 
 def alignment(queries: Tensor, keys: Tensor) -> Tensor:
@@ -89,9 +106,7 @@ def own_images(samples: Tensor, queue_samples: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def of_step(
-    network: MoCo, queries: Tensor, keys: list[Tensor], samples: Tensor
-) -> dict[str, float]:
+def health(network: MoCo, queries: Tensor, keys: list[Tensor], samples: Tensor) -> dict[str, float]:
     """Return the figures of a step by their names, before its keys enter the queue.
 
     `queries` are this process's rows of the first pass, (rows, dim); `keys` those of the whole

@@ -1,0 +1,70 @@
+"""What is about to run, in words, and what came of it."""
+
+from __future__ import annotations
+
+import logging
+
+from moco_dist.distributed import comms
+from moco_dist.encoders import load
+from moco_dist.pretrain import alarms
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs.session import Session
+from moco_dist.tracking import start, terminal
+from moco_dist.tracking.start import console
+
+logger = logging.getLogger(__name__)
+
+
+def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
+    """Print the banner and warn of settings that are legal and cost accuracy."""
+    config, splits, processes = trainer.config, trainer.splits, comms.world_size()
+    left_over = trainer.plan.num_samples - trainer.steps_per_epoch * config.batch_size
+    if config.bn_groups == 1:
+        logger.warning(
+            "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
+            "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
+        )
+    if sentence := alarms.long_queue(config, len(splits.train)):
+        logger.warning(sentence)
+    monitor = (
+        "every " + _counted(config.knn.every_epochs, "epoch", "epochs")
+        if config.knn.every_epochs
+        else "never (knn.every_epochs=0)"
+    )
+    rows = {
+        "data": f"{config.data.name}: {len(splits.train):,} training and "
+        f"{len(splits.validation):,} validation images, "
+        f"{len(splits.train.classes) or 'no'} classes",
+        "images": splits.held,
+        "encoder": f"{config.encoder.backbone}, width {config.encoder.width}, "
+        f"{config.encoder.stem} stem, {config.encoder.head} head to "
+        f"{config.encoder.dim}; {config.precision}",
+        "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}, "
+        f"{config.bn_groups} BatchNorm groups of {config.batch_size // config.bn_groups}, "
+        + _counted(config.runtime.micro_batches, "micro-batch", "micro-batches"),
+        "queue": f"{config.moco.queue_size:,} keys, full after "
+        f"{-(-config.moco.queue_size // (config.batch_size * len(trainer.passes))):,} "
+        "steps; the loss rises until then",
+        "steps": f"{trainer.steps_per_epoch:,} an epoch ({left_over} images left over, others each "
+        f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
+        "kNN": monitor if can_classify else "never (needs labels and validation images)",
+    }
+    if config.runtime.compile:
+        rows["compiled"] = "views and encoders, by torch.compile"
+    if config.init_from and not session.resumed and comms.is_main():
+        rows["start"] = load.start_sentence(session.directory)
+    start.banner(session, "pretrain", rows)
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def summarize(trainer: Trainer, session: Session, results: dict[str, float]) -> None:
+    """Print the last figures and what to do next."""
+    if not comms.is_main():
+        return
+    title = f"{session.directory} after step {trainer.step:,} of {trainer.total_steps:,}"
+    figures = {name: f"{value:.4g}" for name, value in results.items()}
+    terminal.banner(console, title, figures)
+    terminal.write_line(console, f"next: probe it with encoder={session.directory}")

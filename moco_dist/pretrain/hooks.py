@@ -1,0 +1,130 @@
+"""What a run does between the lines of a step: agree, watch for bad numbers, measure, save."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.data.view_source import ViewSource
+from moco_dist.distributed import agreement, comms, peers
+from moco_dist.errors import UserError
+from moco_dist.method import batch_norm
+from moco_dist.method.moco import MoCo
+from moco_dist.method.plan import Step
+from moco_dist.method.schedule import due
+from moco_dist.pretrain import figures, finite
+from moco_dist.runs.session import Session
+
+
+class Hooks:
+    """What is called between the lines of a step. These hooks only gather the keys."""
+
+    def begin(self, step: int, rows: Step) -> None:
+        """Is called once the rows of the step are known and before anything is computed."""
+
+    def gather(self, keys: Tensor) -> Tensor:
+        """Return the keys of all processes in the order of ranks, (batch_size, dim)."""
+        return comms.all_gather(keys)
+
+    def before_update(self, keys: list[Tensor], losses: list[Tensor]) -> None:
+        """Is called once the gradients are known and before weights and queue change."""
+
+    def before_enqueue(self, queries: Tensor, keys: list[Tensor]) -> None:
+        """Is called once both encoders have moved and while the queue holds older keys only."""
+
+
+class RunHooks(Hooks):
+    """Make a step happen as a whole on all processes, or not at all.
+
+    Without a `session`, as in a benchmark, nobody asks the step to stop and nothing is saved.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        network: MoCo,
+        optimizer: torch.optim.Optimizer,
+        source: ViewSource,
+        session: Session | None = None,
+    ) -> None:
+        self.config, self.network, self.optimizer = config, network, optimizer
+        self.source, self.session = source, session
+        self.parameters = list(network.query_encoder.parameters())
+        self.undo = batch_norm.Undo(network.query_encoder, network.key_encoder)
+        # Whether this process wants a checkpoint after the next step, and what all agreed on.
+        self.wants_save = False
+        self.agreed = agreement.Agreement(stop=0, save=False)
+        # Figures of the last step; those of its health only in the steps in which they are due.
+        self.gradient_norm = torch.zeros(())
+        self.health: dict[str, float] = {}
+
+    def begin(self, step: int, rows: Step) -> None:
+        """Note where this process is; keep the statistics that a forward pass changes.
+
+        Raises UserError if this process has another number of rows than the rest: a gather of
+        unequal messages would kill the other processes.
+        """
+        peers.me.mark(step, "encoding keys")
+        size, processes = self.config.batch_size, comms.world_size()
+        sizes = {len(rows.samples), *(len(mine) * processes for mine in rows.key_rows)}
+        if others := sizes - {size}:
+            raise UserError(
+                f"process {comms.rank()} is at a batch of {max(others)} in step {step} and "
+                f"batch_size={size}; nothing was changed by it: start all processes with the same "
+                "command, files and versions"
+            )
+        self.step, self.rows = step, rows
+        self.undo.keep()
+        asked = self.session.request() if self.session else 0
+        self.note: Tensor | None = agreement.note(
+            step, rows.samples, asked, self.wants_save, alone=processes == 1
+        )
+
+    def gather(self, keys: Tensor) -> Tensor:
+        """Return the keys of all processes; the first gather of a step also brings their notes.
+
+        Raises on all processes StoppedError if one of them was asked to stop, and PeerError if
+        they are not at the same step. Either leaves the state as it was before the step.
+        """
+        if self.note is None:
+            return super().gather(keys)
+        gathered, notes = comms.all_gather_with_note(keys, self.note)
+        self.note = None
+        self.agreed = agreement.agree(notes)
+        if self.agreed.stop and self.session:
+            self.undo.restore()
+            self.session.stop_for(self.agreed.stop)
+        peers.me.mark(self.step, "encoding queries")
+        return gathered
+
+    def before_update(self, keys: list[Tensor], losses: list[Tensor]) -> None:
+        """Raise NumbersError, with the state as it was before the step, for what is not finite.
+
+        Keys and gradients are the same on all processes, and a loss that is not finite gives
+        gradients that are not: either all processes raise, or none does. Otherwise return once a
+        save in the background has copied the state that this step is about to change.
+        """
+        self.gradient_norm, keys_norm = finite.norms(self.parameters, *keys)
+        # A sum is not finite if one of its terms isn't.
+        if not (self.gradient_norm + keys_norm).isfinite():
+            self.undo.restore()
+            self.optimizer.zero_grad()
+            suspects = {
+                "keys": torch.cat(keys),
+                "train/loss": torch.stack(losses),
+                "gradient": self.gradient_norm,
+            }
+            finite.refuse(self.step, suspects, self.rows, self.source, self.config.optim.lr)
+        if self.session:
+            self.session.saver.copied()
+
+    @record_function("tracking")
+    def before_enqueue(self, queries: Tensor, keys: list[Tensor]) -> None:
+        """Measure how queries and keys lie on the sphere, in the steps in which that is due."""
+        every, number = self.config.tracking.health_every_steps, self.step + 1
+        if due(every, number, always=number == 1):
+            self.health = figures.health(self.network, queries, keys, self.rows.samples)
+        else:
+            self.health = {}

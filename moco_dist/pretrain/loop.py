@@ -1,0 +1,149 @@
+"""The loop of a pretraining: step, evaluate, save; when each is due."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moco_dist.config.yaml_files import to_dict
+from moco_dist.distributed import fingerprint, peers
+from moco_dist.method.schedule import due
+from moco_dist.pretrain import figures, pictures, state
+from moco_dist.pretrain.hooks import RunHooks
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import environment
+from moco_dist.runs.session import Session
+from moco_dist.tracking.tracker import Tracker
+
+
+def loop(
+    trainer: Trainer, session: Session, total: int, tracker: Tracker, can_classify: bool
+) -> dict[str, float]:
+    """Train up to step `total`; return the last figures."""
+    config, hooks = trainer.config, run_hooks(trainer, session)
+    results: dict[str, float] = {}
+    slowest = 0.0
+    if owes(trainer, total, can_classify):
+        results["knn/top1"] = evaluate(trainer, session, tracker)
+        if trainer.step:
+            save(trainer, session, wait=trainer.step >= total)
+    since = saved = time.monotonic()
+    logged = trainer.step
+    while trainer.step < total:
+        began = time.monotonic()
+        hooks.wants_save = 0 < config.checkpoint.every_minutes < (began - saved) / 60
+        loss, logits = trainer.train_step(hooks)
+        slowest = max(slowest, time.monotonic() - began)
+        session.stop.needs = 2 * (slowest + session.saver.seconds)
+        step, last = trainer.step, trainer.step == total
+        classifies = can_classify and evaluates(trainer, total)
+        saves = last or hooks.agreed.save or saves_at(trainer)
+        draws = due(config.tracking.media_every_epochs, _ended_epoch(trainer), last)
+        logs = saves or draws or due(config.tracking.every_steps, step)
+        if step == 1 or logs or hooks.health:
+            seconds = time.monotonic() - since
+            line = figures_of(trainer, hooks, loss, logits, seconds / (step - logged))
+            results |= line
+            tracker.log(step, line)
+            since, logged = time.monotonic(), step
+        if draws and tracker.media:
+            pictures.draw_step(trainer, tracker.media, torch.cat(logits))
+        del loss, logits
+        if classifies:
+            results["knn/top1"] = evaluate(trainer, session, tracker)
+            if draws and tracker.media:
+                pictures.draw_neighbours(trainer, tracker.media)
+            best = trainer.best is not None and trainer.best["step"] == step
+            saves = saves or (best and config.checkpoint.keep_best)
+        if saves:
+            save(trainer, session, wait=last)
+            saved = time.monotonic()
+        if classifies or saves or draws:
+            since, logged = time.monotonic(), step
+    return results
+
+
+def run_hooks(trainer: Trainer, session: Session | None = None) -> RunHooks:
+    """Return what a run does between the lines of the trainer's steps."""
+    return RunHooks(trainer.config, trainer.moco, trainer.optimizer, trainer.source, session)
+
+
+def figures_of(
+    trainer: Trainer, hooks: RunHooks, loss: Tensor, logits: list[Tensor], seconds: float
+) -> dict[str, float]:
+    """Return the last step's figures over all processes; a step took `seconds`."""
+    queue = trainer.moco.queue
+    return {
+        "epoch": trainer.step / trainer.steps_per_epoch,
+        **figures.progress(loss, torch.cat(logits), trainer.config.moco.temperature),
+        "queue/fill": queue.filled / queue.size,
+        "train/lr": trainer.optimizer.param_groups[0]["lr"],
+        "train/gradient_norm": float(hooks.gradient_norm),
+        "train/images_per_second": trainer.config.batch_size / seconds,
+        "system/memory_gb": environment.memory_gb(trainer.device),
+        **hooks.health,
+    }
+
+
+def evaluates(trainer: Trainer, total: int) -> bool:
+    """Return whether the kNN evaluation is due after the step that was done last."""
+    settings, step = trainer.config.knn, trainer.step
+    if step == 0:
+        return settings.at_start
+    return due(settings.every_epochs, _ended_epoch(trainer), step == total)
+
+
+def owes(trainer: Trainer, total: int, can_classify: bool) -> bool:
+    """Return whether the evaluation after the last step is missing, as a stop cut it short."""
+    return can_classify and trainer.evaluated != trainer.step and evaluates(trainer, total)
+
+
+def saves_at(trainer: Trainer) -> bool:
+    """Return whether a checkpoint is due after the step that was done last."""
+    settings, step = trainer.config.checkpoint, trainer.step
+    return due(settings.every_epochs, _ended_epoch(trainer)) or due(settings.every_steps, step)
+
+
+def _ended_epoch(trainer: Trainer) -> int:
+    """Return the epoch, from 1, that the last step ended; 0 in the middle of one."""
+    epoch, inside = divmod(trainer.step, trainer.steps_per_epoch)
+    return 0 if inside else epoch
+
+
+def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> float:
+    """Return and log the kNN accuracy of the encoder as it is."""
+    step = trainer.step
+    peers.me.mark(step, "evaluating kNN")
+    tracker.unfinished = True
+    accuracy = trainer.knn_top1(partial(session.pause, "evaluating kNN"))
+    tracker.log(step, {"epoch": step / trainer.steps_per_epoch, "knn/top1": accuracy})
+    tracker.unfinished = False
+    trainer.evaluated = step
+    if step and (trainer.best is None or accuracy > trainer.best["knn_top1"]):
+        trainer.best = {"step": step, "knn_top1": accuracy}
+    return accuracy
+
+
+def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
+    """Write a checkpoint of the state after `step` steps, in the background, or `wait` for it."""
+    peers.me.mark(trainer.step, "saving")
+    model, training = state.tensors(trainer.moco, trainer.optimizer)
+    momentum = [value for key, value in training.items() if key.startswith("momentum.")]
+    peers.same_everywhere(
+        f"the checksum of the state after step {trainer.step}",
+        fingerprint.checksum(*model.values(), *momentum),
+        "a machine has miscalculated: continue without it, from the last checkpoint",
+    )
+    others = {
+        "epoch": trainer.step / trainer.steps_per_epoch,
+        "enqueued": trainer.moco.queue.enqueued,
+        "evaluated": trainer.evaluated,
+        "best": trainer.best,
+        "run_id": session.run_id,
+        "data": trainer.splits.fingerprint,
+        "config": to_dict(trainer.config),
+    }
+    session.save(trainer.step, model, training, others, wait)

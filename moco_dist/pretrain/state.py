@@ -1,0 +1,55 @@
+"""All state of a pretraining as tensors by name, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moco_dist.method import batch_norm
+from moco_dist.method.moco import MoCo
+from moco_dist.runs import checkpoint
+from moco_dist.runs.checkpoint import Checkpoint
+
+
+def tensors(
+    network: MoCo, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors of the model, and those of the optimizer and the BatchNorm groups.
+
+    Also sets the statistics that evaluation uses. A collective, with the same result everywhere.
+    """
+    training: dict[str, Tensor] = checkpoint.momentum_buffers(optimizer, network.query_encoder)
+    for name, encoder in _encoders(network).items():
+        batch_norm.average_statistics(encoder)
+        groups = batch_norm.group_statistics(encoder)
+        training |= {f"statistics.{name}.{key}": value for key, value in groups.items()}
+    return network.state_dict(), training
+
+
+def restore(
+    network: MoCo, optimizer: torch.optim.Optimizer, bn_groups: int, saved: Checkpoint
+) -> None:
+    """Put back what `tensors` returned, whatever number of processes did; DataError if it differs.
+
+    `bn_groups` are those of all processes.
+    """
+    expected = checkpoint.momentum_shapes(optimizer, network.query_encoder)
+    for name, encoder in _encoders(network).items():
+        shapes = batch_norm.statistics_shapes(encoder, bn_groups)
+        expected |= {f"statistics.{name}.{key}": shape for key, shape in shapes.items()}
+    checkpoint.check_tensors(expected, saved.optimizer, saved.path)
+    checkpoint.load_tensors(network, saved.model, saved.path)
+    for name, encoder in _encoders(network).items():
+        prefix = f"statistics.{name}."
+        own = {
+            key.removeprefix(prefix): value
+            for key, value in saved.optimizer.items()
+            if key.startswith(prefix)
+        }
+        batch_norm.restore_group_statistics(encoder, own)
+    checkpoint.restore_momentum(optimizer, network.query_encoder, saved.optimizer)
+    network.queue.enqueued = saved.piece("enqueued")
+
+
+def _encoders(network: MoCo) -> dict[str, torch.nn.Module]:
+    return {"query": network.query_encoder, "key": network.key_encoder}
