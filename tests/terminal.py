@@ -73,7 +73,7 @@ def run(
     width: int = 80,
     until: Callable[[Screen], bool] = lambda screen: False,
     keys: bytes = b"",
-    timeout: float = 120,
+    timeout: float = 600,
 ) -> tuple[int, Screen]:
     """Return exit state and screen of a command in a terminal; `keys` are typed at `until`."""
     master, slave = pty.openpty()

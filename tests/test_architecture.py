@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from moco_dist.runs.record import Metric
 
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -87,6 +90,15 @@ def test_what_must_start_quickly_loads_no_torch(module: str) -> None:
 def test_a_file_can_be_read_in_one_sitting(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= MAX_LINES, f"{place(path)} has {lines} lines; cut it"
+
+
+def test_every_metric_in_the_code_is_one_that_runs_log() -> None:
+    name = re.compile(r"(train|similarity|queue|health|knn|probe|control|system)/\w+")
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and name.fullmatch(text):
+                assert text in set(Metric), f"{place(path)}: {text}"
 
 
 def test_no_file_is_a_drawer_and_none_at_the_root_hides_the_standard_library() -> None:

@@ -200,8 +200,8 @@ def test_gray_images_are_one_run_on_any_number_of_processes(tmp_path: Path) -> N
     [
         (["encoder.channels=4"], "encoder.channels=4 can't be read from images; use 3 (RGB) or 1"),
         (["encoder.channels=0"], "encoder.channels=0 is too small; it must be at least 1"),
-        (GRAY[:1], "are for 3 channels and the encoder takes 1; give 1 number(s) each; for gray"),
-        (GRAY[1:], "are for 1 channels and the encoder takes 3; give 3 number(s) each"),
+        (GRAY[:1], "are for 3 channels and the encoder needs 1; give 1 number(s) each; for gray"),
+        (GRAY[1:], "are for 1 channels and the encoder needs 3; give 3 number(s) each"),
         (GRAY[:2], "are not one number each for every channel; give both as many"),
         (["views.mean=[]", "views.std=[]"], "are not one number each for every channel"),
     ],

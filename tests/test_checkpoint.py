@@ -241,7 +241,8 @@ def test_resuming_under_a_changed_configuration_names_the_keys(pretrained: Path)
     assert result.returncode == 78
     assert result.stderr.splitlines()[-1] == (
         f"error: {pretrained} holds a run with another configuration (optim.lr: 0.03 -> 0.5; "
-        "seed: 0 -> 3); give it back to resume that run, or choose name=... for a new one"
+        "seed: 0 -> 3); restore that configuration to resume the run, or choose name=... for a "
+        "new one"
     )
     assert "Traceback" not in result.stderr
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moco_dist.runs.record import Metric
 from moco_dist.tracking import terminal as tracking_terminal
 from moco_dist.tracking.progress import Curve, RunProgress, duration
 from tests import terminal
@@ -59,7 +60,8 @@ def line(step: int, time: float, **metrics: float | str) -> dict[str, Any]:
 
 
 def test_a_log_file_has_one_plain_line_for_each_interval(tmp_path: Path) -> None:
-    result = python("pretrain", *TINY, f"output={tmp_path}", "runtime.device=cpu", TERM="xterm")
+    settings = [f"output={tmp_path}", "runtime.device=cpu", "tracking.health_every_steps=5"]
+    result = python("pretrain", *TINY, *settings, TERM="xterm")
     assert result.returncode == 0, result.stderr
     text = result.stdout
     assert text.isascii()
@@ -77,6 +79,8 @@ def test_a_log_file_has_one_plain_line_for_each_interval(tmp_path: Path) -> None
     logged = [json.loads(each) for each in written]
     last = [each["train/loss"] for each in logged if "train/loss" in each][-1]
     assert f"loss {last:.3f}" in dated[-2]
+    names = {name for each in logged[1:] for name in each} - {"step", "time"}
+    assert names == set(Metric) - {Metric.PROBE_TOP1, Metric.CONTROL_TOP1}
 
 
 def test_a_usual_line_has_less_than_80_characters() -> None:

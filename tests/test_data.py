@@ -287,5 +287,5 @@ def test_unreadable_images_are_named_and_left_out_if_one_wants_so(
         assert np.array_equal(
             splits.train.squares(torch.tensor(row)).permute(1, 2, 0), np.asarray(square)
         )
-    with pytest.raises(ConfigError, match="needs images that are decoded at the start"):
+    with pytest.raises(ConfigError, match="needs images that are decoded in advance"):
         data_datasets.load(dataclasses.replace(lenient, memory_gb=0))

@@ -29,9 +29,9 @@ from moco_dist.export import run as export_run
 from moco_dist.export import targets
 from moco_dist.method.encoder import Encoder, build_encoder
 from moco_dist.method.moco import MoCo
-from moco_dist.probe import linear_probe
 from moco_dist.probe import run as probe_run
 from moco_dist.runs import checkpoint, saving
+from moco_dist.runs.record import CONTROL, TRAINED
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -353,8 +353,8 @@ def test_the_card_has_the_figures_of_this_checkpoint_alone(tmp_path: Path) -> No
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     probed = tmp_path / "r-probe"
     results = {
-        linear_probe.TRAINED: {"test": {"top1": 0.4321}},
-        linear_probe.CONTROL: {"test": {"top1": 0.1234}},
+        TRAINED: {"test": {"top1": 0.4321}},
+        CONTROL: {"test": {"top1": 0.1234}},
     }
     for which, shown in (("another", False), (fingerprint.of_module(encoder_of(run)), True)):
         saving.write(probed, 3, {"a": torch.zeros(1)}, {}, {"encoder": which})

@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_and_started_again_repeats_no_line(run: Path) -> N
         *(("12", "2.500"), ("15", "2.250"), ("20", "1.000")),
     ]
     assert "10/20 started again from here" in lines
-    assert any("gone: process" in line and "waiting for it to go on" in line for line in lines)
+    assert any("gone: process" in line and "waiting for it to resume" in line for line in lines)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 12])

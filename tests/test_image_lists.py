@@ -110,7 +110,7 @@ def test_a_damaged_list_is_named_and_made_anew(
     content[-3] ^= 1
     kept.write_bytes(content)
     again = image_index.of_folder(folder / "train", True, tmp_path / "cache")
-    assert f"{kept}: its content changed on disk; listing anew" in caplog.text
+    assert f"{kept}: its content changed on disk; listing it again" in caplog.text
     kept.write_bytes(b"nothing")
     third = image_index.of_folder(folder / "train", True, tmp_path / "cache")
     assert "listing the images again" in caplog.text
@@ -284,16 +284,16 @@ def test_memory_or_streaming_is_a_matter_of_the_configuration_alone(
     above = datasets.load(config(folder, tmp_path / "cache", memory_gb=23039 / 1e9, workers=3))
     assert isinstance(below.train, datasets.Images)
     assert below.held == (
-        "in memory: squares of 16 x 16 take 2.3e-05 GB, data.memory_gb=2.304e-05 allows it"
+        "in memory: squares of 16 x 16 need 2.3e-05 GB, data.memory_gb=2.304e-05 allows it"
     )
     assert isinstance(above.train, StreamedImages)
     assert above.held == (
-        "streamed by 3 workers for each process: squares of 16 x 16 take 2.3e-05 GB, more than "
+        "streamed by 3 workers for each process: squares of 16 x 16 need 2.3e-05 GB, more than "
         "data.memory_gb=2.3039e-05"
     )
     assert above.train.pool.pids() == []  # they start when they are needed
     drawn = datasets.load(DataConfig(shapes_train=10, shapes_test=10, memory_gb=0))
-    assert drawn.held == "in memory: squares of 32 x 32 take 6.14e-05 GB, as shapes is"
+    assert drawn.held == "in memory: squares of 32 x 32 need 6.14e-05 GB, as shapes is"
 
 
 def test_a_run_does_not_go_on_with_views_of_another_kind(folder: Path, tmp_path: Path) -> None:

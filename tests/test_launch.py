@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_accelerate_launch_writes_the_run_directory(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    files = {"config.yaml", "environment.json", "metrics.jsonl", "status.json", ".lock"}
+    files = {"config.yaml", "environment.json", "metrics.jsonl", "status.json"}
     assert names == files | {"checkpoints", "media", "run_id.json", "DONE"}
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert json.loads((run / "environment.json").read_text())["processes"] == 2

@@ -20,6 +20,7 @@ from moco_dist.encoders import checkpoints, source, state_dict
 from moco_dist.errors import DataError, MissingError
 from moco_dist.probe import label_fraction, verdict
 from moco_dist.probe import results as probe_results
+from moco_dist.runs.record import Metric
 from tests.probes import DATA, pretrain, results, run
 
 MANY = ["data.shapes_train=600", "data.shapes_test=200", "augment=false", "batch_size=60"]
@@ -46,6 +47,10 @@ def test_results_are_complete_and_consistent(probed: Path) -> None:
     assert (content["label_fraction"], content["seeds"], content["epochs"]) == (1.0, [0, 1], 6)
     assert content["train_images"] == 540
     assert content["interval"] == "95 %, Student t over 2 seeds"
+    lines = map(json.loads, (probed / "metrics.jsonl").read_text().splitlines()[1:])
+    names = {name for line in lines for name in line} - {"step", "time"}
+    own = {f"{name}/{key}" for name in ("probe", "control") for key in ("loss", "top1", "top5")}
+    assert own < names <= own | set(Metric)
     images = {"validation": 60, "test": 200}
     splits = datasets.load(load(ProbeConfig, [*DATA, *MANY]).data)
     largest = splits.train.labels.bincount().argmax()
@@ -132,7 +137,9 @@ def told(trained: float, control: float | None, images: int, **changes: Any) -> 
         "majority_top1": {"test": 0.1},
         "encoders": encoders,
     }
-    return verdict.sentence(content | changes)
+    sentence, better = verdict.judge(content | changes)
+    assert better is (None if control is None else sentence.startswith("The trained encoder is b"))
+    return sentence
 
 
 def test_the_verdict_follows_from_the_figures() -> None:

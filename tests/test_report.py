@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from moco_dist.distributed.machine import BOOT
 from moco_dist.errors import MissingError
 from moco_dist.report import run as report_run
 from moco_dist.runs import lock as runs_lock
 from moco_dist.runs import record as runs_record
 from tests.test_launch import TINY, python
+from tests.test_run_lock import claim
 
 Text = Callable[..., str]
 
@@ -131,7 +133,7 @@ def test_an_empty_or_broken_directory_is_no_traceback(
     assert "nothing is there yet" in told(tmp_path / "bare")
     broken = tmp_path / "broken"
     (broken / "checkpoints" / "step_x").mkdir(parents=True)
-    for name in ("status.json", "config.yaml", "DONE", "metrics.jsonl", ".lock"):
+    for name in ("status.json", "config.yaml", "DONE", "metrics.jsonl", ".lease", ".owner"):
         (broken / name).write_bytes(content)
     assert cells(told(broken, tmp_path / "bare"))["broken"]["state"] == "unknown"
 
@@ -175,15 +177,13 @@ def test_a_run_without_an_owner_is_gone_and_one_with_an_owner_runs(
         assert runs_record.read(run).state == "starting"  # the word is that of the start before
         write(run, status={"state": "stopped", "exit_status": 75, "step": 5, "pid": os.getpid()})
         assert runs_record.read(run).state == "stopped"  # about to leave
-        record = json.loads((run / ".lock").read_text())
-        assert record["host"] == socket.gethostname()
     finally:
         lock.release()
     write(run, status={"state": "running", "exit_status": None, "step": 0, "pid": os.getpid()})
     assert runs_record.read(run).state == "gone"
-    # A kill leaves the record behind: of a process that is no more, or of a reused number.
-    for change in ({"pid": 2**22 + 1}, {"started": record["started"] + 1}):
-        (run / ".lock").write_text(json.dumps(record | change))
+    # A kill leaves the claim behind: of a process that is no more, or of a reused number.
+    for pid in (2**22 + 1, os.getpid()):
+        claim(run, socket.gethostname(), BOOT, pid)
         text = told(run)
         assert "gone: process" in text
         assert "the same command goes on from step 10" in text
@@ -191,14 +191,13 @@ def test_a_run_without_an_owner_is_gone_and_one_with_an_owner_runs(
 
 def test_an_owner_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path) -> None:
     run = write(tmp_path / "far", status={"state": "running", "exit_status": None, "step": 0})
-    values = {"host": "elsewhere", "boot": "x", "pid": 5, "token": "t", "since": 1_700_000_000}
-    (run / ".lock").write_text(json.dumps(values))
+    claim(run)
     assert runs_record.read(run).state == "running"
     before = time.time() - 120
-    os.utime(run / ".lock", (before, before))
+    os.utime(run / ".lease", (before, before))
     found = runs_record.read(run)
     assert found.state == "gone"
-    assert "process 5 on elsewhere" in found.reason
+    assert "process 2231 on elsewhere" in found.reason
 
 
 def test_runs_that_are_not_there_have_a_sentence_and_the_others_a_table(

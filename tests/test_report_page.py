@@ -20,7 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data.datasets import Images
 from moco_dist.errors import MissingError
-from moco_dist.report import curves, overview, results
+from moco_dist.report import curves, overview
 from moco_dist.report import encoder as report_encoder
 from moco_dist.report import figures as report_figures
 from moco_dist.report import run as report_run
@@ -291,26 +291,6 @@ def test_a_pretraining_and_its_probe_find_each_other(runs: Path, tmp_path: Path)
     assert partners.with_partners([alone]) == [alone]
 
 
-def result(top1: object, control: object, verdict: str = "") -> results.Results:
-    encoders = {"probe": {"test": {"top1": top1}}, "control": {"test": {"top1": control}}}
-    counts = [[5000.0, 0.0], [0.0, 5000.0]]  # 10,000 images
-    content = {"encoders": encoders, "verdict": verdict}
-    return results.Results(content, ["a", "b"], counts, "test")
-
-
-def test_an_encoder_that_is_not_better_than_a_random_one_is_called_so() -> None:
-    chance = 196 * math.sqrt((0.30 * 0.70 + 0.29 * 0.71) / 10_000)
-    assert 1.0 < chance < 1.5
-    sentence, better = result(0.30, 0.29).verdict
-    assert not better
-    assert "not better than a random one" in sentence
-    assert f"up to {chance:.2f}" in sentence
-    assert result(0.32, 0.29).verdict[1]
-    wide = {"mean": 0.32, "low": 0.28, "high": 0.36, "values": [0.3, 0.34]}
-    assert not result(wide, 0.29).verdict[1]
-    assert result(0.32, 0.29, "Said by the probe.").verdict == ("Said by the probe.", True)
-
-
 def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_path: Path) -> None:
     run = tmp_path / "seeds"
     shutil.copytree(runs / "real-probe", run)
@@ -335,6 +315,11 @@ def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_p
     assert "control=false" in text
     assert "3, 412.50" in text  # best epochs, 12.5 %
     assert faults[0] in text
+    for better, told in ((True, "note"), (None, "note"), (False, "note warn")):
+        said = content | {"verdict": "Said by the probe.", "better": better}
+        (run / "results.json").write_text(json.dumps(said))
+        page = quick(tmp_path / "out", run)
+        assert f'<p class="{told}">Said by the probe.' in page.source
     assert "(1,234 training images); means of 2 seeds; intervals: 95 %, Student t" in text
     assert "cat475.00dog (25.0 %)" in text
     (run / "DONE").unlink()  # of an earlier end: the probe goes on

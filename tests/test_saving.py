@@ -18,7 +18,7 @@ from moco_dist.distributed import comms
 from moco_dist.errors import DataError, NumbersError
 from moco_dist.pretrain import loop
 from moco_dist.pretrain.trainer import Trainer
-from moco_dist.runs import checkpoint, saving, session
+from moco_dist.runs import checkpoint, saving, session, status
 from tests import processes
 from tests.test_trainer import TINY
 
@@ -137,3 +137,12 @@ def wish(output: str) -> tuple[bool, bool]:
 
 def test_all_processes_save_when_the_clock_of_one_says_so(tmp_path: Path) -> None:
     assert processes.run(wish, 2, str(tmp_path)) == [(False, True)] * 2
+
+
+def test_a_small_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    status.replace(path, "first")
+    with pytest.raises(UnicodeEncodeError), status.written_whole(path) as temporary:
+        temporary.write_text("zw\u00f6lf", encoding="ascii")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]

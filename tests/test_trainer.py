@@ -229,4 +229,4 @@ def test_the_launchers_compiler_is_left_out_with_a_warning(
     AcceleratorState._reset_state()  # it keeps what the first trainer of a process has found
     trainer = build()
     assert trainer.query is trainer.moco.query_encoder
-    assert "dynamo backend eager is not used; runtime.compile=true compiles" in caplog.text
+    assert "dynamo backend eager is ignored; runtime.compile=true compiles" in caplog.text

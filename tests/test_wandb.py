@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -22,8 +21,8 @@ from moco_dist.config.running import TrackingConfig
 from moco_dist.encoders import checkpoints
 from moco_dist.runs import checkpoint, identity
 from moco_dist.tracking import wandb_run
-from tests.faults.jobs import alive
-from tests.test_launch import ROOT, TINY, launch, lines, python
+from tests import terminal
+from tests.test_launch import ROOT, TINY, launch, lines
 from tests.wandb_files import Folder, folders
 from tests.wandb_server import WandbServer
 
@@ -32,8 +31,23 @@ OFFLINE = "tracking.wandb=offline"
 SMALL = [*TINY, "runtime.device=cpu", "tracking.every_steps=1", "tracking.media_every_epochs=1"]
 SMALL += ["tracking.health_every_steps=5"]
 SHAPES = [part for part in TINY if part.startswith(("data.", "views."))]
+# The limits of a run that waits for W&B, out of reach of a busy machine.
+PATIENT = {"wandb_run.INIT_SECONDS": 120.0, "wandb_run.FINISH_SECONDS": 120.0}
+PATIENT |= {"feed.END_SECONDS": 240.0, "feed.HURRY_SECONDS": 240.0}
 # The variables of a user who has never heard of W&B.
 NOBODY = {"WANDB_MODE": "", "WANDB_API_KEY": "", "NETRC": "/nonexistent"}
+
+
+def command(job: str, **limits: float) -> list[str]:
+    """Return a Python that runs `job` with other limits."""
+    code = [f"import sys; from moco_dist.tracking import feed, wandb_run; sys.argv[0] = '{job}'"]
+    code += [f"{name} = {value}" for name, value in {**PATIENT, **limits}.items()]
+    code += [f"from moco_dist.{job}.__main__ import main; main()"]
+    return [sys.executable, "-c", "; ".join(code)]
+
+
+def python(job: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return launch(*command(job), *arguments, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -237,17 +251,23 @@ def test_the_encoder_that_is_uploaded_is_a_checkpoint_without_paths(trained: Pat
 class Start:
     """A start of a run in a process group of its own."""
 
-    def __init__(self, output: Path, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *arguments: str,
+        limits: Mapping[str, float] = PATIENT,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.run, self.log = output / "run", output / "log.txt"
-        command = [sys.executable, "-m", "moco_dist.pretrain", *SMALL, *arguments]
-        command += [f"output={output}", "name=run"]
+        launched = [*command("pretrain", **limits), *SMALL, *arguments]
+        launched += [f"output={output}", "name=run"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                launched, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
-    def until(self, step: int, seconds: float = 60) -> None:
+    def until(self, step: int, seconds: float = 300) -> None:
         """Wait until metrics.jsonl has a line of `step`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -261,7 +281,7 @@ class Start:
 
     def service(self) -> int:
         """Return the process of wandb's own service, once it has a folder of the run."""
-        end = time.monotonic() + 30
+        end = time.monotonic() + 300
         while time.monotonic() < end:
             children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
             with_wandb = list((self.run / "wandb").glob("*run-*/*.wandb"))
@@ -271,7 +291,7 @@ class Start:
             time.sleep(0.01)
         raise AssertionError("no service of wandb")
 
-    def wait(self, seconds: float = 60) -> int:
+    def wait(self, seconds: float = 300) -> int:
         return self.process.wait(seconds)
 
     def __enter__(self) -> Start:
@@ -298,7 +318,7 @@ def test_killed_twice_a_run_keeps_its_id_and_no_step_stands_twice_or_is_missing(
     arguments = [*LONG, f"tracking.wandb={how}"]
     ids = []
     for step in (3, 14, None):  # before the first checkpoint, between two, to the end
-        with Start(tmp_path, *arguments, **server.environment) as start:
+        with Start(tmp_path, *arguments, environment=server.environment) as start:
             if step:
                 start.service()
                 start.until(step)
@@ -347,7 +367,7 @@ def test_a_signal_to_the_whole_group_ends_the_run_as_preempted(
 ) -> None:
     # In a kNN evaluation the newest row would not be complete, and be sent by the next start.
     arguments = ["epochs=100", "knn.every_epochs=0", f"tracking.wandb={how}"]
-    with Start(tmp_path, *arguments, **server.environment) as start:
+    with Start(tmp_path, *arguments, environment=server.environment) as start:
         start.service()
         start.until(6)
         os.killpg(start.process.pid, signal.SIGTERM)
@@ -373,71 +393,72 @@ def warned(text: str) -> list[str]:
     return [line for line in text.splitlines() if "W&B" in line]
 
 
-def test_with_no_login_the_run_is_offline_and_nobody_is_asked(tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()
-    began = time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, "-m", "moco_dist.pretrain", *TINY, f"output={tmp_path}", "name=run"],
-        env={**os.environ, **NOBODY, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-        cwd=ROOT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 65536):
-                shown += part
-        except OSError:  # the other end is closed
-            pass
-        assert process.stderr is not None
-        assert process.stderr.read() == ""
-        assert process.wait(60) == 0
-    os.close(ours)
-    assert time.monotonic() - began < 30
+def test_with_no_login_the_run_is_offline_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**NOBODY, "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    place = [f"output={tmp_path}", "name=run"]
+    state, screen = terminal.run([*command("pretrain"), *TINY, *place])
+    shown = "".join(screen.lines)
+    assert state == 0, shown
     (folder,) = folders(tmp_path / "run")
-    told = " ".join(shown.decode().split())
-    assert told.count("W&B: offline, as nobody is logged in (wandb login); upload it") == 1
-    assert "enter your choice" not in told
+    assert shown.count("W&B: offline, as nobody is logged in (wandb login); upload it") == 1
+    assert "enter your choice" not in shown
+    assert "WARNING" not in shown
     assert scalars(folder.history) == expected(tmp_path / "run")
 
 
-def test_a_server_that_swallows_everything_costs_no_step_and_less_than_20_seconds(
-    tmp_path: Path,
+def test_a_server_that_falls_silent_does_not_hold_the_end(
+    tmp_path: Path, server: WandbServer
 ) -> None:
+    limits = {"wandb_run.FINISH_SECONDS": 3.0}
+    arguments = ["epochs=40", "tracking.wandb=online"]
+    with Start(tmp_path, *arguments, limits=limits, environment=server.environment) as start:
+        while "W&B: http" not in start.log.read_text():
+            assert start.process.poll() is None, start.log.read_text()
+            time.sleep(0.01)
+        server.mute = True
+        assert start.wait() == 0, start.log.read_text()
+    told = warned(start.log.read_text())[-1]
+    assert told.startswith("W&B: not all was uploaded in time; upload it by: wandb sync ")
+
+
+@pytest.fixture
+def silent() -> Iterator[dict[str, str]]:
+    """The environment of a server that accepts every connection and answers none."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        result = python(
-            *("pretrain", *SMALL, f"output={tmp_path}", "name=run", "tracking.wandb=online"),
-            **{"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40},
-        )
-        ended = time.time()
-    assert result.returncode == 0, result.stderr
-    assert "WARNING" not in result.stderr
+        yield {"WANDB_BASE_URL": url, "WANDB_API_KEY": "a" * 40}
+
+
+def test_training_does_not_wait_for_a_server_and_nor_does_its_end(
+    tmp_path: Path, silent: dict[str, str]
+) -> None:
+    # W&B still waits for the server when the run stops.
+    limits = {"wandb_run.INIT_SECONDS": 3000.0, "feed.HURRY_SECONDS": 1.0}
+    with Start(
+        tmp_path, "epochs=100", "tracking.wandb=online", limits=limits, environment=silent
+    ) as start:
+        start.until(8)
+        os.kill(start.process.pid, signal.SIGTERM)
+        assert start.wait() == 75, start.log.read_text()
+    (line,) = warned(start.log.read_text())
+    assert line.startswith("WARNING: W&B: does not finish; the run and its metrics.jsonl continue")
+
+
+def test_a_server_that_does_not_answer_makes_the_run_offline(
+    tmp_path: Path, silent: dict[str, str]
+) -> None:
+    limits = {"wandb_run.INIT_SECONDS": 10.0}
+    with Start(tmp_path, "tracking.wandb=online", limits=limits, environment=silent) as start:
+        assert start.wait() == 0, start.log.read_text()
     (folder,) = folders(tmp_path / "run")
-    (line,) = warned(result.stdout)
+    (line,) = warned(start.log.read_text())
     assert line.startswith("W&B: offline, as the server does not answer")
     assert line.endswith(f"upload it later by: wandb sync {folder.path}")
-    shown = result.stdout
-    assert shown.index(" 1/10 ") < shown.index("W&B: "), "the training waited"
-    assert ended - lines(tmp_path / "run")[-1]["time"] < 20
     assert scalars(folder.history) == expected(tmp_path / "run")
     assert not list((tmp_path / "run" / "wandb").glob("run-*"))
-
-
-def test_without_the_package_the_run_goes_on_with_one_line(tmp_path: Path) -> None:
-    (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\")\n")
-    result = python(
-        *("pretrain", *SMALL, f"output={tmp_path}", "name=run", OFFLINE), PYTHONPATH=str(tmp_path)
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == (
-        "WARNING: W&B: No module named 'wandb'; pip install wandb, or tracking.wandb=disabled to "
-        "do without; the run and its metrics.jsonl go on without it\n"
-    )
-    assert lines(tmp_path / "run")[-1]["step"] == 10
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -450,17 +471,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert lines(tmp_path / "run")[-1]["step"] == 10
 
 
-@pytest.mark.parametrize("what", ["killed", "full"])
-def test_a_service_that_dies_leaves_one_warning_and_the_run_goes_on(
-    what: str, tmp_path: Path
-) -> None:
+def test_a_service_that_dies_leaves_one_warning_and_the_run_continues(tmp_path: Path) -> None:
     with Start(tmp_path, "epochs=8", OFFLINE) as start:
         service = start.service()
         start.until(4)
-        if what == "killed":
-            os.kill(service, signal.SIGKILL)
-        else:  # not a byte more in any of its files
-            resource.prlimit(service, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        os.kill(service, signal.SIGKILL)
         assert start.wait() == 0, start.log.read_text()
     text = start.log.read_text()
     assert text.count("WARNING: W&B: ") == 1, text
@@ -468,20 +483,18 @@ def test_a_service_that_dies_leaves_one_warning_and_the_run_goes_on(
     assert list(rows(start.run)) == list(range(41))
 
 
-def test_a_service_that_hangs_does_not_hold_the_end(tmp_path: Path) -> None:
-    with Start(tmp_path, "epochs=100", OFFLINE) as start:
+def test_a_service_that_hangs_does_not_hold_the_run(tmp_path: Path) -> None:
+    with Start(tmp_path, "epochs=20", OFFLINE, limits={"feed.END_SECONDS": 1.0}) as start:
         service = start.service()
         start.until(4)
         os.kill(service, signal.SIGSTOP)
-        step = list(rows(start.run))[-1]
-        start.until(step + 20)
-        began = time.monotonic()
-        os.kill(start.process.pid, signal.SIGTERM)
-        assert start.wait() == 75, start.log.read_text()
-        assert time.monotonic() - began < 15
+        try:
+            assert start.wait() == 0, start.log.read_text()
+        finally:
+            os.kill(service, signal.SIGKILL)
     text = start.log.read_text()
-    assert text.count("WARNING: W&B: does not come to its end; the run and its") == 1
-    assert not alive(service)
+    assert text.count("WARNING: W&B: does not finish; the run and its") == 1
+    assert list(rows(start.run)) == list(range(101))
 
 
 # Small decisions.

@@ -58,7 +58,7 @@ class ProbeConfig:
     stop_at_step: int = 0
     # true: new random views and an encoder pass in each epoch; false: features are computed once.
     augment: bool = True
-    # Probe a randomly initialised encoder beside the trained one.
+    # Also probe a randomly initialised encoder.
     control: bool = True
     # probe/topK counts an image as right if its class is among the K most likely.
     top_k: int = 5

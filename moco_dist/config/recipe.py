@@ -1,8 +1,7 @@
 """The configuration of pretraining as frozen dataclasses: every key, its default and its rules.
 
-What only says how a run is watched, saved and carried out is in `config_operation.py`, what a probe
-has besides in `config_probe.py`.
-`config_files.load` fills them; nothing edits a configuration after that.
+How a run is watched, saved and carried out is in `running.py`, and a probe's own keys are in
+`probe.py`. `yaml_files.load` fills them; nothing edits a configuration after that.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ class DataConfig:
     # Pixels a side of squares (shorter side resized, centre cut): those held in memory, and those
     # that features are taken of. Training views of streamed images are cut from the whole image.
     size: int = 32
-    # A folder or shards whose squares take more than so many GB (10^9 bytes) are streamed: decoded
-    # by workers each time they are needed. 0 streams all of them. It decides which views there are.
+    # A folder or shards whose squares need more than so many GB (10^9 bytes) are streamed: decoded
+    # by workers each time they are needed. 0 streams all of them. Streaming changes the views.
     memory_gb: float = 16.0
     # Leave out images that can't be read, with one warning; else they are an error.
     skip_unreadable: bool = False
-    # Processes that decode streamed images beside each process of the run; 0 is one for each core.
+    # Processes that decode streamed images for each process of the run; 0 is one for each core.
     workers: int = 0
     # How streamed keys get to their process: its crops are sent, or it decodes them a second time.
     keys_by: Literal["exchange", "plan"] = "exchange"
@@ -104,11 +103,11 @@ class ViewsConfig:
 
     def check_channels(self, channels: int) -> None:
         """Raise ConfigError unless mean and standard deviation are those of so many channels."""
-        example = "; for gray images maybe views.mean=[0.48] views.std=[0.24]"
+        example = "; for gray images try views.mean=[0.48] views.std=[0.24]"
         require(
             len(self.mean) == channels,
             f"views.mean={self.mean} and views.std={self.std} are for {len(self.mean)} channels "
-            f"and the encoder takes {channels}; give {channels} number(s) each"
+            f"and the encoder needs {channels}; give {channels} number(s) each"
             f"{example if channels == 1 else ''}",
         )
 

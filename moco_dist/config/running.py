@@ -53,7 +53,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """How often metrics are written, and where beside metrics.jsonl and the console."""
+    """How often metrics are written, and where else than in metrics.jsonl and the console."""
 
     # Steps from one line of metrics to the next.
     every_steps: int = 10

@@ -1,4 +1,4 @@
-"""Configurations in and out of YAML files and the command line; nothing else knows of YAML."""
+"""Configurations from and to YAML files and key=value arguments; only this file knows YAML."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ from moco_dist.errors import ConfigError, shown
 
 Schema = TypeVar("Schema")
 
-# Bytes of a file or an override, and its nesting: both far above what any configuration needs.
-MAX_BYTES = 65536
-MAX_DEPTH = 16
-
-# OmegaConf's choice: what is checked must be what is loaded.
+# OmegaConf's choice, so that the text is parsed the same way in the check and in the load.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -44,10 +40,12 @@ def stored(path: Path) -> dict[str, Any]:
     For a look at a run of any version: nothing is checked, and what can't be read gives nothing.
     """
     try:
-        text = _within_limit(path.name, path.read_bytes()).decode()
-        _check_yaml(path.name, text, root=yaml.MappingStartEvent)
-        return flat(yaml.safe_load(text))
-    except (ConfigError, yaml.YAMLError, *_BROKEN):
+        text = path.read_bytes().decode()
+        # `to_yaml` writes no alias; in a stranger's file a few of them could stand for terabytes.
+        events = yaml.parse(text, Loader=_Loader)
+        strange = any(isinstance(event, yaml.AliasEvent) for event in events)
+        return {} if strange else flat(yaml.safe_load(text))
+    except (yaml.YAMLError, *_BROKEN):
         return {}
 
 
@@ -77,8 +75,9 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def changed_keys(old: dict[str, Any], new: Any) -> list[str]:
     """Return 'key: old -> new' for each dotted key that differs and a resumed run must keep.
 
-    `old` is what `to_dict` made of a configuration, maybe in an older version: a key that it lacks
-    has its default, which is what was done before there was the key. `new` is a configuration.
+    `old` is what `to_dict` made of a configuration, possibly in an older version: a key that it
+    lacks has its default, which is how runs behaved before the key existed. `new` is a
+    configuration.
     """
     before, after = flat(to_dict(type(new)())) | flat(old), flat(to_dict(new))
     return [
@@ -105,7 +104,7 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
         try:
             if override:
                 _check_key(name, key, schema)
-            _check_yaml(name, text, root=None if override else yaml.MappingStartEvent)
+            _check_texts(name, text, mapping=not override)
             layer: Any = (
                 OmegaConf.from_dotlist([argument])
                 if override
@@ -120,7 +119,7 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
                 OmegaConf.update(layer, key, value)
         except (yaml.YAMLError, OmegaConfBaseException, *_BROKEN) as error:
             raise ConfigError(
-                f"{name}: not valid YAML ({_one_line(error)}); mend its syntax"
+                f"{name}: not valid YAML ({_one_line(error)}); correct its syntax"
             ) from error
         try:
             config = OmegaConf.merge(config, layer)
@@ -156,51 +155,26 @@ def _read(argument: str, schema: type[Any]) -> str:
             f"{name}: no such file; the project's own are listed by python -m moco_dist.packaged"
         )
     try:
-        with Path(argument).open("rb") as file:
-            return _within_limit(name, file.read(MAX_BYTES + 1)).decode()
+        return Path(argument).read_bytes().decode()
     except OSError as error:
-        raise ConfigError(f"{name}: can't be read ({error.strerror}); mend its rights") from error
+        raise ConfigError(
+            f"{name}: can't be read ({error.strerror}); correct its permissions"
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not valid YAML ({error}); save it as UTF-8") from error
 
 
-def _within_limit(name: str, content: bytes) -> bytes:
-    if len(content) > MAX_BYTES:
-        raise ConfigError(
-            f"{name}: more than the {MAX_BYTES} bytes that a configuration may have; cut it"
-        )
-    return content
+def _check_texts(name: str, text: str, mapping: bool) -> None:
+    """Raise ConfigError for a text in the YAML that OmegaConf would not take as it stands.
 
-
-def _check_yaml(name: str, text: str, root: type[yaml.Event] | None) -> None:
-    """Raise ConfigError for what a configuration never needs: a tag, an alias, deep nesting.
-
-    Reads the text event by event, so nothing is built of it and nothing grows. `root` is the event
-    that must begin its one document, if it is not empty.
+    With `mapping`, what is not empty must be a mapping: OmegaConf parses a lone text as YAML again.
     """
-    _within_limit(name, text.encode(errors="surrogatepass"))
-    depth, begun = 0, False
-    for event in yaml.parse(text, Loader=_Loader):
-        if isinstance(event, yaml.NodeEvent):
-            if root and not begun and not isinstance(event, root):
-                raise ConfigError(f"{name}: holds no 'key: value' lines; see --help for the keys")
-            begun = True
-            if event.anchor:
-                raise ConfigError(
-                    f"{name}: the YAML anchor or alias '{shown(event.anchor)}' is not allowed; "
-                    "write the value out"
-                )
-            if tag := getattr(event, "tag", None):
-                raise ConfigError(
-                    f"{name}: the YAML tag '{shown(tag)}' is not allowed, values are plain; "
-                    "remove it, or put the text in quotes"
-                )
-        if isinstance(event, yaml.ScalarEvent):
-            _check_text(name, event.value)
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise ConfigError(f"{name}: nested more than {MAX_DEPTH} deep; see --help for the keys")
+    nodes = (e for e in yaml.parse(text, Loader=_Loader) if isinstance(e, yaml.NodeEvent))
+    for number, node in enumerate(nodes):
+        if mapping and number == 0 and not isinstance(node, yaml.MappingStartEvent):
+            raise ConfigError(f"{name}: holds no 'key: value' lines; see --help for the keys")
+        if isinstance(node, yaml.ScalarEvent):
+            _check_text(name, node.value)
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -240,8 +214,8 @@ def _nearest(key: str, keys: dict[str, Any]) -> str | None:
 def _no_key(key: str, keys: dict[str, Any]) -> str:
     near = _nearest(key, keys)
     siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
-    way_out = f"did you mean '{near}'?" if near else f"known there: {', '.join(siblings or keys)}"
-    return f"there is no key '{shown(key)}'; {way_out}"
+    hint = f"did you mean '{near}'?" if near else f"known there: {', '.join(siblings or keys)}"
+    return f"there is no key '{shown(key)}'; {hint}"
 
 
 def _explain(error: Exception, schema: type[Any], layer: Any, key: str) -> str:

@@ -102,10 +102,9 @@ class Splits:
 def load(config: DataConfig, channels: int = 3) -> Splits:
     """Return the data set that `config` names, split; call it on all processes.
 
-    In RGB or, with one channel, in gray.
-
-    One process of each machine downloads, unpacks or decodes while the others wait for it; the
-    first one downloads before those of other machines, which may share its folder.
+    Images are in RGB or, with one channel, in gray. One process of each machine downloads, unpacks
+    or decodes while the others wait for it; the first one downloads before those of other machines,
+    which may share its folder.
     Raises MissingError or DataError, on all processes alike.
     """
     loaded: Loaded | None = None
@@ -130,7 +129,7 @@ def _fingerprint(train: AnyImages, test: AnyImages) -> str:
     assert isinstance(train, StreamedImages), "all parts are streamed or none is"
     assert isinstance(test, StreamedImages), "all parts are streamed or none is"
     lists = [part.catalogue.fingerprint() for part in (train, test)]
-    # The views of streamed images are others: such a run doesn't go on in memory, or back.
+    # Streamed images have other views, so that such a run can't resume in memory, or vice versa.
     return STREAMED + hashlib.sha256(" ".join(lists).encode()).hexdigest()[:16]
 
 
@@ -139,7 +138,7 @@ def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
     train, test = loaded
     size, need = config.size, _gigabytes(len(train) + len(test), config.size, channels)
     kind = "gray squares" if channels == 1 else "squares"
-    squares, limit = f"{kind} of {size} x {size} take {need:.3g} GB", f"{config.memory_gb:g}"
+    squares, limit = f"{kind} of {size} x {size} need {need:.3g} GB", f"{config.memory_gb:g}"
     if isinstance(train, StreamedImages):
         workers = train.pool.size
         return (
@@ -188,8 +187,8 @@ def _root(config: DataConfig) -> Path:
         unpacked = image_archive.unpack(root, _cache(config))
         inside = list(unpacked.iterdir())
         # Packed with the folder around it, as is usual, or without.
-        named = len(inside) == 1 and inside[0].is_dir() and inside[0].name != "train"
-        return inside[0] if named else unpacked
+        bare = image_folder.parts(unpacked)[0] != unpacked
+        return inside[0] if len(inside) == 1 and inside[0].is_dir() and not bare else unpacked
     raise DataError(
         f"data.root={shown(root)}: a file, and data.root needs a folder, or with data.name=folder "
         "a tar or zip file of images"
@@ -197,15 +196,15 @@ def _root(config: DataConfig) -> Path:
 
 
 def _read_files(config: DataConfig, channels: int) -> Loaded:
-    """Read a folder or shards; stream them if their squares take more than data.memory_gb."""
+    """Read a folder or shards; stream them if their squares need more than data.memory_gb."""
     cache, labelled = _cache(config), config.labels == "folders"
     train, test = (_shards if config.name == "shards" else _folders)(config, cache, labelled)
     parts = [part for part in (train, test) if part]
     if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
         if config.skip_unreadable:
             raise ConfigError(
-                "data.skip_unreadable=true needs images that are decoded at the start, and these "
-                "are streamed; raise data.memory_gb, or leave it out and replace what is named"
+                "data.skip_unreadable=true needs images that are decoded in advance, and these are "
+                "streamed; raise data.memory_gb, or leave it out and replace what is named"
             )
         pool = WorkerPool(config.workers)
         streamed = [
@@ -243,14 +242,12 @@ def _held_in_memory(part: ImageIndex, config: DataConfig, channels: int, cache: 
 def _folders(
     config: DataConfig, cache: Path, labelled: bool
 ) -> tuple[ImageIndex, ImageIndex | None]:
-    """Return DIR/train and DIR/test (or DIR/val); without DIR/train, DIR and no test set."""
-    root = _root(config)
-    parted = os.path.isdir(root / "train")
-    train = image_index.of_folder(root / "train" if parted else root, labelled, cache)
-    tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
-    if not tests or not train.classes:
+    """Return the images for training and, if they have classes, those for testing."""
+    train_folder, test_folder = image_folder.parts(_root(config))
+    train = image_index.of_folder(train_folder, labelled, cache)
+    if not test_folder or not train.classes:
         return train, None
-    return train, image_index.of_folder(tests[0], True, cache, train.classes)
+    return train, image_index.of_folder(test_folder, True, cache, train.classes)
 
 
 def _shards(

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from moco_dist.method.slots import CROP_ATTEMPTS
+
 Pixels = NDArray[np.uint8]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -29,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 # What images become, by their channels.
 MODES = {1: "L", 3: "RGB"}
 
-# Above the 151 million of the largest cameras; an image takes 3 or 4 bytes a pixel, twice.
+# Above the 151 million of the largest cameras; an image needs 3 or 4 bytes a pixel, twice.
 MAX_PIXELS = 160_000_000
 # PIL warns above its limit without the path, and from half of ours on if it is left as it is.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -152,11 +154,12 @@ def box(numbers: Sequence[float], height: int, width: int, recipe: Recipe) -> Bo
     `numbers` are a row of `views.crop_numbers`. What is left to do is correctly rounded by IEEE 754
     (product, quotient, root), so that it has the same result in every library.
     """
-    for share, ratio in zip(numbers[:10], numbers[10:20], strict=True):
+    ratios, place = numbers[CROP_ATTEMPTS:-2], numbers[-2:]
+    for share, ratio in zip(numbers[:CROP_ATTEMPTS], ratios, strict=True):
         area = height * width * share
         tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < tall <= height and 0 < wide <= width:
-            top, left = numbers[20:]
+            top, left = place
             return Box(int(top * (height - tall + 1)), int(left * (width - wide + 1)), tall, wide)
     tall = min(height, round(width / recipe.ratio_min))
     wide = min(width, round(height * recipe.ratio_max))

@@ -6,9 +6,7 @@ import hashlib
 import json
 import logging
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +21,7 @@ from moco_dist.data import image_file
 from moco_dist.data.image_file import EXTENSIONS, Place
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
+from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +54,17 @@ class Located(Protocol):
 
     def all_places(self) -> list[Place]:
         """Return where the images lie."""
+
+
+def parts(root: Path) -> tuple[Path, Path | None]:
+    """Return the folder of the training images, and that of the test images if there is one.
+
+    They are DIR/train and DIR/test (or DIR/val); without DIR/train all of DIR is for training.
+    """
+    if not os.path.isdir(root / "train"):
+        return root, None
+    tests = (root / name for name in ("test", "val"))
+    return root / "train", next(filter(os.path.isdir, tests), None)
 
 
 def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> Listing:
@@ -221,8 +231,8 @@ def load(
 ) -> Tensor:
     """Return what `decode` returns, from `cache` if these very files were decoded before.
 
-    Files are told apart by path, size and time of change. A damaged cache is decoded anew, with a
-    warning.
+    Files are told apart by path, size and modification time. If the cache is damaged, the images
+    are decoded again, with a warning.
     """
     path = cache / f"{_key(images, size, channels)}.safetensors"
     count = len(images.all_places())
@@ -247,17 +257,13 @@ def load(
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s: can't be read (%s); decoding the images again", path, error)
     pixels = decode(images, size, unreadable, channels)
-    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
     try:
         cache.mkdir(parents=True, exist_ok=True)
         noted = {"fingerprint": fingerprint.of_tensors(pixels)}
-        save_file(
-            {"pixels": pixels}, temporary, noted | {"unreadable": json.dumps(unreadable or [])}
-        )
-        temporary.replace(path)
+        noted["unreadable"] = json.dumps(unreadable or [])
+        with written_whole(path) as temporary:
+            save_file({"pixels": pixels}, temporary, noted)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         logger.warning(
             "%s: can't keep the decoded images (%s); the next start decodes again",
             shown(cache),

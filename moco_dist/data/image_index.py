@@ -1,7 +1,7 @@
 """Lists of the images of a folder or of tar shards: made once, kept in the cache, a few bytes each.
 
-A kept list stands as long as no folder of it has another time of change, and no tar another size or
-time. A file that is overwritten in its place is not noticed by that.
+A list is kept until the modification time of one of its folders changes, or the size or time of one
+of its tars. A file that is overwritten in place goes unnoticed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -27,6 +26,7 @@ from moco_dist.data import image_folder, tar_shards
 from moco_dist.data.image_file import Place
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import DataError, shown
+from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _kept(
                     index = ImageIndex(root, classes=tuple(classes), tars=tuple(tars), **parts)
                     if index.fingerprint() == notes["fingerprint"]:
                         return index
-                    logger.warning("%s: its content changed on disk; listing anew", path)
+                    logger.warning("%s: its content changed on disk; listing it again", path)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s: can't be read (%s); listing the images again", path, shown(error))
     began = time.time()
@@ -215,14 +215,11 @@ def _keep(index: ImageIndex, states: dict[str, list[float]], path: Path) -> None
         "fingerprint": index.fingerprint(),
     }
     names = ("names", "ends", "sizes", "labels", "tar", "offsets")
-    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")  # shared by machines
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(index, name) for name in names}, temporary, notes)
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            save_file({name: getattr(index, name) for name in names}, temporary, notes)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
         logger.warning(
             "%s: can't keep the list of the images (%s); the next start lists them again",
             shown(path.parent),

@@ -20,6 +20,7 @@ import numpy as np
 from moco_dist.data import image_file
 from moco_dist.data.image_file import Place, Recipe
 from moco_dist.errors import shown
+from moco_dist.method.slots import CROP_NUMBERS
 
 # Signals that Slurm, a terminal or a launcher sends to every process of a run.
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -31,7 +32,8 @@ def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> str:
     places = [Place(*place) for place in request["places"]]
     shape = len(places), max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
     pixels = np.ndarray(shape, np.uint8, memory)
-    rows = np.frombuffer(numbers).reshape(len(places), -1, 22).tolist() if recipe.views else []
+    drawn = np.frombuffer(numbers)
+    rows = drawn.reshape(len(places), -1, CROP_NUMBERS).tolist() if recipe.views else []
     for number, place in enumerate(places):
         try:
             content = image_file.read(place)
@@ -72,7 +74,7 @@ def serve(requests: BinaryIO, replies: BinaryIO, file: int, slot_bytes: int) -> 
 
 
 def main() -> None:
-    """Serve the process that started this one, which has blocked the signals till here."""
+    """Serve the process that started this one, which has blocked the signals until now."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)

@@ -1,4 +1,4 @@
-"""Tar files of images in the layout of WebDataset: KEY.jpg beside KEY.cls or KEY.json.
+"""Tar files of images in the layout of WebDataset: KEY.jpg with KEY.cls or KEY.json.
 
 github.com/webdataset/webdataset describes the layout. Only headers are read here, and labels; the
 images are read by their place in the file, so that any of them can be had in any order.
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from moco_dist.data import image_folder
 from moco_dist.data.image_file import EXTENSIONS
 from moco_dist.errors import DataError, MissingError, shown
 
@@ -43,21 +44,18 @@ class Found(NamedTuple):
 def parts(root: Path) -> tuple[Path, list[str], Path, list[str]]:
     """Return the folder and the names of the tars for training, and the same for testing.
 
-    DIR/train and DIR/test (or DIR/val); or DIR, where tars with train, val or test as a word of
-    their names, as imagenet-val-000000.tar has it, are for that.
+    They are in the folders of `image_folder.parts`. Without DIR/train, the tars of DIR with test,
+    val or validation as a word of their names, such as imagenet-val-000000.tar, are for testing.
     Raises MissingError without a tar.
     """
     if not os.path.isdir(root):
         raise MissingError(
             f"{shown(root)}: no such folder; give the folder of the tar files as data.root=DIR"
         )
-    if os.path.isdir(root / "train"):
-        tests = [root / name for name in ("test", "val") if os.path.isdir(root / name)]
-        test = tests[0] if tests else root / "test"
-        train, found = _tars(root / "train"), _tars(test) if tests else []
-        folder = root / "train"
+    folder, test = image_folder.parts(root)
+    if folder != root:
+        train, found = _tars(folder), _tars(test) if test else []
     else:
-        folder = test = root
         every = _tars(root)
         found = [n for n in every if {"test", "val", "validation"} & set(re.split(r"\W|_", n))]
         train = [name for name in every if name not in found]
@@ -66,7 +64,7 @@ def parts(root: Path) -> tuple[Path, list[str], Path, list[str]]:
             f"{shown(folder)}: no tar files for training in this folder; data.name=shards needs "
             "DIR/*.tar, or DIR/train/*.tar"
         )
-    return folder, train, test, found
+    return folder, train, test or root, found
 
 
 def _tars(folder: Path) -> list[str]:

@@ -212,7 +212,7 @@ def views_of(
 ) -> tuple[list[Pieces], list[Pieces]]:
     """Return what gives the views of keys and of queries of a step, for each pass over the batch.
 
-    One call of the source makes all of them. Of micro-batches each is made when its turn comes, so
+    One call of the source makes all of them. Each micro-batch is made when it is needed, so
     that there is never more than that in memory.
     """
     wanted = [

@@ -1,4 +1,4 @@
-"""Processes that decode images beside the training, and the memory they share with it."""
+"""Processes that decode images for the training, and the memory they share with it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moco_dist.data.image_worker import IGNORED
 from moco_dist.distributed import peers
 from moco_dist.errors import ConfigError, DataError, shown
 
-# Bytes of a piece of shared memory; only what is written to takes memory.
+# Bytes of a piece of shared memory; only what is written to needs memory.
 SLOT_BYTES = 2**24
 # Bytes of pixels, and images, that make a request: one that is short is a small loss to wait for.
 REQUEST_BYTES, REQUEST_IMAGES = 2**21, 64
@@ -94,7 +94,8 @@ class WorkerPool:
     def submit(self, places: Sequence[Place], recipe: Recipe, numbers: Tensor | None) -> Ticket:
         """Ask for what `recipe` says of the images at `places`; return at once.
 
-        `numbers` are rows of `views.crop_numbers`, float64 (images, views, 22), if crops are cut.
+        `numbers` are rows of `views.crop_numbers`, float64 (images, views, CROP_NUMBERS), if crops
+        are cut.
         """
         self._start()
         self._receive(0.0)
@@ -128,7 +129,7 @@ class WorkerPool:
                 process = self._workers[ticket.worker].process
                 raise _passing(
                     f"no data for {most:g} s: the data worker with pid {process.pid} is "
-                    f"still at {_range(self._workers[ticket.worker].tickets[0])}; look at the "
+                    f"still at {_range(self._workers[ticket.worker].tickets[0])}; check the "
                     "disk or file system (df, dmesg), or raise runtime.timeout_seconds"
                 )
         if ticket.wrong:
@@ -221,19 +222,17 @@ class WorkerPool:
     def _lost(self, worker: _Worker) -> None:
         """Raise DataError: a worker has ended."""
         status = worker.process.wait()
-        why = (
-            f"was ended by {signal.Signals(-status).name}" if status < 0 else f"left with {status}"
-        )
+        by = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
         where = f" at {_range(worker.tickets[0])}" if worker.tickets else ""
         memory = " (a lack of memory, most likely)" if status == -signal.SIGKILL else ""
         raise _passing(
-            f"the data worker with pid {worker.process.pid} {why}{memory}{where}; the same command "
-            "goes on from the last checkpoint; fewer data.workers take less memory"
+            f"the data worker with pid {worker.process.pid} was ended {by}{memory}{where}; the "
+            "same command resumes from the last checkpoint; fewer data.workers need less memory"
         )
 
 
 def _passing(sentence: str) -> DataError:
-    """Return an error of the machine, not of the data: the same command may well go on."""
+    """Return an error of the machine, not of the data: the same command may well succeed."""
     error = DataError(sentence)
     error.again = True
     return error

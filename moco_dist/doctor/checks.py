@@ -155,9 +155,8 @@ def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
         return [Finding("data", f"{config.name}: {shown(root)} {state}")], 0
     if root.is_file() and image_archive.is_archive(root):
         return [Finding("data", f"{shown(root)}: an archive, unpacked at the start")], 0
-    inside = root / "train" if (root / "train").is_dir() else root
     try:
-        listing = image_folder.scan(inside, config.labels == "folders")
+        listing = image_folder.scan(image_folder.parts(root)[0], config.labels == "folders")
     except UserError as error:
         return [Finding("data", shown(root), str(error))], 0
     count = len(listing.files)

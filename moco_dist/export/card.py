@@ -15,9 +15,9 @@ from moco_dist.method.encoder import Encoder
 from moco_dist.runs import checkpoint
 from moco_dist.runs import record as runs_record
 from moco_dist.runs.checkpoint import Checkpoint
+from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric
 
 # What a probe calls the two encoders in its results.
-_TRAINED, _CONTROL = "probe", "control"
 # Keys of the pretraining that the card shows, with the words for them.
 _SETTINGS = {
     "batch_size": "batch size",
@@ -137,7 +137,7 @@ def measured(found: Checkpoint, encoder: Encoder) -> Iterator[str]:
     """Yield the figures of this very checkpoint, each with how it was measured."""
     run, config = run_directory(found), found.state.get("config")
     settings = flat(config) if isinstance(config, dict) else {}
-    accuracies = dict(runs_record.read(run).figures("knn/top1")) if run else {}
+    accuracies = dict(runs_record.read(run).figures(Metric.KNN_TOP1)) if run else {}
     if found.step in accuracies:
         yield (
             f"kNN top-1 {accuracies[found.step]:.1%} on the validation images: weighted nearest "
@@ -167,16 +167,16 @@ def _probed(run: Path, encoder: Encoder) -> Iterator[str]:
         + ("random views" if config.get("augment") else "features computed once")
     )
     top_k = config.get("top_k", 5)
-    for part in ("test", "validation"):
-        top1 = record.result(_TRAINED, part, "top1")
+    for part in reversed(PARTS):
+        top1 = record.result(TRAINED, part, "top1")
         if top1 is None:
             continue
         line = f"linear probe ({way}), {part} images: top-1 {top1:.2%}"
         more = {f"top-{top_k}": f"top{top_k}", "kNN top-1": "knn_top1"}
         for words, key in more.items():
-            if (value := record.result(_TRAINED, part, key)) is not None:
+            if (value := record.result(TRAINED, part, key)) is not None:
                 line += f", {words} {value:.2%}"
-        control = record.result(_CONTROL, part, "top1")
+        control = record.result(CONTROL, part, "top1")
         beside = f"; a random encoder of this architecture: {control:.2%}"
         yield line + (beside if control is not None else "")
 

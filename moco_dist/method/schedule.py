@@ -1,4 +1,4 @@
-"""Learning rate and momentum as pure functions of the step: nothing to save or to step twice."""
+"""Learning rate, momentum and what is due, as functions of the step: no state to save."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moco_dist.config.recipe import ViewsConfig
+from moco_dist.method.slots import SLOTS, Slot
 from moco_dist.method.view_colors import (
     HUE,
     adjust_hue_,
@@ -95,13 +96,14 @@ def _attempts(config: ViewsConfig, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def crop_numbers(config: ViewsConfig, seed: int, epoch: Key, index: Tensor, view: int) -> Tensor:
-    """Return what `draw` makes the crop of, whatever the size of the image: float64 (n, 22).
+    """Return what `draw` makes the crop from, for any size of image: float64 (n, CROP_NUMBERS).
 
-    Shares of the area and ratios of ten attempts, and the place of the one that fits, in [0, 1).
+    Shares of the area and ratios of the attempts, and the place of the one that fits, in [0, 1).
     """
-    slots = torch.arange(26, device=index.device)
+    slots = torch.arange(Slot.LEFT + 1, device=index.device)
     numbers = uniform(seed, Purpose.VIEW, epoch, view, index[:, None], slots)
-    return torch.cat([*_attempts(config, numbers[:, :20]), numbers[:, 24:]], dim=1)
+    attempts = _attempts(config, numbers[:, : Slot.ORDER])
+    return torch.cat([*attempts, numbers[:, Slot.TOP :]], dim=1)
 
 
 def draw(
@@ -120,28 +122,27 @@ def draw(
     ten attempts, the other laws are those of SimCLR's appendix A (Chen et al. 2020,
     arXiv:2002.05709) in torchvision.
     """
-    slots = torch.arange(35, device=index.device)
+    slots = torch.arange(SLOTS, device=index.device)
     view = view[:, None] if isinstance(view, Tensor) else view
     numbers = uniform(seed, Purpose.VIEW, epoch, view, index[:, None], slots)
-    attempts, order, rest = numbers[:, :20], numbers[:, 20:24], numbers[:, 24:].unbind(1)
-    top, left, flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma = rest
-    height, width, fits = _crop_sides(config, attempts, image_height, image_width)
+    order, by_slot = numbers[:, Slot.ORDER : Slot.TOP], numbers.unbind(1)
+    height, width, fits = _crop_sides(config, numbers[:, : Slot.ORDER], image_height, image_width)
     spare_height, spare_width = image_height - height, image_width - width
     return Draws(
-        top=torch.where(fits, (top * (spare_height + 1)).long(), spare_height // 2),
-        left=torch.where(fits, (left * (spare_width + 1)).long(), spare_width // 2),
+        top=torch.where(fits, (by_slot[Slot.TOP] * (spare_height + 1)).long(), spare_height // 2),
+        left=torch.where(fits, (by_slot[Slot.LEFT] * (spare_width + 1)).long(), spare_width // 2),
         height=height,
         width=width,
-        flip=flip < config.flip,
-        jitter=jitter < config.jitter,
-        brightness=_factor(brightness, config.brightness),
-        contrast=_factor(contrast, config.contrast),
-        saturation=_factor(saturation, config.saturation),
-        hue=_between(hue, -config.hue, config.hue),
+        flip=by_slot[Slot.FLIP] < config.flip,
+        jitter=by_slot[Slot.JITTER] < config.jitter,
+        brightness=_factor(by_slot[Slot.BRIGHTNESS], config.brightness),
+        contrast=_factor(by_slot[Slot.CONTRAST], config.contrast),
+        saturation=_factor(by_slot[Slot.SATURATION], config.saturation),
+        hue=_between(by_slot[Slot.HUE], -config.hue, config.hue),
         order=order.argsort(dim=1),
-        grayscale=gray < config.grayscale,
-        blur=blur < config.blur,
-        sigma=_between(sigma, config.blur_sigma_min, config.blur_sigma_max),
+        grayscale=by_slot[Slot.GRAYSCALE] < config.grayscale,
+        blur=by_slot[Slot.BLUR] < config.blur,
+        sigma=_between(by_slot[Slot.SIGMA], config.blur_sigma_min, config.blur_sigma_max),
     )
 
 

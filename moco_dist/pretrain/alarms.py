@@ -18,6 +18,7 @@ from typing import Any
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.errors import NumbersError, output_errors
+from moco_dist.runs.record import Metric
 from moco_dist.tracking.tracker import Metrics
 
 logger = logging.getLogger(__name__)
@@ -144,8 +145,8 @@ class Watch:
             file.write(json.dumps(line) + "\n")
 
     def _collapse(self, metrics: Metrics) -> str | None:
-        spread, rank = metrics.get("health/feature_std"), metrics.get("health/rankme")
-        if spread is None or rank is None or metrics.get("queue/fill", 0) < 1:
+        spread, rank = metrics.get(Metric.FEATURE_STD), metrics.get(Metric.RANKME)
+        if spread is None or rank is None or metrics.get(Metric.QUEUE_FILL, 0) < 1:
             return None
         bad = spread < COLLAPSED_STD or rank < COLLAPSED_RANK
         bad = bad or (spread < NARROW_STD and rank < NARROW_RANK)
@@ -159,9 +160,9 @@ class Watch:
         )
 
     def _leak(self, metrics: Metrics) -> str | None:
-        if metrics.get("queue/fill") == 1:
-            self._instances.append(metrics["train/accuracy_top1"])
-        accuracy = metrics.get("knn/top1")
+        if metrics.get(Metric.QUEUE_FILL) == 1:
+            self._instances.append(metrics[Metric.ACCURACY_TOP1])
+        accuracy = metrics.get(Metric.KNN_TOP1)
         if accuracy is None:
             return None
         instances, self._instances = self._instances, []
@@ -180,8 +181,8 @@ class Watch:
 
     def _ends_span(self, step: int, metrics: Metrics) -> bool:
         """Return whether a span of steps has ended: an epoch, or longer, with the queue full."""
-        loss, config = metrics.get("train/loss"), self.config
-        if loss is None or metrics.get("queue/fill", 0) < 1:
+        loss, config = metrics.get(Metric.LOSS), self.config
+        if loss is None or metrics.get(Metric.QUEUE_FILL, 0) < 1:
             return False
         if self._full is None:
             self._full = step
@@ -195,8 +196,8 @@ class Watch:
         if number != self._span:
             self._span, self._losses, self._spreads = number, [], []
         self._losses.append(loss)
-        if "health/feature_std" in metrics:
-            self._spreads.append(metrics["health/feature_std"])
+        if Metric.FEATURE_STD in metrics:
+            self._spreads.append(metrics[Metric.FEATURE_STD])
         return ends
 
     def _guess(self, step: int) -> str | None:
@@ -231,7 +232,7 @@ class Watch:
         )
 
     def _slowness(self, metrics: Metrics) -> str | None:
-        speed = metrics.get("train/images_per_second")
+        speed = metrics.get(Metric.IMAGES_PER_SECOND)
         if speed is None:
             return None
         self._speeds.append(speed)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moco_dist.distributed import comms
 from moco_dist.method.moco import MoCo
+from moco_dist.runs.record import Metric
 
 
 def progress(loss: Tensor, logits: Tensor, temperature: float) -> dict[str, float]:
@@ -30,11 +31,11 @@ def progress(loss: Tensor, logits: Tensor, temperature: float) -> dict[str, floa
     figures = [loss, (rank < 1).double().mean(), (rank < 5).double().mean()]
     figures += [positive.mean() * temperature, mean_negative * temperature]
     values = comms.mean(torch.stack([figure.double() for figure in figures])).tolist()
-    names = ["train/loss", "train/accuracy_top1", "train/accuracy_top5"]
-    names += ["similarity/positive", "similarity/negative"]
+    names = [Metric.LOSS, Metric.ACCURACY_TOP1, Metric.ACCURACY_TOP5]
+    names += [Metric.POSITIVE, Metric.NEGATIVE]
     shown = dict(zip(names, values, strict=True))
     if not negative.numel():
-        del shown["similarity/negative"]
+        del shown[Metric.NEGATIVE]
     return shown
 
 
@@ -117,14 +118,14 @@ def health(network: MoCo, queries: Tensor, keys: list[Tensor], samples: Tensor) 
     older, their_samples = network.queue.negatives()
     encoders = network.key_encoder.parameters(), network.query_encoder.parameters()
     figures = {
-        "health/alignment": alignment(points, keys[0].double()),
-        "health/uniformity": uniformity(points),
-        "health/feature_std": feature_std(points),
-        "health/ema_distance": ema_distance(*encoders),
-        "queue/own_images": own_images(samples, their_samples),
+        Metric.ALIGNMENT: alignment(points, keys[0].double()),
+        Metric.UNIFORMITY: uniformity(points),
+        Metric.FEATURE_STD: feature_std(points),
+        Metric.EMA_DISTANCE: ema_distance(*encoders),
+        Metric.OWN_IMAGES: own_images(samples, their_samples),
     }
     if len(older):
-        figures["health/rankme"] = rankme(older.double())
+        figures[Metric.RANKME] = rankme(older.double())
     values = torch.stack([figure.double() for figure in figures.values()]).tolist()
     age = age_steps(len(older), len(keys) * len(samples))
-    return dict(zip(figures, values, strict=True)) | {"queue/age_steps": age}
+    return dict(zip(figures, values, strict=True)) | {Metric.QUEUE_AGE: age}

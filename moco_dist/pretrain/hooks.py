@@ -15,6 +15,7 @@ from moco_dist.method.moco import MoCo
 from moco_dist.method.plan import Step
 from moco_dist.method.schedule import due
 from moco_dist.pretrain import figures, finite
+from moco_dist.runs.record import Metric
 from moco_dist.runs.session import Session
 
 
@@ -113,7 +114,7 @@ class RunHooks(Hooks):
             self.optimizer.zero_grad()
             suspects = {
                 "keys": torch.cat(keys),
-                "train/loss": torch.stack(losses),
+                Metric.LOSS: torch.stack(losses),
                 "gradient": self.gradient_norm,
             }
             finite.refuse(self.step, suspects, self.rows, self.source, self.config.optim.lr)

@@ -15,6 +15,7 @@ from moco_dist.pretrain import figures, pictures, state
 from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment
+from moco_dist.runs.record import Metric
 from moco_dist.runs.session import Session
 from moco_dist.tracking.tracker import Tracker
 
@@ -27,7 +28,7 @@ def loop(
     results: dict[str, float] = {}
     slowest = 0.0
     if owes(trainer, total, can_classify):
-        results["knn/top1"] = evaluate(trainer, session, tracker)
+        results[Metric.KNN_TOP1] = evaluate(trainer, session, tracker)
         if trainer.step:
             save(trainer, session, wait=trainer.step >= total)
     since = saved = time.monotonic()
@@ -53,7 +54,7 @@ def loop(
             pictures.draw_step(trainer, tracker.media, torch.cat(logits))
         del loss, logits
         if classifies:
-            results["knn/top1"] = evaluate(trainer, session, tracker)
+            results[Metric.KNN_TOP1] = evaluate(trainer, session, tracker)
             if draws and tracker.media:
                 pictures.draw_neighbours(trainer, tracker.media)
             best = trainer.best is not None and trainer.best["step"] == step
@@ -79,11 +80,11 @@ def figures_of(
     return {
         "epoch": trainer.step / trainer.steps_per_epoch,
         **figures.progress(loss, torch.cat(logits), trainer.config.moco.temperature),
-        "queue/fill": queue.filled / queue.size,
-        "train/lr": trainer.optimizer.param_groups[0]["lr"],
-        "train/gradient_norm": float(hooks.gradient_norm),
-        "train/images_per_second": trainer.config.batch_size / seconds,
-        "system/memory_gb": environment.memory_gb(trainer.device),
+        Metric.QUEUE_FILL: queue.filled / queue.size,
+        Metric.LR: trainer.optimizer.param_groups[0]["lr"],
+        Metric.GRADIENT_NORM: float(hooks.gradient_norm),
+        Metric.IMAGES_PER_SECOND: trainer.config.batch_size / seconds,
+        Metric.MEMORY_GB: environment.memory_gb(trainer.device),
         **hooks.health,
     }
 
@@ -119,7 +120,7 @@ def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> float:
     peers.me.mark(step, "evaluating kNN")
     tracker.unfinished = True
     accuracy = trainer.knn_top1(partial(session.pause, "evaluating kNN"))
-    tracker.log(step, {"epoch": step / trainer.steps_per_epoch, "knn/top1": accuracy})
+    tracker.log(step, {"epoch": step / trainer.steps_per_epoch, Metric.KNN_TOP1: accuracy})
     tracker.unfinished = False
     trainer.evaluated = step
     if step and (trainer.best is None or accuracy > trainer.best["knn_top1"]):

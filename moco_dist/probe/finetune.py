@@ -44,8 +44,8 @@ class FineTuning:
         }
         if comms.world_size() > 1:
             for each in self.networks.values():
-                # After its first backward pass DDP lays out anew its sums; a start that resumes
-                # would add in another order than one that goes on.
+                # DDP changes the order of its sums after the first backward pass; without this one
+                # a resumed run would add in another order than one that was never stopped.
                 accelerator.backward(each(example).sum())
             self.optimizer.zero_grad()
 

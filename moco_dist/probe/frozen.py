@@ -1,10 +1,10 @@
-"""The proof that an encoder under a probe stays as it was, tensor by tensor."""
+"""The proof that a probe leaves its encoder as it was, tensor by tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import UserError
@@ -27,7 +27,7 @@ class Frozen:
             if now != self._before[name]:
                 raise UserError(
                     f"{name} moved during the probe ({self._before[name]} -> {now}), and the "
-                    "encoder is to stay as it was; no result is written: look for what writes to it"
+                    "encoder must stay as it was; no result is written: look for what writes to it"
                 )
 
     def check_modes(self) -> None:
@@ -43,12 +43,8 @@ class Frozen:
 
     def _fingerprints(self) -> Iterator[tuple[str, str]]:
         for name, encoder in self._encoders.items():
-            for key, tensor in _tensors(encoder, self._parameters):
+            # Buffers that no state dict holds are among them.
+            tensors = [*encoder.named_buffers()]
+            tensors += encoder.named_parameters() if self._parameters else ()
+            for key, tensor in tensors:
                 yield f"the {name} encoder's {key}", fingerprint.of_tensors(tensor)
-
-
-def _tensors(encoder: nn.Module, parameters: bool) -> Iterator[tuple[str, Tensor]]:
-    # Buffers that no state dict holds are among them.
-    yield from encoder.named_buffers()
-    if parameters:
-        yield from encoder.named_parameters()

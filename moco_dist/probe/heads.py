@@ -86,11 +86,6 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
     return -logits.log_softmax(3).gather(3, places).squeeze(3)
 
 
-def _places(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the numbers of the classes, (classes, 1), to be compared with labels."""
-    return torch.arange(logits.shape[3], device=labels.device)[:, None]
-
-
 class HeadOptimizer:
     """SGD with momentum as torch.optim.SGD does it, with each point's own rate and decay."""
 
@@ -161,7 +156,8 @@ def sums(inputs: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, top_k: in
     total = torch.zeros(encoders, seeds, points, 4, dtype=torch.float64, device=weight.device)
     for part, labels_of_part in zip(inputs.split(rows, 2), labels.split(rows, 1), strict=True):
         found = logits(part, weight, bias)
-        places, target = _places(found, labels), labels_of_part[:, None, None]
+        places = torch.arange(classes, device=labels.device)[:, None]
+        target = labels_of_part[:, None, None]
         own = found.gather(3, target.expand(*found.shape[:3], 1, -1))
         behind = (found < own) | ((found == own) & (places >= target))
         before = classes - behind.sum(3)

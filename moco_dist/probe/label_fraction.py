@@ -16,7 +16,7 @@ def require_classes(train: AnyImages) -> None:
     if len(counts) > len(classes):
         raise DataError(
             f"the training images have labels up to {len(counts) - 1} and there are "
-            f"{len(classes)} classes, 0 to {len(classes) - 1}; mend the labels"
+            f"{len(classes)} classes, 0 to {len(classes) - 1}; correct the labels"
         )
     absent = [f"'{name}'" for name, count in zip(classes, counts, strict=True) if count == 0]
     if absent:

@@ -22,10 +22,9 @@ from moco_dist.probe import heads, label_fraction
 from moco_dist.probe.finetune import FineTuning, calibrate
 from moco_dist.probe.frozen import Frozen
 from moco_dist.runs import checkpoint
+from moco_dist.runs.record import CONTROL, TRAINED
 from moco_dist.runs.session import Session
 
-# The trained encoder, and a randomly initialised one that says what the architecture alone gives.
-TRAINED, CONTROL = "probe", "control"
 # Images by which the random encoder that is to be fine-tuned gets its statistics.
 CALIBRATION = 256
 
@@ -141,7 +140,7 @@ class LinearProbe:
         return torch.stack(found).to(self.dtype) * self.scale
 
     def refresh(self, *parts: str) -> None:
-        """Compute the features of these parts anew, if the encoders have moved."""
+        """Compute the features of these parts again if the encoders have changed."""
         if self.tunes:
             self.features |= {part: self.extract(part) for part in parts}
 
@@ -222,7 +221,7 @@ class LinearProbe:
         lr, decay = self.points[point].lr, self.points[point].weight_decay
         error = NumbersError(
             f"train/loss or its gradient is not finite in step {self.step} ({self.names[encoder]} "
-            f"with lr {lr:g} and weight decay {decay:g}); nothing of it was kept. Train anew with "
+            f"with lr {lr:g} and weight decay {decay:g}); nothing of it was kept. Train again with "
             f"lower rates than optim.lr or grid.lr {lr:g}, and name=..."
         )
         error.details = {"step": self.step, "samples": batch.flatten().tolist()}
@@ -255,9 +254,9 @@ class LinearProbe:
         if wait or self.config.augment:
             self.frozen.check()
         model, momentum = self.tensors()
-        way_out = "a machine has miscalculated: go on without it, from the last checkpoint"
+        fix = "a machine has miscalculated: continue without it, from the last checkpoint"
         what = f"the checksum of the heads after step {self.step}"
-        peers.same_everywhere(what, fingerprint.checksum(*model.values()), way_out)
+        peers.same_everywhere(what, fingerprint.checksum(*model.values()), fix)
         state = {
             "epoch": self.step / self.steps_per_epoch,
             "encoder": self.identity,

@@ -9,21 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from moco_dist.probe import figures as probe_figures
-from moco_dist.probe import intervals, overlap, verdict
+from moco_dist.probe import overlap, verdict
 from moco_dist.probe.linear_probe import LinearProbe
+from moco_dist.runs.record import CONTROL, PARTS, PROBE_SCHEMA, TRAINED, is_result
 
 Results = dict[str, Any]
 
-SCHEMA = {"schema": "moco_dist.probe", "version": 1}
 # Places in the figures of a head.
-LOSS, SQUARE, TOP1, TOP_K = range(4)
+LOSS, _, TOP1, TOP_K = range(4)
 
 
 def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
     """Return what results.json holds; on all processes, after the last step.
 
-    Figures are those of the last epoch, by the point of the grid that was best on the validation
-    images in that epoch; each encoder has its own. The grid has the best epoch's beside them.
+    Figures are those of the last epoch, at the point of the grid that was best on the validation
+    images in that epoch; each encoder has its own. The grid also has those of the best epoch.
     """
     config = probe.config
     probe.refresh(*probe.parts)
@@ -41,9 +41,9 @@ def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
             "selected": dataclasses.asdict(probe.points[chosen[place]]),
             "grid": rows,
         }
-    trained = encoders[verdict.TRAINED]
+    trained = encoders[TRAINED]
     results: Results = {
-        **SCHEMA,
+        **PROBE_SCHEMA,
         "protocol": config.protocol,
         "features": _kind_of_features(probe),
         "label_fraction": config.label_fraction,
@@ -61,7 +61,7 @@ def measure(probe: LinearProbe, overlaps: list[overlap.Overlap]) -> Results:
             each.part: {"images": len(each.pairs), "pairs": each.pairs[:100]} for each in overlaps
         },
     }
-    results["verdict"] = verdict.sentence(results)
+    results["verdict"], results["better"] = verdict.judge(results)
     sentences = [each.sentence() for each in overlaps]
     results["faults"] = [*filter(None, sentences), *verdict.misfits(results)]
     return results
@@ -80,7 +80,7 @@ def _kind_of_features(probe: LinearProbe) -> str:
 
 
 def keeps_best(probe: LinearProbe) -> bool:
-    """Return whether the heads after their best epoch are at hand: of frozen encoders only."""
+    """Return whether the heads of the best epoch are kept, as they are for frozen encoders."""
     return "validation" in probe.parts and not probe.tunes
 
 
@@ -106,7 +106,7 @@ def grid(
     kept, rows = keeps_best(probe), []
     for number, point in enumerate(probe.points):
         row: dict[str, Any] = dataclasses.asdict(point)
-        for part in ("validation", "test"):
+        for part in PARTS:
             for prefix, figures in (("", last), ("best_epoch_", best)):
                 values = figures[part][place, :, number, TOP1].tolist() if part in figures else []
                 row[f"{prefix}{part}_top1"] = fmean(values) if values else None
@@ -117,7 +117,7 @@ def grid(
 
 
 def majority_top1(probe: LinearProbe, part: str) -> float:
-    """Return the share of a part's images in the class that most training images have."""
+    """Return the share of a part's images that are of the most common training class."""
     train = probe.parts["train"].labels[probe.subsets[0]]
     largest = train.bincount().argmax()
     return float((probe.parts[part].labels == largest).double().mean())
@@ -127,16 +127,17 @@ def _figures(
     probe: LinearProbe, name: str, part: str, figures: Tensor, point: int
 ) -> dict[str, Any]:
     """Return the figures of an encoder's selected heads on a part."""
-    rows, count = figures[probe.names.index(name), :, point].tolist(), len(probe.parts[part])
+    loss, squares, top1, top_k = figures[probe.names.index(name), :, point].T.tolist()
+    count = len(probe.parts[part])
     counts = probe_figures.confusion(probe, name, part, point)
     images = counts.sum(2).clamp(min=1).double()
     shares = (counts.diagonal(dim1=1, dim2=2) / images).mean(0).tolist()
     empty = (counts[0].sum(1) == 0).tolist()
     return {
         "images": count,
-        "top1": _share([row[TOP1] for row in rows], count),
-        f"top{probe.config.top_k}": _share([row[TOP_K] for row in rows], count),
-        "loss": _loss([row[LOSS] for row in rows], rows[0][SQUARE], count),
+        "top1": _interval(top1, probe_figures.wilson(top1[0], count)),
+        f"top{probe.config.top_k}": _interval(top_k, probe_figures.wilson(top_k[0], count)),
+        "loss": _interval(loss, probe_figures.normal(loss[0], squares[0], count)),
         "knn_top1": probe_figures.knn_top1(probe, name, part),
         "per_class": [None if e else s for s, e in zip(shares, empty, strict=True)],
         # Of the first seed: each image counts once.
@@ -144,20 +145,10 @@ def _figures(
     }
 
 
-def _share(values: list[float], count: int) -> dict[str, Any]:
-    if len(values) > 1:
-        return _interval(values, intervals.student_t(values))
-    return _interval(values, intervals.wilson(values[0], count))
-
-
-def _loss(values: list[float], square: float, count: int) -> dict[str, Any]:
-    if len(values) > 1:
-        return _interval(values, intervals.student_t(values))
-    return _interval(values, intervals.normal(values[0], square, count))
-
-
-def _interval(values: list[float], ends: tuple[float, float]) -> dict[str, Any]:
-    return {"mean": fmean(values), "low": ends[0], "high": ends[1], "values": values}
+def _interval(values: list[float], of_images: tuple[float, float]) -> dict[str, Any]:
+    """Return the mean over seeds and its interval: that over the images if there is one seed."""
+    low, high = probe_figures.student_t(values) if len(values) > 1 else of_images
+    return {"mean": fmean(values), "low": low, "high": high, "values": values}
 
 
 def brief(results: Results) -> dict[str, dict[str, dict[str, float]]]:
@@ -167,7 +158,7 @@ def brief(results: Results) -> dict[str, dict[str, dict[str, float]]]:
             part: {
                 key: value["mean"] if isinstance(value, dict) else value
                 for key, value in figures[part].items()
-                if key in ("loss", "knn_top1") or key.startswith("top")
+                if is_result(key)
             }
             for part in results["majority_top1"]
         }
@@ -176,9 +167,9 @@ def brief(results: Results) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def summary_rows(results: Results) -> list[tuple[str, ...]]:
-    """Return the table of both encoders and of naming the largest class, with its head."""
+    """Return the table of both encoders and of always naming the largest class, with its head."""
     scratch = results["protocol"] == "finetune"
-    titles = {"probe": "trained", "control": "from scratch" if scratch else "random"}
+    titles = {TRAINED: "trained", CONTROL: "from scratch" if scratch else "random"}
     few = f"top{results['top_k']}"
     rows: list[tuple[str, ...]] = [
         (

@@ -4,12 +4,7 @@ and on a random encoder's."""
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.data import datasets
@@ -18,20 +13,18 @@ from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import source as encoders_source
 from moco_dist.encoders.source import Source
-from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
-from moco_dist.probe import overlap, verdict
+from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError
+from moco_dist.probe import overlap
 from moco_dist.probe import results as probe_results
 from moco_dist.probe.label_fraction import require_classes
-from moco_dist.probe.linear_probe import TRAINED, LinearProbe
-from moco_dist.probe.results import LOSS, TOP1, TOP_K, Results
+from moco_dist.probe.linear_probe import LinearProbe
+from moco_dist.probe.loop import conclude, loop, write
+from moco_dist.probe.results import Results
 from moco_dist.runs import identity
 from moco_dist.runs import session as runs_session
-from moco_dist.runs.environment import memory_gb
 from moco_dist.runs.session import logger
-from moco_dist.runs.status import replace
 from moco_dist.tracking import start, terminal
 from moco_dist.tracking.start import console
-from moco_dist.tracking.tracker import Tracker
 
 
 def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
@@ -45,7 +38,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     config = dataclasses.replace(config, name=config.run_name())
     source = peers.together(lambda: encoders_source.find(path))
     session = runs_session.start(config, stop)
-    # Each process looked for itself, and a pretraining may be going on.
+    # Each process has looked for itself, and a pretraining may still be writing checkpoints.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
     channels = source.architecture.channels
     peers.together(lambda: require_channels(config, source))
@@ -78,11 +71,11 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
 
 
 def require_channels(config: ProbeConfig, source: Source) -> None:
-    """Raise ConfigError unless images can be had in the channels that the encoder takes."""
+    """Raise ConfigError unless images can be read with the channels that the encoder needs."""
     channels = source.architecture.channels
     if channels not in MODES:
         raise ConfigError(
-            f"{source.place}: takes images of {channels} channels, and images are read with 3 "
+            f"{source.place}: needs images of {channels} channels, and images are read with 3 "
             "(RGB) or 1 (gray); give another encoder"
         )
     config.views.check_channels(channels)
@@ -100,7 +93,7 @@ def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
     if not len(splits.validation) and not len(splits.test):
         raise DataError(
             f"data.name={config.data.name} has no test images and data.validation="
-            f"{config.data.validation} holds none out: nothing is left to measure on; "
+            f"{config.data.validation} holds none out, so nothing is left to measure on; "
             "give data.validation=0.1"
         )
     splits = dataclasses.replace(splits, train=splits.train.labelled())
@@ -109,7 +102,7 @@ def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
 
 
 def warn_of_views(config: ProbeConfig, source: Source) -> None:
-    """Warn of images that are fed to the encoder otherwise than in its pretraining."""
+    """Warn if images are prepared differently from the encoder's pretraining."""
     for key in ("size", "mean", "std") if source.views else ():
         ours, theirs = getattr(config.views, key), getattr(source.views, key)
         if ours != theirs:
@@ -119,9 +112,9 @@ def warn_of_views(config: ProbeConfig, source: Source) -> None:
 
 
 def find_overlaps(splits: datasets.Splits) -> list[overlap.Overlap]:
-    """Return, and warn of, validation and test images that are training images too.
+    """Return validation and test images that are training images too, and warn of them.
 
-    Of images in memory: those that are streamed would all have to be decoded once more.
+    Only images in memory are compared: streamed ones would all have to be decoded once more.
     """
     train, parts = splits.train, {"validation": splits.validation, "test": splits.test}
     if not isinstance(train, datasets.Images):
@@ -137,72 +130,6 @@ def find_overlaps(splits: datasets.Splits) -> list[overlap.Overlap]:
         if sentence := each.sentence():
             logger.warning(sentence)
     return found
-
-
-def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
-    """Train the heads up to step `total`."""
-    config, per_epoch = probe.config, probe.steps_per_epoch
-    since, evaluated = time.monotonic(), probe.step
-    while probe.step < total:
-        losses = probe.train_step()
-        step, last = probe.step, probe.step == total
-        epoch_ends = step % per_epoch == 0
-        if epoch_ends or last:
-            metrics = {"epoch": step / per_epoch}
-            seconds = time.monotonic() - since
-            metrics["train/images_per_second"] = (step - evaluated) * config.batch_size / seconds
-            metrics["system/memory_gb"] = memory_gb(probe.session.device)
-            tracker.log(step, metrics | evaluate(probe, comms.mean(losses), epoch_ends))
-            since, evaluated = time.monotonic(), step
-        keep = config.checkpoint
-        due = keep.every_epochs and epoch_ends and step // per_epoch % keep.every_epochs == 0
-        probe.session.stop.needs = 2 * probe.session.saver.seconds
-        if last or due or (keep.every_steps and step % keep.every_steps == 0):
-            probe.save(wait=last)
-
-
-def evaluate(probe: LinearProbe, losses: Tensor, epoch_ends: bool) -> dict[str, float]:
-    """Return the metrics after a step, of each encoder's best point of the grid, means over seeds.
-
-    Best by top-1 on the validation images; `losses` are those of the step, (encoders, seeds,
-    points). Without validation images the one point is measured on the test images.
-    """
-    part = "validation" if "validation" in probe.parts else "test"
-    probe.refresh(part)
-    notes = epoch_ends and part == "validation"
-    figures = probe.note_best() if notes else probe.evaluate(part)
-    chosen = probe_results.select(probe, {part: figures})
-    rates = probe.optimizer.rates(probe.step - 1, probe.steps_per_epoch, probe.total_steps)
-    found = {"train/loss": float(losses.mean(1)[0, chosen[0]]), "train/lr": rates[chosen[0]]}
-    for place, name in enumerate(probe.names):
-        values = figures[place, :, chosen[place]].mean(0).tolist()
-        found |= {f"{name}/loss": values[LOSS], f"{name}/top1": values[TOP1]}
-        found[f"{name}/top{probe.config.top_k}"] = values[TOP_K]
-    return found
-
-
-def conclude(probe: LinearProbe, tracker: Tracker, overlaps: list[overlap.Overlap]) -> Results:
-    """Return the results after the last step; hand them, and the confusions, to the tracker."""
-    results = probe_results.measure(probe, overlaps)
-    part = verdict.deciding_part(results)
-    if tracker.media:
-        counts = torch.tensor(results["encoders"][TRAINED][part]["confusion"])
-        tracker.media.confusion(probe.step, counts, probe.splits.train.classes)
-    tracker.conclude(
-        {
-            f"{name}/{part}_{key}": value
-            for name, parts in probe_results.brief(results).items()
-            for part, figures in parts.items()
-            for key, value in figures.items()
-        }
-    )
-    return results
-
-
-def write(path: Path, results: Results) -> None:
-    """Write results.json."""
-    with output_errors(path):
-        replace(path, json.dumps(results) + "\n")
 
 
 def announce(probe: LinearProbe, source: Source) -> None:
@@ -233,7 +160,7 @@ def announce(probe: LinearProbe, source: Source) -> None:
 
 
 def summarize(probe: LinearProbe, results: Results) -> None:
-    """Print the figures of the last epoch, those of the grid, and what they mean."""
+    """Print the figures of the grid and of the last epoch, and what they mean."""
     if not comms.is_main():
         return
     config, chosen = probe.config, results["selected"]

@@ -1,22 +1,22 @@
-"""What the figures of a finished probe mean, in a sentence for people who read nothing else."""
+"""What the figures of a finished probe mean, in one sentence for people who read nothing else."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from moco_dist.probe import intervals
-
-# The names of the two encoders in results.json.
-TRAINED, CONTROL = "probe", "control"
+from moco_dist.probe.figures import wilson
+from moco_dist.runs.record import CONTROL, PARTS, TRAINED
 
 Results = dict[str, Any]
 
 
-def sentence(results: Results) -> str:
-    """Return whether the trained encoder is better than the control by more than the intervals.
+def judge(results: Results) -> tuple[str, bool | None]:
+    """Return what the figures mean, and whether the trained encoder beats the control.
 
-    `results` is the content of results.json. An interval is here the wider one of that over seeds
-    and that of the number of images: seeds that agree don't make a small test set large.
+    `results` is the content of results.json. The trained encoder is better if its interval of top-1
+    lies above the control's; without a control, an encoder that is above chance may be (None). An
+    interval is the wider one of that over seeds and that of the number of images: seeds that agree
+    don't make a small test set large.
     """
     part = deciding_part(results)
     majority = results["majority_top1"][part]
@@ -27,21 +27,23 @@ def sentence(results: Results) -> str:
     controlled = CONTROL in results["encoders"]
     if at_chance(results, TRAINED, part):
         if not controlled or at_chance(results, CONTROL, part):
-            beside = f", {other} {_shown(results, CONTROL, part)}" if controlled else ""
-            return (
-                f"Nothing was learned: {part} top-1 is {trained}{beside}, and {guess}; look "
+            compared = f", {other} {_shown(results, CONTROL, part)}" if controlled else ""
+            sentence = (
+                f"Nothing was learned: {part} top-1 is {trained}{compared}, and {guess}; check "
                 "whether the labels belong to the images (shuffled?) and whether optim.lr suits"
             )
-        return (
-            f"The encoder tells nothing of the classes: {part} top-1 is {trained}, {guess}, and "
-            f"{other} reaches {_shown(results, CONTROL, part)}; look whether it has collapsed, or "
-            "is another one than you think"
-        )
+        else:
+            sentence = (
+                f"The encoder tells nothing of the classes: {part} top-1 is {trained}, {guess}, "
+                f"and {other} reaches {_shown(results, CONTROL, part)}; check whether it has "
+                "collapsed, or is a different one from the one you meant"
+            )
+        return sentence, False
     if not controlled:
         return (
             f"The encoder's {part} top-1 is {trained}, and {guess}; whether {other} would do as "
             "well was not tried (control=false)"
-        )
+        ), None
     control = _shown(results, CONTROL, part)
     low, high = widest(results, TRAINED, part)
     other_low, other_high = widest(results, CONTROL, part)
@@ -49,25 +51,25 @@ def sentence(results: Results) -> str:
         return (
             f"The trained encoder is better than {other} by more than the intervals: {part} "
             f"top-1 is {trained} against {control}"
-        )
+        ), True
     if high < other_low:
         return (
             f"The trained encoder is WORSE than {other}: {part} top-1 is {trained} against "
-            f"{control}; look at the loss of its pretraining, and whether it is the right one"
-        )
+            f"{control}; check the loss of its pretraining, and whether it is the right one"
+        ), False
     return (
         f"The trained encoder is NOT better than {other} by more than the intervals: {part} top-1 "
-        f"is {trained} against {control}; it may be a random one itself, or pretrained too "
-        "shortly, or there are too few images to tell"
-    )
+        f"is {trained} against {control}; it may itself be random, its pretraining may have been "
+        "too short, or there are too few images to tell"
+    ), False
 
 
 def misfits(results: Results) -> list[str]:
     """Return a sentence for test labels that don't fit what was learned."""
     shares = results["majority_top1"]
-    if set(shares) != {"validation", "test"} or not at_chance(results, TRAINED, "test"):
+    if set(shares) != set(PARTS) or not at_chance(results, TRAINED, "test"):
         return []
-    low, high = (widest(results, TRAINED, part) for part in ("validation", "test"))
+    low, high = (widest(results, TRAINED, part) for part in PARTS)
     if low[0] <= high[1]:
         return []
     return [
@@ -93,7 +95,7 @@ def widest(results: Results, encoder: str, part: str) -> tuple[float, float]:
     """Return the interval of top-1, by seeds or by images, whichever reaches further."""
     figures = results["encoders"][encoder][part]
     top1 = figures["top1"]
-    low, high = intervals.wilson(min(1.0, max(0.0, top1["mean"])), figures["images"])
+    low, high = wilson(min(1.0, max(0.0, top1["mean"])), figures["images"])
     return min(low, top1["low"]), max(high, top1["high"])
 
 

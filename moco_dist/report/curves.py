@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from moco_dist.report.figures import Chart, Series
-from moco_dist.runs.record import Record, number, steps_per_epoch
+from moco_dist.runs.record import Metric, Record, number, steps_per_epoch
 
 
 class Course(NamedTuple):
@@ -22,52 +22,52 @@ class Course(NamedTuple):
 
 
 EVALUATION = Course(
-    *("knn/top1", "knn", "kNN top-1, validation images", "%", 100.0),
+    *(Metric.KNN_TOP1, "knn", "kNN top-1, validation images", "%", 100.0),
     "Share of held-out images that their nearest training images classify rightly, by backbone "
     "features (weighted, Wu et al. 2018). Nothing is trained for it. Higher is better.",
 )
 PRETRAINING = (
     Course(
-        *("train/accuracy_top1", "instance_top1", "Instance top-1, training batches", "%", 100.0),
+        *(Metric.ACCURACY_TOP1, "instance_top1", "Instance top-1, training batches", "%", 100.0),
         "Share of queries that find their own key among the queue's. Near 100 % without a rise of "
         "kNN is a shortcut, such as a leak through BatchNorm.",
     ),
     Course(
-        *("train/lr", "learning_rate", "Learning rate", "", 1.0),
+        *(Metric.LR, "learning_rate", "Learning rate", "", 1.0),
         "The schedule as it was carried out.",
     ),
     Course(
-        *("train/images_per_second", "speed", "Speed", "images/s", 1.0),
+        *(Metric.IMAGES_PER_SECOND, "speed", "Speed", "images/s", 1.0),
         "Images of a batch over the seconds of a step, all processes together.",
     ),
 )
 HEALTH = (
     Course(
-        *("health/feature_std", "health_feature_std", "Spread of the queries", "", 1.0),
+        *(Metric.FEATURE_STD, "health_feature_std", "Spread of the queries", "", 1.0),
         "1 where unit vectors are spread evenly over the sphere, 0 where all are the same one. "
         "Below 0.02 the run has collapsed.",
     ),
     Course(
-        *("health/rankme", "health_rankme", "Effective rank of the keys (RankMe)", "", 1.0),
+        *(Metric.RANKME, "health_rankme", "Effective rank of the keys (RankMe)", "", 1.0),
         "Over how many dimensions the keys in the queue spread (Garrido et al. 2023). Below 1.5 "
         "the run has collapsed.",
     ),
     Course(
-        *("health/alignment", "health_alignment", "Alignment", "", 1.0),
+        *(Metric.ALIGNMENT, "health_alignment", "Alignment", "", 1.0),
         "Mean squared distance of a query and its positive key (Wang and Isola 2020). 0 where "
         "they coincide, 2 where they are unrelated.",
     ),
     Course(
-        *("health/uniformity", "health_uniformity", "Uniformity", "", 1.0),
+        *(Metric.UNIFORMITY, "health_uniformity", "Uniformity", "", 1.0),
         "Log of the mean closeness of queries to one another (Wang and Isola 2020). 0 where all "
         "are alike, about -4 where they are spread evenly.",
     ),
     Course(
-        *("health/ema_distance", "health_ema_distance", "Key encoder behind query encoder", "", 1),
+        *(Metric.EMA_DISTANCE, "health_ema_distance", "Key encoder behind query encoder", "", 1),
         "Distance of their weights, relative to the query encoder's.",
     ),
     Course(
-        *("queue/own_images", "queue_own_images", "Own older keys in the queue", "per query", 1.0),
+        *(Metric.OWN_IMAGES, "queue_own_images", "Own older keys in the queue", "per query", 1.0),
         "Keys of its own image that a query finds in the queue; they should be rare or masked.",
     ),
 )
@@ -104,11 +104,11 @@ def loss(runs: Sequence[tuple[str, Record]]) -> tuple[Chart, str] | None:
     """
     series, filled, references = [], True, set()
     for place, (label, record) in enumerate(runs):
-        x, y = epochs(record, "train/loss")
+        x, y = epochs(record, Metric.LOSS)
         full = [
-            number(line.get("queue/fill")) == 1
+            number(line.get(Metric.QUEUE_FILL)) == 1
             for line in record.lines
-            if number(line.get("train/loss")) is not None
+            if number(line.get(Metric.LOSS)) is not None
         ]
         begins = full.index(True) if True in full else 0
         filled &= True in full

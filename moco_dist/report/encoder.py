@@ -105,19 +105,18 @@ def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
 
 
 def _of_folder(config: DataConfig, root: Path, channels: int) -> tuple[str, Images]:
-    parted = (root / "train").is_dir()
-    tests = [root / name for name in ("test", "val") if parted and (root / name).is_dir()]
-    if not tests or config.labels == "none":
+    train, test = image_folder.parts(root)
+    if not test or config.labels == "none":
         if root.is_dir():
-            count = len(image_folder.scan(root / "train" if parted else root, False).files)
+            count = len(image_folder.scan(train, False).files)
             if count > MOST_READ:
                 raise MissingError(
                     f"data.root={shown(root)}: {count:,} images and no test set, too many "
                     f"to read for a report; up to {MOST_READ:,} are read"
                 )
         return _of_splits(config, channels)
-    classes = image_folder.scan(root / "train", True).classes
-    listing = image_folder.scan(tests[0], bool(classes), classes or None)
+    classes = image_folder.scan(train, True).classes
+    listing = image_folder.scan(test, bool(classes), classes or None)
     rows = sample(len(listing.files), config).tolist()
     files, labels = ([each[row] for row in rows] for each in (listing.files, listing.labels))
     some = image_folder.Listing(listing.root, files, labels, listing.classes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moco_dist.errors import ConfigError, OutputError, UserError, shown
 from moco_dist.runs.partners import PAGE, with_partners
 from moco_dist.runs.record import Record
+from moco_dist.runs.status import replace
 
 if TYPE_CHECKING:
     from moco_dist.report.encoder import Look
@@ -45,9 +46,9 @@ def write(
     try:
         place.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
-            _replace(place / f"{picture.name}.png", picture.light)
+            replace(place / f"{picture.name}.png", picture.light)
         content = page.encode(errors="backslashreplace")
-        _replace(place / PAGE, content)
+        replace(place / PAGE, content)
     except OSError as error:
         raise OutputError(
             f"{shown(place)}: the report can't be written there ({error.strerror or error}); give "
@@ -84,10 +85,3 @@ def _look(run: Path) -> Look | str:
         return str(error)
     except (OSError, RuntimeError, MemoryError, ValueError) as error:  # of files that are not ours
         return shown(f"{type(error).__name__}: {error}")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds it whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

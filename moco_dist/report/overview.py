@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from moco_dist.report import curves
 from moco_dist.report.markup import NONE, Html, element, section, table
 from moco_dist.report.probing import percent, shown
-from moco_dist.report.results import CONTROL, TITLES, Results, results
-from moco_dist.runs.record import Record, number, text_of
+from moco_dist.report.results import TITLES, Results, results
+from moco_dist.runs.record import CONTROL, Record, number, text_of
 from moco_dist.tracking.progress import RunProgress, duration
 from moco_dist.tracking.terminal import loss
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from moco_dist.report import pictures
 from moco_dist.report.markup import NONE, Gallery, Html, details, element, table
-from moco_dist.report.results import CONTROL, PARTS, TRAINED, Results, Value, results
-from moco_dist.runs.record import Record, number, text_of
+from moco_dist.report.results import Results, Value, results
+from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Record, number, text_of
 
 
 def percent(share: float | None) -> str:

@@ -1,28 +1,31 @@
-"""What a finished probe says, from its results.json, or from the DONE of an older one."""
+"""The results of a finished probe, from its results.json; without one, from DONE."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from moco_dist.runs.record import Record, number, read_object, text_of
+from moco_dist.runs.record import (
+    CONTROL,
+    PARTS,
+    PROBE_SCHEMA,
+    TRAINED,
+    Record,
+    is_result,
+    number,
+    read_object,
+    text_of,
+)
 
-SCHEMA = "moco_dist.probe"
-TRAINED, CONTROL = "probe", "control"
 TITLES = {TRAINED: "trained encoder", CONTROL: "random encoder"}
-PARTS = ("validation", "test")
-# Classes and combinations above which a file is not believed.
+# Most classes and combinations that are read.
 MAX_CLASSES, MAX_GRID = 100_000, 10_000
 
 
 @dataclass(frozen=True)
 class Value:
-    """A figure: the mean over seeds, and the ends of its interval where it has one."""
+    """A figure: its mean over the seeds, and the ends of its interval if it has one."""
 
     mean: float
     low: float | None = None
@@ -32,7 +35,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a probe; what its file lacks is empty."""
+    """The results of a probe; whatever its file lacks is empty."""
 
     content: dict[str, Any]
     classes: list[str]
@@ -42,14 +45,12 @@ class Results:
 
     def value(self, encoder: str, part: str, name: str) -> Value | None:
         """Return a figure of an encoder ('probe' or 'control') on a part of the data."""
-        found: Any = self.content.get("encoders")
-        for key in (encoder, part, name):
-            found = found.get(key) if isinstance(found, dict) else None
-        return value(found)
+        figures = _entry(_entry(self.content["encoders"], encoder), part)
+        return value(figures.get(name))
 
     @property
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Return encoder and part of each set of figures."""
+        """Yield encoder and part of each set of figures."""
         for encoder in TITLES:
             for part in PARTS:
                 if any(self.value(encoder, part, name) for name in self.names):
@@ -58,18 +59,14 @@ class Results:
     @property
     def names(self) -> list[str]:
         """Return the names of the figures, as top1, top5, loss, knn_top1."""
-        found: dict[str, None] = {}
-        for encoder in TITLES:
-            for part in PARTS:
-                content: Any = self.content.get("encoders")
-                for key in (encoder, part):
-                    content = content.get(key) if isinstance(content, dict) else None
-                figures = content if isinstance(content, dict) else {}
-                found |= dict.fromkeys(
-                    name
-                    for name, figure in figures.items()
-                    if (name == "loss" or name.startswith(("top", "knn_"))) and value(figure)
-                )
+        encoders: dict[str, Any] = self.content["encoders"]
+        parts = [_entry(_entry(encoders, encoder), part) for encoder in TITLES for part in PARTS]
+        found = dict.fromkeys(
+            name
+            for figures in parts
+            for name in figures
+            if is_result(name) and value(figures[name])
+        )
         order = {name: place for place, name in enumerate(("top1", "top5", "loss", "knn_top1"))}
         return sorted(found, key=lambda name: order.get(name, 1))
 
@@ -85,7 +82,7 @@ class Results:
 
     @property
     def titles(self) -> dict[str, str]:
-        """Return what the encoders are called; fine-tuning has one trained from scratch beside."""
+        """Return the encoders' titles; fine-tuning is compared with training from scratch."""
         scratch = self.content.get("protocol") == "finetune"
         return TITLES | ({CONTROL: "from scratch"} if scratch else {})
 
@@ -102,39 +99,16 @@ class Results:
         entries = found[:MAX_GRID] if isinstance(found, list) else []
         return [entry for entry in entries if isinstance(entry, dict)]
 
-    def _spread(self, trained: Value, control: Value) -> float:
-        """Return the points by which two encoders may differ by chance (95 %).
-
-        From their intervals, or else as shares of so many images (binomial), or 0 where
-        their number isn't known.
-        """
-        ends = [(v.low, v.high) for v in (trained, control)]
-        if wide := [high - low for low, high in ends if low is not None and high is not None]:
-            return 50 * sum(wide)
-        images = sum(map(sum, self.confusion)) if self.confusion_part == self.part else 0
-        variance = sum(max(0.0, v.mean * (1 - v.mean)) for v in (trained, control))
-        return 196 * math.sqrt(variance / images) if images else 0.0
-
     @property
     def verdict(self) -> tuple[str, bool]:
-        """Return in words whether the trained encoder beats the random one, and whether it does."""
-        trained, control = (self.value(each, self.part, "top1") for each in TITLES)
-        if trained is None or control is None:
-            return text_of(self.content.get("verdict") or ""), True
-        points, spread = 100 * (trained.mean - control.mean), self._spread(trained, control)
-        better = points > spread
-        if isinstance(said := self.content.get("verdict"), str) and said:
-            return text_of(said), better
-        images = f"on the {self.part} images"
-        chance = f" (chance alone gives up to {spread:.2f})" if spread else ""
-        if better:
-            return f"Top-1 {images} is {points:.2f} points above a random encoder's{chance}.", True
-        return (
-            f"The trained encoder is not better than a random one: top-1 {images} is "
-            f"{abs(points):.2f} points {'below' if points < 0 else 'above'} it{chance}. "
-            "Pretraining has taught it nothing that this probe can see.",
-            False,
-        )
+        """Return what the probe said of its figures, and whether that is good news."""
+        return text_of(self.content.get("verdict") or ""), self.content.get("better") is not False
+
+
+def _entry(content: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return an object inside an object, empty if it isn't one."""
+    found = content.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def value(found: object) -> Value | None:
@@ -155,20 +129,16 @@ def results(record: Record) -> Results | None:
     if not record.results or record.kind != "probe":
         return None
     content = read_object(record.directory / "results.json")
-    if content.get("schema") != SCHEMA or not isinstance(content.get("encoders"), dict):
+    ours = content.get("schema") == PROBE_SCHEMA["schema"]
+    if not ours or not isinstance(content.get("encoders"), dict):
         content = {"encoders": record.results}
     names = content.get("classes")
     classes = [text_of(name) for name in names[:MAX_CLASSES]] if isinstance(names, list) else []
     for part in reversed(PARTS):
-        found: Any = content["encoders"]
-        for key in (TRAINED, part, "confusion"):
-            found = found.get(key) if isinstance(found, dict) else None
-        if (counts := _square(found)) and len(counts) == len(classes):
+        figures = _entry(_entry(content["encoders"], TRAINED), part)
+        if (counts := _square(figures.get("confusion"))) and len(counts) == len(classes):
             return Results(content, classes, counts, part)
-    drawn = sorted(record.directory.glob("media/step_*/confusion.csv"))
-    classes, counts = _from_csv(drawn[-1]) if drawn else (classes, [])
-    found_part = Results(content, classes, [], "").part
-    return Results(content, classes, counts, found_part if counts else "")
+    return Results(content, classes, [], "")
 
 
 def _square(found: object) -> list[list[float]]:
@@ -181,13 +151,3 @@ def _square(found: object) -> list[list[float]]:
         if isinstance(row, list)
     ]
     return rows if [len(row) for row in rows] == [len(found)] * len(found) else []
-
-
-def _from_csv(path: Path) -> tuple[list[str], list[list[float]]]:
-    """Return classes and counts of media/*/confusion.csv, whose cells are JSON."""
-    with suppress(OSError, ValueError, RecursionError, IndexError):
-        head, *rows = (json.loads(f"[{line}]") for line in path.read_text().splitlines())
-        classes, counts = [text_of(name) for name in head[1:]], _square([row[1:] for row in rows])
-        if len(classes) == len(counts):
-            return classes, counts
-    return [], []

@@ -1,4 +1,4 @@
-"""A command of the package: from its arguments to its exit state."""
+"""A command of the package: from its arguments to its exit status."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def main(
     purpose: str | None,
     arguments: list[str] | None = None,
 ) -> None:
-    """Load the configuration of the command line, call `run`, and exit with what came of it.
+    """Load the configuration of the command line, call `run`, and exit with its status.
 
-    `arguments` stand for those of the command line.
+    `arguments` replace those of the command line.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
@@ -61,7 +61,7 @@ def main(
             run(yaml_files.load(schema, arguments), stop)
         except BaseException as error:
             _end(error, stop)
-    except BaseException as error:  # a signal that came on the way out, which happens once
+    except BaseException as error:  # a signal during the end, which happens once
         _end(error, stop)
     stop.on_end(0, "", False)
     peers.me.part()
@@ -74,7 +74,7 @@ def _first() -> bool:
 
 
 def _redirect() -> None:
-    """Send what other processes than the first print into files, if the environment says where."""
+    """Redirect what processes other than the first print into the folder of the environment."""
     global _console
     if (folder := os.environ.get(LOGS)) and not _first():
         with output_errors(Path(folder)):
@@ -98,13 +98,13 @@ def _one_line(
 
 
 def _end(error: BaseException, stop: StopRequests) -> NoReturn:
-    """Say once, on one process, why the run ends, and leave with its exit state.
+    """Print once, on one process, why the run ends, and exit with the status for it.
 
-    The process group is left as it is: to take leave of it could hang.
+    The process group is left as it is, because destroying it could hang.
     """
     me = peers.me
     if stop.request and not me.training and not (isinstance(error, UserError) and error.shared):
-        # In the start a signal ends some processes before others, which then miss them.
+        # During the start a signal ends some processes before others, which then miss them.
         error = stopping.error(stop.request, "before the first step")
     elif comms.world_size() > 1 and comms.lost_connection(error):
         error = PeerError(me.blame())

@@ -1,4 +1,4 @@
-"""One id for the life of a run, and the group it belongs to."""
+"""The id of a run for its whole life, and its group."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _USABLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def run_id(directory: Path, name: str, saved: Mapping[str, Any] | None) -> str:
-    """Return the id of the run for its whole life; the first start draws it.
+    """Return the id of the run for its whole life; the first launch draws it.
 
     `saved` is the state of the checkpoint that the run resumes from. The id belongs to the name: a
-    copy of a run directory that goes on under another name is another run.
+    copy of a run directory that continues under another name is another run.
     """
     path = directory / "run_id.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -34,7 +34,7 @@ def run_id(directory: Path, name: str, saved: Mapping[str, Any] | None) -> str:
         if saved and saved["config"]["name"] == name and _USABLE.fullmatch(saved["run_id"]):
             drawn = str(saved["run_id"])
     if not _USABLE.fullmatch(drawn):
-        raise ConfigError(f"WANDB_RUN_ID={drawn} is no id; use up to 64 of a-z A-Z 0-9 _ -")
+        raise ConfigError(f"WANDB_RUN_ID={drawn} is not an id; use up to 64 of a-z A-Z 0-9 _ -")
     with output_errors(path):
         replace(path, json.dumps({"name": name, "id": drawn}) + "\n")
     return drawn

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from moco_dist.config.yaml_files import MAX_BYTES
 from moco_dist.errors import MissingError, shown
 from moco_dist.runs.record import Record, read, text_of
 
@@ -15,6 +14,8 @@ from moco_dist.runs.record import Record, read, text_of
 PAGE = "report.html"
 # Run directories beside a pretraining that are looked through for its probes.
 MOST_BESIDE = 2000
+# Bytes of a config.yaml that are searched for its encoder.
+MAX_BYTES = 2**16
 
 
 def is_report(folder: Path) -> bool:

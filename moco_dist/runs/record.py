@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,39 @@ from moco_dist.config.yaml_files import stored
 from moco_dist.errors import MissingError, shown
 from moco_dist.runs import lock
 
+# What a probe's results.json begins with, the names of its two encoders, and the parts of the data
+# that they are measured on.
+PROBE_SCHEMA = {"schema": "moco_dist.probe", "version": 1}
+TRAINED, CONTROL = "probe", "control"
+PARTS = ("validation", "test")
 # An entry of metrics.jsonl; "step" is a whole number.
 Line = dict[str, Any]
+
+
+class Metric(StrEnum):
+    """Every metric that a run logs; of a probe's encoders also the loss and other top-k."""
+
+    EPOCH = "epoch"
+    LOSS = "train/loss"
+    ACCURACY_TOP1 = "train/accuracy_top1"
+    ACCURACY_TOP5 = "train/accuracy_top5"
+    LR = "train/lr"
+    GRADIENT_NORM = "train/gradient_norm"
+    IMAGES_PER_SECOND = "train/images_per_second"
+    POSITIVE = "similarity/positive"
+    NEGATIVE = "similarity/negative"
+    QUEUE_FILL = "queue/fill"
+    QUEUE_AGE = "queue/age_steps"
+    OWN_IMAGES = "queue/own_images"
+    ALIGNMENT = "health/alignment"
+    UNIFORMITY = "health/uniformity"
+    FEATURE_STD = "health/feature_std"
+    RANKME = "health/rankme"
+    EMA_DISTANCE = "health/ema_distance"
+    KNN_TOP1 = "knn/top1"
+    PROBE_TOP1 = f"{TRAINED}/top1"
+    CONTROL_TOP1 = f"{CONTROL}/top1"
+    MEMORY_GB = "system/memory_gb"
 
 
 @dataclass(frozen=True)
@@ -84,7 +116,8 @@ class Record:
     @property
     def best_knn(self) -> tuple[int, float] | None:
         """Return step and accuracy of the best kNN; what was before the first step is no result."""
-        after = [pair for pair in self.figures("knn/top1") if pair[0] and math.isfinite(pair[1])]
+        found = self.figures(Metric.KNN_TOP1)
+        after = [(step, share) for step, share in found if step and math.isfinite(share)]
         return max(after, key=lambda pair: pair[1], default=None)
 
     def result(self, encoder: str, part: str, name: str) -> float | None:
@@ -142,6 +175,11 @@ def number(value: object) -> float | None:
             float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
         )
     return None
+
+
+def is_result(name: str) -> bool:
+    """Return whether `name` is a figure of a probed encoder, such as top1, top5, loss, knn_top1."""
+    return name == "loss" or name.startswith(("top", "knn_"))
 
 
 def total_steps(config: dict[str, Any], lines: list[Line]) -> int:

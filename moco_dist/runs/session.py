@@ -1,4 +1,4 @@
-"""Start and end of a run: Accelerator, run directory, lock, banner, status."""
+"""A run from its start to its end: Accelerator, run directory, lock, saves, stops, status."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
-from moco_dist.runs import checkpoint, host_memory, identity, saving
-from moco_dist.runs.environment import environment
+from moco_dist.runs import checkpoint, identity, saving
+from moco_dist.runs.environment import environment, keep_freed_memory
 from moco_dist.runs.lock import RunLock
 from moco_dist.runs.saving import Saver
 from moco_dist.runs.status import note_outcome, replace, write_status
 
 logger = logging.getLogger(__name__)
-
 
 # The locks of this process.
 _held: dict[Path, RunLock] = {}
@@ -45,12 +44,12 @@ class Session:
     settings: PretrainConfig | ProbeConfig
     # The run directory, runs/<name>.
     directory: Path
-    # Where the newest whole checkpoint stands; None at the start of a new run.
+    # The newest whole checkpoint; None at the start of a new run.
     resumed: checkpoint.Checkpoint | None
     finished: bool
     stop: StopRequests
     saver: Saver
-    # One for the life of the run: what W&B knows it by.
+    # The same for the life of the run; W&B knows it by this id.
     run_id: str
 
     @property
@@ -60,18 +59,18 @@ class Session:
         return device
 
     def close(self) -> None:
-        """Give the run directory free; a command does so at its end."""
+        """Release the run directory; a command does so at its end."""
         self.stop.on_end(0, "", False)
 
     def stop_for(self, request: int) -> None:
-        """Raise on all processes what `request`, the one that all agree on, asks for."""
+        """Raise, on all processes, the error for `request`, on which all agree."""
         if request == stopping.FAILED:
             peers.from_main(self.saver.finish)
         elif request:
             raise stopping.error(request, f"at step {peers.me.step}").on_all()
 
     def request(self) -> int:
-        """Return what this process was asked for, 0 for nothing."""
+        """Return the request to this process, 0 for none."""
         return stopping.FAILED if self.saver.failed else self.stop.poll()
 
     def save(
@@ -86,7 +85,7 @@ class Session:
 
         In the background, `saver.copied` tells when the tensors may change.
         """
-        self.stop.saving = wait or comms.is_main()  # the save before this one may take long
+        self.stop.saving = wait or comms.is_main()  # the save before this one may need long
         if comms.is_main():
             self.saver.start(step, model, optimizer, state)
         if wait:
@@ -94,7 +93,7 @@ class Session:
         self.stop.saving = False
 
     def pause(self, doing: str) -> None:
-        """Raise StoppedError, on all processes alike, if one was asked to stop; a collective."""
+        """Raise StoppedError on all processes if one was asked to stop; a collective."""
         peers.me.mark(peers.me.step, doing)
         asked = self.request()
         if comms.world_size() > 1:  # a process alone has no reason to wait for its device
@@ -103,60 +102,21 @@ class Session:
 
 
 def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
-    """Return Accelerate's view of this process once all of them have met, under `settings`.
+    """Return Accelerate's view of this process once all processes have met, under `settings`.
 
     Raises ConfigError if `settings` ask for a device or for processes that there are not, and
     UserError if the settings are not the same on all processes.
     """
-    machine = settings.runtime
-    if machine.device == "cuda" and not torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        raise ConfigError(
-            f"runtime.device=cuda and PyTorch sees no GPU on {platform.node()} "
-            f"(CUDA_VISIBLE_DEVICES={visible}); look at its driver with nvidia-smi, take another "
-            "machine, or give runtime.device=cpu"
-        )
-    accelerator = Accelerator(
-        cpu=machine.device == "cpu",
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        dynamo_backend="no",  # it would compile the query encoder alone
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
-        ],
-    )
-    if accelerator.device.type == "cpu":
-        host_memory.keep_freed()
-    if not comms.is_main():
-        logging.disable(logging.WARNING)
-    peers.me.join(machine.timeout_seconds)
-    wanted, got = machine.processes, comms.world_size()
+    accelerator = _accelerator(settings)
+    peers.me.join(settings.runtime.timeout_seconds)
+    wanted, got = settings.runtime.processes, comms.world_size()
     if wanted not in (0, got):
         raise ConfigError(
             f"runtime.processes={wanted} and {got} took part; start that many "
             f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
             f"--num_processes {wanted} -m ...)"
         )
-    asked, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.mixed_precision
-    if asked not in ("no", ours):
-        logger.warning(
-            "the launcher's mixed precision %s is not used, the configuration's precision=%s is",
-            asked,
-            settings.precision,
-        )
-    if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
-        logger.warning(
-            "the launcher's dynamo backend %s is not used; runtime.compile=true compiles a "
-            "pretraining",
-            asked,
-        )
     peers.same_everywhere("the configuration", yaml_files.flat(yaml_files.to_dict(settings)))
-    if machine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # It would fill every new tensor first; nothing here reads one unwritten.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return accelerator
 
 
@@ -172,18 +132,64 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
     saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
     if resumed:
         saver.place = resumed.step, resumed.state.get("evaluated")
-    # Where another process has failed, a save in flight can still be brought to its end.
+    # When another process has failed, a save in flight can still be finished.
     stop.flush = partial(saver.join, machine.grace_seconds)
     state = resumed.state if resumed else None
     run_id = peers.from_main(lambda: identity.run_id(directory, settings.name, state))
     return Session(accelerator, settings, directory, resumed, finished, stop, saver, run_id)
 
 
+def _accelerator(settings: PretrainConfig | ProbeConfig) -> Accelerator:
+    """Return an Accelerator for `settings`, and prepare PyTorch and the C library for it."""
+    machine = settings.runtime
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ConfigError(
+            f"runtime.device=cuda, but PyTorch sees no GPU on {platform.node()} "
+            f"(CUDA_VISIBLE_DEVICES={visible}); check its driver with nvidia-smi, use another "
+            "machine, or give runtime.device=cpu"
+        )
+    accelerator = Accelerator(
+        cpu=machine.device == "cpu",
+        mixed_precision="bf16" if settings.precision == "bf16" else "no",
+        dynamo_backend="no",  # it would compile the query encoder alone
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
+        ],
+    )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    if not comms.is_main():
+        logging.disable(logging.WARNING)
+    asked, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.mixed_precision
+    if asked not in ("no", ours):
+        logger.warning(
+            "the launcher's mixed precision %s is ignored in favour of the configuration's "
+            "precision=%s",
+            asked,
+            settings.precision,
+        )
+    if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        logger.warning(
+            "the launcher's dynamo backend %s is ignored; runtime.compile=true compiles a "
+            "pretraining",
+            asked,
+        )
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # It would fill every new tensor first; nothing here reads one unwritten.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return accelerator
+
+
 def _take(directory: Path, stop: StopRequests) -> RunLock:
     """Become the only writer of the run directory, until the run ends."""
     with output_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    # A caller in Python may start several runs in a process, and a failed one left its lock behind.
+    # A caller in Python may start several runs, and one that failed has left its lock behind.
     if before := _held.pop(directory.resolve(), None):
         before.release()
     lock = _held[directory.resolve()] = RunLock(directory)
@@ -207,18 +213,18 @@ def _require_same(
         if changed:
             raise ConfigError(
                 f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
-                "give it back to resume that run, or choose name=... for a new one"
+                "restore that configuration to resume the run, or choose name=... for a new one"
             )
 
 
 def begin(session: Session) -> None:
-    """Note in the run directory what runs now; from here on a signal is obeyed between steps."""
+    """Record in the run directory what runs now; from here on a signal is obeyed between steps."""
     session.stop.raise_at_once()
     session.stop.at_once = False
     try:
         session.pause("starting")
     except StoppedError as error:
-        end_early(session, error, "nothing was begun")
+        end_early(session, error, "nothing has begun")
     peers.me.training = True
 
     def write() -> None:
@@ -233,7 +239,7 @@ def begin(session: Session) -> None:
 
 
 def end_early(session: Session, error: StoppedError | NumbersError, place: str) -> NoReturn:
-    """Raise, on all processes, `error` with `place`, which says what is saved; note its details."""
+    """Raise `error` on all processes with `place`, which says what is saved; keep its details."""
 
     def write() -> None:
         with output_errors(session.directory):
@@ -243,7 +249,7 @@ def end_early(session: Session, error: StoppedError | NumbersError, place: str) 
                 replace(session.directory / "not_finite.json", text + "\n")
 
     peers.from_main(write)
-    go_on = "" if isinstance(error, NumbersError) else "; the same command goes on from there"
+    go_on = "" if isinstance(error, NumbersError) else "; the same command resumes from there"
     ended = type(error)(f"{error}: {place}{go_on}")
     ended.again = error.again
     raise ended.on_all() from error

@@ -1,9 +1,9 @@
-"""What a job script of slurm/ asks before and after the run: its directory, and what to do next.
+"""Two questions of a job script in slurm/: where is the run directory, and is the job requeued?
 
     python -m moco_dist.runs.slurm_job directory {pretrain,probe} ARGUMENTS   prints the directory
-    python -m moco_dist.runs.slurm_job end RUN OUTCOME STATE   what comes next: exit state
+    python -m moco_dist.runs.slurm_job end RUN OUTCOME STATE   the exit status, or 200 to requeue
 
-Neither loads PyTorch, so both take a moment, nor calls Slurm, which a container may not have.
+Neither loads PyTorch, so both are fast, and neither calls Slurm, which a container may not have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.errors import ConfigError, UserError
 from moco_dist.runs.status import write_status
 
-# Exit state that asks the job script to requeue the job.
+# Exit status that asks the job script to requeue the job.
 REQUEUE = 200
 # Restarts without a new checkpoint after which a job is not requeued again.
 MAX_RESTARTS = 3
@@ -30,8 +30,8 @@ MAX_RESTARTS = 3
 def directory(kind: str, arguments: list[str]) -> Path:
     """Return the run directory of a command line; UserError if its configuration is refused.
 
-    Where the command line itself holds name=... and output=..., the refusal is also noted in
-    status.json there, unless a run has begun: so a sweep knows why a task is missing.
+    If the command line has name=... and output=..., a refusal is also written to status.json there
+    unless a run has begun, so that a sweep knows why a task is missing.
     """
     try:
         config: PretrainConfig | ProbeConfig
@@ -54,16 +54,16 @@ def directory(kind: str, arguments: list[str]) -> Path:
 
 
 def end(run: Path, outcome: dict[str, Any] | None, state: str) -> tuple[int, str]:
-    """Return the exit state of this job, or REQUEUE, and a sentence about it.
+    """Return the exit status of this job, or REQUEUE, and a sentence about it.
 
-    `outcome` is what the run noted at its end, None if it was killed or never came to its start;
-    `state` is what Slurm calls the job's.
+    `outcome` is what the run wrote at its end, None if it was killed or never started; `state` is
+    the job's state in Slurm.
     """
     status, reason = 70, "the run was killed, or did not start"
     again = True
     if outcome:
         status, reason, again = outcome["exit_status"], outcome["reason"], outcome["again"]
-        # The start before this one may still be on its way out.
+        # The previous launch may not have ended yet.
         again = again or (status == 73 and _restarts() > 0)
     if status == 0:
         return 0, f"{run} is done"
@@ -82,7 +82,7 @@ def end(run: Path, outcome: dict[str, Any] | None, state: str) -> tuple[int, str
 
 
 def newest_step(run: Path) -> int:
-    """Return the step of the newest checkpoint by the names of their folders, 0 without one."""
+    """Return the step of the newest checkpoint, by the names of the folders, 0 without one."""
     names = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
@@ -115,7 +115,7 @@ def _note(run: Path, requeue: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Carry out a command line; return its exit state."""
+    """Run a command line; return its exit status."""
     match arguments:
         case ["directory", ("pretrain" | "probe") as kind, *rest]:
             try:

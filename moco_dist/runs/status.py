@@ -6,21 +6,22 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moco_dist.errors import STATES
 
-# Names a file that also gets how the run ended: a start that is refused may write to no run.
+# Names a file that also gets how the run ended: a launch that is refused may not write to the run.
 OUTCOME = "MOCO_DIST_OUTCOME"
 
 
 def write_status(
     directory: Path, status: int | None, step: int, reason: str, again: bool = False
 ) -> None:
-    """Write status.json: the state in a word, the exit state (None: it runs), the step and why.
+    """Write status.json: the state in a word, the exit status (None: it runs), the step and why.
 
-    `again` is whether the same command, started again by a machine, is likely to go on.
+    `again` is whether the same command is likely to continue if a machine starts it again.
     """
     path = directory / "status.json"
     with suppress(OSError, ValueError):
@@ -51,8 +52,21 @@ def _content(status: int | None, step: int, reason: str, again: bool) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a small text file so that it is whole or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader finds it whole or as it was."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a file next to `path` to write to; it replaces `path` at the end unless one raises."""
+    # Other machines may write the same file of a shared cache.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

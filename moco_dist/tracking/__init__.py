@@ -1,1 +1,1 @@
-"""What is read while a run goes on: metrics.jsonl, the terminal, W&B, TensorBoard."""
+"""What is read during a run: metrics.jsonl, the terminal, W&B, TensorBoard."""

@@ -1,15 +1,18 @@
-"""Services beside metrics.jsonl, each fed by a thread of its own: training never waits for one.
+"""Services besides metrics.jsonl, each fed by a thread of its own, so that training never waits.
 
-metrics.jsonl is the truth. A start of a run first gives a service the lines that it lacks of those
-that hold, up to the checkpoint, then each new one. A service gets one row for each step, and only
-when it is complete: when a later step has begun, or at the end.
+A service may need long to start and to finish. metrics.jsonl is the truth: each launch first gives
+a service the lines that it lacks, up to the checkpoint, then each new one. A service gets one row
+for each step once the row is complete, which is when a later step has begun, or at the end.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,34 +24,31 @@ from moco_dist.distributed import peers
 
 logger = logging.getLogger(__name__)
 
-# Seconds that the end of a run waits for a service: at its own end, and when it was stopped.
-END_SECONDS, HURRY_SECONDS, KILL_SECONDS = 60.0, 8.0, 3.0
+# Seconds that a run waits for a service at its end, and those when it was stopped.
+END_SECONDS, HURRY_SECONDS = 60.0, 8.0
 
 
 class Service(Protocol):
-    """Where rows of metrics go; all but `kill` are called in one thread."""
+    """Where rows of metrics go; all methods are called in one thread."""
 
     name: str
-    # Whether each start gives it the whole history anew.
+    # Whether each launch gives it the whole history again.
     anew: bool
 
     def begin(self) -> int:
         """Start; return the first step that the service wants."""
 
     def row(self, step: int, metrics: Mapping[str, float], known: bool) -> None:
-        """Take what holds after `step` steps, in their order, each once; some is `known`."""
+        """Log what holds after `step` steps, in their order, each once; some is `known`."""
 
     def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
-        """Take the final figures, and the folder of an encoder to upload."""
+        """Log the final figures, and upload the encoder in a folder."""
 
     def finish(self, status: int) -> None:
-        """Bring everything to its place; `status` is the exit state of the run."""
-
-    def kill(self) -> None:
-        """End it, from any thread, whatever it is doing; return at once."""
+        """Bring everything to its place; `status` is the exit status of the run."""
 
     def leave(self) -> None:
-        """Clean up after it has failed or was killed."""
+        """Clean up after a failure."""
 
 
 class Feed:
@@ -56,7 +56,7 @@ class Feed:
 
     def __init__(self, service: Service, path: Path) -> None:
         self.service, self.path = service, path
-        # The lines of the starts before this one; later ones come by `log`.
+        # The lines of earlier launches; later ones come by `log`.
         self._before = path.stat().st_size
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._row: tuple[int, dict[str, float]] | None = None
@@ -72,21 +72,20 @@ class Feed:
             self._work.put(lambda: self._add(step, own))
 
     def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
-        """Hand on the final figures; return at once."""
+        """Pass on the final figures; return at once."""
         self._work.put(self._flush)
         self._work.put(lambda: self.service.conclude(results, encoder))
 
     def close(self, status: int, complete: bool, hurry: bool) -> None:
-        """Finish, in bounded time; the newest row goes too, if it is `complete` or goes again."""
+        """Finish in bounded time, with the newest row if it is `complete` or will be sent again."""
         self._work.put(lambda: self._finish(status, complete))
         end = time.monotonic() + (HURRY_SECONDS if hurry else END_SECONDS)
         while self._thread.is_alive() and time.monotonic() < end:
             self._thread.join(0.25)
             peers.me.mark(peers.me.step, f"finishing {self.service.name}")
         if self._thread.is_alive():
-            self._fail("does not come to its end")
-            self.service.kill()
-            self._thread.join(KILL_SECONDS)
+            self._fail("does not finish")
+            atexit.register(_exit, status)  # before what the service has registered, and waits for
 
     def _run(self) -> None:
         try:
@@ -95,17 +94,18 @@ class Feed:
                 self._add(step, metrics)
             while not self._ended:
                 self._work.get()()
-        except BaseException as error:  # whatever a library raises, the training goes on
+        except BaseException as error:  # whatever a library raises, the training continues
             reason = " ".join(str(error).split()) or type(error).__name__
             self._fail(reason[:300])
-            self.service.kill()
             self.service.leave()
 
     def _fail(self, reason: str) -> None:
         if not self.dead:
             self.dead = True
             logger.warning(
-                "%s: %s; the run and its metrics.jsonl go on without it", self.service.name, reason
+                "%s: %s; the run and its metrics.jsonl continue without it",
+                self.service.name,
+                reason,
             )
 
     def _add(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -124,6 +124,12 @@ class Feed:
             self._flush()
         self.service.finish(status)
         self._ended = True
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _lines(path: Path, size: int) -> Iterator[tuple[int, dict[str, float]]]:

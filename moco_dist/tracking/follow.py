@@ -99,7 +99,7 @@ class Watch:
         if state == "empty":
             state, reason = "nothing is there yet", "waiting, Ctrl-C ends"
         elif state not in ("starting", "running", "done"):
-            reason = f"{reason}; waiting for it to go on, Ctrl-C ends".removeprefix("; ")
+            reason = f"{reason}; waiting for it to resume, Ctrl-C ends".removeprefix("; ")
         self.note = ": ".join(filter(None, [shown(self._directory), state, reason]))
         if state != self._state:
             self._state = state
@@ -145,7 +145,7 @@ class Watch:
 
 
 def follow(directory: Path, console: Console, wait: Callable[[float], None] = time.sleep) -> None:
-    """Show a run as it goes on, until it is done: in a terminal as its own console does."""
+    """Show a run in progress until it is done: in a terminal as its own console does."""
     watch = Watch(directory, console)
     live = terminal.is_live(console)
     if live:

@@ -20,7 +20,7 @@ from moco_dist.config.recipe import ViewsConfig
 
 logger = logging.getLogger(__name__)
 
-# Images in a picture, and neighbours beside each.
+# Images in a picture, and neighbours of each.
 ROWS, NEIGHBOURS = 8, 8
 BINS = 64
 # Pixels of the smallest tile, of a frame, and between tiles.
@@ -84,7 +84,7 @@ class Album:
         except OSError as error:
             if not self.failed:
                 self.failed = True
-                logger.warning("%s: can't be written (%s); the run goes on", path, error)
+                logger.warning("%s: can't be written (%s); the run continues", path, error)
 
 
 def _colours(view: Tensor, config: ViewsConfig) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from moco_dist.runs.record import number, steps_per_epoch, text_of
+from moco_dist.runs.record import Metric, number, steps_per_epoch, text_of
 
 # Lines of metrics over which the pace is taken.
 WINDOW = 1000
@@ -94,8 +94,9 @@ class RunProgress:
             self.alarms, self.step = [*self.alarms, alarm], max(self.step, step)
             return
         self.per_epoch = steps_per_epoch(dict(line)) or self.per_epoch
-        loss, knn = number(line.get("train/loss")), number(line.get("knn/top1"))
-        if (accuracy := knn if knn is not None else number(line.get("probe/top1"))) is not None:
+        loss, knn = number(line.get(Metric.LOSS)), number(line.get(Metric.KNN_TOP1))
+        accuracy = number(line.get(Metric.PROBE_TOP1)) if knn is None else knn
+        if accuracy is not None:
             self.accuracy.add(accuracy)
         if knn is not None:
             self._evaluated = step
@@ -105,8 +106,8 @@ class RunProgress:
                 self._evaluating += max(0.0, now - before)
                 self._evaluations += 1
         if loss is not None:
-            # The loss climbs while the queue fills, and says nothing till then.
-            if number(line.get("queue/fill")) == 1 and not self._filled:
+            # The loss climbs while the queue fills, and says nothing until then.
+            if number(line.get(Metric.QUEUE_FILL)) == 1 and not self._filled:
                 self._filled, self.loss = True, Curve()
             self.loss.add(loss)
             self._pace.append((now, step, self._evaluating))

@@ -33,7 +33,7 @@ def tracker(
     resumed, run, settings = session.resumed, session.directory, session.settings
     step = resumed.step if resumed else 0
     path = run / "metrics.jsonl"
-    # A run that starts anew has no lines yet: that of step 0 neither.
+    # A new run has no lines yet, not even that of step 0.
     kept = step if resumed else -1
     evaluated = resumed is None or resumed.state.get("evaluated") == step
     lines = peers.together(
@@ -50,7 +50,6 @@ def tracker(
         identity = wandb_run.Identity(session.run_id, settings.name, group, job)
         services.append(
             wandb_run.WandbRun(
-                session.accelerator,
                 settings.tracking,
                 run,
                 identity,

@@ -14,9 +14,9 @@ from PIL import Image
 
 
 class TensorBoardRun:
-    """A service for a feed (see `feed.py`); its methods run in the thread of that feed.
+    """A service for a feed (see `feed.py`), whose thread calls its methods.
 
-    Each start writes the whole history from metrics.jsonl, and purges what was there before.
+    Each launch writes the whole history from metrics.jsonl, and purges what was there before.
     """
 
     name = "TensorBoard"
@@ -34,7 +34,7 @@ class TensorBoardRun:
             raise RuntimeError(f"{error}; pip install 'moco_dist[tensorboard]'") from error
         folder = self.directory / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)
-        # One that looks on has the old files in memory: purge_step makes it forget them.
+        # A TensorBoard that is open has the old files in memory: purge_step makes it forget them.
         self._tracker = TensorBoardTracker(folder.name, self.directory, purge_step=0)
         self._tracker.start()
         self.accelerator.trackers.append(self._tracker)
@@ -49,14 +49,11 @@ class TensorBoardRun:
             self._tracker.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
-        """Do nothing: TensorBoard has no place for single figures and files."""
+        """Do nothing: TensorBoard has no place for single figures or files."""
 
     def finish(self, status: int) -> None:
         """Write what is left and close the files."""
         self._tracker.finish()
-
-    def kill(self) -> None:
-        """Do nothing: there is no process of its own."""
 
     def leave(self) -> None:
         """Do nothing: nothing waits."""

@@ -1,6 +1,6 @@
-"""What a person reads while a run goes on: a live picture in a terminal, plain lines without one.
+"""What a person reads during a run: a live picture in a terminal, plain lines without one.
 
-Both are made of a run's lines of metrics alone, so that `report --follow` shows the same.
+Both are made from a run's lines of metrics alone, so that `report --follow` shows the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from moco_dist.runs.record import Line
+from moco_dist.runs.record import Line, Metric
 from moco_dist.tracking.progress import RunProgress, duration, moment
 
 Sink = Callable[[int, Mapping[str, Any]], None]
@@ -126,26 +126,14 @@ def _print(console: Console, text: str, soft_wrap: bool = True, style: str | Non
 
 
 def banner(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    """Print a title and, under it, names and what there is to say; a log gets each as one line."""
-    _print(console, title, style="bold")
-    size = max(map(len, rows)) + 2
-    width = max(size + 20, console.width) if is_live(console) else sys.maxsize
-    for name, text in rows.items():
-        wrapper = textwrap.TextWrapper(
-            width,
-            initial_indent=name.ljust(size),
-            subsequent_indent=" " * size,
-            break_long_words=False,  # a path stays one to be copied
-            break_on_hyphens=False,
-        )
-        for line in wrapper.wrap(text) or [name]:
-            _print(console, line)
+    """Print a title and, under it, names and what there is to say of each."""
+    table(console, title, list(rows.items()), words=2)
 
 
 def table(console: Console, title: str, rows: Sequence[Sequence[str]], words: int) -> None:
-    """Print a title and, under it, aligned columns."""
+    """Print a title and, under it, aligned columns; a log gets each row as one line."""
     _print(console, title, style="bold")
-    for line in layout(rows, words):
+    for line in layout(rows, words, console.width if is_live(console) else sys.maxsize):
         _print(console, line)
 
 
@@ -161,23 +149,35 @@ def plain(line: Mapping[str, Any], progress: RunProgress, results_only: bool = F
         return None
     if "kNN" in shown and (best := progress.best_knn) and line["step"] != best[0]:
         shown["best"] = f"{share(best[1])} at {best[0]}"
-    left = progress.seconds_left() if "train/loss" in line and not results_only else None
+    left = progress.seconds_left() if Metric.LOSS in line and not results_only else None
     steps = place(progress).rjust(2 * len(str(progress.total)) + 1)
     time_left = [] if left is None else [f"{duration(left)} left"]
     epochs = [f"epoch {progress.newest['epoch']:5.1f}"] if "epoch" in progress.newest else []
     return " ".join([moment(progress.moment), steps, *epochs, *words(shown), *time_left])
 
 
-def layout(rows: Sequence[Sequence[str]], words: int) -> list[str]:
-    """Return the rows as lines with aligned columns; after `words` of them to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
+def layout(rows: Sequence[Sequence[str]], words: int, width: int = sys.maxsize) -> list[str]:
+    """Return the rows as lines with aligned columns, the first `words` to the left, others right.
+
+    A line that is longer than `width` continues below its last column.
+    """
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for cells in rows:
+        *head, last = [
             cell.ljust(size) if place < words else cell.rjust(size)
-            for place, (cell, size) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    ]
+            for place, (cell, size) in enumerate(zip(cells, sizes, strict=True))
+        ]
+        indent = "".join(f"{cell}  " for cell in head)
+        wrapper = textwrap.TextWrapper(
+            max(width, len(indent) + 20),
+            initial_indent=indent,
+            subsequent_indent=" " * len(indent),
+            break_long_words=False,  # a path stays whole, to be copied
+            break_on_hyphens=False,
+        )
+        lines += wrapper.wrap(last.rstrip()) or [indent.rstrip()]
+    return lines
 
 
 def picture(
@@ -204,7 +204,7 @@ def picture(
     parts = [" ".join(part.split()) for part in [*epochs, *words(shown | best | speed)]]
     rows: list[RenderableType] = [way, *(Text(line) for line in flowed(parts, width))]
     marks = ASCII if ascii_only else BLOCKS
-    accuracy = "kNN " if "knn/top1" in newest else "top1"
+    accuracy = "kNN " if Metric.KNN_TOP1 in newest else "top1"
     for name, curve in (("loss", progress.loss), (accuracy, progress.accuracy)):
         if len(curve.points) > 1:
             rows.append(Text(f"{name} {curve.drawn(width - 5, marks)}", no_wrap=True))
@@ -228,12 +228,12 @@ def place(progress: RunProgress) -> str:
 def figures(metrics: Mapping[str, float]) -> dict[str, str]:
     """Return the figures to show, by the names that they are shown under."""
     names: dict[str, tuple[str, Callable[[float], str]]] = {
-        "train/loss": ("loss", loss),
-        "train/accuracy_top1": ("top1", share),
-        "probe/top1": ("probe", share),
-        "control/top1": ("control", share),
-        "knn/top1": ("kNN", share),
-        "train/images_per_second": ("img/s", lambda value: f"{value:4.0f}"),
+        Metric.LOSS: ("loss", loss),
+        Metric.ACCURACY_TOP1: ("top1", share),
+        Metric.PROBE_TOP1: ("probe", share),
+        Metric.CONTROL_TOP1: ("control", share),
+        Metric.KNN_TOP1: ("kNN", share),
+        Metric.IMAGES_PER_SECOND: ("img/s", lambda value: f"{value:4.0f}"),
     }
     return {shown: text(metrics[name]) for name, (shown, text) in names.items() if name in metrics}
 

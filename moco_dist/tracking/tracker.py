@@ -23,7 +23,7 @@ HEADER = {"schema": "moco_dist.metrics", "version": 1}
 
 
 class Display(Protocol):
-    """What shows a run while it goes on."""
+    """What shows a run in progress."""
 
     def start(self) -> None: ...
 
@@ -85,7 +85,7 @@ def json_lines(path: Path, step: int, evaluated: bool = True) -> Sink:
     """Return a sink that appends JSON lines to `path`; those after `step` are cut off first.
 
     So is the kNN accuracy of `step` itself, unless the checkpoint knows that it was `evaluated`.
-    The first line is HEADER; a file of an older version, without it, goes on without it.
+    The first line is HEADER; a file of an older version stays without it.
     """
     with output_errors(path), path.open("ab+") as file:
         file.seek(0)
