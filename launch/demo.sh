@@ -14,7 +14,7 @@ for argument in "$@"; do
     esac
 done
 
-# Each of the two processes gets half the cores, four at most: the images are small.
+# Each of the two processes gets half the cores, at most four, because the images are small.
 cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
 threads=$((cores >= 8 ? 4 : cores > 2 ? cores / 2 : 1))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"

@@ -1,12 +1,11 @@
-"""Turn the runs of launch/record.sh into the README's table and the lines of the headers.
+"""Print the table of the runs of launch/record.sh.
 
   python launch/record_table.py runs/record [--json]
 
-Means over seeds, and their standard deviation behind +- where there are several. Accuracies are
-those of the test images, but for the column by which recipes are chosen; minutes are those of all
-pieces of a run, evaluations and saves included.
-With --json: one line for each run that is done, with its commit, hardware, versions and speed.
-Runs that are not done are named on standard error.
+The table has means over seeds, with the standard deviation after +- if there are several.
+Accuracies are from the test images, except in the column for choosing recipes. Minutes cover all
+pieces of a run, with evaluations and saves. --json prints one line for each finished run, with its
+commit, hardware, versions and speed. Unfinished runs are named on standard error.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ COLUMNS = (
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    """Return what there is to tell of each pretraining whose probe is done, in order of names.
+    """Return a row for each pretraining whose probe is done, ordered by name.
 
-    Names on standard error those that are not done, and pieces that can't be read.
+    Unfinished runs and unreadable pieces are named on standard error.
     """
     noted = pieces(output / "pieces.jsonl")
     found, left = [], []
@@ -146,7 +145,7 @@ def recipes(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what the arguments ask for; return the exit state."""
+    """Print what the arguments ask for; return the exit status."""
     folders = [argument for argument in arguments if argument != "--json"]
     if len(folders) != 1 or not (Path(folders[0]) / "pieces.jsonl").is_file():
         print("error: give the folder that launch/record.sh wrote, as runs/record", file=sys.stderr)

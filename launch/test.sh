@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types, syntax of the shell scripts, then the tests: two files at a time, and those that plant
-# faults, which keep to a time, alone. Arguments go to pytest, one file at a time.
+# Lint, types and syntax of the shell scripts, then the tests, two files at a time. The tests that cause
+# faults run alone, because they depend on time. Arguments go to pytest, which then runs alone.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" ".[dev]"

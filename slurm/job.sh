@@ -1,4 +1,4 @@
-# Sourced by the job scripts: `run_on_all_nodes pretrain ARGUMENTS` is the whole of a job.
+# Sourced by the job scripts: `run_on_all_nodes pretrain ARGUMENTS` is the whole job.
 # shellcheck shell=bash source-path=SCRIPTDIR/..
 source slurm/setup.sh
 
@@ -6,26 +6,26 @@ run_on_all_nodes() {
     local kind="$1" run device gpus="${SLURM_GPUS_ON_NODE:-0}" srun waits=0
     shift
     run="$(run_directory "$kind" "$@")" || exit
-    PROCESSES="${SLURM_NTASKS_PER_NODE:-1}" device=cpu # on GPUs one for each
+    PROCESSES="${SLURM_NTASKS_PER_NODE:-1}" device=cpu # on GPUs, one per GPU
     if ((gpus)); then
         ((PROCESSES == 1 || PROCESSES == gpus)) ||
-            fail 78 "--ntasks-per-node=$PROCESSES and $gpus GPUs a node; leave the first out"
+            fail 78 "--ntasks-per-node=$PROCESSES and $gpus GPUs per node; leave out --ntasks-per-node"
         PROCESSES="$gpus" device=cuda
     else
         export ACCELERATE_USE_CPU=true
-        unset SLURM_GPUS_PER_NODE SLURM_CPUS_PER_GPU # 0 GPUs are none to srun
+        unset SLURM_GPUS_PER_NODE SLURM_CPUS_PER_GPU # to srun, 0 GPUs would not mean none
     fi
     MOCO_DIST_OUTCOME="$(mktemp)" MOCO_DIST_LOGS="$run/logs"
-    # The run saves half a minute before the end at the latest: the job must still be requeued.
+    # The run saves at the latest half a minute before the end, so that the job can still be requeued.
     local end="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s || true)}"
-    SLURM_JOB_END_TIME="$((end - 30))" # of no use to the run if Slurm sets no end
+    SLURM_JOB_END_TIME="$((end - 30))" # without an end from Slurm the run ignores it
     export PROCESSES MOCO_DIST_OUTCOME MOCO_DIST_LOGS SLURM_JOB_END_TIME RUN_IN
-    # Processes end by themselves when one is gone, and save: Slurm kills after a minute only.
+    # When a process is gone the others save and exit by themselves; Slurm kills only after a minute.
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --kill-on-bad-exit=0 --wait=60 bash slurm/node.sh "moco_dist.$kind" "$@" \
         "runtime.device=$device" "runtime.processes=$((SLURM_NNODES * PROCESSES))" &
     srun="$!"
-    trap 'kill -USR1 "$srun" 2>/dev/null || true' USR1 TERM # a signal to this script alone
+    trap 'kill -USR1 "$srun" 2>/dev/null || true' USR1 TERM # a signal sent to this script alone
     until wait "$srun" || ! kill -0 "$srun" 2>/dev/null; do ((++waits)); done
     local state status=0 refused
     state="$(squeue -h -j "$SLURM_JOB_ID" -o %T)"
@@ -33,7 +33,7 @@ run_on_all_nodes() {
     rm -f "$MOCO_DIST_OUTCOME"
     if ((status == 200)); then
         refused="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)" || fail 75 \
-            "not requeued ($refused): submit the same command again to go on from the last checkpoint"
+            "not requeued ($refused): submit the same command again to resume from the last checkpoint"
         status=75
     fi
     return "$status"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Submits a pretraining, its probe and a report, each of which waits for the one before:
+# Submits a pretraining, its probe and a report, each of which waits for the previous one:
 #   bash slurm/pipeline.sh [--nodes=2 ...] configs/pretrain/cifar10.yaml [key=value ...] \
 #       -- configs/probe/cifar10.yaml [key=value ...]
 # Options in front, written with =, go to sbatch for the first two jobs. The probe starts when the
-# pretraining is done, however often that is queued again; the report comes in any case.
+# pretraining is done, however often it is requeued; the report runs in any case.
 set -euo pipefail
 [[ -f slurm/setup.sh ]] || { echo "error: start this in the root of moco_dist, not in $PWD" >&2; exit 66; }
 # shellcheck source=slurm/setup.sh
@@ -19,7 +19,7 @@ probe=("$@" "encoder=$run" "output=$(dirname -- "$run")")
 probe_run="$(run_directory probe "${probe[@]}")" || exit
 
 submit() {
-    sbatch --parsable "$@" | cut -d ';' -f 1 # behind it the cluster's name may stand
+    sbatch --parsable "$@" | cut -d ';' -f 1 # the name of the cluster may follow
 }
 first="$(submit "${options[@]}" slurm/pretrain.sbatch "${pretrain[@]}")"
 second="$(submit "--dependency=afterok:$first" --kill-on-invalid-dep=yes "${options[@]}" \

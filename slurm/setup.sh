@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it in the root of the clone: what they need to call moco_dist.
+# Sourced by the other scripts in this folder, in the root of the clone: what they need to call moco_dist.
 # shellcheck shell=bash source-path=SCRIPTDIR/..
 
 fail() {

@@ -1,4 +1,4 @@
-"""One run on several machines against itself on one process: the table of configs/one_run.md.
+"""One run on several machines against itself on one process: the table of docs/one_run.md.
 
   python -m tests.one_run [float64] [float32]
 

@@ -25,7 +25,7 @@ FLOORS = (
     {"data", "tracking"},
     {"encoders"},
     {"pretrain", "probe", "export"},
-    {"report", "doctor", "bench"},
+    {"report", "doctor", "bench", "notebook"},
 )
 # Who alone may import a library.
 OWNERS = {

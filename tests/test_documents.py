@@ -1,87 +1,196 @@
-"""The commands of the pages beside the configurations are ones that the program takes."""
+"""What README and the pages of docs/ say is so: commands, links, settings and public names."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import moco_dist
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import flat, load, to_dict
-from moco_dist.export import run
 from moco_dist.export.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "configs").glob("*.md"))
-SCHEMAS: dict[str, Any] = {
-    "pretrain": PretrainConfig,
-    "probe": ProbeConfig,
-    "doctor": PretrainConfig,
-}
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "slurm/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = (ROOT / "configs", ROOT / "launch", ROOT / "slurm")
+SCRIPTS = sorted(path for folder in FOLDERS for path in folder.rglob("*.*") if path.is_file())
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *SCRIPTS]
+SCHEMAS: dict[str, Any] = {"pretrain": PretrainConfig, "probe": ProbeConfig}
+SCHEMAS |= {"doctor": PretrainConfig, "bench": PretrainConfig}
+# Words that are never right here, where others are.
+IDIOMS = (
+    *("leaves with", "way out", "has no say", "comes forward", " beside ", "exit state", "anew"),
+    *("no matter", "maybe", "are taken as they stand", "is told who"),
+)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def commands(page: Path) -> Iterator[list[str]]:
     """Yield the words of the commands in a page's blocks of bash."""
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+    for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                yield words
+            for part in line.split(" && "):
+                if words := shlex.split(part, comments=True):
+                    yield words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_the_commands_of_a_page_are_taken(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exported: list[Any] = []
-
-    def note(*arguments: Any) -> Path:
-        exported.append(arguments)
-        return page.parent
-
-    monkeypatch.setattr(run, "export", note)
-    found = list(commands(page))
-    assert found
-    for words in found:
-        if "-m" not in words:
-            _check_script(words)
-            continue
-        module = words[words.index("-m") + 1].removeprefix("moco_dist.")
-        if module.startswith("tests."):
-            assert importlib.util.find_spec(module)
-            continue
-        arguments = words[words.index("-m") + 2 :]
-        if module == "export":
-            assert run.run(arguments) == 0
-            assert exported[-1][1] in TARGETS
+def check_arguments(module: str, words: list[str]) -> None:
+    """Check the arguments of a command of ours: options against its help, keys by loading them."""
+    text = importlib.import_module(f"moco_dist.{module}.run").__doc__ or ""
+    given, rest = list[str](), iter(words)
+    for word in rest:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", text), f"{module} has no {word}"
+            value = "" if word in ("--bn-leak", "--quick", "--text", "--follow") else next(rest)
+            assert word != "--to" or value in TARGETS
         else:
-            load(SCHEMAS[module], arguments)
+            given.append(word)
+    if module in SCHEMAS:
+        load(SCHEMAS[module], [word for word in given if not word.startswith("runs/")])
 
 
-def _check_script(words: list[str]) -> None:
-    """Check a command of a file of launch/: of record.sh its table and the keys as well."""
-    files = [word.rpartition("=")[2] for word in words if "launch/" in word]
-    assert files
-    assert all((ROOT / file).is_file() for file in files)
-    if "launch/record.sh" in words:
-        first, others = words.index("launch/record.sh") + 2, words.index("--")
-        load(PretrainConfig, words[first:others])
-        load(ProbeConfig, words[others + 1 :])
+def check_script(words: list[str]) -> None:
+    """Check a command with a script: that it is there, and what it passes on to ours."""
+    place = next(n for n, word in enumerate(words) if re.match(r"(launch|slurm|tests|docs)/", word))
+    script, (first, _, second) = words[place], (" ".join(words[place + 1 :]).partition(" -- "))
+    assert (ROOT / script).is_file()
+    kind = {"slurm/probe.sbatch": "probe"}.get(script, "pretrain")
+    if script == "launch/record.sh":
+        first = first.removeprefix("DIR")
+    if re.search("record.sh|pretrain|probe|pipeline", script):
+        load(SCHEMAS[kind], first.split())
+        load(ProbeConfig, second.split())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_commands_of_a_page_are_taken(page: Path) -> None:
+    for block in blocks(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+    for words in commands(page):
+        files = [word for word in words if re.match(r"(launch|configs)/.*\.(yaml|txt)$", word)]
+        assert all((ROOT / file).is_file() for file in files), files
+        if "-m" in words:
+            module, *arguments = words[words.index("-m") + 1 :]
+            if module.startswith("moco_dist."):
+                check_arguments(module.removeprefix("moco_dist."), arguments)
+            else:
+                assert module.startswith("tests.")
+                assert importlib.util.find_spec(module)
+        elif any(re.match(r"(launch|slurm|tests|docs)/", word) for word in words):
+            check_script(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_key_that_a_page_names_exists(page: Path) -> None:
     known = flat(to_dict(PretrainConfig())).keys() | flat(to_dict(ProbeConfig())).keys()
-    named = re.findall(r"\b([a-z]+\.[a-z_]+)(?==)", page.read_text())
-    assert named
+    named = re.findall(r"(?<![\w./-])([a-z]+\.[a-z_]+)(?==)", page.read_text())
     assert set(named) <= known
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_every_link_and_picture_of_a_page_is_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" not in link:
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
+def test_every_page_can_be_found_from_the_index() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages <= set(re.findall(r"\((\w+\.md)\)", index))
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text().split()) < 1100
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=name_of)
+def test_the_english_is_idiomatic(text: Path) -> None:
+    words = " ".join(text.read_text().lower().replace("#", " ").split())
+    assert not [idiom for idiom in IDIOMS if idiom in words]
+
+
+def test_the_citation_has_what_its_format_requires() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["version"] == moco_dist.__version__
+    for work in (cited, *cited["references"]):
+        assert work["title"]
+        assert all({"name"} <= set(a) or {"family-names"} <= set(a) for a in work["authors"])
+    assert cited["message"]
+
+
+def test_public_names_are_there_and_load_no_torch_before_they_are_used() -> None:
+    code = "import sys, moco_dist; dir(moco_dist); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+    for name in moco_dist.__all__:
+        assert getattr(moco_dist, name) is not None
+    listed = set(re.findall(r"`(\w+)`", (ROOT / "docs/quickstart.md").read_text()))
+    assert set(moco_dist.__all__) <= listed
+    with pytest.raises(AttributeError):
+        moco_dist.pretrain_run  # noqa: B018
+
+
+def run_python(code: list[str], folder: Path) -> str:
+    """Return what Python prints in `folder`, where warnings are errors."""
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_quickstart_learns(tmp_path: Path) -> None:
+    printed = run_python(["-W", "error", str(ROOT / "docs/quickstart.py")], tmp_path)
+    before, after = (
+        [float(number) for number in re.findall(r"([\d.]+)%", line)]
+        for line in printed.splitlines()
+    )
+    assert after[0] > before[0] + 15  # kNN; six standard errors of 500 images
+    assert after[1] > before[1] + 15
+
+
+def test_runs_from_python_end_as_the_commands_do(tmp_path: Path) -> None:
+    (block,) = (b for b in blocks(ROOT / "docs/quickstart.md", "python") if "run_probe" in b)
+    printed = run_python(["-c", block], tmp_path)
+    for run in ("small", "small-probe"):
+        assert '"state": "done"' in (tmp_path / "runs" / run / "status.json").read_text()
+    verdict = (tmp_path / "runs/small-probe/results.json").read_text()
+    assert printed.splitlines()[-1] in yaml.safe_load(verdict)["verdict"]
+
+
 def test_the_table_of_settings_is_what_the_files_say() -> None:
-    rows = re.findall(r"^\| (.+) \|$", (ROOT / "configs/README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (.+) \|$", (ROOT / "docs/recipes.md").read_text(), re.MULTILINE)
     header = [cell.strip("` ") for cell in rows[0].split(" | ")]
     runs = {name: load(PretrainConfig, [f"pretrain/{name}"]) for name in header[1:5]}
     for row in rows[2:11]:

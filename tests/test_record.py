@@ -142,7 +142,7 @@ def test_a_piece_that_is_over_ends_with_75_before_its_next_run(tmp_path: Path) -
     over = call(tmp_path / "images in", tmp_path, ["a=1", "--", "b=2"], **stubbed)
     assert over.returncode == 75, over.stderr
     ran, said = over.stdout.splitlines()
-    assert said == "the piece is over; the same call goes on with tiny-0-probe"
+    assert said == "the piece is over; the same call continues with tiny-0-probe"
     words = ran.split("|")
     assert words[:4] == [
         *("-m", "moco_dist.pretrain", "configs/pretrain/paper.yaml", "moco.temperature=0.2"),
@@ -156,7 +156,9 @@ def test_a_piece_that_is_over_ends_with_75_before_its_next_run(tmp_path: Path) -
 def test_a_piece_too_short_for_any_run_is_refused(tmp_path: Path, seconds: str) -> None:
     refused = call(tmp_path, tmp_path, [], RECORD_SECONDS=seconds)
     assert refused.returncode == 78
-    sentence = f"error: RECORD_SECONDS={seconds}: give a whole number of seconds above 30, as 500\n"
+    sentence = (
+        f"error: RECORD_SECONDS={seconds}: give a whole number of seconds above 30, such as 500\n"
+    )
     assert refused.stderr == sentence
 
 
@@ -178,7 +180,7 @@ def test_a_run_that_ends_before_it_is_done_is_not_probed(tmp_path: Path) -> None
     (tmp_path / "table.txt").write_text(TABLE)
     stopped = call(tmp_path / "images", tmp_path, ["--"], RECORD_PYTHON="true")
     assert stopped.returncode == 78
-    assert stopped.stderr == "error: tiny-0 ended before it was done; take away what stops it\n"
+    assert stopped.stderr == "error: tiny-0 ended before it was done; remove what stops it\n"
 
 
 def test_a_run_that_fails_ends_the_record_with_its_state(images: Path, tmp_path: Path) -> None:

@@ -274,7 +274,7 @@ def test_without_the_right_to_requeue_the_job_ends_with_75_and_says_how_to_go_on
     slurm.wait(job)
     facts = slurm.facts(job)
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "75:0"), slurm.text(job)
-    assert "submit the same command again to go on from the last checkpoint" in slurm.text(job)
+    assert "submit the same command again to resume from the last checkpoint" in slurm.text(job)
 
 
 def test_a_process_killed_on_one_node_brings_the_job_back(
@@ -318,7 +318,7 @@ def test_configurations_that_are_refused_do_not_requeue(slurm: Slurm, runs: Path
             "wrong_2", *TINY, options=("--nodes=2", "--ntasks-per-node=4")
         ),
         "no GPU": slurm.submit("slurm/pretrain.sbatch", *TINY, f"output={runs}", "name=wrong_3"),
-        "leave the first out": slurm.submit(
+        "leave out --ntasks-per-node": slurm.submit(
             *("--gpus-per-node=2", "--ntasks-per-node=3", "--cpus-per-gpu=2"),
             *("slurm/pretrain.sbatch", *TINY, f"output={runs}", "name=wrong_4"),
         ),
