@@ -35,32 +35,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "CheckpointConfig",
-    "DataConfig",
-    "EncoderConfig",
-    "GridConfig",
-    "KnnConfig",
-    "MoCo",
-    "MocoConfig",
-    "OptimConfig",
-    "Plan",
-    "PretrainConfig",
-    "ProbeConfig",
-    "RuntimeConfig",
-    "TrackingConfig",
-    "ViewsConfig",
-    "average_statistics",
-    "build_encoder",
-    "center_view",
-    "draw_shapes",
-    "info_nce",
-    "knn_predict",
-    "load_encoder",
-    "make_views",
-    "run_pretrain",
-    "run_probe",
-    "shuffled_keys",
-]
+    "CheckpointConfig", "DataConfig", "EncoderConfig", "GridConfig", "KnnConfig", "MoCo",
+    "MocoConfig", "OptimConfig", "Plan", "PretrainConfig", "ProbeConfig", "RuntimeConfig",
+    "TrackingConfig", "ViewsConfig", "average_statistics", "build_encoder", "center_view",
+    "draw_shapes", "info_nce", "knn_predict", "load_encoder", "make_views", "run_pretrain",
+    "run_probe", "shuffled_keys",
+]  # fmt: skip
 
 # Where each public name is defined, and under which name if that is another one.
 _PLACES = {

@@ -1,4 +1,4 @@
-"""How a run ends before its end: one sentence each, and an exit state after sysexits.h."""
+"""Reasons a command stops early, each with a one-sentence message and an exit status."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-# Exit states after sysexits.h, and the word for each in status.json.
+# Exit statuses, after sysexits.h, and the word for each in status.json.
 STATES = {
     0: "done",
     1: "faults found",
@@ -24,15 +24,15 @@ STATES = {
 
 
 class UserError(Exception):
-    """A reason to end that a user can act on; its text has the value, the rule and the way out."""
+    """A reason to stop that a user can act on; its text has the value, the rule and the fix."""
 
     exit_status = 70
     shared = False
-    # The same command, started again by a machine, is likely to go on.
+    # Whether the same command, started again by a machine, is likely to succeed.
     again = False
 
     def on_all(self) -> Self:
-        """Return the error marked as one that all processes raise, which the first one prints."""
+        """Return this error marked as raised on all processes: only the first one prints it."""
         self.shared = True
         return self
 
@@ -44,19 +44,19 @@ class ConfigError(UserError):
 
 
 class FaultsError(UserError):
-    """What the doctor found will end or spoil the run."""
+    """Findings of the doctor that will stop or spoil the run."""
 
     exit_status = 1
 
 
 class DataError(UserError):
-    """Data or a checkpoint that is there and can't be used (EX_DATAERR)."""
+    """Data or a checkpoint that exists but can't be used (EX_DATAERR)."""
 
     exit_status = 65
 
 
 class MissingError(UserError):
-    """A data set, checkpoint or file that was asked for and is not there (EX_NOINPUT)."""
+    """A data set, checkpoint or file that was named but doesn't exist (EX_NOINPUT)."""
 
     exit_status = 66
 
@@ -74,7 +74,7 @@ class InUseError(UserError):
 
 
 class PeerError(UserError):
-    """Another process of the run died, stalled or is out of step (EX_SOFTWARE)."""
+    """Another process of the run that died, stalled or is at another step (EX_SOFTWARE)."""
 
     again = True
 
@@ -82,7 +82,7 @@ class PeerError(UserError):
 class NumbersError(UserError):
     """A loss, gradient or key that is not finite, found before it reached any state."""
 
-    # What to write to not_finite.json: step, figures, samples.
+    # The content of not_finite.json: step, figures, samples.
     details: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -109,7 +109,7 @@ def shown(value: object, limit: int = 300) -> str:
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write into OutputError, one sentence that names `path`."""
+    """Turn a failure to write into an OutputError that names `path`."""
     try:
         yield
     except OSError as error:

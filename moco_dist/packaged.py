@@ -43,7 +43,7 @@ def files() -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print what the arguments name, or everything; return the exit state."""
+    """Print what the arguments name, or everything; return the exit status."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """Return the exit state of the command, with a sentence for what went wrong."""
+    """Run the command; return its exit status, with a sentence on stderr for what went wrong."""
     try:
         return main(arguments)
     except UserError as error:

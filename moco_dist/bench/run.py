@@ -3,11 +3,11 @@
   python -m moco_dist.bench CONFIG [key=value ...] [--against textbook] [--sweep KEY=A,B,...]
   accelerate launch -m moco_dist.bench CONFIG ...        several processes or GPUs, as pretrain
 
-Takes real steps with a full queue, and writes nothing into runs/. --against textbook measures a
-plain loop in turn with it (PIL views in a DataLoader, fp32, NCHW, eager) and prints ratios; --sweep
-measures each value of a key; --repeats (5), --steps (of a repeat: 1, on a GPU 20), --warm-up (2, on
-a GPU 20) and --workers (of the plain loop's DataLoader: 0, on a GPU one for each core) say how
-long. The last line of the output is the same as one line of JSON.
+Takes real steps with a full queue, and writes no file. --against textbook measures a plain loop in
+turn (PIL views in a DataLoader, fp32, NCHW, eager) and prints ratios. --sweep measures each value
+of a key. --repeats (5), --steps (of a repeat: 1, on a GPU 20), --warm-up (2, on a GPU 20) and
+--workers (of the plain loop's DataLoader: 0, on a GPU one per core) set how much is measured. The
+last line of the output holds all figures as JSON.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ AGAINST = ("textbook",)
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what the arguments say."""
+    """Measure what the arguments ask for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--against", default="")
     parser.add_argument("--sweep", default="")
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
 
 def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -> None:
-    """Measure `config`, or a copy of it for each value of the sweep, and print what came of it."""
+    """Measure `config`, or a copy of it for each value of the sweep, and print the figures."""
     if asked.against and asked.against not in AGAINST:
         raise ConfigError(f"--against {asked.against}: give one of {', '.join(AGAINST)}")
     configs = swept(config, asked)
@@ -70,7 +70,7 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
         accelerator = join(each)
         splits = datasets.load(each.data, each.encoder.channels)
         found.append(one(Trainer(each, accelerator, splits), asked))
-        AcceleratorState._reset_state()  # which would hold the next one to this one's precision
+        AcceleratorState._reset_state()  # it would impose its precision on the next configuration
     if not comms.is_main():
         return
     if asked.sweep:
@@ -79,13 +79,13 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
 
 
 def swept(config: PretrainConfig, asked: argparse.Namespace) -> list[PretrainConfig]:
-    """Return the configurations of a sweep, as batch_size=128,256: each value in its turn."""
+    """Return the configurations of a sweep such as batch_size=128,256, one for each value."""
     if not asked.sweep:
         return [config]
     key, _, values = asked.sweep.partition("=")
     if not (key and values):
         raise ConfigError(
-            f"--sweep {asked.sweep}: give a key and its values, as batch_size=128,256"
+            f"--sweep {asked.sweep}: give a key and its values, such as batch_size=128,256"
         )
     return [
         yaml_files.load(PretrainConfig, [*asked.arguments, f"{key}={value}"])
@@ -99,14 +99,14 @@ def _number(asked: argparse.Namespace, name: str, default: int, least: int = 1) 
     try:
         number = int(text or default)
     except ValueError:
-        raise ConfigError(f"{option} {text}: is no whole number; give {least} or more") from None
+        raise ConfigError(f"{option} {text} is not a whole number; give {least} or more") from None
     if number < least:
-        raise ConfigError(f"{option} {text}: is too few; give {least} or more")
+        raise ConfigError(f"{option} {text} is too few; give {least} or more")
     return number
 
 
 def one(trainer: Trainer, asked: argparse.Namespace) -> dict[str, Any]:
-    """Return, and print, what was measured of one configuration."""
+    """Return and print the figures of one configuration."""
     on_gpu = trainer.device.type == "cuda"
     steps = _number(asked, "steps", 20 if on_gpu else 1)
     repeats = _number(asked, "repeats", 5)
@@ -123,7 +123,7 @@ def one(trainer: Trainer, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def machine(trainer: Trainer) -> dict[str, Any]:
-    """Return what was measured, and on what."""
+    """Return what is measured, and on which machine."""
     config, device = trainer.config, trainer.device
     on_gpu = device.type == "cuda"
     return {
@@ -148,8 +148,7 @@ def machine(trainer: Trainer) -> dict[str, Any]:
 def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -> dict[str, Any]:
     """Return how many times as fast the trainer is as the plain loop: medians of pairs in turn.
 
-    By wall time and by process time, which knows nothing of others on the machine, nor of the plain
-    loop's workers.
+    Process time counts neither other programs on the machine nor the plain loop's workers.
     """
     device = trainer.device
     peers.me.mark(trainer.step, "measuring the plain loop")
@@ -224,13 +223,13 @@ def show(found: dict[str, Any], speed: Speed) -> None:
 
 
 def milliseconds(seconds: float) -> str:
-    """Return a time in milliseconds with three digits or more."""
+    """Return a time in milliseconds with at least three digits."""
     number = seconds * 1e3
     return f"{number:,.{0 if number >= 100 else 1 if number >= 10 else 2}f}"
 
 
 def show_sweep(sweep: str, found: list[dict[str, Any]]) -> None:
-    """Print a line for each value of the key that was varied."""
+    """Print a line for each value of the key."""
     key, _, values = sweep.partition("=")
     lines = [[key, "images/s", "ms a step", "process ms", "GB", "bytes of keys"]]
     lines += [

@@ -1,4 +1,4 @@
-"""The speed of a trainer's step on this machine: images, parts, bytes, memory and arithmetic."""
+"""The speed of a training step: images, parts, bytes sent, memory and arithmetic."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from moco_dist.pretrain.loop import figures_of, run_hooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment
 
-# What a step is made of, in the order in which it comes. The gradients of several processes are
-# summed within "backward"; "rest" is the plan of the rows, and what all processes agree on.
+# The parts of a step, in order. Gradients of several processes are summed within "backward"; "rest"
+# is the plan of the rows and what all processes agree on.
 PARTS = (
     *("views", "key", "query", "loss", "backward", "optimizer", "momentum", "queue"),
     *("communication", "tracking", "rest"),
@@ -35,28 +35,28 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of one configuration, on this process; times are medians, in seconds."""
+    """The figures of one configuration on this process; times are medians, in seconds."""
 
     images_per_second: float
     step_seconds: float
-    # Process time of a step: of all threads, and without the time in which others have the core.
+    # Process time of a step: of all its threads, without the time that other programs take.
     cpu_seconds: float
-    # Each of PARTS, from other steps than those of `step_seconds`.
+    # Each of PARTS, from steps that are not in `step_seconds`.
     parts: dict[str, float]
     # Both views of an image, without the rest of a step.
     pipeline_images_per_second: float
-    # Sent by this process in a step; it receives as many.
+    # Sent by this process in a step; it receives as many bytes.
     bytes_of_keys: int
     bytes_of_gradients: int
     memory_gb: float
-    # Floating-point operations of a step on this process, views not counted, and of the fastest
-    # matrix product in a second.
+    # Floating-point operations of a step on this process, without its views; operations per second
+    # of the fastest matrix product.
     flops: int
     peak_flops: float
 
     @property
     def share_of_peak(self) -> float:
-        """The share of the matrix product's speed that the model's arithmetic reaches."""
+        """The speed of the model's arithmetic as a share of the matrix product's."""
         return self.flops / self.step_seconds / self.peak_flops
 
 
@@ -93,7 +93,7 @@ def _part(event: FunctionEvent | None) -> str:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return once the device has done all it was given."""
+    """Return once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -108,7 +108,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float
 
 
 def fill_queue(trainer: Trainer) -> None:
-    """Fill the queue with random keys of the training images: a step then costs what most do."""
+    """Fill the queue with random keys of the training images, as it is in most steps."""
     queue = trainer.moco.queue
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(queue.keys.shape, generator=generator)
@@ -118,9 +118,9 @@ def fill_queue(trainer: Trainer) -> None:
 
 
 def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
-    """Return the speed of the trainer's step, from `repeats` times `steps` steps; on all processes.
+    """Return the speed of the trainer's step, from `repeats` times `steps` real steps.
 
-    Steps are really taken: with gradients, weights and queue.
+    A collective, which changes weights and queue.
     """
     device, config, hooks = trainer.device, trainer.config, run_hooks(trainer)
     fill_queue(trainer)
@@ -157,7 +157,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
 
 
 def both_views(trainer: Trainer, step: int) -> None:
-    """Make the views of a step, those of the queries and those of the keys."""
+    """Make the views of a step, of queries and of keys."""
     trainer.source.begin(step)
     rows = trainer.plan.step(step, len(trainer.passes))
     micro_batches = trainer.config.runtime.micro_batches
@@ -167,7 +167,7 @@ def both_views(trainer: Trainer, step: int) -> None:
 
 
 def pipeline(trainer: Trainer) -> Callable[[], None]:
-    """Return what makes the views of the next step, and does nothing else, at each call."""
+    """Return a function that makes only the views, of one step after the other."""
     steps = count(trainer.step)
     return lambda: both_views(trainer, next(steps))
 

@@ -1,8 +1,8 @@
-"""A plain Momentum Contrast loop to measure against: what one writes from the paper alone.
+"""A plain Momentum Contrast loop to measure against, as one would write it from the paper alone.
 
 Views by PIL in a DataLoader, torchvision's ResNet in NCHW and fp32, ordinary BatchNorm, a gather of
-all images to shuffle them, momentum parameter by parameter, logits joined beside a copy of the
-queue (He et al. 2020, algorithm 1 and section 3.3). It is as fast as its parts are, not slowed.
+all images to shuffle them, momentum parameter by parameter, logits concatenated with those of a
+copy of the queue (He et al. 2020, algorithm 1 and section 3.3). Nothing in it is slowed on purpose.
 """
 
 from __future__ import annotations

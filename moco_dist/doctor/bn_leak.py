@@ -1,4 +1,4 @@
-"""Whether encoders know images by the BatchNorm statistics of their group."""
+"""Whether encoders recognise images by the BatchNorm statistics of their group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ BATCHES = 4
 NEGATIVES = 4096
 # Of streamed images, so many are taken into memory.
 STREAMED_IMAGES = 10_000
-# Gain by shared groups that is a leak: runs without one have 0.05 or less, one with it 0.4 or more.
+# Gain by shared groups above which a run leaks. Without a leak it is 0.05 or less, with one 0.4 or
+# more.
 LEAK = 0.1
 
 
@@ -108,7 +109,7 @@ def trained(
 
 
 def bn_leak(config: PretrainConfig, device: torch.device) -> None:
-    """Print whether encoders know images by the BatchNorm statistics of their group.
+    """Print whether encoders recognise images by the BatchNorm statistics of their group.
 
     Raises ConfigError if they do.
     """
@@ -129,12 +130,12 @@ def bn_leak(config: PretrainConfig, device: torch.device) -> None:
     if not safe and shared - shuffled > LEAK:
         raise ConfigError(
             f"BatchNorm leak: under bn_groups=1, {shared:.1%} of the queries find their own key, "
-            f"and {shuffled:.1%} without the statistics that they share with it; train anew with "
+            f"and {shuffled:.1%} without the statistics that they share with it; train again with "
             f"bn_groups=8 and name=..."
         )
     verdict = (
         f"No leak: bn_groups={config.bn_groups} keeps the groups of queries and keys apart."
         if safe
-        else "No leak to be seen yet, but bn_groups=1 leaves the way open: use bn_groups=8."
+        else "No leak can be seen yet, but bn_groups=1 allows one; use bn_groups=8."
     )
     console.print(verdict, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""What the doctor looks at before a pretraining: each check returns findings, and trains nothing.
+"""What the doctor checks before a pretraining; nothing is trained.
 
-Every process makes the checks; what only one of them can see is gathered. A check of a fault that
-the run itself would meet uses the run's own rule, and its sentence.
+Every process runs the checks, and what only one of them can see is gathered. Where the run itself
+would stop, the check uses the run's own rule and sentence.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from moco_dist.pretrain import alarms
 from moco_dist.randomness import Purpose, permutation
 from moco_dist.tracking import wandb_run
 
-# Files that are decoded to see whether they can be, spread over the whole set by chance.
+# Files, drawn at random from the whole set, that are decoded as a sample.
 SAMPLED = 200
-# Seconds that a server of W&B may take to answer.
+# Seconds that the W&B server may take to answer.
 PATIENCE = 3.0
-# Bytes of the largest message of the network test, and how often it is sent.
+# Bytes of the largest message of the network test, and how many times it is sent.
 MESSAGE, TIMES = 2**22, 5
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the table: what was looked at, what was found, and a sentence if it will fail."""
+    """A line of the table: what was checked, what was found, and a sentence if it will fail."""
 
     about: str
     found: str
     fault: str = ""
-    # A sentence about what costs accuracy or time, and ends no run.
+    # A sentence about what costs accuracy or time without ending the run.
     warning: str = ""
 
 
 def processes(config: PretrainConfig, device: torch.device) -> Iterator[Finding]:
-    """Yield who takes part, on what, with which versions."""
+    """Yield which processes take part, on which devices, with which versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     versions = (
         f"moco_dist {moco_dist.__version__}, torch {torch.__version__}, accelerate "
@@ -67,7 +67,7 @@ def processes(config: PretrainConfig, device: torch.device) -> Iterator[Finding]
     count, wanted = len(everyone), config.runtime.processes
     fault = ""
     if wanted not in (0, count):
-        fault = f"runtime.processes={wanted} and {count} took part; start that many"
+        fault = f"runtime.processes={wanted} and {count} took part; start {wanted}"
     yield Finding("processes", f"{count} on {len(hosts)} machine(s): {', '.join(names)}", fault)
     gpus = [place for place, _, _ in everyone if place[1]]
     if len(set(gpus)) < len(gpus):
@@ -80,14 +80,14 @@ def processes(config: PretrainConfig, device: torch.device) -> Iterator[Finding]
 
 
 def network(config: PretrainConfig, device: torch.device) -> Iterator[Finding]:
-    """Yield latency and bandwidth of the collective that each step needs, as measured."""
+    """Yield the measured latency and bandwidth of the collective that each step needs."""
     if comms.world_size() == 1:
         yield Finding("network", "one process needs none")
         return
     small, large = (torch.zeros(1, n, device=device) for n in (1, MESSAGE // 4))
     times: dict[int, list[float]] = {}
     for message in (small, large):
-        comms.all_gather(message)  # makes the connections
+        comms.all_gather(message)  # opens the connections
         for _ in range(TIMES):
             began = time.perf_counter()
             comms.all_gather(message).sum().item()
@@ -103,7 +103,7 @@ def network(config: PretrainConfig, device: torch.device) -> Iterator[Finding]:
 
 
 def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
-    """Yield how batch, groups and queue go into the processes and the data."""
+    """Yield how batch, groups and queue fit the processes and the data."""
     world, micro = comms.world_size(), config.runtime.micro_batches
     rows, groups = config.batch_size, config.bn_groups
     yield _ruled(
@@ -136,9 +136,9 @@ def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:
 
 
 def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
-    """Return what the data set holds, by a sample of its files, and its training images.
+    """Return what a sample of its files says about the data set, and its number of training images.
 
-    Nothing is downloaded, unpacked or kept: 0 training images where that would be needed.
+    Nothing is downloaded, unpacked or kept; the number is 0 where that would be needed.
     """
     if config.name == "shapes":
         kept = round(config.shapes_train * (1 - config.validation))
@@ -169,7 +169,7 @@ def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
             content = file.read_bytes()
             squares.append(image_file.square(content, config.size, channels))
             sizes.append(image_file.opened(content).size)
-        except Exception as error:  # of any kind, as decoders raise them, all the file's
+        except Exception as error:  # decoders raise any kind for a bad file
             bad.append(f"{shown(file, 4096)} ({shown(str(error) or type(error).__name__)})")
     spans = [(min(side), max(side)) for side in zip(*sizes, strict=True)] or [(0, 0)] * 2
     fault = ""
@@ -200,10 +200,10 @@ def colors(squares: list[image_file.Pixels]) -> Finding:
 
 
 def memory(config: PretrainConfig, device: torch.device, images: int) -> Iterator[Finding]:
-    """Yield free memory of this machine's processes against an estimate for this configuration.
+    """Yield the free memory of a process and what the configuration needs; a collective.
 
-    Weights, gradients, momentum and the copy of the key encoder, the queue, the images, and for one
-    micro-batch the outputs of all layers, which the backward pass needs. Called on all processes.
+    The estimate counts weights, gradients, momentum, the key encoder, the queue, the images, and
+    the outputs of all layers for one micro-batch.
     """
     needed = estimate(config, images, comms.world_size())
     if device.type == "cuda":
@@ -232,7 +232,7 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
             encoder = build_encoder(config.encoder, 0)
             view = torch.zeros(1, config.encoder.channels, config.views.size, config.views.size)
     except ConfigError:
-        return 0  # said elsewhere
+        return 0  # reported by another check
     outputs = 0
 
     def count(module: nn.Module, inputs: object, output: object) -> None:
@@ -253,7 +253,7 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
 
 
 def disk(config: PretrainConfig) -> Iterator[Finding]:
-    """Yield the room for checkpoints against what those that are kept will take."""
+    """Yield the free disk space and what the checkpoints that are kept will need."""
     keep = config.checkpoint
     try:
         with torch.device("meta"):
@@ -264,7 +264,7 @@ def disk(config: PretrainConfig) -> Iterator[Finding]:
     size = {"fp64": 8}.get(config.precision, 4)
     one = 3 * sum(tensor.numel() for tensor in state.values()) * size
     one += config.moco.queue_size * (config.encoder.dim * size + 8)
-    # The newest ones, the best one, and one in the writing.
+    # The newest ones, the best one, and one that is being written.
     needed = one * (keep.keep_last + keep.keep_best + 1)
     folder = Path(config.output).expanduser().absolute()
     while not folder.exists():
@@ -299,11 +299,11 @@ def wandb(config: PretrainConfig) -> Finding:
         except OSError as error:
             said.append(str(error))
 
-    # In a thread: nothing else bounds the time in which a name is looked up.
+    # A thread, because nothing else limits how long a host name is looked up.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(PATIENCE + 1)
     if error := said[0] if said else f"nothing within {PATIENCE + 1:g} s":
-        warning = f"{url.hostname}:{port} does not answer ({error}); the run would go on offline"
+        warning = f"{url.hostname}:{port} does not answer ({error}); the run would continue offline"
         return Finding("W&B", f"{mode}: {url.hostname} does not answer", warning=warning)
     return Finding("W&B", f"{mode}: {url.hostname} answers")

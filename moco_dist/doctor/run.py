@@ -1,14 +1,13 @@
-"""Find what may be wrong with a pretraining, before or after it, and say what to do.
+"""Find what may be wrong with a pretraining, before or after it, and say what to do about it.
 
   accelerate launch -m moco_dist.doctor CONFIG [key=value ...]     before: one table, in seconds
   python -m moco_dist.doctor RUN|CONFIG [key=value ...] --bn-leak  is its BatchNorm a leak?
 
-The table has processes, versions, network, batch, queue, data, colors, memory, disk and W&B, as
-launcher and configuration have them. Leaves with 1, and the list, if something will fail.
+The table shows processes, versions, network, batch, queue, data, colors, memory, disk and W&B as
+the launcher and the configuration set them. Exits with status 1, and lists what will fail.
 
-For --bn-leak RUN is a run directory; a CONFIG stands for the run that pretraining under it writes,
-or, if there is none yet, for a short training whose result is thrown away. Leaves with 78 if the
-run leaks.
+For --bn-leak, RUN is a run directory. A CONFIG stands for the run that it describes, or for a short
+training that is not kept if there is no such run yet. Exits with status 78 if the run leaks.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def join(config: PretrainConfig) -> torch.device:
         raise FaultsError(
             f"network: process {rank} of {world} on {platform.node()} did not meet the others at "
             f"{place} within {seconds:.0f} s ({shown(str(error).splitlines()[0])}); start all of "
-            "them, and look at the address, the port and the firewall between the machines"
+            "them, and check the address, the port and the firewall between the machines"
         ) from error
     peers.me.join(seconds)
     if not comms.is_main():
@@ -60,7 +59,7 @@ def join(config: PretrainConfig) -> torch.device:
 
 
 def examine(config: PretrainConfig) -> None:
-    """Print what a run under `config` would meet here; FaultsError, on all, with what will fail."""
+    """Print what a run of `config` would meet here; FaultsError on all, listing what will fail."""
     device = join(config)
     found, images = peers.from_main(lambda: checks.data(config.data, config.encoder.channels))
     findings = [
@@ -90,7 +89,7 @@ CHECKS: dict[str, Callable[[PretrainConfig, torch.device], None]] = {"--bn-leak"
 
 
 def main(arguments: list[str]) -> None:
-    """Do the checks that the arguments name on the run that they name."""
+    """Run the checks that the arguments name, or print the table."""
     flags = [argument for argument in arguments if argument.startswith("-")]
 
     def run(config: PretrainConfig, stop: StopRequests) -> None:
@@ -104,8 +103,8 @@ def main(arguments: list[str]) -> None:
             return
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError(
-                f"{os.environ['WORLD_SIZE']} processes were started, and the doctor is one: "
-                "groups are the same on one as on many; use python -m moco_dist.doctor"
+                f"{os.environ['WORLD_SIZE']} processes were started, and --bn-leak needs one, as groups "
+                "are the same on any number; use python -m moco_dist.doctor"
             )
         on_cpu = config.runtime.device == "cpu" or not torch.cuda.is_available()
         for flag in dict.fromkeys(flags):
@@ -117,7 +116,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _of_run(argument: str) -> list[str]:
-    """Return the arguments that a run directory stands for, or the argument as it is."""
+    """Return the arguments that reproduce a run directory, or the argument itself."""
     path = Path(argument).expanduser()
     if not (path / "config.yaml").is_file():
         return [argument]

@@ -15,7 +15,7 @@ from moco_dist.errors import ConfigError, UserError, shown
 
 
 def compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `work` compiled, as a whole or not at all, anew for each other shape.
+    """Return `work` compiled as one graph, again for each new shape.
 
     Raises ConfigError where PyTorch can't compile, or was told not to.
     """

@@ -1,7 +1,7 @@
-"""Alarms: what goes wrong in a run, found in its lines of metrics, in words with a way out.
+"""Alarms: what goes wrong in a run, found in its lines of metrics, with what to do about it.
 
-Each is told once in the life of a run: as a warning, and as a line of metrics.jsonl, from which a
-resumed run learns what has been told. Nothing is saved for them: they follow from the lines.
+Each alarm is given once in the life of a run: as a warning, and as a line of metrics.jsonl. A
+resumed run reads those lines again, so nothing else is saved for alarms.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ logger = logging.getLogger(__name__)
 
 LONG_QUEUE, NOT_FINITE = "queue longer than the data", "not finite"
 
-# Spread and effective rank of the unit vectors: below either of the first they are all but one
-# point or one line, and below both of the second they show little more than one number. On its way
-# the demo goes down to 0.15 and 9, CIFAR-10 at width 4 to 0.24 and 9; learning rate 1000 gives
-# 0.003 and 1.2, images that are all the same 0.05 and 2.4.
+# Spread and effective rank of the unit vectors. Below either of the first pair the vectors are
+# nearly one point or one line; below both of the second pair they hold little more than one number.
+# Healthy runs go down to 0.15 and 9 (demo), 0.24 and 9 (CIFAR-10 at width 4). A learning rate of
+# 1000 gives 0.003 and 1.2; a data set of one image, repeated, gives 0.05 and 2.4.
 COLLAPSED_STD, COLLAPSED_RANK = 0.02, 1.5
 NARROW_STD, NARROW_RANK = 0.1, 3.0
-# Measurements in a row that must say so.
+# Measurements in a row that must agree.
 COLLAPSED_TIMES = 3
-# Share of the loss of guessing at which nothing has been learnt. The demo is below 0.96 after two
-# epochs and CIFAR-10 never above 0.92.
+# Share of the loss of guessing above which nothing has been learnt. The demo is below 0.96 after
+# two epochs, and CIFAR-10 is never above 0.92.
 GUESSING = 0.98
-# Spans of steps after which the loss is judged; a span is an epoch, and so many steps or more.
+# Spans of steps after which the loss is judged. A span is an epoch, or SPAN_STEPS if that is more.
 SPANS = 3
 SPAN_STEPS = 100
-# Share of the lead on guessing that a rising loss may lose. It rises in healthy runs too (CIFAR-10
-# at width 4 loses 0.6 in two epochs, while kNN goes from 26 to 35 %): then the queries spread.
+# Share of its lead on guessing that a rising loss may lose. The loss rises in healthy runs too
+# (CIFAR-10 at width 4 loses 0.6 in two epochs while kNN goes from 26 to 35 %), but their queries
+# spread.
 LOST_LEAD = 0.25
-# Instance accuracy that is suspicious where kNN doesn't say that the encoder is so good. Healthy
-# short runs are below 0.2; a leak that has been learnt gives 0.97.
+# Instance accuracy that is suspicious if kNN is not as good. Healthy short runs stay below 0.2; a
+# leak that has been learnt gives 0.97.
 NEAR_ALL = 0.95
 # A change of the kNN accuracy that is more than noise.
 CLEAR = 0.05
-# Lines whose median speed is compared with that of the lines before them, twice as many or more.
-# One evaluation, save or busy minute doesn't move it.
+# Lines whose median speed is compared with that of at least twice as many lines before them. One
+# evaluation, save or busy minute doesn't move a median.
 SLOW_LINES = 30
 
 
@@ -65,10 +66,10 @@ def long_queue(config: PretrainConfig, images: int) -> str | None:
 
 
 class Watch:
-    """Looks at the lines of metrics of a run, in their order, and finds each alarm once.
+    """Reads the lines of metrics of a run in order, and finds each alarm once.
 
-    `images` are those of training, and `path` is metrics.jsonl, cut back to where the run goes on;
-    `shown` also gets the alarms, as what a person watches.
+    `images` is the number of training images. `path` is metrics.jsonl, cut back to the step from
+    which the run continues. `shown` also gets each alarm, to display it.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class Watch:
         # Instance accuracies since the last evaluation, and all kNN accuracies.
         self._instances: list[float] = []
         self._knn: list[float] = []
-        # Step at which the queue was full; since then, the spans of steps that have ended (mean
-        # loss and mean spread), and the number, losses and spreads of the one that goes on.
+        # The step at which the queue was full. Since then: mean loss and mean spread of each span
+        # that has ended; number, losses and spreads of the current one.
         self._full: int | None = None
         self._ended: list[tuple[float, float]] = []
         self._span = -1
@@ -96,20 +97,20 @@ class Watch:
         self._replay()
 
     def sink(self, step: int, metrics: Metrics) -> None:
-        """Tell what `look` finds: a sink of a Tracker."""
+        """Give the alarms that `look` finds; this is a sink of a Tracker."""
         for name, text in self.look(step, metrics).items():
-            if name != LONG_QUEUE:  # which is told before the first step
+            if name != LONG_QUEUE:  # given before the first step
                 logger.warning("%s at step %d: %s", name, step, text)
             self._write(step, name, text)
             self.shown(step, {"alarm": name, "text": text})
 
     def ended(self, step: int, error: NumbersError) -> None:
-        """Note the alarm of numbers that are not finite; the error itself tells the user."""
+        """Write the alarm of numbers that are not finite, which the error itself tells the user."""
         if NOT_FINITE not in self.told:
             self._write(step, NOT_FINITE, str(error))
 
     def look(self, step: int, metrics: Metrics) -> dict[str, str]:
-        """Return the alarms that the line `metrics` of `step` adds: names, and a sentence each."""
+        """Return a sentence for each new alarm in the line `metrics` of `step`, under its name."""
         found = {
             LONG_QUEUE: long_queue(self.config, self.images),
             "collapse": self._collapse(metrics),
@@ -125,9 +126,9 @@ class Watch:
         return new
 
     def _replay(self) -> None:
-        """Take in the lines of metrics of the run up to here, with the alarms that stand in them.
+        """Read the lines up to here, and which alarms have been given.
 
-        Not the speeds: another machine may have made them.
+        Speeds are forgotten, because another machine may have logged them.
         """
         told = set()
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
@@ -156,7 +157,7 @@ class Watch:
         return (
             f"the encoder maps all images to almost the same place (health/feature_std "
             f"{spread:.2g}, 1 is an even spread; health/rankme {rank:.3g} of "
-            f"{self.config.encoder.dim}); {self._anew()}"
+            f"{self.config.encoder.dim}); {self._retrain()}"
         )
 
     def _leak(self, metrics: Metrics) -> str | None:
@@ -174,9 +175,9 @@ class Watch:
         return (
             f"{fmean(instances):.1%} of the queries find their own image among "
             f"{self.config.moco.queue_size} others, and kNN went from {first:.1%} over {best:.1%} "
-            f"to {accuracy:.1%}: the encoder knows them by something else, as the BatchNorm "
-            f"statistics that they share; use bn_groups=8 (now {self.config.bn_groups}), and see "
-            "python -m moco_dist.doctor RUN --bn-leak; or else the two views are too much alike"
+            f"to {accuracy:.1%}: the encoder recognises them by something else, such as shared "
+            f"BatchNorm statistics; use bn_groups=8 (now {self.config.bn_groups}), and run "
+            "python -m moco_dist.doctor RUN --bn-leak; or else the two views are too similar"
         )
 
     def _ends_span(self, step: int, metrics: Metrics) -> bool:
@@ -207,7 +208,7 @@ class Watch:
         steps = step - (self._full or 0)
         return (
             f"train/loss {loss:.3f} is that of guessing ({chance:.3f}), {steps} steps after the "
-            f"queue was full: no image is told from another; {self._anew()}"
+            f"queue was full: the encoder tells no image from another; {self._retrain()}"
         )
 
     def _rise(self) -> str | None:
@@ -220,14 +221,14 @@ class Watch:
         return (
             f"train/loss rose from {first:.3f} to {last:.3f} since the queue was full at step "
             f"{self._full} (guessing gives {chance:.3f}), and the queries don't spread: its keys "
-            f"are no use as negatives; train anew with moco.momentum above "
+            f"are useless as negatives; train again with moco.momentum above "
             f"{self.config.moco.momentum:g} or optim.lr below {self.config.optim.lr:g}, and "
             "name=..."
         )
 
-    def _anew(self) -> str:
+    def _retrain(self) -> str:
         return (
-            "see that the images differ, and train anew with optim.lr below "
+            "check that the images differ, and train again with optim.lr below "
             f"{self.config.optim.lr:g} or with optim.warmup_epochs, and name=..."
         )
 
@@ -244,5 +245,5 @@ class Watch:
             return None
         return (
             f"{now:,.0f} images/s in the last {SLOW_LINES} lines, {before:,.0f} before: something "
-            "else uses the machine, or it throttles; look at nvidia-smi or top on all machines"
+            "else uses the machine, or it throttles; look at nvidia-smi or top on every machine"
         )

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found before they reach the state, and told with their images."""
+"""Numbers that are not finite, found before they reach the state and named with their images."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def refuse(
     whose = f"the images {spoiled} are not" if spoiled else "all its images are"
     error = NumbersError(
         f"{names} not finite in step {step} ({whose}; the batch is in not_finite.json); nothing of "
-        f"the step was kept. Look at its images, or train anew with a lower optim.lr than {rate:g} "
-        "and name=..."
+        "the step was kept. Look at its images, or train again with name=... and optim.lr below "
+        f"{rate:g}"
     )
     error.details = {
         "step": step,

@@ -1,4 +1,4 @@
-"""What is drawn of a pretraining while it goes on."""
+"""Pictures of a pretraining in progress."""
 
 from __future__ import annotations
 
