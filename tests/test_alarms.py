@@ -99,7 +99,7 @@ def test_images_that_are_all_the_same_are_told_of(tmp_path: Path) -> None:
     result = python("pretrain", *run, "moco.queue_size=32", f"output={tmp_path}", "name=same")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("WARNING: collapse at step ") == 1
-    assert "see that the images differ" in result.stderr
+    assert "check that the images differ" in result.stderr
     assert [name for _, name in alarms(tmp_path / "same")] == ["collapse"]
 
 
@@ -243,7 +243,7 @@ def test_the_doctor_refuses_what_it_can_not_measure_in_a_sentence(tmp_path: Path
     assert (result.returncode, result.stderr, result.stdout) == (78, sentence, "")
     many = python("doctor", f"output={tmp_path}", "--bn-leak", WORLD_SIZE="2")
     assert many.returncode == 78
-    assert many.stderr.startswith("error: 2 processes were started, and the doctor is one")
+    assert many.stderr.startswith("error: 2 processes were started, and --bn-leak needs one")
 
 
 @pytest.mark.slow
