@@ -103,8 +103,8 @@ def main(arguments: list[str]) -> None:
             return
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError(
-                f"{os.environ['WORLD_SIZE']} processes were started, and --bn-leak needs one: groups "
-                "are the same on any number; use python -m moco_dist.doctor"
+                f"{os.environ['WORLD_SIZE']} processes were started, and --bn-leak needs one: its "
+                "groups are the same on any number; use python -m moco_dist.doctor"
             )
         on_cpu = config.runtime.device == "cpu" or not torch.cuda.is_available()
         for flag in dict.fromkeys(flags):
