@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.running import CheckpointConfig
@@ -129,18 +128,6 @@ TINY = [
     *("data.shapes_train=60", "data.shapes_test=20", "data.size=16", "views.size=16"),
     "runtime.device=cpu",
 ]
-
-
-def test_an_encoder_is_loaded_tensor_by_tensor(pretrained: Path) -> None:
-    found = encoders_load.find(pretrained)
-    assert found.views is not None
-    assert (found.architecture.width, found.views.size) == (4, 16)
-    on_disk = load_file(found.checkpoint.path / "model.safetensors")
-    prefix, state = "query_encoder.backbone.", found.backbone.state_dict()
-    assert {prefix + name for name in state} == {n for n in on_disk if n.startswith(prefix)}
-    assert all(state[name].equal(on_disk[prefix + name]) for name in state)
-    assert not found.backbone.training
-    assert not any(p.requires_grad for p in found.backbone.parameters())
 
 
 def tampered(pretrained: Path, folder: Path, **encoder: object) -> checkpoint.Checkpoint:

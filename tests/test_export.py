@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import moco_dist
@@ -74,28 +73,6 @@ def assert_same(theirs: Tensor, run: Path) -> None:
     ours = backbone_of(run)(IMAGES)
     assert theirs.shape == ours.shape == (3, 512)
     assert float((theirs.detach() - ours).abs().max()) < 1e-5 * max(1, float(ours.abs().max()))
-
-
-def small_stem(model: Any) -> Any:
-    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-    return model
-
-
-@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-def test_torchvision_and_timm_load_it(stem: str, request: pytest.FixtureRequest) -> None:
-    import timm
-
-    run: Path = request.getfixturevalue(stem)
-    for target, make in (
-        ("torchvision", lambda: torchvision.models.resnet18()),
-        ("timm", lambda: timm.create_model("resnet18", num_classes=0)),
-    ):
-        folder = export_run.export(run, target)
-        assert folder == run / "export" / target
-        model = make() if stem == "imagenet" else small_stem(make())
-        model.fc = nn.Identity()
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        assert_same(model.eval()(IMAGES), run)
 
 
 def test_timm_loads_the_folder_by_name_with_its_normalisation(imagenet: Path) -> None:
