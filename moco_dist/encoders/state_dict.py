@@ -127,6 +127,8 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
         own = _backbone_shapes(config, path)
         same = sum(tensors[k].shape == v.shape for k, v in own.items() if k in tensors)
         missing = len(own.keys() - tensors.keys())
+        if same == len(tensors) and not missing:  # no other is as near
+            return config
         if nearest is None or same - missing > most:
             nearest, most = config, same - missing
     if nearest is None:
