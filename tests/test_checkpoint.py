@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.running import CheckpointConfig
@@ -130,18 +129,6 @@ TINY = [
 ]
 
 
-def test_an_encoder_is_loaded_tensor_by_tensor(pretrained: Path) -> None:
-    found = encoders_load.find(pretrained)
-    assert found.views is not None
-    assert (found.architecture.width, found.views.size) == (4, 16)
-    on_disk = load_file(found.checkpoint.path / "model.safetensors")
-    prefix, state = "query_encoder.backbone.", found.backbone.state_dict()
-    assert {prefix + name for name in state} == {n for n in on_disk if n.startswith(prefix)}
-    assert all(state[name].equal(on_disk[prefix + name]) for name in state)
-    assert not found.backbone.training
-    assert not any(p.requires_grad for p in found.backbone.parameters())
-
-
 def tampered(pretrained: Path, folder: Path, **encoder: object) -> checkpoint.Checkpoint:
     shutil.copytree(pretrained, folder)
     found = encoders_load.checkpoint_of(folder)
@@ -166,13 +153,6 @@ def test_a_checkpoint_of_another_architecture_lists_the_tensors(
         encoders_load.of_checkpoint(found)
     assert "head.2.weight is missing" in str(error.value)
     assert "head.0.weight is (8, 32) and should be (32, 32)" in str(error.value)
-
-
-def test_a_strange_tensor_is_not_passed_over(pretrained: Path) -> None:
-    found = encoders_load.checkpoint_of(pretrained)
-    found.model["query_encoder.backbone.extra"] = torch.zeros(1)
-    with pytest.raises(DataError, match=r"backbone\.extra is not expected"):
-        encoders_load.of_checkpoint(found)
 
 
 def test_a_folder_without_write_permission_has_its_sentence(tmp_path: Path) -> None:

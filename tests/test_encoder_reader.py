@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,12 @@ VIEWS = ViewsConfig(size=SIZE, mean=IMAGENET["mean"], std=IMAGENET["std"])
 DATA = DataConfig(shapes_train=20, shapes_test=20, size=SIZE)
 
 
-def trained(make: Callable[..., Any] = torchvision.models.resnet18) -> Any:
-    """A model of torchvision with norms and statistics as training leaves them."""
+def trained(**layers: nn.Module) -> Any:
+    """torchvision's ResNet-18 with other layers, norms and statistics as training leaves them."""
     torch.manual_seed(0)
-    model = make()
+    model = torchvision.models.resnet18()
+    for name, layer in layers.items():
+        setattr(model, name, layer)
     for name, tensor in model.state_dict().items():
         if "bn" in name or "downsample.1" in name:
             tensor.copy_(torch.rand(tensor.shape) + 0.5)
@@ -67,45 +68,40 @@ def written_run(run: Path, model: Any) -> Path:
     return run
 
 
-def lightning(path: Path, module: nn.Module, **tensors: Tensor) -> Path:
-    """What Lightning saves: the state dict of the module among records of the training."""
+def lightning(path: Path, **parts: nn.Module | Tensor) -> Path:
+    """What Lightning saves: the state dict of a module among records of the training."""
+    tensors: dict[str, Any] = {}
+    for name, part in parts.items():
+        inner = part.state_dict().items() if isinstance(part, nn.Module) else [("", part)]
+        tensors |= {f"{name}.{key}".strip("."): each for key, each in inner}
     around = {"epoch": 9, "pytorch-lightning_version": "2.5.0", "loops": {"fit_loop": {}}}
     around |= {"callbacks": {"ModelCheckpoint": {"best_model_path": "x"}}, "lr_schedulers": []}
-    torch.save(around | {"state_dict": module.state_dict() | tensors}, path)
+    torch.save(around | {"state_dict": tensors}, path)
     return path
 
 
-def of_lightly(path: Path, model: Any, **tensors: Tensor) -> Path:
+def of_lightly(path: Path, model: Any, **more: Tensor) -> Path:
     """As its MoCo example builds it: the layers in a Sequential, by number."""
-    module = nn.Module()
-    module.backbone = nn.Sequential(*list(copy.deepcopy(model).children())[:-1])
-    module.projection_head = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
-    module.backbone_momentum = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])
-    module.projection_head_momentum = copy.deepcopy(module.projection_head)
-    return lightning(path, module, **tensors)
+    query, key = (nn.Sequential(*list(each.children())[:-1]) for each in (model, trained()))
+    head = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
+    parts = {"projection_head": head, "projection_head_momentum": head, "backbone_momentum": key}
+    return lightning(path, backbone=query, **parts, **more)
 
 
-def of_solo_learn(path: Path, model: Any, **tensors: Tensor) -> Path:
+def of_solo_learn(path: Path, model: Any, **more: Tensor) -> Path:
     """As its mocov2plus builds it: torchvision's names, and a classifier that is trained along."""
-    module = nn.Module()
-    backbone, momentum_backbone = copy.deepcopy(model), torchvision.models.resnet18()
-    backbone.fc = momentum_backbone.fc = nn.Identity()
-    module.backbone, module.momentum_backbone = backbone, momentum_backbone
-    module.classifier = nn.Linear(512, 10)
-    module.projector = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 8))
-    module.momentum_projector = copy.deepcopy(module.projector)
-    module.register_buffer("queue", torch.zeros(2, 8, 16))
-    module.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
-    return lightning(path, module, **tensors)
+    query, key = copy.deepcopy(model), trained()
+    query.fc = key.fc = nn.Identity()
+    parts = {"projector": nn.Linear(512, 8), "momentum_projector": nn.Linear(512, 8)}
+    parts |= {"classifier": nn.Linear(512, 10), "momentum_backbone": key, "backbone": query}
+    more |= {"queue": torch.zeros(2, 8, 16), "queue_ptr": torch.zeros(1, dtype=torch.long)}
+    return lightning(path, **parts, **more)
 
 
 def of_the_original(path: Path, model: Any) -> Path:
-    tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
-    head = nn.Linear(512, 8).state_dict()
-    tensors |= {f"fc.{k}": v for k, v in head.items()}
-    content = {"epoch": 9, "arch": "resnet18"}
+    tensors = model.state_dict() | {"fc.weight": torch.zeros(8, 512), "fc.bias": torch.zeros(8)}
     named = {f"module.encoder_q.{k}": v for k, v in tensors.items()}
-    torch.save(content | {"state_dict": named}, path)
+    torch.save({"epoch": 9, "arch": "resnet18", "state_dict": named}, path)
     return path
 
 
@@ -119,10 +115,9 @@ def ways(folder: Path, model: Any) -> dict[str, Path]:
     }
     for target in ("torchvision", "timm", "huggingface", "moco", "detectron2", "onnx"):
         found[f"export for {target}"] = export_run.export(run, target)
-    found["state dict .pth"] = folder / "resnet18.pth"
-    torch.save(model.state_dict(), found["state dict .pth"])
-    found["state dict .safetensors"] = folder / "resnet18.safetensors"
-    save_file(model.state_dict(), found["state dict .safetensors"])
+    torch.save(model.state_dict(), folder / "resnet18.pth")
+    save_file(model.state_dict(), folder / "resnet18.safetensors")
+    found |= {f"state dict {end}": folder / f"resnet18{end}" for end in (".pth", ".safetensors")}
     found["original .pth.tar"] = of_the_original(folder / "moco_v1.pth.tar", model)
     found["lightly .ckpt"] = of_lightly(folder / "lightly.ckpt", model)
     found["solo-learn .ckpt"] = of_solo_learn(folder / "solo.ckpt", model)
@@ -239,20 +234,20 @@ def test_a_lightning_checkpoint_is_read_by_known_names_alone(tmp_path: Path) -> 
         "backbone_momentum, projection_head, projection_head_momentum)"
     )
     assert len(found.left) == 120 + 4 + 4
-    of_lightly(path, model, **{"decoder.weight": torch.ones(3)})
-    assert refusal(path).startswith(f"{path}: decoder.weight is neither of the backbone nor known")
-    of_lightly(path, model, **{"backbone.conv1.weight": torch.ones(64, 3, 7, 7)})
-    assert refusal(path).startswith(f"{path}: backbone.conv1.weight is neither")
-    of_solo_learn(path, model, **{"backbone.layer1.0.bn9.bias": torch.ones(3)})
-    assert "layer1.0.bn9.bias is not expected" in refusal(path)
+    one = torch.ones(64, 3, 7, 7)
+    for name in ("decoder.weight", "backbone.conv1.weight"):  # the latter is there by number
+        message = refusal(of_lightly(path, model, **{name: one}))
+        assert message.startswith(f"{path}: {name} is neither of the backbone nor known from ")
+    message = refusal(of_solo_learn(path, model, **{"backbone.layer1.0.bn9.bias": one}))
+    assert "layer1.0.bn9.bias is not expected" in message
     with pytest.raises(DataError, match="has no key encoder"):
         load.find(of_solo_learn(path, model), "key")
 
 
 def test_the_resnet_of_lightly_itself_gives_its_features(tmp_path: Path) -> None:
     """Its ResNetGenerator: a 3x3 stem, no ReLU or pooling between, and shortcuts by that name."""
-    model = trained()
-    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model = trained(conv1=stem, maxpool=nn.Identity())
     layers = [model.conv1, model.bn1, model.layer1, model.layer2, model.layer3, model.layer4]
     state = nn.Sequential(*layers).state_dict()
     named = {f"backbone.{k.replace('downsample', 'shortcut')}": v for k, v in state.items()}
@@ -263,8 +258,7 @@ def test_the_resnet_of_lightly_itself_gives_its_features(tmp_path: Path) -> None
 
 
 def test_an_encoder_that_would_give_other_features_is_refused(tmp_path: Path) -> None:
-    model = trained()
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=2, bias=False)  # as solo-learn has it for CIFAR
+    model = trained(conv1=nn.Conv2d(3, 64, 3, padding=2, bias=False))
     message = refusal(of_solo_learn(tmp_path / "cifar.ckpt", model))
     assert "solo-learn pads the first convolution of its encoders of CIFAR by 2 pixels" in message
 
@@ -273,13 +267,13 @@ def test_an_encoder_that_would_give_other_features_is_refused(tmp_path: Path) ->
 def test_no_reader_runs_code_or_takes_an_encoder_without_training(
     tmp_path: Path, reader: str
 ) -> None:
-    read = partial(READERS[reader], folder=tmp_path)
+    read = READERS[reader]
     torch.save(
         {"state_dict": {}, "hyper_parameters": Planted(tmp_path / "ran")}, tmp_path / "a.ckpt"
     )
     with pytest.raises(DataError, match="can't be read as tensors alone"):
-        read(tmp_path / "a.ckpt")
+        read(tmp_path / "a.ckpt", tmp_path)
     assert not (tmp_path / "ran").exists()
     of_lightly(tmp_path / "b.ckpt", torchvision.models.resnet18())
     with pytest.raises(DataError, match="is a random encoder and no trained one"):
-        read(tmp_path / "b.ckpt")
+        read(tmp_path / "b.ckpt", tmp_path)

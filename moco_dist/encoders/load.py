@@ -35,7 +35,7 @@ DESCRIPTION = "moco_dist.json"
 _EXPORTED = ("model.safetensors", "model.pth.tar", "backbone.pkl", "model.onnx")
 # What a run notes of the weights that it started with.
 STARTED = "init_from.json"
-_QUERY, _KEY = "query_encoder.", "key_encoder."
+_OURS = "query_encoder.backbone."
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,13 @@ def find(path: Path, which: Which = "query", like: EncoderConfig | None = None) 
     if (folder / DESCRIPTION).is_file() and (path == folder or path.name in _EXPORTED):
         found = _export(folder, which)
     elif path == folder and ((path / "state.json").exists() or not file.is_file()):
-        found = _trained_here(checkpoint_of(path), which)
+        saved = checkpoint_of(path)
+        if saved.step == 0:
+            raise DataError(
+                f"{saved.path}: is the state before the first step, a random encoder; give a later "
+                "one (control=true probes a random one)"
+            )
+        found = replace(of_checkpoint(saved, which), place=f"{saved.path} (step {saved.step:,})")
     else:
         found = _file(file, which, like)
     require_trained(found.backbone, found.checkpoint.path)
@@ -116,15 +122,17 @@ def of_checkpoint(saved: Checkpoint, which: Which = "query") -> Found:
 
     Raises DataError unless every tensor of the encoder is there, of its head too, and no other.
     """
-    path = saved.path
-    if which == "key":
-        saved = replace(saved, model=_keys_as_queries(saved))
-    tensors = {k.removeprefix(_QUERY): v for k, v in saved.model.items() if k.startswith(_QUERY)}
+    path, prefix = saved.path, f"{which}_encoder."
+    tensors = {k.removeprefix(prefix): v for k, v in saved.model.items() if k.startswith(prefix)}
+    if not tensors and which == "key":
+        raise _no_key_encoder(path)
     if not tensors:
         raise DataError(
             f"{path}: not a checkpoint of a pretraining, it holds "
             f"{', '.join(list(saved.model)[:3])}; give the run directory of a pretraining"
         )
+    if which == "key":  # it takes the place of the query encoder
+        saved = replace(saved, model={f"query_encoder.{k}": v for k, v in tensors.items()})
     settings = saved.piece("config")
     try:
         config = from_dict(EncoderConfig, settings["encoder"])
@@ -141,21 +149,8 @@ def of_checkpoint(saved: Checkpoint, which: Which = "query") -> Found:
     return Found(backbone, config, view, max(resize, view.size), str(path), saved)
 
 
-def _keys_as_queries(saved: Checkpoint) -> dict[str, Tensor]:
-    keys = {k.removeprefix(_KEY): v for k, v in saved.model.items() if k.startswith(_KEY)}
-    if not keys:
-        raise DataError(f"{saved.path}: has no key encoder; use the query encoder")
-    return {_QUERY + name: tensor for name, tensor in keys.items()}
-
-
-def _trained_here(saved: Checkpoint, which: Which) -> Found:
-    found = of_checkpoint(saved, which)
-    if saved.step == 0:
-        raise DataError(
-            f"{saved.path}: is the state before the first step, a random encoder; give a later one "
-            "(control=true probes a random one)"
-        )
-    return replace(found, place=f"{saved.path} (step {saved.step:,})")
+def _no_key_encoder(path: Path) -> DataError:
+    return DataError(f"{path}: has no key encoder; use the query encoder")
 
 
 def _export(folder: Path, which: Which) -> Found:
@@ -177,7 +172,7 @@ def _export(folder: Path, which: Which) -> Found:
             f"of, or an export for {', '.join(names.READABLE)} or moco"
         )
     if which == "key" and holds != "key":
-        raise DataError(f"{folder}: has no key encoder; use the query encoder")
+        raise _no_key_encoder(folder)
     content, sha256 = state_dict.read(folder / _EXPORTED[0])
     try:
         tensors = {names.READABLE[target](name): each for name, each in content.items()}
@@ -197,7 +192,7 @@ def _file(path: Path, which: Which, like: EncoderConfig | None = None) -> Found:
         return replace(of_checkpoint(saved, which), place=place)
     tensors, config, left, library = state_dict.backbone(content, path, like)
     if which == "key":
-        raise DataError(f"{path}: has no key encoder; use the query encoder")
+        raise _no_key_encoder(path)
     said = f"{described(config)}, by its tensors"
     said += f", named by {library}" if library else ""
     if left:
@@ -212,7 +207,7 @@ def _alone(
     path: Path, tensors: Mapping[str, Tensor], config: EncoderConfig, sha256: str
 ) -> Checkpoint:
     """Return a checkpoint of a backbone alone, of whose training nothing is known."""
-    model = {f"{_QUERY}backbone.{name}": each for name, each in tensors.items()}
+    model = {_OURS + name: each for name, each in tensors.items()}
     state = {"config": {"encoder": to_dict(config)}, "sha256": sha256}
     return Checkpoint(path, 0, model, {}, state)
 
@@ -303,8 +298,8 @@ def start_from(encoder: Encoder, path: Path) -> tuple[list[str], list[str]]:
         for norm in batch_norms(encoder):
             norm.group_mean.copy_(norm.running_mean)
             norm.group_var.copy_(norm.running_var)
-    prefix, read = f"{_QUERY}backbone.", sorted(found.checkpoint.model)
-    return [k.removeprefix(prefix) for k in read if k.startswith(prefix)], list(found.left)
+    read = sorted(found.checkpoint.model)
+    return [k.removeprefix(_OURS) for k in read if k.startswith(_OURS)], list(found.left)
 
 
 def note_start(directory: Path, path: Path, taken: list[str], left: list[str]) -> None:

@@ -102,10 +102,12 @@ def from_library(names: Collection[str]) -> tuple[str, dict[str, str], list[str]
     inner = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     own = any(name.startswith("2.") for name in inner.values())
     children = _OWN_CHILDREN if own else _CHILDREN
-    renamed = {}
+    ours: dict[str, str] = {}
     for name, inside in inner.items():
         first, dot, rest = inside.partition(".")
         rest = rest.replace("shortcut.", "downsample.") if own else rest
-        renamed[name] = children.get(first, first) + dot + rest
-        strange += [name] * (list(renamed.values()).count(renamed[name]) > 1)
+        # A second tensor for one place is strange too.
+        if ours.setdefault(children.get(first, first) + dot + rest, name) != name:
+            strange.append(name)
+    renamed = {name: our for our, name in ours.items()}
     return library, renamed, strange

@@ -74,9 +74,8 @@ def backbone(
         )
     timm = _backbone_shapes(like, path) if like and like.is_timm else {}
     fits = bool(timm) and timm.keys() - _counters(timm) <= tensors.keys()
-    heads = () if library else names.HEADS
-    left = [k for k in tensors if k.startswith(heads) and k not in timm]
-    left = [k for k in tensors if k not in renamed] if library else left
+    heads = [k for k in tensors if k.startswith(names.HEADS) and k not in timm]
+    left = [k for k in tensors if k not in renamed] if library else heads
     kept = {renamed.get(k, k): each for k, each in tensors.items() if k not in left}
     config = like if like and fits else infer(kept, path)
     if library == "solo-learn" and config.stem == "cifar":
@@ -128,6 +127,8 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
         own = _backbone_shapes(config, path)
         same = sum(tensors[k].shape == v.shape for k, v in own.items() if k in tensors)
         missing = len(own.keys() - tensors.keys())
+        if same == len(tensors) and not missing:  # no other is as near
+            return config
         if nearest is None or same - missing > most:
             nearest, most = config, same - missing
     if nearest is None:
