@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains on drawn images with two CPU processes, then probes the encoder.
+# Pretrains on drawn images with two CPU processes, probes the encoder and writes a report.
 # Arguments override the configuration of the pretraining, as in: bash launch/demo.sh name=mine seed=1
 set -euo pipefail
 # shellcheck source=launch/environment.sh
@@ -24,4 +24,8 @@ accelerate launch --config_file launch/two_cpus.yaml \
 accelerate launch --config_file launch/two_cpus.yaml \
     -m moco_dist.probe configs/probe/demo.yaml encoder="$output/$name" output="$output"
 
+python -m moco_dist.report "$output/$name"
+
+echo
 echo "The pretraining is in $output/$name, its probe in $output/$name-probe."
+echo "Open the report in a browser: $output/$name/report/report.html"

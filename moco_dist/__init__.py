@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
     from moco_dist.data.shapes import draw as draw_shapes
-    from moco_dist.encoders.knn import predict as knn_predict
+    from moco_dist.encoders.features import predict as knn_predict
     from moco_dist.encoders.load import load_encoder
     from moco_dist.method.batch_norm import average_statistics
     from moco_dist.method.encoder import build_encoder
@@ -68,7 +68,7 @@ _PLACES = {
     "config.running": "CheckpointConfig KnnConfig RuntimeConfig TrackingConfig",
     "config.probe": "GridConfig ProbeConfig",
     "data.shapes": "draw_shapes=draw",
-    "encoders.knn": "knn_predict=predict",
+    "encoders.features": "knn_predict=predict",
     "encoders.load": "load_encoder",
     "method.batch_norm": "average_statistics",
     "method.encoder": "build_encoder",

@@ -14,7 +14,7 @@ from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.data.shapes import CLASSES
 from moco_dist.distributed import fingerprint
-from moco_dist.encoders import source as encoders_source
+from moco_dist.encoders import load as encoders_load
 from moco_dist.pretrain import loop
 from moco_dist.pretrain import run as pretrain_run
 from moco_dist.probe import linear_probe
@@ -68,7 +68,7 @@ def prepared(
     """Return a probe before its first step, of other images than its configuration's if given."""
     arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", "name=prepared", *overrides]
     config = load(ProbeConfig, arguments)
-    source = encoders_source.find(pretrained)
+    source = encoders_load.find(pretrained)
     splits = splits or datasets.load(config.data)
     return linear_probe.LinearProbe(config, runs_session.start(config), splits, source)
 

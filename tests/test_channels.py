@@ -20,7 +20,7 @@ from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets, image_folder
-from moco_dist.encoders import state_dict
+from moco_dist.encoders import load as encoders_load
 from moco_dist.errors import ConfigError, DataError
 from moco_dist.export import run as export_run
 from moco_dist.method import views
@@ -118,9 +118,12 @@ def test_libraries_of_coloured_images_alone_are_told_so(tmp_path: Path, target: 
 def test_a_state_dict_of_one_channel_is_known_by_its_first_layer(tmp_path: Path) -> None:
     config = EncoderConfig(channels=1, width=8)
     state = build_encoder(config, 1).backbone.state_dict()
+    state["bn1.bias"] += 1  # as training would have moved it
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(contiguous, tmp_path / "gray.safetensors")
-    assert state_dict.load(tmp_path / "gray.safetensors")[1].channels == 1
+    found = encoders_load.find(tmp_path / "gray.safetensors")
+    assert found.architecture == config
+    assert len(found.fed.mean) == 1
 
 
 def test_gray_pixels_are_those_of_pil_from_files_and_from_memory(tmp_path: Path) -> None:

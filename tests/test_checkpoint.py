@@ -19,7 +19,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.running import CheckpointConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.distributed import comms, peers
-from moco_dist.encoders import checkpoints
+from moco_dist.encoders import load as encoders_load
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
 from moco_dist.pretrain import loop, run
 from moco_dist.runs import checkpoint, saving
@@ -82,7 +82,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     assert "step_00000020" in caplog.text
     assert "going back to the checkpoint before it" in caplog.text
     with pytest.raises((DataError, MissingError)) as error:
-        checkpoints.find(path.parent) if damage != "gone" else checkpoint.read(path.parent)
+        encoders_load.find(path.parent) if damage != "gone" else checkpoint.read(path.parent)
     assert str(path.parent) in str(error.value)
 
 
@@ -96,13 +96,13 @@ def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_a_missing_checkpoint_has_its_sentence(tmp_path: Path) -> None:
     with pytest.raises(MissingError) as error:
-        checkpoints.find(tmp_path / "nowhere")
+        encoders_load.find(tmp_path / "nowhere")
     assert str(error.value) == (
-        f"{tmp_path / 'nowhere'}: no such checkpoint or run directory; "
-        "give a run that has been pretrained"
+        f"{tmp_path / 'nowhere'}: no such file or folder; give a run that has been pretrained, "
+        "a checkpoint folder, an export, or a file with a state dict"
     )
     with pytest.raises(MissingError) as error:
-        checkpoints.find(tmp_path)
+        encoders_load.find(tmp_path)
     assert str(error.value) == (
         f"{tmp_path}: no checkpoint in this folder; give a run directory or a checkpoint folder"
     )
@@ -131,22 +131,20 @@ TINY = [
 
 
 def test_an_encoder_is_loaded_tensor_by_tensor(pretrained: Path) -> None:
-    found = checkpoints.find(pretrained)
-    encoder, config, views = checkpoints.load_encoder(found)
-    assert (config.width, views.size) == (4, 16)
-    on_disk = load_file(found.path / "model.safetensors")
-    state = encoder.state_dict()
-    assert {f"query_encoder.{name}" for name in state} == {
-        n for n in on_disk if n.startswith("query")
-    }
-    assert all(state[name].equal(on_disk[f"query_encoder.{name}"]) for name in state)
-    assert not encoder.training
-    assert not any(p.requires_grad for p in encoder.parameters())
+    found = encoders_load.find(pretrained)
+    assert found.views is not None
+    assert (found.architecture.width, found.views.size) == (4, 16)
+    on_disk = load_file(found.checkpoint.path / "model.safetensors")
+    prefix, state = "query_encoder.backbone.", found.backbone.state_dict()
+    assert {prefix + name for name in state} == {n for n in on_disk if n.startswith(prefix)}
+    assert all(state[name].equal(on_disk[prefix + name]) for name in state)
+    assert not found.backbone.training
+    assert not any(p.requires_grad for p in found.backbone.parameters())
 
 
 def tampered(pretrained: Path, folder: Path, **encoder: object) -> checkpoint.Checkpoint:
     shutil.copytree(pretrained, folder)
-    found = checkpoints.find(folder)
+    found = encoders_load.checkpoint_of(folder)
     found.state["config"]["encoder"] |= encoder
     return found
 
@@ -156,7 +154,7 @@ def test_a_checkpoint_of_another_architecture_lists_the_tensors(
 ) -> None:
     found = tampered(pretrained, tmp_path / "wide", width=8)
     with pytest.raises(DataError) as error:
-        checkpoints.load_encoder(found)
+        encoders_load.of_checkpoint(found)
     assert str(error.value).startswith(
         f"{found.path}: holds another architecture than its configuration says "
         "(backbone.conv1.weight is (4, 3, 3, 3) and should be (8, 3, 3, 3); "
@@ -165,16 +163,16 @@ def test_a_checkpoint_of_another_architecture_lists_the_tensors(
     assert str(error.value).endswith(" more); use the checkpoint of the matching run")
     found = tampered(pretrained, tmp_path / "mlp", head="mlp")
     with pytest.raises(DataError) as error:
-        checkpoints.load_encoder(found)
+        encoders_load.of_checkpoint(found)
     assert "head.2.weight is missing" in str(error.value)
     assert "head.0.weight is (8, 32) and should be (32, 32)" in str(error.value)
 
 
 def test_a_strange_tensor_is_not_passed_over(pretrained: Path) -> None:
-    found = checkpoints.find(pretrained)
+    found = encoders_load.checkpoint_of(pretrained)
     found.model["query_encoder.backbone.extra"] = torch.zeros(1)
     with pytest.raises(DataError, match=r"backbone\.extra is not expected"):
-        checkpoints.load_encoder(found)
+        encoders_load.of_checkpoint(found)
 
 
 def test_a_folder_without_write_permission_has_its_sentence(tmp_path: Path) -> None:
@@ -215,7 +213,7 @@ def test_all_processes_choose_the_same_checkpoint_and_fail_together(tmp_path: Pa
 
 
 def test_checkpoints_hold_no_pickle(pretrained: Path) -> None:
-    path = checkpoints.find(pretrained).path
+    path = encoders_load.checkpoint_of(pretrained).path
     state = json.loads((path / "state.json").read_text())
     assert state["config"]["encoder"]["width"] == 4
     for file in path.iterdir():
@@ -251,7 +249,7 @@ def test_a_run_of_a_version_with_fewer_keys_is_resumed_with_their_defaults(
     pretrained: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(pretrained, tmp_path / "tiny")
-    folder = checkpoints.find(tmp_path / "tiny").path
+    folder = encoders_load.checkpoint_of(tmp_path / "tiny").path
     state = {k: v for k, v in checkpoint.read(folder).state.items() if k != "sha256"}
     assert state["config"].pop("init_from") == ""
     assert state["config"]["data"].pop("skip_unreadable") is False

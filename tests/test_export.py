@@ -17,20 +17,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import moco_dist
-from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import EncoderConfig, PretrainConfig, ViewsConfig
-from moco_dist.config.yaml_files import load, to_dict
+from moco_dist.config.yaml_files import to_dict
 from moco_dist.distributed import fingerprint
-from moco_dist.encoders import checkpoints
+from moco_dist.encoders import load as encoders_load
 from moco_dist.encoders import names as encoders_names
 from moco_dist.encoders import original as encoders_original
+from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
 from moco_dist.export import run as export_run
 from moco_dist.export import targets
-from moco_dist.method.encoder import Encoder, build_encoder
+from moco_dist.method.encoder import build_encoder
 from moco_dist.method.moco import MoCo
-from moco_dist.probe import run as probe_run
-from moco_dist.runs import checkpoint, saving
+from moco_dist.runs import saving
 from moco_dist.runs.record import CONTROL, TRAINED
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -67,12 +66,12 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("runs") / "cifar")
 
 
-def encoder_of(run: Path) -> Encoder:
-    return checkpoints.load_encoder(checkpoints.find(run))[0]
+def backbone_of(path: Path) -> Any:
+    return encoders_load.find(path).backbone
 
 
 def assert_same(theirs: Tensor, run: Path) -> None:
-    ours = encoder_of(run).backbone(IMAGES)
+    ours = backbone_of(run)(IMAGES)
     assert theirs.shape == ours.shape == (3, 512)
     assert float((theirs.detach() - ours).abs().max()) < 1e-5 * max(1, float(ours.abs().max()))
 
@@ -125,7 +124,7 @@ def test_a_narrow_bottleneck_fits_into_transformers(tmp_path: Path) -> None:
     run = written(tmp_path / "r", backbone="resnet50", width=8, stem="imagenet")
     model: Any = ResNetModel.from_pretrained(export_run.export(run, "huggingface"))
     model.eval()
-    theirs, ours = model(IMAGES).pooler_output.flatten(1), encoder_of(run).backbone(IMAGES)
+    theirs, ours = model(IMAGES).pooler_output.flatten(1), backbone_of(run)(IMAGES)
     assert float((theirs.detach() - ours).abs().max()) < 1e-5 * max(1, float(ours.abs().max()))
 
 
@@ -134,7 +133,7 @@ def test_onnxruntime_runs_it_on_any_number_of_images(tmp_path: Path) -> None:
 
     run = written(tmp_path / "narrow", width=8)
     session = onnxruntime.InferenceSession(export_run.export(run, "onnx") / "model.onnx")
-    backbone = encoder_of(run).backbone
+    backbone = backbone_of(run)
     for rows in (1, 3):
         (theirs,) = session.run(None, {"images": IMAGES[:rows].numpy()})
         ours = backbone(IMAGES[:rows])
@@ -147,7 +146,7 @@ def test_detectron2_gets_its_names_and_every_weight_once(imagenet: Path) -> None
     with (folder / "backbone.pkl").open("rb") as file:
         saved = pickle.load(file)
     assert (saved["__author__"], saved["matching_heuristics"]) == ("moco_dist", True)
-    own, theirs = encoder_of(imagenet).backbone.state_dict(), saved["model"]
+    own, theirs = backbone_of(imagenet).state_dict(), saved["model"]
     pairs = {
         "stem.conv1.weight": "conv1.weight",
         "stem.conv1.norm.running_var": "bn1.running_var",
@@ -167,7 +166,7 @@ def test_the_original_scripts_find_both_encoders_and_the_queue(imagenet: Path) -
     path = export_run.export(imagenet, "moco") / "model.pth.tar"
     saved = torch.load(path, weights_only=True)
     assert (saved["epoch"], saved["arch"]) == (2, "resnet18")
-    tensors, found = saved["state_dict"], checkpoints.find(imagenet)
+    tensors, found = saved["state_dict"], encoders_load.checkpoint_of(imagenet)
     assert tensors["module.queue"].equal(found.model["queue.keys"].T)
     assert tensors["module.queue_ptr"].tolist() == [50 % 40]
     for which, ours in (("q", "query"), ("k", "key")):
@@ -191,6 +190,7 @@ def test_moco_to_ours_to_moco_keeps_every_bit(tmp_path: Path, head: str, enqueue
     tensors: dict[str, Tensor] = {}
     for which in ("q", "k"):
         model = torchvision.models.resnet18(num_classes=8)
+        nn.init.uniform_(model.bn1.weight)  # as training would have moved it
         if head == "mlp":
             model.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), model.fc)
         tensors |= {f"module.encoder_{which}.{k}": v for k, v in model.state_dict().items()}
@@ -200,11 +200,12 @@ def test_moco_to_ours_to_moco_keeps_every_bit(tmp_path: Path, head: str, enqueue
     original = {"epoch": 200, "arch": "resnet18", "state_dict": tensors}
     path = tmp_path / "moco.pth.tar"
     torch.save(original, path)
-    found = checkpoints.find(path)
-    again = checkpoint.read(saving.write(tmp_path / "ours", 1, found.model, {}, found.state))
-    config = checkpoints.load_encoder(again)[1]
+    found = encoders_load.find(path).checkpoint
+    saving.write(tmp_path / "ours", 1, found.model, {}, found.state)
+    ours = encoders_load.find(tmp_path / "ours")
+    state = ours.checkpoint.state
     back = encoders_original.write(
-        again.model, config, again.state["epoch"], again.state["enqueued"]
+        ours.checkpoint.model, ours.architecture, state["epoch"], state["enqueued"]
     )
     assert (back["epoch"], back["arch"]) == (200, "resnet18")
     assert back["state_dict"].keys() == tensors.keys()
@@ -213,25 +214,11 @@ def test_moco_to_ours_to_moco_keeps_every_bit(tmp_path: Path, head: str, enqueue
         assert back["state_dict"][name].equal(tensor), name
 
 
-def test_a_checkpoint_of_the_original_scripts_is_probed(tmp_path: Path) -> None:
-    """Published ones hold the query encoder alone."""
-    model = torchvision.models.resnet18(num_classes=128)
-    torch.nn.init.uniform_(model.bn1.weight)  # as training would have moved it
-    tensors = {f"module.encoder_q.{k}": v for k, v in model.state_dict().items()}
-    path = tmp_path / "moco_v1.pth.tar"
-    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": tensors}, path)
-    settings = ["data.shapes_train=60", "data.shapes_test=20", "batch_size=16", "epochs=1"]
-    settings += [f"encoder={path}", f"output={tmp_path}", "name=p", "augment=false", "knn.k=5"]
-    probe_run.run(load(ProbeConfig, [*settings, "runtime.device=cpu", "control=false"]))
-    results = json.loads((tmp_path / "p" / "DONE").read_text())
-    assert 0 <= results["probe"]["test"]["top1"] <= 1
-
-
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"arch": "vit"}, "its 'arch' is vit, not one of resnet18"),
-        ({"state_dict": {}}, "no checkpoint of the original MoCo scripts"),
+        ({"state_dict": {}}, "is no state dict, it holds nothing"),
         ({"extra": True}, "module.extra is not expected"),
         ({"missing": True}, "bn1.bias is missing"),
     ],
@@ -239,7 +226,7 @@ def test_a_checkpoint_of_the_original_scripts_is_probed(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_named(
     imagenet: Path, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
-    found = checkpoints.find(imagenet)
+    found = encoders_load.checkpoint_of(imagenet)
     content = encoders_original.write(found.model, EncoderConfig(head="mlp"), 1, 0)
     if change.pop("extra", False):
         content["state_dict"]["module.extra"] = torch.zeros(1)
@@ -247,13 +234,13 @@ def test_a_file_of_another_kind_is_named(
         del content["state_dict"]["module.encoder_q.bn1.bias"]
     torch.save(content | change, tmp_path / "x.pth")
     with pytest.raises(DataError, match=sentence):
-        checkpoints.find(tmp_path / "x.pth")
+        encoders_load.find(tmp_path / "x.pth")
 
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": Path("x")}, tmp_path / "x.pth")
-    with pytest.raises(DataError, match=r"not a file of tensors that torch\.save wrote"):
-        checkpoints.find(tmp_path / "x.pth")
+    with pytest.raises(DataError, match="can't be read as tensors alone"):
+        encoders_load.find(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(
@@ -301,8 +288,8 @@ def test_without_the_library_there_is_a_sentence_and_no_file(
 def test_an_export_that_is_not_the_same_is_not_kept(
     imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(source: targets.Source, folder: Path) -> str:
-        lines = targets.torchvision(source, folder)
+    def broken(found: Found, folder: Path) -> str:
+        lines = targets.torchvision(found, folder)
         return lines + "features = features + 1e-3 * features.abs().max()\n"
 
     monkeypatch.setattr(export_run, "TARGETS", {"torchvision": broken})
@@ -322,22 +309,15 @@ def test_a_folder_of_others_is_left_and_an_older_export_is_replaced(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
-def test_load_encoder_reads_runs_and_exports_alike(imagenet: Path, tmp_path: Path) -> None:
+def test_the_key_encoder_is_read_or_missed(imagenet: Path) -> None:
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ViewsConfig().mean, ViewsConfig().std))
-    expected = encoder_of(imagenet).backbone((images / 255 - mean) / std)
-    folders = [
-        export_run.export(imagenet, target) for target in ("torchvision", "huggingface", "moco")
-    ]
-    paths: list[str | Path] = [imagenet, str(checkpoints.find(imagenet).path), *folders]
-    for path in paths:
-        encoder = moco_dist.load_encoder(path)
-        torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
-        assert not encoder.training
-    key = moco_dist.load_encoder(imagenet, "key")
-    assert fingerprint.of_module(key.backbone) != fingerprint.of_module(encoder.backbone)
-    with pytest.raises(DataError, match="an export for detectron2 can't be read back"):
-        moco_dist.load_encoder(export_run.export(imagenet, "detectron2"))
+    query, key = (moco_dist.load_encoder(imagenet, which)(images) for which in ("query", "key"))
+    assert not key.equal(query)
+    folders = export_run.export(imagenet, "moco"), export_run.export(imagenet, "timm", None, "key")
+    for folder in folders:
+        assert moco_dist.load_encoder(folder, "key")(images).equal(key)
+    with pytest.raises(DataError, match="has no key encoder"):
+        moco_dist.load_encoder(export_run.export(imagenet, "torchvision"), "key")
 
 
 def test_importing_the_package_loads_no_torch() -> None:
@@ -356,7 +336,7 @@ def test_the_card_has_the_figures_of_this_checkpoint_alone(tmp_path: Path) -> No
         TRAINED: {"test": {"top1": 0.4321}},
         CONTROL: {"test": {"top1": 0.1234}},
     }
-    for which, shown in (("another", False), (fingerprint.of_module(encoder_of(run)), True)):
+    for which, shown in (("another", False), (fingerprint.of_module(backbone_of(run)), True)):
         saving.write(probed, 3, {"a": torch.zeros(1)}, {}, {"encoder": which})
         (probed / "DONE").write_text(json.dumps(results))
         card = (export_run.export(run, "torchvision") / "README.md").read_text()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moco_dist.encoders import knn
+from moco_dist.encoders import features
 
 
 def by_hand(
@@ -32,12 +32,12 @@ def test_prediction_is_that_of_a_brute_force_loop(k: int, temperature: float) ->
     bank = torch.randn(60, 8, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 5, (60,), generator=generator)
     queries = 3 * torch.randn(40, 8, generator=generator, dtype=torch.float64)
-    predicted = knn.predict(queries, bank, labels, 5, k, temperature)
+    predicted = features.predict(queries, bank, labels, 5, k, temperature)
     expected = [by_hand(query, bank, labels, min(k, 60), temperature) for query in queries]
     assert predicted.tolist() == expected
 
 
 def test_a_low_temperature_does_not_overflow_float32() -> None:
     bank = torch.eye(4)
-    predicted = knn.predict(bank, bank, torch.tensor([3, 1, 0, 2]), 4, k=4, temperature=0.001)
+    predicted = features.predict(bank, bank, torch.tensor([3, 1, 0, 2]), 4, k=4, temperature=0.001)
     assert predicted.tolist() == [3, 1, 0, 2]

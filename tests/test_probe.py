@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
-from moco_dist.encoders import checkpoints
+from moco_dist.encoders import load as encoders_load
 from moco_dist.errors import ConfigError, DataError, MissingError, UserError
 from moco_dist.probe import figures as probe_figures
 from moco_dist.probe import run as probe_run
@@ -52,7 +52,7 @@ def outcome(pretrained: str, output: str, *overrides: str) -> tuple[dict[str, An
     run(pretrained, output, *overrides)
     directory = Path(output) / "tiny-probe"
     results = leaves(json.loads((directory / "results.json").read_text()))
-    return results, checkpoints.find(directory).model
+    return results, encoders_load.checkpoint_of(directory).model
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -92,8 +92,7 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
     images = trial.parts["test"]
     assert len(images) == 37
     weight, bias = trial.heads.weight[0, 1, 1].detach(), trial.heads.bias[0, 1, 1].detach()
-    encoder, _, _ = checkpoints.load_encoder(checkpoints.find(pretrained))
-    encoder = encoder.double()
+    backbone = encoders_load.find(pretrained).backbone.double()
     loss, squares, top1, top5 = 0.0, 0.0, 0, 0
     confusion = [[0] * 10 for _ in range(10)]
     mean = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64)[:, None, None]
@@ -101,7 +100,7 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
     assert isinstance(images, datasets.Images)
     for pixels, label in zip(images.pixels, images.labels, strict=True):
         view = (pixels.double() / 255 - mean) / std
-        features = encoder.backbone(view[None])[0].detach()
+        features = backbone(view[None])[0]
         scores = [float((row * features).sum() + b) for row, b in zip(weight, bias, strict=True)]
         ranking = sorted(range(10), key=lambda c: -scores[c])
         shifted = [score - max(scores) for score in scores]
@@ -118,7 +117,7 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
 
 def test_the_encoder_is_the_one_on_disk_and_does_not_move(pretrained: Path, tmp_path: Path) -> None:
     trial = prepared(pretrained, tmp_path, "augment=true", "precision=fp32")
-    on_disk = load_file(checkpoints.find(pretrained).path / "model.safetensors")
+    on_disk = load_file(encoders_load.checkpoint_of(pretrained).path / "model.safetensors")
     for _ in range(3):
         trial.train_step()
     trial.frozen.check()
@@ -180,13 +179,13 @@ def test_an_interrupted_probe_gives_the_same_bits(
 
 def test_its_checkpoint_is_the_trained_classifier(pretrained: Path, tmp_path: Path) -> None:
     run(str(pretrained), str(tmp_path))
-    found = checkpoints.find(tmp_path / "tiny-probe")
+    found = encoders_load.checkpoint_of(tmp_path / "tiny-probe")
     assert found.model["heads.weight"].shape == (2, 1, 1, 10, 32)
     assert found.state["classes"] == list(
         datasets.load(load(ProbeConfig, PROBE).data).train.classes
     )
     with pytest.raises(DataError, match="not a checkpoint of a pretraining, it holds best"):
-        checkpoints.load_encoder(found)
+        encoders_load.find(tmp_path / "tiny-probe")
 
 
 def refusal(*arguments: str, kind: type[Exception] = ConfigError) -> str:
@@ -202,7 +201,8 @@ def test_bad_inputs_have_their_sentences(pretrained: Path, tmp_path: Path) -> No
         "with a state dict"
     )
     assert refusal(output, f"encoder={tmp_path}/none", kind=MissingError) == (
-        f"{tmp_path}/none: no such checkpoint or run directory; give a run that has been pretrained"
+        f"{tmp_path}/none: no such file or folder; give a run that has been pretrained, "
+        "a checkpoint folder, an export, or a file with a state dict"
     )
     assert refusal(output, f"encoder={pretrained}", "top_k=11") == (
         "top_k=11 is more than the 10 classes of shapes; use 10 or less"
@@ -226,7 +226,7 @@ def test_bad_inputs_have_their_sentences(pretrained: Path, tmp_path: Path) -> No
 def test_a_probe_is_not_resumed_for_another_encoder(pretrained: Path, tmp_path: Path) -> None:
     run(str(pretrained), str(tmp_path))
     shutil.copytree(pretrained, tmp_path / "other" / "tiny")
-    found = checkpoints.find(tmp_path / "other" / "tiny")
+    found = encoders_load.checkpoint_of(tmp_path / "other" / "tiny")
     found.model["query_encoder.backbone.conv1.weight"] += 1
     saving.write(tmp_path / "other" / "tiny", 6, found.model, found.optimizer, found.state)
     message = refusal(f"encoder={tmp_path / 'other' / 'tiny'}", f"output={tmp_path}")

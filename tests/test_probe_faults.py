@@ -16,8 +16,8 @@ from moco_dist.config.recipe import EncoderConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.data.shapes import CLASSES
-from moco_dist.encoders import checkpoints, source
-from moco_dist.encoders.source import require_trained
+from moco_dist.encoders import load as encoders_load
+from moco_dist.encoders.load import require_trained
 from moco_dist.errors import ConfigError, DataError, UserError
 from moco_dist.method.encoder import build_encoder
 from moco_dist.probe import label_fraction, overlap
@@ -44,7 +44,8 @@ def many() -> datasets.Splits:
 
 def tensors(pretrained: Path) -> dict[str, Tensor]:
     """Return the state dict of the pretrained backbone."""
-    return source.find(pretrained).backbone.state_dict()
+    state: dict[str, Tensor] = encoders_load.find(pretrained).backbone.state_dict()
+    return state
 
 
 def trained(trial: LinearProbe) -> LinearProbe:
@@ -57,12 +58,12 @@ def trained(trial: LinearProbe) -> LinearProbe:
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as error:
-        source.find(path)
+        encoders_load.find(path)
     return str(error.value)
 
 
 def test_missing_and_renamed_tensors_of_a_run_are_named(pretrained: Path, tmp_path: Path) -> None:
-    found = checkpoints.find(pretrained)
+    found = encoders_load.checkpoint_of(pretrained)
     model = dict(found.model)
     model["query_encoder.backbone.layer3.norm"] = model.pop(
         "query_encoder.backbone.layer3.0.bn1.bias"
@@ -86,12 +87,14 @@ def test_missing_and_renamed_tensors_of_a_file_are_named(pretrained: Path, tmp_p
     assert "layer2.0.bn2.weight is missing" in refusal(path)
     save_file({**good, "layer2.0.bn9.weight": torch.ones(3)}, path)
     assert "layer2.0.bn9.weight is not expected" in refusal(path)
-    save_file({f"module.{k}": v for k, v in good.items()}, path)
+    save_file({f"net.{k}": v for k, v in good.items()}, path)
     message = refusal(path)
-    assert "has no conv1.weight as a torchvision ResNet has, it holds module." in message
-    assert "take 'module.' from its names: nothing is renamed here" in message
+    assert "has no conv1.weight as a torchvision ResNet has, it holds net." in message
+    assert "take 'net.' from its names: nothing is renamed here" in message
     save_file({k: v for k, v in good.items() if not k.startswith("layer1.1.")}, path)
-    assert "basic blocks 1-2-2-2 behind a 3-pixel convolution are none of resnet18" in refusal(path)
+    assert "layer1.1.conv1.weight is missing; layer1.1.bn1.weight is missing" in refusal(path)
+    save_file({**good, "conv1.weight": torch.ones(4, 3, 5, 5)}, path)
+    assert "behind a first convolution (4, 3, 5, 5) it has the tensors of none of" in refusal(path)
 
 
 def test_a_backbone_without_batchnorm_is_told_from_a_random_one() -> None:
@@ -112,7 +115,7 @@ def test_an_encoder_without_training_is_no_trained_one(pretrained: Path, tmp_pat
         f"{path}: is a random encoder and no trained one: the weights of all its 20 normalising "
         "layers (bn1.weight and so on) are 1 and the biases 0, as before the first step"
     )
-    found = checkpoints.find(pretrained)
+    found = encoders_load.checkpoint_of(pretrained)
     first = saving.write(tmp_path, 0, found.model, found.optimizer, found.state)
     assert "is the state before the first step, a random encoder" in refusal(first)
     broken = tensors(pretrained) | {"bn1.bias": torch.full((4,), torch.nan)}

@@ -16,6 +16,7 @@ import pytest
 from moco_dist.distributed.machine import BOOT
 from moco_dist.errors import MissingError
 from moco_dist.report import run as report_run
+from moco_dist.report import table as report_table
 from moco_dist.runs import lock as runs_lock
 from moco_dist.runs import record as runs_record
 from tests.test_launch import TINY, python
@@ -106,7 +107,9 @@ def test_one_run_alone_shows_its_details(runs: Path, told: Text) -> None:
         "before the first step",
     ):
         assert words in text
-    assert "random control, test" in told(runs / "real-probe")
+    done = json.loads((runs / "real-probe" / "DONE").read_text())
+    control = f"random encoder {100 * done['control']['test']['top1']:.2f}%"
+    assert control in told(runs / "real-probe")
 
 
 def test_numbers_stand_under_each_other(runs: Path, told: Text) -> None:
@@ -121,7 +124,7 @@ def test_a_refused_job_is_shown_with_its_reason(tmp_path: Path, told: Text) -> N
     )
     status = {"state": "configuration", "exit_status": 78, "step": 0, "reason": reason}
     text = told(write(tmp_path / "refused", status=status))
-    assert f"refused: configuration (exit state 78): {reason}\n" in text
+    assert f"error (configuration, exit status 78) at step 0: {reason}\n" in text
     assert cells(text)["refused"]["state"] == "configuration"
 
 
@@ -130,7 +133,7 @@ def test_an_empty_or_broken_directory_is_no_traceback(
     tmp_path: Path, told: Text, content: bytes
 ) -> None:
     (tmp_path / "bare").mkdir()
-    assert "nothing is there yet" in told(tmp_path / "bare")
+    assert "the folder is empty" in told(tmp_path / "bare")
     broken = tmp_path / "broken"
     (broken / "checkpoints" / "step_x").mkdir(parents=True)
     for name in ("status.json", "config.yaml", "DONE", "metrics.jsonl", ".lease", ".owner"):
@@ -155,7 +158,7 @@ def test_a_line_cut_short_a_header_and_an_alarm_are_understood(
     assert (row["state"], row["step"]) == ("stopped", "4/10")
     assert row["loss"] == f"{json.loads(kept[-1])['train/loss']:.3f}"
     assert "alarm at step 4, collapse: all features are alike; lower optim.lr" in text
-    assert "stopped (exit state 75): by SIGTERM" in text
+    assert "The pretraining cut was stopped at step 4 of 10 (40%): by SIGTERM" in text
 
 
 def test_a_number_that_is_not_finite_is_shown(tmp_path: Path, told: Text) -> None:
@@ -185,7 +188,7 @@ def test_a_run_without_an_owner_is_gone_and_one_with_an_owner_runs(
     for pid in (2**22 + 1, os.getpid()):
         claim(run, socket.gethostname(), BOOT, pid)
         text = told(run)
-        assert "gone: process" in text
+        assert "was killed or lost its machine after step 10 of 10: process" in text
         assert "the same command goes on from step 10" in text
 
 
@@ -224,7 +227,7 @@ def test_a_command_line_without_a_run_is_refused(capsys: pytest.CaptureFixture[s
     assert report_run.run([]) == 78
     assert report_run.run(["--colour"]) == 78
     assert capsys.readouterr().err == (
-        "error: no run directory was given; give runs/NAME, one or several\n"
+        "error: no run directory was given; give one or several, such as runs/NAME\n"
         "error: unrecognized arguments: --colour; see --help\n"
     )
 
@@ -233,7 +236,7 @@ def test_a_narrow_terminal_gets_names_on_lines_of_their_own(runs: Path, tmp_path
     long = tmp_path / ("n" * 60)
     shutil.copytree(runs / "real", long)
     records = [runs_record.read(run) for run in (long, runs / "real-probe")]
-    narrow = list(report_run.table(records, 80))
+    narrow = list(report_table.table(records, 80))
     assert max(map(len, narrow)) <= 80
     assert "n" * 60 in narrow
-    assert len(list(report_run.table(records, None))) == 3
+    assert len(list(report_table.table(records, None))) == 3

@@ -21,7 +21,7 @@ from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.view_source import StreamedSource
 from moco_dist.distributed import comms, peers
 from moco_dist.encoders import features
-from moco_dist.encoders.source import Source
+from moco_dist.encoders.load import Found
 from moco_dist.errors import DataError
 from moco_dist.method import views
 from moco_dist.method.encoder import build_encoder
@@ -30,6 +30,7 @@ from moco_dist.pretrain import loop, pictures, run
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.runs import session
+from moco_dist.runs.checkpoint import Checkpoint
 from moco_dist.runs.session import Session
 from moco_dist.tracking import media
 from tests import image_sets, processes
@@ -325,7 +326,8 @@ def test_a_probe_trains_on_new_views_of_streamed_images(folder: Path, tmp_path: 
     config = load(ProbeConfig, [*settings, "control=false"])
     architecture = EncoderConfig(width=2, dim=8)
     backbone = build_encoder(architecture, 0).backbone
-    source = Source(backbone, architecture, config.views, "built here", "none", {})
+    nothing = Checkpoint(tmp_path, 0, {}, {}, {})
+    source = Found(backbone, architecture, config.views, 32, "built here", nothing)
     trial = LinearProbe(config, session.start(config), datasets.load(config.data), source)
     rows = trial.plans[0].step(0)
     inputs, labels, batch = trial.inputs()

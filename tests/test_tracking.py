@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from moco_dist.config.recipe import ViewsConfig
-from moco_dist.encoders import knn
+from moco_dist.encoders import features
 from moco_dist.errors import StoppedError
 from moco_dist.tracking import feed
 from moco_dist.tracking import tracker as tracking_tracker
@@ -188,8 +188,8 @@ def test_a_histogram_counts_each_similarity_once(tmp_path: Path) -> None:
 
 def test_nearest_is_by_angle(tmp_path: Path) -> None:
     bank = torch.tensor([[10.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    assert knn.nearest(torch.tensor([[0.1, 0.02]]), bank, 2).tolist() == [[0, 2]]
-    assert knn.nearest(bank[:1], bank, 9).tolist() == [[0, 2, 1]]
+    assert features.nearest(torch.tensor([[0.1, 0.02]]), bank, 2).tolist() == [[0, 2]]
+    assert features.nearest(bank[:1], bank, 9).tolist() == [[0, 2, 1]]
 
 
 # TensorBoard, for real.

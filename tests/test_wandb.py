@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from moco_dist.config.running import TrackingConfig
-from moco_dist.encoders import checkpoints
+from moco_dist.encoders import load
 from moco_dist.runs import checkpoint, identity
 from moco_dist.tracking import wandb_run
 from tests import terminal
@@ -239,8 +239,7 @@ def test_the_encoder_that_is_uploaded_is_a_checkpoint_without_paths(trained: Pat
     assert names == {"model.safetensors", "optimizer.safetensors", "state.json"}
     (place,) = (trained / "encoder" / "checkpoints").iterdir()
     assert b"home-of-alice" not in (place / "state.json").read_bytes()
-    alone, _, _ = checkpoints.load_encoder(checkpoints.find(place))
-    whole, _, _ = checkpoints.load_encoder(checkpoints.find(trained))
+    alone, whole = (load.find(path).backbone for path in (place, trained))
     for name, tensor in whole.state_dict().items():
         assert tensor.equal(alone.state_dict()[name])
 

@@ -10,8 +10,8 @@ from moco_dist.config.recipe import DataConfig, OptimConfig, Precision, ViewsCon
 from moco_dist.config.rules import check, check_name, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
-# Files that hold the state dict of an encoder.
-FOREIGN = (".safetensors", ".pth", ".pt")
+# Files that hold an encoder.
+FOREIGN = (".safetensors", ".pth", ".pt", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class ProbeConfig:
     # Empty means the name of the encoder's run with "-probe" behind it.
     name: str = ""
     output: str = "runs"
-    # A run directory (its newest checkpoint), a checkpoint folder, or the state dict of a
-    # torchvision ResNet: NAME.safetensors, NAME.pth or NAME.pt.
+    # A run directory (its newest checkpoint), a checkpoint folder, an exported folder, or a file:
+    # the state dict of a torchvision ResNet (NAME.safetensors, NAME.pth, NAME.pt), or a checkpoint
+    # of the original MoCo scripts (NAME.pth.tar), lightly or solo-learn (NAME.ckpt).
     encoder: str = ""
     # linear: the encoder is frozen; finetune: it is trained too, with encoder_lr.
     protocol: Literal["linear", "finetune"] = "linear"

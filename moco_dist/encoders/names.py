@@ -1,9 +1,9 @@
-"""Names of the tensors of a ResNet in other libraries."""
+"""Names of the tensors of a ResNet in other libraries, and in the checkpoints of two of them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 
 def to_huggingface(name: str) -> str:
@@ -59,10 +59,53 @@ def from_detectron2(name: str) -> str:
     return ".".join([*parts, tensor])
 
 
-# What `load_encoder` can read again, and the names there in ours; the others hold another thing
-# than tensors, or code.
+# Export targets whose files can be read back, and how to get our names from theirs. The others
+# hold a pickle or a graph.
 READABLE: Mapping[str, Callable[[str], str]] = {
     "torchvision": str,
     "timm": str,
     "huggingface": from_huggingface,
 }
+# Classifiers and projection heads of a state dict, which are no part of a backbone.
+HEADS = ("fc.", "head.", "classifier.")
+# What checkpoints of two libraries call the backbone, and what else they hold: heads, the queue and
+# the other encoder. lightly: examples/pytorch_lightning/{moco,simclr,byol}.py, and
+# benchmarks/imagenet/resnet50/mocov2.py, where `backbone` is the momentum encoder, the one that is
+# evaluated there. solo-learn: solo/methods/{base,mocov2plus,simclr,byol}.py; `encoder.` until 2022.
+_BACKBONES = ("backbone.", "encoder.")
+_LIGHTLY = (
+    *("projection_head.", "projection_head_momentum.", "prediction_head.", "criterion."),
+    *("backbone_momentum.", "query_backbone.", "query_projection_head.", "online_classifier."),
+)
+_SOLO_LEARN = (
+    *("projector.", "predictor.", "classifier.", "queue", "momentum_backbone."),
+    *("momentum_encoder.", "momentum_projector.", "momentum_classifier."),
+)
+# lightly puts the children of a ResNet into a Sequential: torchvision's with ReLU and pooling at
+# places 2 and 3, or those of its own `ResNetGenerator`, which has neither.
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_OWN_CHILDREN = {"0": "conv1", "1": "bn1", **{str(i + 1): f"layer{i}" for i in (1, 2, 3, 4)}}
+
+
+def from_library(names: Collection[str]) -> tuple[str, dict[str, str], list[str]]:
+    """Return whose checkpoint has these names, what is renamed, and names that are not known.
+
+    "lightly", "solo-learn", or "" for a plain state dict; torchvision's name for each tensor of the
+    backbone; and the names that stand for nothing that either library saves.
+    """
+    prefix = next((each for each in _BACKBONES if any(n.startswith(each) for n in names)), None)
+    if prefix is None:
+        return "", {}, []
+    heads = [name for name in names if not name.startswith(prefix)]
+    strange = [name for name in heads if not name.startswith((*_LIGHTLY, *_SOLO_LEARN))]
+    library = "solo-learn" if any(name.startswith(_SOLO_LEARN) for name in heads) else "lightly"
+    inner = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    own = any(name.startswith("2.") for name in inner.values())
+    children = _OWN_CHILDREN if own else _CHILDREN
+    renamed = {}
+    for name, inside in inner.items():
+        first, dot, rest = inside.partition(".")
+        rest = rest.replace("shortcut.", "downsample.") if own else rest
+        renamed[name] = children.get(first, first) + dot + rest
+        strange += [name] * (list(renamed.values()).count(renamed[name]) > 1)
+    return library, renamed, strange

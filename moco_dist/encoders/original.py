@@ -7,9 +7,8 @@ ResNet of torchvision whose `fc` is the projection head, `module.queue` (dim, si
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,16 @@ from torch import Tensor
 
 from moco_dist.config.recipe import BACKBONES, EncoderConfig, ViewsConfig
 from moco_dist.config.yaml_files import from_dict, to_dict
+from moco_dist.encoders import state_dict
 from moco_dist.errors import ConfigError, DataError, shown
-from moco_dist.method.encoder import build_encoder
 from moco_dist.runs import checkpoint
 from moco_dist.runs.checkpoint import Checkpoint
-
-SUFFIXES = (".pth", ".pth.tar", ".pt", ".tar")
 
 _ENCODERS = {"query_encoder.": "module.encoder_q.", "key_encoder.": "module.encoder_k."}
 # Head of ours to `fc` of theirs; with one layer `fc` is that layer.
 _HEADS = {"mlp": {"head.0.": "fc.0.", "head.2.": "fc.2."}, "linear": {"head.0.": "fc."}}
-# What the original scripts feed their encoders: ImageNet's mean and standard deviation at 224
-# pixels; the authors' CIFAR-10 demo, which has the 3x3 stem, CIFAR-10's at 32.
+# The original scripts use ImageNet's mean and standard deviation at 224 pixels; the authors' demo
+# of CIFAR-10, which has the 3x3 stem, CIFAR-10's at 32.
 _IMAGENET = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -56,19 +53,18 @@ def write(model: Mapping[str, Tensor], config: EncoderConfig, epoch: int, enqueu
     return {"epoch": epoch, "arch": config.backbone, "state_dict": tensors}
 
 
-def read(path: Path) -> Checkpoint:
-    """Return the original checkpoint in a file as one of ours.
+def is_one(content: Mapping[Any, Any]) -> bool:
+    """Return whether the content of a file is a checkpoint of the original scripts."""
+    tensors = content.get("state_dict")
+    return isinstance(tensors, Mapping) and any("encoder_q." in str(name) for name in tensors)
 
-    The file is a pickle, read with `weights_only`, so that it can't run code. The views of its
-    configuration are those of the original scripts. Raises DataError for another content.
+
+def read(path: Path, content: Mapping[Any, Any], sha256: str) -> Checkpoint:
+    """Return the original checkpoint in file `path` as one of ours; DataError if it is not whole.
+
+    The views of its configuration are those of the original scripts.
     """
-    content = load_pickle(path)
-    tensors, arch = content.get("state_dict"), content.get("arch")
-    if not isinstance(tensors, dict) or not any("encoder_q." in str(name) for name in tensors):
-        raise DataError(
-            f"{path}: no checkpoint of the original MoCo scripts, which have "
-            "module.encoder_q.* under 'state_dict'; give a run, a checkpoint folder or another file"
-        )
+    tensors, arch = content["state_dict"], content.get("arch")
     if arch not in BACKBONES:
         raise DataError(
             f"{path}: its 'arch' is {shown(arch)}, not one of {', '.join(BACKBONES)}; "
@@ -98,46 +94,24 @@ def read(path: Path) -> Checkpoint:
         enqueued = slot + size * full
     elif left:
         raise DataError(f"{path}: {shown(min(left))} is not expected; use another checkpoint")
-    with torch.device("meta"):
-        shapes = build_encoder(config, seed=0).state_dict()
+    shapes = state_dict.shapes(config, path)
     for ours in _ENCODERS:
         own = {k.removeprefix(ours): v for k, v in model.items() if k.startswith(ours)}
         if own or ours == "query_encoder.":
             checkpoint.check_tensors(shapes, own, path)
-    views = ViewsConfig() if config.stem == "cifar" else from_dict(ViewsConfig, _IMAGENET)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = {"encoder": to_dict(config), "views": to_dict(views)}
+    settings = {"encoder": to_dict(config), "views": to_dict(usual_views(config))}
     epoch = content.get("epoch")
-    state = {"config": settings, "epoch": epoch, "enqueued": enqueued, "sha256": digest}
+    state = {"config": settings, "epoch": epoch, "enqueued": enqueued, "sha256": sha256}
     return Checkpoint(path, 0, model, {}, state)
 
 
-def is_one(path: Path) -> bool:
-    """Return whether a file holds a checkpoint of the original scripts."""
-    if not path.name.endswith(SUFFIXES):
-        return False
-    try:
-        tensors = load_pickle(path).get("state_dict")
-    except DataError:
-        return False
-    return isinstance(tensors, dict) and any("encoder_q." in str(name) for name in tensors)
-
-
-def load_pickle(path: Path) -> dict[Any, Any]:
-    """Return the dict that torch.save wrote to a file; DataError if it holds code or no dict."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old formats
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any kind for bytes that are no such file
-        reason = shown(" ".join(str(error).split())[:200])
-        raise DataError(
-            f"{path}: not a file of tensors that torch.save wrote ({reason}); use another file"
-        ) from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}, not tensors; use another file")
-    return content
+def usual_views(config: EncoderConfig) -> ViewsConfig:
+    """Return how images are usually fed to an encoder, by its first layer and its channels."""
+    found = ViewsConfig() if config.stem == "cifar" else from_dict(ViewsConfig, _IMAGENET)
+    if config.channels == len(found.mean):
+        return found
+    mean, std = (sum(each) / len(each) for each in (found.mean, found.std))
+    return replace(found, mean=[mean] * config.channels, std=[std] * config.channels)
 
 
 def _architecture(path: Path, arch: str, tensors: Mapping[str, Any]) -> EncoderConfig:

@@ -1,6 +1,6 @@
-"""Encoders from elsewhere: a file with the state dict of a torchvision ResNet.
+"""Files of tensors that anyone may have written: read safely, and which architecture they hold.
 
-Which ResNet it is shows in the names and shapes: blocks and their kind, width, and stem.
+A file is read as tensors alone; no code in it is run. The architecture shows in names and shapes.
 """
 
 from __future__ import annotations
@@ -8,55 +8,38 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from moco_dist.config.recipe import EncoderConfig
-from moco_dist.errors import DataError, MissingError, shown
-from moco_dist.method.encoder import Backbone, build_encoder
+from moco_dist.config.recipe import BACKBONES, EncoderConfig
+from moco_dist.config.yaml_files import from_dict
+from moco_dist.encoders import names
+from moco_dist.errors import ConfigError, DataError, MissingError, shown
+from moco_dist.method.encoder import build_encoder
 from moco_dist.runs import checkpoint
 
-# Bytes that a file may have; the largest ResNet here has a fiftieth.
+SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
+# Bytes that a file may have; the largest ResNet has a fiftieth of that.
 _MOST = 2**34
-_STAGES: dict[tuple[str, tuple[int, ...]], str] = {
-    ("basic", (2, 2, 2, 2)): "resnet18",
-    ("basic", (3, 4, 6, 3)): "resnet34",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101",
-}
 _STEMS = {3: "cifar", 7: "imagenet"}
-_CLASSIFIER = ("fc.weight", "fc.bias")
 
 
-def load(path: Path) -> tuple[Backbone, EncoderConfig, str]:
-    """Return the backbone in a file, frozen, in evaluation mode; its architecture; its SHA-256.
-
-    A classifier `fc`, if there is one, is left out. Nothing is renamed, and every other tensor must
-    be there and no more, but for num_batches_tracked, which evaluation doesn't use. Raises
-    MissingError, or DataError with what is wrong.
-    """
-    tensors, sha256 = read(path)
-    tensors = {name: each for name, each in tensors.items() if name not in _CLASSIFIER}
-    architecture = infer(tensors, path)
-    backbone = build_encoder(architecture, seed=0).backbone
-    own = backbone.state_dict()
-    counters = {name: each for name, each in own.items() if name.endswith("num_batches_tracked")}
-    if not counters.keys() & tensors.keys():  # files of old versions have none
-        tensors |= counters
-    checkpoint.check_tensors(own, tensors, path)
-    checkpoint.load_tensors(backbone, tensors, path)
-    return backbone.requires_grad_(False).eval(), architecture, sha256
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a file by name, and its SHA-256; no code in it is run."""
+def read(path: Path) -> tuple[Mapping[Any, Any], str]:
+    """Return what a file of tensors holds, and its SHA-256; MissingError or DataError if none."""
     if not path.is_file():
-        raise MissingError(f"{path}: no such file; give the state dict of a torchvision ResNet")
+        raise MissingError(f"{path}: no such file; give a state dict, or the run that it is of")
+    if not path.name.endswith(SUFFIXES):
+        raise DataError(
+            f"{path}: encoders are not read from such files, but from {', '.join(SUFFIXES)}; give "
+            "one of these, a run directory, or one of its checkpoints/step_... folders"
+        )
     if path.stat().st_size > _MOST:
-        raise DataError(f"{path}: {path.stat().st_size} bytes are more than any encoder has")
+        raise DataError(
+            f"{path}: {path.stat().st_size:,} bytes are more than any encoder has; use another file"
+        )
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
@@ -70,21 +53,61 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
             f"{path}: can't be read as tensors alone ({reason}); save the encoder's state_dict() "
             "as a .safetensors file"
         ) from error
-    others = ["nothing"]
-    if isinstance(content, Mapping) and content:
-        others = [str(name) for name, each in content.items() if not isinstance(each, Tensor)]
-    elif not isinstance(content, Mapping):
-        others = [f"a {type(content).__name__}"]
+    return (content if isinstance(content, Mapping) else {"state_dict": content}), sha256
+
+
+def backbone(
+    content: Mapping[Any, Any], path: Path, like: EncoderConfig | None
+) -> tuple[dict[str, Tensor], EncoderConfig, list[str], str]:
+    """Return a backbone's tensors, its architecture, what else the file has, and whose names.
+
+    Only what is known is renamed, and only known heads are left out: of a state dict, or of a
+    checkpoint of lightly or solo-learn. `like` is a model of timm, which a file doesn't tell, that
+    it may be. Raises DataError for anything else.
+    """
+    tensors = _unwrapped(content, path)
+    library, renamed, strange = names.from_library(tensors)
+    if strange:
+        raise DataError(
+            f"{path}: {shown(', '.join(strange[:3]))} is neither of the backbone nor known from "
+            "lightly and solo-learn; remove it from the file: nothing is left out here unsaid"
+        )
+    timm = _backbone_shapes(like, path) if like and like.is_timm else {}
+    fits = bool(timm) and timm.keys() - _counters(timm) <= tensors.keys()
+    heads = () if library else names.HEADS
+    left = [k for k in tensors if k.startswith(heads) and k not in timm]
+    left = [k for k in tensors if k not in renamed] if library else left
+    kept = {renamed.get(k, k): each for k, each in tensors.items() if k not in left}
+    config = like if like and fits else infer(kept, path)
+    if library == "solo-learn" and config.stem == "cifar":
+        raise DataError(
+            f"{path}: solo-learn pads the first convolution of its encoders of CIFAR by 2 pixels, "
+            "and here it is 1, which gives other features; to start a pretraining from these "
+            "weights all the same, save the backbone's state dict under torchvision's names"
+        )
+    return kept, config, left, library
+
+
+def _unwrapped(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file without what a training script wraps them in."""
+    inner = content.get("state_dict", content.get("model", content))
+    others = [f"a {type(inner).__name__}"]
+    if isinstance(inner, Mapping):
+        others = [str(name) for name, each in inner.items() if not isinstance(each, Tensor)]
+        others = others if inner else ["nothing"]
     if others:
         raise DataError(
             f"{path}: is no state dict, it holds {shown(', '.join(others[:3]))}; "
             "save the encoder's own state_dict(), names to tensors, in a file for itself"
         )
-    return {str(name): each for name, each in content.items()}, sha256
+    tensors = {str(name): each for name, each in inner.items()}
+    if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel
+        tensors = {name.removeprefix("module."): each for name, each in tensors.items()}
+    return tensors
 
 
 def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
-    """Return the architecture that names and shapes show; DataError if it is none of ours."""
+    """Return the architecture that names and shapes are nearest to; DataError if no ResNet's."""
     stem = tensors.get("conv1.weight")
     if stem is None or stem.dim() != 4:
         first = ", ".join(shown(name, 60) for name in list(tensors)[:3])
@@ -95,24 +118,56 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
             f"{path}: has no conv1.weight as a torchvision ResNet has, it holds {first}; {hint}: "
             "nothing is renamed here, so that no tensor is lost without a word"
         )
-    blocks = tuple(_blocks(tensors, stage) for stage in (1, 2, 3, 4))
-    kind = "bottleneck" if "layer1.0.conv3.weight" in tensors else "basic"
-    name, sort = _STAGES.get((kind, blocks)), _STEMS.get(stem.shape[-1])
-    if name is None or sort is None:
+    nearest, most = None, 0
+    for name in BACKBONES:
+        settings = {"backbone": name, "channels": stem.shape[1], "width": stem.shape[0]}
+        try:
+            config = from_dict(EncoderConfig, settings | {"stem": _STEMS.get(stem.shape[-1])})
+        except ConfigError:
+            continue
+        own = _backbone_shapes(config, path)
+        same = sum(tensors[k].shape == v.shape for k, v in own.items() if k in tensors)
+        missing = len(own.keys() - tensors.keys())
+        if nearest is None or same - missing > most:
+            nearest, most = config, same - missing
+    if nearest is None:
         raise DataError(
-            f"{path}: {kind} blocks {'-'.join(map(str, blocks))} behind a {stem.shape[-1]}-pixel "
-            f"convolution are none of {', '.join(_STAGES.values())} "
-            "with a stem of 3 or 7 pixels; give one of these"
+            f"{path}: behind a first convolution {tuple(stem.shape)} it has the tensors of none of "
+            f"{', '.join(BACKBONES)} with a stem of 3 or 7 pixels; give one of these"
         )
-    return EncoderConfig(
-        backbone=cast(Any, name),
-        channels=stem.shape[1],
-        width=stem.shape[0],
-        stem=cast(Any, sort),
-    )
+    return nearest
 
 
-def _blocks(tensors: Mapping[str, Tensor], stage: int) -> int:
-    prefix = f"layer{stage}."
-    numbers = {name.split(".")[1] for name in tensors if name.startswith(prefix)}
-    return len(numbers)
+def shapes(config: EncoderConfig, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an encoder without their content; DataError if it can't be built."""
+    try:
+        with torch.device("meta"):  # takes no memory, whatever sizes a stranger wrote there
+            return build_encoder(config, seed=0).state_dict()
+    except (ConfigError, RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise DataError(f"{path}: not readable by this version ({reason})") from error
+
+
+def _backbone_shapes(config: EncoderConfig, path: Path) -> dict[str, Tensor]:
+    prefix = "backbone."
+    return {k.removeprefix(prefix): v for k, v in shapes(config, path).items() if prefix in k}
+
+
+def _counters(own: Mapping[str, Tensor]) -> set[str]:
+    return {name for name in own if name.endswith("num_batches_tracked")}
+
+
+def filled(config: EncoderConfig, tensors: Mapping[str, Tensor], path: Path) -> Any:
+    """Return a backbone with these tensors, frozen, float32, on the CPU, in evaluation mode.
+
+    Each must be there and no other, but for all num_batches_tracked, which evaluation doesn't use
+    and old versions didn't write; DataError otherwise.
+    """
+    own = _backbone_shapes(config, path)
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in _counters(own)}
+    if not counters.keys() & tensors.keys():
+        tensors = {**tensors, **counters}
+    checkpoint.check_tensors(own, tensors, path)
+    found = build_encoder(config, seed=0).backbone
+    checkpoint.load_tensors(found, tensors, path)
+    return found.requires_grad_(False).eval()

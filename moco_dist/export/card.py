@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moco_dist.config.yaml_files import flat
+from moco_dist.config.yaml_files import flat, to_dict
 from moco_dist.distributed import fingerprint
+from moco_dist.encoders.load import Found
 from moco_dist.errors import UserError
-from moco_dist.export.targets import Source
-from moco_dist.method.encoder import Encoder
+from moco_dist.export.targets import expansion
 from moco_dist.runs import checkpoint
 from moco_dist.runs import record as runs_record
 from moco_dist.runs.checkpoint import Checkpoint
@@ -50,18 +50,17 @@ INPUT:
 """
 
 
-def text(
-    source: Source, encoder: Encoder, which: str, target: str, lines: str, folder: Path
-) -> str:
-    """Return the card of `source` for `target`; `folder` is where the user will have it."""
-    name = run_name(source.checkpoint)
+def text(found: Found, which: str, target: str, lines: str, folder: Path) -> str:
+    """Return the card of an encoder for `target`; `folder` is where the user will have it."""
+    name = run_name(found.checkpoint)
     load = (
-        f"```yaml\n{detectron2_config(source, folder)}```"
+        f"```yaml\n{detectron2_config(found, folder)}```"
         if target == "detectron2"
         else f'```python\nfolder = "{folder}"\n{lines}```'
     )
-    views, channels = source.views, source.config.channels
+    views, channels = found.fed, found.architecture.channels
     kind = {1: "gray", 3: "RGB"}.get(channels, f"of {channels} channels")
+    usual = " (the usual ones, as the file that it was exported from doesn't tell its own)"
     proof = (
         "detectron2 was not at hand to build the model: the names were taken back to torchvision's "
         "by a second map, and the features are those of the encoder within 1e-5."
@@ -81,20 +80,20 @@ without the projection head.
 
 | | |
 | --- | --- |
-{_rows(architecture(source))}
-{_rows(training(source.checkpoint))}
+{_rows(architecture(found))}
+{_rows(training(found.checkpoint))}
 
 ## Use
 
 {load}
 
 `images` are {kind}, float (n, {channels}, {views.size}, {views.size}): pixels in [0, 1],
-less the mean {views.mean}, divided by {views.std}.
+less the mean {views.mean}, divided by {views.std}{"" if found.views else usual}.
 {proof}
 
 ## Measured
 
-{chr(10).join(f"- {line}" for line in measured(source.checkpoint, encoder))}
+{chr(10).join(f"- {line}" for line in measured(found))}
 
 ## Licence
 
@@ -107,12 +106,12 @@ def _rows(rows: dict[str, str]) -> str:
     return "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 
 
-def architecture(source: Source) -> dict[str, str]:
+def architecture(found: Found) -> dict[str, str]:
     """Return what the encoder is."""
-    config = source.config
+    config = found.architecture
     stem = "" if config.is_timm else f", {config.stem} stem, width {config.width}"
-    count = sum(p.numel() for p in source.backbone.parameters())
-    length = source.backbone.num_features
+    count = sum(p.numel() for p in found.backbone.parameters())
+    length = found.backbone.num_features
     return {"encoder": f"{config.backbone}{stem}; {count:,} parameters, {length} features"}
 
 
@@ -133,31 +132,32 @@ def training(found: Checkpoint) -> dict[str, str]:
     }
 
 
-def measured(found: Checkpoint, encoder: Encoder) -> Iterator[str]:
+def measured(found: Found) -> Iterator[str]:
     """Yield the figures of this very checkpoint, each with how it was measured."""
-    run, config = run_directory(found), found.state.get("config")
+    saved = found.checkpoint
+    run, config = run_directory(saved), saved.state.get("config")
     settings = flat(config) if isinstance(config, dict) else {}
     accuracies = dict(runs_record.read(run).figures(Metric.KNN_TOP1)) if run else {}
-    if found.step in accuracies:
+    if saved.step in accuracies:
         yield (
-            f"kNN top-1 {accuracies[found.step]:.1%} on the validation images: weighted nearest "
+            f"kNN top-1 {accuracies[saved.step]:.1%} on the validation images: weighted nearest "
             f"neighbours, k {settings.get('knn.k')}, temperature {settings.get('knn.temperature')}"
         )
     probe = run.with_name(f"{run.name}-probe") if run else None
-    figures = list(_probed(probe, encoder)) if probe and probe.is_dir() else []
+    figures = list(_probed(probe, found)) if probe and probe.is_dir() else []
     yield from figures
-    if found.step not in accuracies and not figures:
+    if saved.step not in accuracies and not figures:
         yield "nothing yet: no kNN evaluation or finished probe of this checkpoint was found"
 
 
-def _probed(run: Path, encoder: Encoder) -> Iterator[str]:
+def _probed(run: Path, found: Found) -> Iterator[str]:
     """Yield the results of a finished probe, if it was this encoder that it probed."""
     record = runs_record.read(run)
     try:
         newest = checkpoint.newest(run)
     except UserError:
         return
-    of_this = newest and newest.state.get("encoder") == fingerprint.of_module(encoder)
+    of_this = newest and newest.state.get("encoder") == fingerprint.of_module(found.backbone)
     if not of_this or not record.results:
         return
     config = record.config
@@ -193,9 +193,9 @@ def run_name(found: Checkpoint) -> str:
     return run.resolve().name if run else found.path.name.partition(".")[0]
 
 
-def detectron2_config(source: Source, folder: Path) -> str:
+def detectron2_config(found: Found, folder: Path) -> str:
     """Return the part of a configuration of detectron2 that fits the weights."""
-    config, views = source.config, source.views
+    config, views = found.architecture, found.fed
     depth = int("".join(filter(str.isdigit, config.backbone.partition("_")[0])))
     groups, width = 1, config.width
     if "x" in (tail := config.backbone.partition("_")[2]):
@@ -211,18 +211,17 @@ def detectron2_config(source: Source, folder: Path) -> str:
         groups=groups,
         width=width,
         stem=config.width,
-        res2=config.width * source.expansion,
+        res2=config.width * expansion(found),
     )
 
 
-def description(source: Source, which: str, target: str, resize: int) -> dict[str, Any]:
-    """Return what `load_encoder` needs to know of an exported folder."""
-    config = source.checkpoint.state["config"]
+def description(found: Found, which: str, target: str) -> dict[str, Any]:
+    """Return what `encoders.load` needs to know of an exported folder."""
     return {
         "format": 1,
         "target": target,
         "which": which,
-        "encoder": config["encoder"],
-        "views": config["views"],
-        "resize": resize,
+        "encoder": to_dict(found.architecture),
+        "views": to_dict(found.views) if found.views else None,
+        "resize": found.resize,
     }

@@ -2,8 +2,9 @@
 
   python -m moco_dist.export runs/cifar10 --to timm [--output DIR] [--encoder query|key]
 
-The first argument is a run (its newest checkpoint), a checkpoint folder, or a checkpoint of the
-original MoCo scripts (.pth.tar). --to takes
+The first argument is a run (its newest checkpoint), a checkpoint folder, another export, a state
+dict of a torchvision ResNet, or a checkpoint of the original MoCo scripts (.pth.tar), lightly or
+solo-learn (.ckpt). The targets of --to are
 
   torchvision   model.safetensors for torchvision.models, of the published width
   timm          model.safetensors and config.json for timm.create_model, the published width
@@ -14,7 +15,7 @@ original MoCo scripts (.pth.tar). --to takes
 
 Each folder has a README.md: what the encoder is, how it was trained and measured, and the lines
 that load it. The lines are run, and the features compared, before anything is kept.
-`moco_dist.load_encoder(PATH)` reads runs and exports in Python.
+`moco_dist.load_encoder(PATH)` reads the same files in Python.
 """
 
 from __future__ import annotations
@@ -32,13 +33,12 @@ import torch
 from torch import Tensor
 
 from moco_dist.data import shapes
-from moco_dist.encoders import checkpoints
-from moco_dist.encoders.load import DESCRIPTION, chosen, resize_of
+from moco_dist.encoders import load
+from moco_dist.encoders.load import DESCRIPTION, Found
 from moco_dist.errors import ConfigError, DataError, OutputError, UserError, output_errors, shown
 from moco_dist.export import card as export_card
-from moco_dist.export.targets import TARGETS, Source, run_lines, same
+from moco_dist.export.targets import TARGETS, run_lines, same
 from moco_dist.method import views
-from moco_dist.runs import checkpoint
 
 # Drawn images on which the library's model must give the encoder's features.
 IMAGES = 8
@@ -54,11 +54,8 @@ def export(
     """
     if target == "moco" and which == "key":
         raise ConfigError("--to moco holds the query and the key encoder; leave out --encoder key")
-    found = checkpoints.find(path)
-    picked = chosen(found, which)
-    encoder, config, view = checkpoints.load_encoder(picked)
-    source = Source(picked, encoder.backbone, config, view)
-    expected = _expected(source)
+    found = load.find(path, which)
+    expected = _expected(found)
     folder = output or _place(found, target if which == "query" else f"{target}-key")
     if folder.exists() and not (folder / DESCRIPTION).is_file():
         raise OutputError(f"{folder}: exists and is no export of ours; give another --output DIR")
@@ -68,13 +65,13 @@ def export(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the library, about its own inside
-                lines = TARGETS[target](source, temporary)
+                lines = TARGETS[target](found, temporary)
                 # Without lines the exporter has proved it itself, as the library is not at hand.
                 for images, features in expected if lines else ():
                     same(run_lines(lines, temporary, images), features, target)
-            described = export_card.description(source, which, target, resize_of(found, view))
+            described = export_card.description(found, which, target)
             (temporary / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
-            card = export_card.text(source, encoder, which, target, lines, folder)
+            card = export_card.text(found, which, target, lines, folder)
             (temporary / "README.md").write_text(card)
             if folder.exists():
                 shutil.rmtree(folder)
@@ -85,27 +82,25 @@ def export(
     return folder
 
 
-def _expected(source: Source) -> list[tuple[Tensor, Tensor]]:
+def _expected(found: Found) -> list[tuple[Tensor, Tensor]]:
     """Return batches of drawn images, many and one, and the encoder's features of them."""
-    pixels, _ = shapes.draw(IMAGES, max(source.views.size, 16), seed=0)
+    pixels, _ = shapes.draw(IMAGES, max(found.fed.size, 16), seed=0)
     # Drawn in RGB; channels beyond these repeat them.
-    pixels = pixels[:, torch.arange(source.config.channels) % 3]
-    batches = [views.center(pixels[:count], source.views) for count in (IMAGES, 1)]
+    pixels = pixels[:, torch.arange(found.architecture.channels) % 3]
+    batches = [views.center(pixels[:count], found.fed) for count in (IMAGES, 1)]
     with torch.no_grad():
-        expected = [(images, source.backbone(images)) for images in batches]
+        expected = [(images, found.backbone(images)) for images in batches]
     if not all(features.isfinite().all() for _, features in expected):
         raise DataError(
-            f"{source.checkpoint.path}: the encoder gives features that are not finite, maybe "
-            "after too few steps; export a later checkpoint"
+            f"{found.place}: the encoder's features are not finite, as they can be after very few "
+            "steps; export a later checkpoint"
         )
     return expected
 
 
-def _place(found: checkpoint.Checkpoint, name: str) -> Path:
-    run = export_card.run_directory(found)
-    if run:
-        return run / "export" / name
-    return found.path.with_name(f"{found.path.name.partition('.')[0]}-{name}")
+def _place(found: Found, name: str) -> Path:
+    run, path = export_card.run_directory(found.checkpoint), found.checkpoint.path
+    return run / "export" / name if run else path.with_name(f"{path.name.split('.')[0]}-{name}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,7 +11,6 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +18,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moco_dist.config.recipe import EncoderConfig, ViewsConfig
+from moco_dist.config.recipe import EncoderConfig
 from moco_dist.encoders import original
+from moco_dist.encoders.load import Found
 from moco_dist.encoders.names import from_detectron2, to_detectron2, to_huggingface
 from moco_dist.errors import ConfigError, MissingError
 from moco_dist.method.encoder import Backbone
-from moco_dist.runs.checkpoint import Checkpoint
 
 Lines = str
 
 _RGB = "its images have three channels"
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is exported: the frozen backbone of a checkpoint, and what it was trained with."""
+def tensors(found: Found) -> dict[str, Tensor]:
+    """Return the backbone's tensors by name: those of torchvision's ResNet, or of timm."""
+    return {name: t.contiguous() for name, t in found.backbone.state_dict().items()}
 
-    checkpoint: Checkpoint
-    backbone: nn.Module
-    config: EncoderConfig
-    views: ViewsConfig
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the backbone's tensors by name: those of torchvision's ResNet, or of timm."""
-        return {name: t.contiguous() for name, t in self.backbone.state_dict().items()}
-
-    @property
-    def expansion(self) -> int:
-        """Channels of a stage over those of its 3x3 convolution in an ordinary ResNet."""
-        assert isinstance(self.backbone, Backbone), "a ResNet of torchvision"
-        return self.backbone.num_features // (8 * self.config.width)
+def expansion(found: Found) -> int:
+    """Return the channels of a stage over those of its 3x3 convolution in an ordinary ResNet."""
+    features: int = found.backbone.num_features
+    return features // (8 * found.architecture.width)
 
 
 def needs(module: str, target: str, packages: str) -> None:
@@ -62,9 +52,9 @@ def needs(module: str, target: str, packages: str) -> None:
         ) from error
 
 
-def refuse(source: Source, target: str, holds: bool, reason: str, others: str) -> None:
+def refuse(found: Found, target: str, holds: bool, reason: str, others: str) -> None:
     """Raise ConfigError with `reason` unless the target holds the architecture."""
-    config = source.config
+    config = found.architecture
     if config.stem == "cifar":  # which it has no place for either
         others = others.replace(" or huggingface", "")
     if not holds:
@@ -74,13 +64,13 @@ def refuse(source: Source, target: str, holds: bool, reason: str, others: str) -
         )
 
 
-def torchvision(source: Source, folder: Path) -> Lines:
+def torchvision(found: Found, folder: Path) -> Lines:
     """Write model.safetensors for torchvision's own models; the published width only."""
-    config = source.config
-    refuse(source, "torchvision", not config.is_timm, "it is timm's", "timm or onnx")
+    config = found.architecture
+    refuse(found, "torchvision", not config.is_timm, "it is timm's", "timm or onnx")
     reason = "its models have 64 channels in stage 1"
-    refuse(source, "torchvision", config.width == 64, reason, "onnx or huggingface")
-    save_file(source.tensors(), folder / "model.safetensors", {"format": "pt"})
+    refuse(found, "torchvision", config.width == 64, reason, "onnx or huggingface")
+    save_file(tensors(found), folder / "model.safetensors", {"format": "pt"})
     return f"""\
 import torch, torchvision
 from safetensors.torch import load_file
@@ -92,14 +82,14 @@ features = model.eval()(images)
 """
 
 
-def timm(source: Source, folder: Path) -> Lines:
+def timm(found: Found, folder: Path) -> Lines:
     """Write model.safetensors and config.json, a folder that timm loads by name; width 64."""
     needs("timm", "timm", "timm")
-    config, views = source.config, source.views
+    config, views = found.architecture, found.fed
     name = config.backbone.removeprefix("timm/")
     reason = "its models have 64 channels in stage 1"
-    refuse(source, "timm", config.width == 64, reason, "onnx or huggingface")
-    save_file(source.tensors(), folder / "model.safetensors", {"format": "pt"})
+    refuse(found, "timm", config.width == 64, reason, "onnx or huggingface")
+    save_file(tensors(found), folder / "model.safetensors", {"format": "pt"})
     if not config.is_timm and config.stem == "cifar":
         return f"""\
 import timm, torch
@@ -113,7 +103,7 @@ features = model.eval()(images)
     described = {
         "architecture": name,
         "num_classes": 0,
-        "num_features": source.backbone.num_features,
+        "num_features": found.backbone.num_features,
         "pretrained_cfg": {
             "input_size": size,
             "mean": list(views.mean),
@@ -132,29 +122,29 @@ features = model.eval()(images)
 """
 
 
-def huggingface(source: Source, folder: Path) -> Lines:
+def huggingface(found: Found, folder: Path) -> Lines:
     """Write a folder that transformers' ResNetModel loads; ordinary ResNets, ImageNet stem."""
-    config = source.config
+    config = found.architecture
     plain = re.fullmatch(r"resnet\d+", config.backbone) is not None
     reason = "its ResNets have no groups and no wider blocks"
-    refuse(source, "huggingface", plain, reason, "timm or onnx")
+    refuse(found, "huggingface", plain, reason, "timm or onnx")
     reason = "its ResNets begin with a 7x7 convolution and pooling"
-    refuse(source, "huggingface", config.stem == "imagenet", reason, "timm or onnx")
+    refuse(found, "huggingface", config.stem == "imagenet", reason, "timm or onnx")
     needs("transformers", "huggingface", "transformers")
     from transformers import ResNetConfig, ResNetModel
 
-    backbone = source.backbone
+    backbone = found.backbone
     assert isinstance(backbone, Backbone), "a ResNet of torchvision"
     stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
     described = ResNetConfig(
         num_channels=config.channels,
         embedding_size=config.width,
-        hidden_sizes=[config.width * source.expansion * 2**i for i in range(4)],
+        hidden_sizes=[config.width * expansion(found) * 2**i for i in range(4)],
         depths=[len(stage) for stage in stages],
-        layer_type="basic" if source.expansion == 1 else "bottleneck",
+        layer_type="basic" if expansion(found) == 1 else "bottleneck",
     )
     model = ResNetModel(described)
-    model.load_state_dict({to_huggingface(name): t for name, t in source.tensors().items()})
+    model.load_state_dict({to_huggingface(name): t for name, t in tensors(found).items()})
     model.save_pretrained(folder)
     return """\
 from transformers import ResNetModel
@@ -164,19 +154,19 @@ features = model.eval()(images).pooler_output.flatten(1)
 """
 
 
-def detectron2(source: Source, folder: Path) -> Lines:
+def detectron2(found: Found, folder: Path) -> Lines:
     """Write backbone.pkl, which MODEL.WEIGHTS takes; ImageNet stem.
 
     The proof runs without detectron2: the names are taken back by a map of another kind.
     """
-    config = source.config
-    refuse(source, "detectron2", not config.is_timm, "it is timm's", "timm or onnx")
+    config = found.architecture
+    refuse(found, "detectron2", not config.is_timm, "it is timm's", "timm or onnx")
     reason = "its ResNets begin with a 7x7 convolution and pooling"
-    refuse(source, "detectron2", config.stem == "imagenet", reason, "timm or onnx")
-    refuse(source, "detectron2", config.channels == 3, _RGB, "timm or onnx")
+    refuse(found, "detectron2", config.stem == "imagenet", reason, "timm or onnx")
+    refuse(found, "detectron2", config.channels == 3, _RGB, "timm or onnx")
     arrays = {
         to_detectron2(name): t.numpy()
-        for name, t in source.tensors().items()
+        for name, t in tensors(found).items()
         if not name.endswith("num_batches_tracked")  # its frozen BatchNorm doesn't count
     }
     content = {"model": arrays, "__author__": "moco_dist", "matching_heuristics": True}
@@ -189,20 +179,21 @@ def detectron2(source: Source, folder: Path) -> Lines:
     check.load_state_dict(back | counts)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        same(check.eval()(images), source.backbone(images), "detectron2")
+        same(check.eval()(images), found.backbone(images), "detectron2")
     return ""
 
 
-def moco(source: Source, folder: Path) -> Lines:
+def moco(found: Found, folder: Path) -> Lines:
     """Write model.pth.tar as the original scripts do: both encoders, heads and queue."""
-    found, config = source.checkpoint, source.config
-    refuse(source, "moco", not config.is_timm, "it is timm's", "timm or onnx")
+    config, state, model = found.architecture, found.checkpoint.state, found.checkpoint.model
+    refuse(found, "moco", not config.is_timm, "it is timm's", "timm or onnx")
     reason = "the original scripts build torchvision's models, 64 channels in stage 1"
-    refuse(source, "moco", config.width == 64, reason, "onnx or huggingface")
-    refuse(source, "moco", config.channels == 3, _RGB, "torchvision or onnx")
-    state = found.state
+    refuse(found, "moco", config.width == 64, reason, "onnx or huggingface")
+    refuse(found, "moco", config.channels == 3, _RGB, "torchvision or onnx")
+    whole = "query_encoder.head.0.weight" in model
+    refuse(found, "moco", whole, "its file has no projection head", "torchvision or onnx")
     content = original.write(
-        found.model, config, int(state.get("epoch") or 0), state.get("enqueued") or 0
+        model, config, int(state.get("epoch") or 0), state.get("enqueued") or 0
     )
     torch.save(content, folder / "model.pth.tar")
     head = ""
@@ -225,14 +216,14 @@ features = model.eval()(images)
 """
 
 
-def onnx(source: Source, folder: Path) -> Lines:
+def onnx(found: Found, folder: Path) -> Lines:
     """Write model.onnx: any number of normalised images in, features out."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
         needs(module, "onnx", "onnx onnxscript onnxruntime")
-    size = source.views.size
+    size = found.fed.size
     torch.onnx.export(
-        source.backbone,
-        (torch.zeros(2, source.config.channels, size, size),),
+        found.backbone,
+        (torch.zeros(2, found.architecture.channels, size, size),),
         folder / "model.onnx",
         input_names=["images"],
         output_names=["features"],
@@ -270,7 +261,7 @@ def same(theirs: Tensor, ours: Tensor, target: str) -> float:
     return worst
 
 
-TARGETS: Mapping[str, Callable[[Source, Path], Lines]] = {
+TARGETS: Mapping[str, Callable[[Found, Path], Lines]] = {
     "torchvision": torchvision,
     "timm": timm,
     "huggingface": huggingface,

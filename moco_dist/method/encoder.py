@@ -84,6 +84,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1) -> None:
         super().__init__()
+        self.config = config
         norm_layer = partial(GroupedBatchNorm, rows_per_group=rows_per_group, groups=groups)
         self.backbone = build_backbone(config, norm_layer)
         features = self.num_features

@@ -20,7 +20,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.data import datasets
 from moco_dist.data.view_source import Pieces, view_source, views_of
 from moco_dist.distributed import comms, fingerprint, peers
-from moco_dist.encoders import features, knn, load
+from moco_dist.encoders import features, load
 from moco_dist.method import batch_norm, moco, schedule
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.loss import info_nce
@@ -245,9 +245,9 @@ class Trainer:
                 features.extract(encoder.backbone, part, config.views, config.batch_size, pause)
                 for part in (train, validation)
             )
-        self.nearest = knn.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
+        self.nearest = features.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
         mine = features.share(len(queries))
-        predicted = knn.predict(
+        predicted = features.predict(
             *(queries[mine], bank, train.labels, len(train.classes)),
             *(config.knn.k, config.knn.temperature),
         )

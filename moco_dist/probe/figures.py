@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.distributed import comms
-from moco_dist.encoders import features, knn
+from moco_dist.encoders import features
 from moco_dist.probe import heads
 from moco_dist.probe.linear_probe import LinearProbe
 
@@ -55,7 +55,7 @@ def knn_top1(probe: LinearProbe, name: str, part: str) -> float:
     images, settings, place = probe.parts[part], probe.config.knn, probe.names.index(name)
     mine, known = features.share(len(images)).to(probe.session.device), probe.subsets[0]
     train = probe.parts["train"]
-    predicted = knn.predict(
+    predicted = features.predict(
         probe.features[part][place, mine],
         probe.features["train"][place, known],
         train.labels[known],

@@ -13,7 +13,7 @@ from moco_dist.data import datasets
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features
-from moco_dist.encoders.source import Source
+from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, NumbersError
 from moco_dist.method import views
 from moco_dist.method.encoder import Backbone, build_encoder
@@ -39,7 +39,7 @@ class LinearProbe:
     """
 
     def __init__(
-        self, config: ProbeConfig, session: Session, splits: datasets.Splits, source: Source
+        self, config: ProbeConfig, session: Session, splits: datasets.Splits, source: Found
     ) -> None:
         self.config, self.session, self.accelerator = config, session, session.accelerator
         device = session.device
@@ -98,7 +98,7 @@ class LinearProbe:
         fraction = self.config.label_fraction
         return torch.stack([label_fraction.draw(train, fraction, seed) for seed in self.seeds])
 
-    def _backbones(self, source: Source) -> dict[str, Backbone]:
+    def _backbones(self, source: Found) -> dict[str, Backbone]:
         backbones = {TRAINED: source.backbone}
         if self.config.control:
             control = build_encoder(source.architecture, self.config.seed + 1).backbone

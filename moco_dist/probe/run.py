@@ -11,8 +11,8 @@ from moco_dist.data import datasets
 from moco_dist.data.image_file import MODES
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.encoders import source as encoders_source
-from moco_dist.encoders.source import Source
+from moco_dist.encoders import load
+from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError
 from moco_dist.probe import overlap
 from moco_dist.probe import results as probe_results
@@ -34,9 +34,9 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
             "encoder is empty; give encoder=runs/NAME, a run directory, a checkpoint folder, or a "
             "file with a state dict"
         )
-    path = Path(config.encoder).expanduser()
+    path = Path(config.encoder)
     config = dataclasses.replace(config, name=config.run_name())
-    source = peers.together(lambda: encoders_source.find(path))
+    source = peers.together(lambda: load.find(path))
     session = runs_session.start(config, stop)
     # Each process has looked for itself, and a pretraining may still be writing checkpoints.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
@@ -52,7 +52,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     runs_session.begin(session)
     results_file = session.directory / "results.json"
     peers.from_main(lambda: results_file.unlink(missing_ok=True))
-    group = identity.group(config.pretraining(), source.state)
+    group = identity.group(config.pretraining(), source.checkpoint.state)
     with start.tracker(session, total, "probe", group) as tracker:
         try:
             loop(probe, total, tracker)
@@ -70,7 +70,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         summarize(probe, results)
 
 
-def require_channels(config: ProbeConfig, source: Source) -> None:
+def require_channels(config: ProbeConfig, source: Found) -> None:
     """Raise ConfigError unless images can be read with the channels that the encoder needs."""
     channels = source.architecture.channels
     if channels not in MODES:
@@ -101,7 +101,7 @@ def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
     return splits
 
 
-def warn_of_views(config: ProbeConfig, source: Source) -> None:
+def warn_of_views(config: ProbeConfig, source: Found) -> None:
     """Warn if images are prepared differently from the encoder's pretraining."""
     for key in ("size", "mean", "std") if source.views else ():
         ours, theirs = getattr(config.views, key), getattr(source.views, key)
@@ -132,7 +132,7 @@ def find_overlaps(splits: datasets.Splits) -> list[overlap.Overlap]:
     return found
 
 
-def announce(probe: LinearProbe, source: Source) -> None:
+def announce(probe: LinearProbe, source: Found) -> None:
     """Print the banner."""
     config, splits, processes = probe.config, probe.splits, comms.world_size()
     images, used = len(splits.train), probe.subsets.shape[1]

@@ -1,4 +1,4 @@
-"""The courses of runs over their epochs, as charts with captions, from their lines of metrics."""
+"""Metrics over the epochs of runs, as charts with captions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import NamedTuple
 from moco_dist.report.figures import Chart, Series
 from moco_dist.runs.record import Metric, Record, number, steps_per_epoch
 
+Captioned = tuple[Chart, str]
+
 
 class Course(NamedTuple):
-    """A metric to draw: its name, the chart's and its title, a factor, what it means."""
+    """A metric to draw: names of metric and chart, title, unit, factor to that unit, meaning."""
 
     metric: str
     name: str
@@ -23,58 +25,61 @@ class Course(NamedTuple):
 
 EVALUATION = Course(
     *(Metric.KNN_TOP1, "knn", "kNN top-1, validation images", "%", 100.0),
-    "Share of held-out images that their nearest training images classify rightly, by backbone "
-    "features (weighted, Wu et al. 2018). Nothing is trained for it. Higher is better.",
+    "Share of the validation images that their nearest training images classify correctly, from "
+    "backbone features (weighted kNN, Wu et al. 2018). Nothing is trained for it. Higher is "
+    "better.",
 )
 PRETRAINING = (
     Course(
         *(Metric.ACCURACY_TOP1, "instance_top1", "Instance top-1, training batches", "%", 100.0),
-        "Share of queries that find their own key among the queue's. Near 100 % without a rise of "
-        "kNN is a shortcut, such as a leak through BatchNorm.",
+        "Share of the queries that are closer to their own key than to any key in the queue. If it "
+        "is near 100% while kNN does not rise, the encoder has found a shortcut, such as a leak "
+        "through BatchNorm.",
     ),
     Course(
         *(Metric.LR, "learning_rate", "Learning rate", "", 1.0),
-        "The schedule as it was carried out.",
+        "The learning rate of each step.",
     ),
     Course(
         *(Metric.IMAGES_PER_SECOND, "speed", "Speed", "images/s", 1.0),
-        "Images of a batch over the seconds of a step, all processes together.",
+        "Images of a batch divided by the seconds of its step, over all processes.",
     ),
 )
 HEALTH = (
     Course(
         *(Metric.FEATURE_STD, "health_feature_std", "Spread of the queries", "", 1.0),
-        "1 where unit vectors are spread evenly over the sphere, 0 where all are the same one. "
+        "1 if the unit vectors are spread evenly over the sphere, 0 if they are all the same. "
         "Below 0.02 the run has collapsed.",
     ),
     Course(
         *(Metric.RANKME, "health_rankme", "Effective rank of the keys (RankMe)", "", 1.0),
-        "Over how many dimensions the keys in the queue spread (Garrido et al. 2023). Below 1.5 "
-        "the run has collapsed.",
+        "The number of dimensions over which the keys in the queue spread (Garrido et al. 2023). "
+        "Below 1.5 the run has collapsed.",
     ),
     Course(
         *(Metric.ALIGNMENT, "health_alignment", "Alignment", "", 1.0),
-        "Mean squared distance of a query and its positive key (Wang and Isola 2020). 0 where "
-        "they coincide, 2 where they are unrelated.",
+        "Mean squared distance between a query and its positive key (Wang and Isola 2020): 0 if "
+        "they coincide, 2 if they are unrelated.",
     ),
     Course(
         *(Metric.UNIFORMITY, "health_uniformity", "Uniformity", "", 1.0),
-        "Log of the mean closeness of queries to one another (Wang and Isola 2020). 0 where all "
-        "are alike, about -4 where they are spread evenly.",
+        "Logarithm of the mean closeness of the queries to each other (Wang and Isola 2020): 0 if "
+        "all are alike, about -4 if they are spread evenly.",
     ),
     Course(
-        *(Metric.EMA_DISTANCE, "health_ema_distance", "Key encoder behind query encoder", "", 1),
-        "Distance of their weights, relative to the query encoder's.",
+        *(Metric.EMA_DISTANCE, "health_ema_distance", "Key encoder to query encoder", "", 1),
+        "Distance between the weights of the two encoders, relative to those of the query encoder.",
     ),
     Course(
         *(Metric.OWN_IMAGES, "queue_own_images", "Own older keys in the queue", "per query", 1.0),
-        "Keys of its own image that a query finds in the queue; they should be rare or masked.",
+        "Number of keys in the queue that come from the query's own image. They should be rare, or "
+        "masked.",
     ),
 )
 
 
 def epochs(record: Record, metric: str) -> tuple[list[float], list[float]]:
-    """Return epochs and values of a metric, in their order."""
+    """Return the epochs and the values of a metric."""
     per_epoch = next((found for line in record.lines if (found := steps_per_epoch(line))), 0)
     x, y = [], []
     for line in record.lines:
@@ -85,22 +90,28 @@ def epochs(record: Record, metric: str) -> tuple[list[float], list[float]]:
     return x, y
 
 
-def of_runs(course: Course, runs: Sequence[tuple[str, Record]]) -> Chart | None:
-    """Return the chart of a course for the runs that have it, None if none has."""
-    series = []
-    for place, (label, record) in enumerate(runs):
-        x, y = epochs(record, course.metric)
-        if x:
-            series.append(Series(label, x, [course.factor * value for value in y], place))
-    if not series:
-        return None
-    return Chart(course.name, course.title, series, y_label=course.unit)
+def of_runs(courses: Sequence[Course], runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
+    """Yield the chart of each course that a run has recorded, with its caption.
+
+    The kNN of one run is compared with that before its first step, when its encoder was random.
+    """
+    for course in courses:
+        series = []
+        for place, (label, record) in enumerate(runs):
+            x, y = epochs(record, course.metric)
+            values = [course.factor * value for value in y]
+            if x:
+                series.append(Series(label, x, values, place))
+            if course is EVALUATION and len(runs) == 1 < len(x) and x[0] == 0:
+                series.append(Series("random encoder", [0, x[-1]], [values[0]] * 2, control=True))
+        if series:
+            yield Chart(course.name, course.title, series, y_label=course.unit), course.caption
 
 
-def loss(runs: Sequence[tuple[str, Record]]) -> tuple[Chart, str] | None:
-    """Return the chart of the pretraining losses, and its caption.
+def loss(runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
+    """Yield the chart of the pretraining losses with its caption, nothing without a loss.
 
-    A loss begins at 0 and climbs while the queue fills; it is drawn from when that was full.
+    The loss is drawn from when the queue was full: it begins at 0 and climbs while the queue fills.
     """
     series, filled, references = [], True, set()
     for place, (label, record) in enumerate(runs):
@@ -118,21 +129,22 @@ def loss(runs: Sequence[tuple[str, Record]]) -> tuple[Chart, str] | None:
             simple = record.config.get("moco.symmetric") is False
             references.add(math.log(1 + queue) if simple and queue > 0 else None)
     if not series:
-        return None
+        return
     reference = references.pop() if len(references) == 1 else None
     chart = Chart(
         *("loss", "InfoNCE loss, training batches", series),
         reference=(reference, "guessing") if reference else None,
     )
-    since = "from when the queue was full" if filled else "whose queue has not been full yet"
-    return chart, (
-        f"Loss of the training batches, {since}. It depends on the queue and the temperature: "
-        "compare it between runs that share them, and choose no checkpoint by it."
+    since = "since the queue was full" if filled else "while the queue was being filled"
+    yield (
+        chart,
+        f"Loss of the training batches {since}. It depends on the queue and the temperature: "
+        "compare it only between runs that share both, and do not choose a checkpoint by it.",
     )
 
 
-def of_probes(runs: Sequence[tuple[str, Record]]) -> Iterator[tuple[Chart, str]]:
-    """Yield the charts of probes: top-1, top-5 (or another number) and loss, and their captions."""
+def of_probes(runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
+    """Yield the charts of probes, top-1, top-5 (or another top-k) and loss, with captions."""
     counts = {str(record.config.get("top_k", 5)) for _, record in runs}
     parts = {part_of(record) for _, record in runs}
     where = parts.pop() if len(parts) == 1 else "held-out"
@@ -143,13 +155,12 @@ def of_probes(runs: Sequence[tuple[str, Record]]) -> Iterator[tuple[Chart, str]]
     ):
         series = []
         for place, (label, record) in enumerate(runs):
-            for encoder in ("probe", "control"):
+            for encoder, word in (("probe", "trained"), ("control", "random")):
                 x, y = epochs(record, f"{encoder}/{metric}")
-                words = "trained encoder" if encoder == "probe" else "random encoder"
-                name = words if len(runs) == 1 else f"{label}, {words.split()[0]}"
+                name = f"{word} encoder" if len(runs) == 1 else f"{label}, {word}"
                 values = [factor * value for value in y]
                 if x:
-                    series.append(Series(name, x, values, place, dashed=encoder == "control"))
+                    series.append(Series(name, x, values, place, control=encoder == "control"))
         if series:
             chart = Chart(
                 *(f"probe_{metric}", f"Probe {title}, {where} images", series),
@@ -169,5 +180,5 @@ def _probe_caption(metric: str, title: str, where: str) -> str:
 
 
 def part_of(record: Record) -> str:
-    """Return the part of the data on which a probe is evaluated while it goes on."""
+    """Return the part of the data on which a probe is evaluated after each epoch."""
     return "test" if number(record.config.get("data.validation")) == 0 else "validation"

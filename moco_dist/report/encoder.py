@@ -1,6 +1,6 @@
 """What an encoder makes of some images: features on a map, neighbours, and views of an image.
 
-Needs torch, a checkpoint and the data; where one of them is missing a UserError says so.
+It needs torch, a checkpoint and the data; a UserError says what is missing.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco_dist.config.recipe import DataConfig, ViewsConfig
 from moco_dist.config.yaml_files import from_dict
 from moco_dist.data import datasets, image_folder
 from moco_dist.data.datasets import Images
-from moco_dist.encoders import checkpoints, features, knn
+from moco_dist.encoders import features, load
 from moco_dist.errors import MissingError, shown
 from moco_dist.method import views
-from moco_dist.method.encoder import Encoder
 from moco_dist.randomness import Purpose, permutation
 from moco_dist.report.pictures import Tile
 
-# Images of the sample, of them on the map by t-SNE, in a batch, and seconds for their features.
+# Images in the sample, images on the map by t-SNE, images in a batch, and most seconds that
+# extracting their features may take.
 SAMPLE, NEIGHBOUR_EMBEDDING, BATCH, SECONDS = 2000, 1000, 100, 60.0
-# Images whose neighbours are shown, and neighbours of each.
+# Images whose neighbours are shown, neighbours of each, and images of which two views are shown.
 QUERIES, NEIGHBOURS, PAIRS = 8, 5, 8
-# Images that a report reads to take its sample from, where they have to be read whole.
+# Most images that a report decodes to draw its sample from.
 MOST_READ = 200_000
-# What lies in data.root once it has been downloaded.
+# The folder in data.root that each data set is downloaded to.
 UNPACKED = {
     "cifar10": "cifar-10-batches-py",
     "cifar100": "cifar-100-python",
@@ -45,13 +45,13 @@ UNPACKED = {
 
 @dataclass(frozen=True)
 class Look:
-    """An encoder's features of a sample of images, and what is drawn of them."""
+    """What an encoder makes of a sample of images, ready to be drawn."""
 
     step: int
     # "test", "validation" or "training", and how many images they are.
     part: str
     images: int
-    # -1 is an image without a class.
+    # -1 for an image without a class.
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     # First two principal components (images, 2), and their shares of the variance.
@@ -63,20 +63,26 @@ class Look:
     pairs: list[list[Tile]]
 
 
-def look(run: Path) -> Look:
-    """Return what the newest whole checkpoint of a pretraining makes of images it was not fed.
+def look(path: Path, data: DataConfig | None = None) -> Look:
+    """Return what the encoder that `path` names makes of images that it was not trained on.
 
-    Raises UserError, in a sentence, without a checkpoint or without the data.
+    `data` says which; by default it is the data of its own pretraining. Raises UserError, in one
+    sentence, if the encoder or the data can't be read.
     """
-    found = checkpoints.find(run)
-    encoder, architecture, view = checkpoints.load_encoder(found)
-    config = from_dict(DataConfig, found.piece("config")["data"])
-    part, images = held_out(config, architecture.channels)
-    points = extract(encoder, images, view)
+    found = load.find(path)
+    settings = found.checkpoint.piece("config")
+    if data is None and "data" not in settings:
+        raise MissingError(
+            f"{found.place}: doesn't tell which images it was trained on; give a run"
+        )
+    config = data or from_dict(DataConfig, settings["data"])
+    view = replace(found.fed, size=min(found.fed.size, config.size))
+    part, images = held_out(config, found.architecture.channels)
+    points = extract(found.backbone, images, view)
     images = images[torch.arange(len(points))]
     components, variance = principal(points)
     return Look(
-        found.step,
+        found.checkpoint.step,
         part,
         len(images),
         images.labels.numpy(),
@@ -90,8 +96,10 @@ def look(run: Path) -> Look:
 
 
 def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
-    """Return what part the sample is of, and at most SAMPLE images: of the test set, or else of
-    the validation images, or else of the training images. Nothing is downloaded for it.
+    """Return the name of a part of the data and at most SAMPLE of its images.
+
+    The part is the test set, or else the validation images, or else the training images. Nothing
+    is downloaded.
     """
     root = Path(os.path.expanduser(config.root))
     if config.name == "folder":
@@ -99,7 +107,7 @@ def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
     if config.name in UNPACKED and not (root / UNPACKED[config.name]).is_dir():
         raise MissingError(
             f"data.root={shown(root)}: {config.name} is not there, and a report downloads nothing; "
-            "start it where the run was started"
+            "make the report from the folder where the run was launched"
         )
     return _of_splits(config, channels)
 
@@ -111,8 +119,8 @@ def _of_folder(config: DataConfig, root: Path, channels: int) -> tuple[str, Imag
             count = len(image_folder.scan(train, False).files)
             if count > MOST_READ:
                 raise MissingError(
-                    f"data.root={shown(root)}: {count:,} images and no test set, too many "
-                    f"to read for a report; up to {MOST_READ:,} are read"
+                    f"data.root={shown(root)}: {count:,} images without a test set are too many "
+                    f"for a report, which reads up to {MOST_READ:,}"
                 )
         return _of_splits(config, channels)
     classes = image_folder.scan(train, True).classes
@@ -133,14 +141,14 @@ def _of_splits(config: DataConfig, channels: int) -> tuple[str, Images]:
 
 
 def sample(size: int, config: DataConfig) -> Tensor:
-    """Return at most SAMPLE of `size` rows, int64, in an order of their own."""
+    """Return at most SAMPLE of `size` rows, int64, in a random order that never changes."""
     return permutation(size, config.split_seed, Purpose.SPLIT)[:SAMPLE]
 
 
-def extract(encoder: Encoder, images: Images, view: ViewsConfig) -> Tensor:
-    """Return features of unit length, (n, features), of the images that SECONDS are enough for."""
+def extract(backbone: nn.Module, images: Images, view: ViewsConfig) -> Tensor:
+    """Return features of unit length (n, features) of as many images as SECONDS allow."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone, parts, began = encoder.backbone.to(device), [], time.monotonic()
+    backbone, parts, began = backbone.to(device), [], time.monotonic()
     for rows in torch.arange(len(images)).split(BATCH):
         parts.append(features.extract(backbone, images[rows].to(device), view, BATCH).cpu())
         if time.monotonic() - began > SECONDS:
@@ -149,7 +157,7 @@ def extract(encoder: Encoder, images: Images, view: ViewsConfig) -> Tensor:
 
 
 def principal(points: Tensor) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    """Return the first two principal components, (n, 2), and their shares of the variance."""
+    """Return the first two principal components (n, 2) and their shares of the variance."""
     centred = points - points.mean(0)
     if min(centred.shape) < 2:
         return np.zeros((len(points), 2)), (0.0, 0.0)
@@ -169,7 +177,7 @@ def embedding(points: Tensor) -> NDArray[np.float64] | None:
     if len(points) < 10:
         return None
     perplexity = min(30.0, (len(points) - 1) / 3)
-    spread = points + 1e-6 * torch.randn(  # images that are all alike have no principal axes
+    spread = points + 1e-6 * torch.randn(  # identical images have no principal axes
         points.shape, dtype=points.dtype, generator=torch.Generator().manual_seed(0)
     )
     with warnings.catch_warnings():
@@ -180,13 +188,13 @@ def embedding(points: Tensor) -> NDArray[np.float64] | None:
 
 
 def neighbours(points: Tensor, images: Images) -> list[list[Tile]]:
-    """Return rows of an image and its nearest others; the images are of different classes first."""
+    """Return rows of an image followed by its nearest other images."""
     if len(images) < 2:
         return []
     similarity = points @ points.T
     rows = []
     for query in queries(images.labels):
-        near = knn.nearest(points[query, None], points, NEIGHBOURS + 1)[0].tolist()
+        near = features.nearest(points[query, None], points, NEIGHBOURS + 1)[0].tolist()
         others = [other for other in near if other != query][:NEIGHBOURS]
         row = [Tile(_pixels(images.pixels[query]), _name(images, query))]
         for other in others:
@@ -199,7 +207,7 @@ def neighbours(points: Tensor, images: Images) -> list[list[Tile]]:
 
 
 def queries(labels: Tensor) -> list[int]:
-    """Return QUERIES rows or fewer: the first of each class, then the first that are left."""
+    """Return at most QUERIES rows: the first of each class, then the first of the others."""
     first: dict[int, int] = {}
     for row, label in enumerate(labels.tolist()):
         first.setdefault(label, row)
@@ -210,7 +218,7 @@ def queries(labels: Tensor) -> list[int]:
 
 
 def pairs(images: Images, config: ViewsConfig) -> list[list[Tile]]:
-    """Return two views of some images, one below the other, as the run's recipe draws them."""
+    """Return two rows of tiles: two views of some images, drawn with the run's settings."""
     rows = torch.arange(min(PAIRS, len(images)))
     mean, std = (torch.tensor(each)[:, None, None] for each in (config.mean, config.std))
     both = (views.make(images.pixels[rows], config, 0, 0, rows, view) for view in (0, 1))

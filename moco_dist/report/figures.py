@@ -1,4 +1,4 @@
-"""The figures of a report: how they look on a light and a dark page; curves and histograms."""
+"""The figures of a report, drawn for a light and a dark page: curves and histograms."""
 
 from __future__ import annotations
 
@@ -15,54 +15,73 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from moco_dist.report.markup import Picture
-
-# Inches; a small figure is as wide as the page of a phone, two of them as a page of text.
+# Inches: one small figure fills the screen of a phone, two of them fill a line of text.
 WIDTH, HEIGHT = 3.6, 2.5
 # Dots per inch of the files, and CSS pixels per inch.
 DPI, CSS = 220, 96
-# Points of a curve above which it is drawn as means, inside the range of what they are means of.
+# A curve of more points is drawn as BINS means, over a band from the lowest to the highest value.
 MANY = 1000
 BINS = 400
-# Legend entries at most.
+# Most entries of a legend.
 ENTRIES = 8
+# Random encoders share one colour; these patterns tell those of different runs apart.
+DASHES = ("--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1.5)))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG for a light page and, unless it suits both, one for a dark page; sizes in CSS pixels.
+
+    `alt` describes the picture in words.
+    """
+
+    name: str
+    alt: str
+    width: int
+    height: int
+    light: bytes
+    dark: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page; the curves are those of Okabe and Ito (2008), for all kinds of eyes."""
+    """Colours of a page, after the palette of Okabe and Ito (2008) for colour-blind readers.
+
+    `control` is the colour of random encoders and wrong answers; `curves` are the colours of runs.
+    """
 
     paper: str
     ink: str
     quiet: str
     line: str
+    control: str
     curves: tuple[str, ...]
 
 
 LIGHT = Theme(
-    *("#ffffff", "#1c2024", "#5b636b", "#dfe3e6"),
-    ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#6b4fa0", "#444444"),
+    *("#ffffff", "#1c2024", "#5b636b", "#dfe3e6", "#d55e00"),
+    ("#0072b2", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#6b4fa0", "#444444"),
 )
 DARK = Theme(
-    *("#14171a", "#e4e7ea", "#9aa3ac", "#30363c"),
-    ("#56b4e9", "#ff9a4d", "#2fc79a", "#e39cc4", "#f0d04f", "#9ccff0", "#b39ae0", "#bbbbbb"),
+    *("#14171a", "#e4e7ea", "#9aa3ac", "#30363c", "#ff9a4d"),
+    ("#56b4e9", "#2fc79a", "#e39cc4", "#f0d04f", "#9ccff0", "#b39ae0", "#bbbbbb"),
 )
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve: `colour` is the place of its run, and a dashed one is a control."""
+    """A curve of the run with the number `run`; `control` marks that of a random encoder."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int = 0
-    dashed: bool = False
+    run: int = 0
+    control: bool = False
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over a common axis; `reference` is a value to compare with, and what it is."""
+    """Curves over a common axis; `reference` is a value to compare them with, and its name."""
 
     name: str
     title: str
@@ -70,14 +89,13 @@ class Chart:
     x_label: str = "epoch"
     y_label: str = ""
     reference: tuple[float, str] | None = None
-    # Whether the values, all above 0, are on a logarithmic axis if they differ widely.
+    # Whether positive values that differ widely are drawn on a logarithmic axis.
     may_be_logarithmic: bool = False
 
     @property
     def alt(self) -> str:
         """Return the curves in words."""
-        told = [_told(each) for each in self.series]
-        return f"{self.title} over {self.x_label}. " + " ".join(filter(None, told))
+        return " ".join([f"{self.title} over {self.x_label}.", *map(_told, self.series)])
 
 
 def _told(series: Series) -> str:
@@ -93,7 +111,7 @@ def _told(series: Series) -> str:
 
 
 def drawn(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Picture:
-    """Return what `draw` draws, for both pages."""
+    """Return what `draw` draws for a theme, once for each theme."""
     images = [_png(draw, theme) for theme in (LIGHT, DARK)]
     width, height = (round(CSS * inches) for inches in images[0][1])
     return Picture(name, alt, width, height, images[0][0], images[1][0])
@@ -124,10 +142,11 @@ def _png(draw: Callable[[Theme], Figure], theme: Theme) -> tuple[bytes, tuple[fl
         "figure.constrained_layout.use": True,
         "legend.frameon": False,
         "legend.fontsize": 7.5,
+        "lines.markersize": 4,
     }
     file = io.BytesIO()
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # A name may be of a script that the font lacks; the page itself shows it.
+        # The font lacks some scripts; the page shows names in those scripts as text.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = draw(theme)
         figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
@@ -141,7 +160,7 @@ def chart(content: Chart) -> Picture:
 
 
 def curves(content: Chart, theme: Theme) -> Figure:
-    """Return the figure of a chart: one line for each series, in their order."""
+    """Return the figure of a chart, with one line for each series in their order."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     lines = [_curve(axes, each, theme) for each in content.series]
@@ -173,7 +192,7 @@ def curves(content: Chart, theme: Theme) -> Figure:
 def _curve(axes: Axes, series: Series, theme: Theme) -> matplotlib.lines.Line2D:
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
     y = np.where(np.isfinite(y), y, np.nan)
-    colour = theme.curves[series.colour % len(theme.curves)]
+    colour = theme.control if series.control else theme.curves[series.run % len(theme.curves)]
     if len(x) > MANY:
         parts = np.array_split(np.arange(len(x)), BINS)
         with warnings.catch_warnings():
@@ -181,9 +200,9 @@ def _curve(axes: Axes, series: Series, theme: Theme) -> matplotlib.lines.Line2D:
             low, high = ([f(y[part]) for part in parts] for f in (np.nanmin, np.nanmax))
             x, y = (np.array([np.nanmean(v[part]) for part in parts]) for v in (x, y))
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    marker = "." if len(x) <= 30 else None
-    style = "--" if series.dashed else "-"
-    (line,) = axes.plot(x, y, style, color=colour, linewidth=1.3, marker=marker, markersize=4)
+    marker = "." if len(x) <= 30 and not series.control else None
+    style: Any = DASHES[series.run % len(DASHES)] if series.control else "-"
+    (line,) = axes.plot(x, y, color=colour, linestyle=style, linewidth=1.4, marker=marker)
     return line
 
 
@@ -195,13 +214,13 @@ def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], **style
 def histogram(
     name: str, title: str, parts: dict[str, tuple[list[float], list[float]]], alt: str
 ) -> Picture:
-    """Return shares of counts; `parts` has counts and edges of bins under what they are of."""
+    """Return a histogram of shares; `parts` maps a name to its counts and the edges of its bins."""
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(WIDTH, HEIGHT + 0.17))
         axes = figure.subplots()
         shapes = []
-        for (counts, edges), colour in zip(parts.values(), theme.curves, strict=False):
+        for (counts, edges), colour in zip(parts.values(), theme.curves[::3], strict=False):
             share = 100 * np.asarray(counts) / max(1.0, sum(counts))
             shapes.append(axes.stairs(share, edges, color=colour, fill=True, alpha=0.35))
             axes.stairs(share, edges, color=colour, linewidth=1.1)
@@ -215,5 +234,6 @@ def histogram(
 
 
 def cut(text: str, most: int) -> str:
-    """Return a text of at most so many characters."""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    """Return a text of at most `most` characters, shortened in its middle."""
+    end = most // 2
+    return text if len(text) <= most else f"{text[: most - end - 1]}…{text[-end:]}"

@@ -1,198 +1,133 @@
-"""The page of a report: what is known of one run, or of several side by side, on one HTML page."""
+"""The page of a report, filled from what is known of one run, or of several to compare."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import shlex
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 import moco_dist
-from moco_dist.report import curves as report_curves
-from moco_dist.report import figures, pretraining, probing
-from moco_dist.report.curves import Course
-from moco_dist.report.figures import Chart
-from moco_dist.report.markup import (
-    NONE,
-    Gallery,
-    Html,
-    Picture,
-    details,
-    element,
-    page,
-    paragraphs,
-    section,
-    table,
-)
-from moco_dist.report.overview import KINDS, date, overview, standing
+from moco_dist.errors import shown
+from moco_dist.report import curves, figures, pictures, pretraining, probing, table
+from moco_dist.report.figures import Picture
+from moco_dist.report.results import results
 from moco_dist.runs.partners import labels
-from moco_dist.runs.record import Record, number, read_object, text_of
+from moco_dist.runs.record import CONTROL, Metric, Record, number, read_object, text_of
 
 if TYPE_CHECKING:
     from moco_dist.report.encoder import Look
 
 # Keys that say where a run is, not what it is.
 PLACES = ("name", "output", "encoder", "data.root", "data.cache")
-Looks = Mapping[Path, "Look | str"]
 
 
-def build(records: Sequence[Record], looks: Looks) -> tuple[str, list[Picture]]:
+def build(records: Sequence[Record], looks: Mapping[Path, Look | str]) -> tuple[str, list[Picture]]:
     """Return the page about the runs, and the pictures on it.
 
-    `looks` has what each pretraining's encoder makes of images, or why that can't be shown, under
-    the run's directory; one that isn't there was not asked for.
+    `looks` holds, under a run's directory, what its encoder makes of images or why that can't be
+    shown; a run without an entry was not asked.
     """
-    gallery = Gallery()
     named = list(zip(labels(records), records, strict=True))
-    kinds = {kind: [(n, r) for n, r in named if r.kind == kind] for kind in ("pretrain", "probe")}
-    # The page of one run is the report of that run; what belongs to it is on it too.
-    one = len(kinds["pretrain"]) == 1 or len(named) == 1
-    title = named[0][0] if one else "Runs compared"
-    sections = [
-        *overview(named),
-        *_probe_curves(kinds["probe"], gallery),
-        *_pretrain_curves(kinds["pretrain"], gallery),
-    ]
-    slugs = _slugs([name for name, _ in named])
-    for (name, record), slug in zip(named, slugs, strict=True):
-        alone = len(kinds.get(record.kind, ())) == 1
-        sections.append(_own_section(name, record, looks, gallery, "" if alone else f"{slug}_"))
-    sections += [each for kind in kinds if (each := _differences(kinds[kind]))]
-    body = page(
-        f"{title}: moco_dist report",
-        element("h1", title),
-        *(standing(name, record) for name, record in named),
-        *sections,
-        _footer(),
-    )
-    return body, gallery.pictures
-
-
-def _figures(charts: Iterator[tuple[Chart, str]], gallery: Gallery) -> Html | None:
-    shown = [gallery.show(figures.chart(chart), caption) for chart, caption in charts]
-    return element("div", *shown, class_="figures") if shown else None
-
-
-def _probe_curves(probes: Sequence[tuple[str, Record]], gallery: Gallery) -> Iterator[Html]:
-    if not probes:
-        return
-    curves = _figures(report_curves.of_probes(probes), gallery)
-    yield section(
-        "Probe over its epochs", curves or paragraphs("No epoch of a probe is complete yet.")
-    )
-
-
-def _pretrain_curves(runs: Sequence[tuple[str, Record]], gallery: Gallery) -> Iterator[Html]:
-    if not runs:
-        return
-
-    def charts(
-        courses: Sequence[Course],
-    ) -> Iterator[tuple[Chart, str]]:
-        for course in courses:
-            if chart := report_curves.of_runs(course, runs):
-                yield chart, course.caption
-
-    def first() -> Iterator[tuple[Chart, str]]:
-        if found := report_curves.loss(runs):
-            yield found
-        yield from charts([report_curves.EVALUATION, *report_curves.PRETRAINING])
-
-    remarks = []
-    if without := [name for name, record in runs if not record.figures("knn/top1")]:
-        remarks.append(
-            f"No kNN accuracy of {', '.join(without)}: it needs labelled images and "
-            "knn.every_epochs, or comes with the first evaluation."
-        )
-    yield section(
-        "Pretraining",
-        _figures(first(), gallery) or paragraphs("No step has been noted yet."),
-        *(pretraining.note(text) for text in remarks),
-    )
-    health = _figures(charts(report_curves.HEALTH), gallery)
-    yield section(
-        "Health, without labels",
-        health or paragraphs("Not measured (tracking.health_every_steps), or not yet."),
-    )
-
-
-def _own_section(name: str, record: Record, looks: Looks, gallery: Gallery, prefix: str) -> Html:
-    """Return the section of one run: pictures or results, then configuration and command."""
-    if record.kind == "pretrain":
-        title = f"What {name} sees"
-        shown = pretraining.parts(record, looks.get(record.directory), gallery, prefix)
-    elif record.kind == "probe":
-        title, shown = f"Results of {name}", probing.parts(record, gallery, prefix)
-    else:
-        title, shown = name, iter([pretraining.note("No config.yaml tells what this is.")])
-    return section(title, *shown, *_background(name, record))
-
-
-def _background(name: str, record: Record) -> Iterator[Html]:
-    environment = read_object(record.directory / "environment.json")
-    if (arguments := environment.pop("arguments", None)) and isinstance(arguments, list):
-        processes = number(environment.get("processes")) or 1
-        module = f"moco_dist.{record.kind}"
-        start = (
-            f"accelerate launch --num_processes {processes:.0f} -m {module}"
-            if processes > 1
-            else f"python -m {module}"
-        )
-        command = shlex.join(text_of(each) for each in arguments)
-        told = paragraphs(
-            "With these arguments the run was started last, by this command or one like it:"
-        )
-        yield details(f"Command of {name}", told, element("pre", f"{start} {command}"))
-    if record.config:
-        rows = [(key, text_of(value)) for key, value in record.config.items()]
-        yield details(
-            f"Configuration of {name}",
-            table("Every key, also where it is the default.", ("key", "value"), rows, (0, 1)),
-        )
-    if environment:
-        rows = [(key, text_of(NONE if v is None else v)) for key, v in environment.items()]
-        yield details(
-            f"Environment of {name}",
-            table("What the last start ran on.", ("", "value"), rows, (0, 1)),
-        )
-    saved = record.checkpoints
-    if saved.steps or saved.damaged:
-        kept = ", ".join([f"step {step:,}" for step in saved.steps] + saved.damaged)
-        yield details(f"Checkpoints of {name}", paragraphs(kept))
-
-
-def _differences(runs: Sequence[tuple[str, Record]]) -> Html | None:
-    """Return a table of the keys whose values differ between runs of one kind."""
-    if len(runs) < 2:
-        return None
-    keys = dict.fromkeys(key for _, record in runs for key in record.config)
-    rows = [
-        [key, *(text_of(record.config.get(key, NONE)) for _, record in runs)]
-        for key in keys
-        if key not in PLACES and len({str(record.config.get(key)) for _, record in runs}) > 1
-    ]
-    kind = KINDS[runs[0][1].kind]
-    if not rows:
-        return section(f"Configurations of the {kind} runs", paragraphs("They are equal."))
-    head = ("key", *(name for name, _ in runs))
-    caption = "Keys whose values differ, but for names and places."
-    return section(
-        f"What differs between the {kind} runs", table(caption, head, rows, range(len(head)))
-    )
-
-
-def _slugs(names: Sequence[str]) -> list[str]:
-    """Return a name for the files of each run, all different."""
-    found: list[str] = []
-    for name in names:
+    kinds = {kind: [(n, r) for n, r in named if r.kind == kind] for kind in table.KINDS}
+    pretrainings, probes = kinds["pretrain"], kinds["probe"]
+    prefixes: list[str] = []
+    for name, record in named:
         slug = re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:60] or "run"
-        found.append(slug if slug not in found else f"{slug}-{len(found)}")
-    return found
+        prefix = f"{slug}_" if len(kinds[record.kind]) > 1 else ""
+        prefixes.append(f"{slug}-{len(prefixes)}_" if prefix and prefix in prefixes else prefix)
+    shown: list[Picture] = []
+
+    def add(picture: Picture) -> str:
+        """Note that the page shows a picture; return its name."""
+        shown.append(picture)
+        return picture.name
+
+    text = _template().render(
+        add=add,
+        # The page of a pretraining is the report of that run, with the probes that belong to it.
+        title=named[0][0] if len(pretrainings) == 1 or len(named) == 1 else "Runs compared",
+        runs=[
+            (name, record, prefix, looks.get(record.directory))
+            for (name, record), prefix in zip(named, prefixes, strict=True)
+        ],
+        probes=probes,
+        pretrainings=pretrainings,
+        alarms=[(name, line) for name, record in named for line in record.alarms],
+        probe_charts=_drawn(curves.of_probes(probes)),
+        charts=[
+            *_drawn(curves.loss(pretrainings)),
+            *_drawn(curves.of_runs((curves.EVALUATION, *curves.PRETRAINING), pretrainings)),
+        ],
+        health_charts=_drawn(curves.of_runs(curves.HEALTH, pretrainings)),
+        without_knn=[name for name, record in pretrainings if not record.figures(Metric.KNN_TOP1)],
+        differences=[
+            (table.KINDS[kind], [name for name, _ in found], list(_differences(found)))
+            for kind, found in kinds.items()
+            if kind and len(found) > 1
+        ],
+    )
+    return text, shown
 
 
-def _footer() -> Html:
-    made = f"Made by moco_dist {moco_dist.__version__} on {date(time.time())}"
-    told = f"{made}, from the files of the runs. The page loads nothing and can be sent as it is."
-    return element("footer", element("p", told, class_="quiet"))
+def _launched(record: Record) -> tuple[str, dict[str, Any]]:
+    """Return the command that a run was last launched by, and what it was launched on."""
+    environment = read_object(record.directory / "environment.json")
+    arguments = environment.pop("arguments", None)
+    if not arguments or not isinstance(arguments, list):
+        return "", environment
+    processes = number(environment.get("processes")) or 1
+    launcher = f"accelerate launch --num_processes {processes:.0f} -m"
+    start = f"{launcher if processes > 1 else 'python -m'} moco_dist.{record.kind}"
+    return f"{start} {shlex.join(text_of(each) for each in arguments)}", environment
+
+
+def _drawn(charts: Iterable[curves.Captioned]) -> list[tuple[Picture, str]]:
+    return [(figures.chart(chart), caption) for chart, caption in charts]
+
+
+def _differences(runs: Sequence[tuple[str, Record]]) -> Iterator[list[str]]:
+    """Yield each key whose values differ between the runs, and its values."""
+    for key in dict.fromkeys(key for _, record in runs for key in record.config):
+        values = [_text(record.config.get(key)) for _, record in runs]
+        if key not in PLACES and len(set(values)) > 1:
+            yield [key, *values]
+
+
+def _text(value: object) -> str:
+    return text_of(table.NONE if value is None else value)
+
+
+def _template() -> Template:
+    """Return the template of the page. All text is made printable and escaped."""
+    environment = Environment(
+        loader=(loader := PackageLoader("moco_dist.report", ".")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else shown(value, sys.maxsize),
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "count": lambda number: f"{number:,}",
+        "text": _text,
+        "uri": lambda png: Markup("data:image/png;base64," + base64.b64encode(png).decode()),
+    }
+    environment.filters |= filters
+    style, _, _ = loader.get_source(environment, "report.css")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    environment.globals |= {
+        **{"pictures": pictures, "pretraining": pretraining, "probing": probing, "table": table},
+        **{"launched": _launched, "results": results, "CONTROL": CONTROL},
+        **{"style": Markup(style), "digest": digest},
+        **{"now": table.date(time.time()), "version": moco_dist.__version__},
+    }
+    return environment.get_template("page.html.jinja")

@@ -15,17 +15,16 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moco_dist.report.figures import WIDTH, Theme, cut, drawn, legend
-from moco_dist.report.markup import Picture
+from moco_dist.report.figures import WIDTH, Picture, Theme, cut, drawn, legend
 
-# Classes that colours tell apart, and whose names and numbers can be read in a matrix.
+# Most classes that colours tell apart, and most whose names and numbers fit a matrix.
 COLOURED, READABLE = 20, 30
 
 
 def matrix(
     name: str, title: str, counts: Sequence[Sequence[float]], classes: Sequence[str]
 ) -> Picture:
-    """Return a confusion matrix in shares of its rows, with percentages where they can be read."""
+    """Return a confusion matrix in shares of its rows, with percentages where they fit."""
     numbers = np.asarray(counts, float)
     shares = numbers / np.maximum(numbers.sum(1, keepdims=True), 1)
     readable = len(classes) <= READABLE
@@ -57,12 +56,12 @@ def matrix(
     wrong = numbers - np.diag(np.diag(numbers))
     row, column = divmod(int(wrong.argmax()), len(classes))
     worst = (
-        f" Most frequent confusion: {wrong[row, column]:.0f} images of {classes[row]} taken for "
-        f"{classes[column]}."
+        f" Most frequent confusion: {wrong[row, column]:.0f} images of {classes[row]} classified "
+        f"as {classes[column]}."
         if wrong.any()
         else ""
     )
-    alt = f"{title}: {right:.2f} % of {numbers.sum():.0f} images are on the diagonal.{worst}"
+    alt = f"{title}: {right:.2f}% of {numbers.sum():.0f} images are on the diagonal.{worst}"
     return drawn(name, alt, draw)
 
 
@@ -74,7 +73,7 @@ def scatter(
     classes: Sequence[str],
     axes_labels: tuple[str, str],
 ) -> Picture:
-    """Return a map of points (n, 2), coloured by class; -1 is an image without one."""
+    """Return a map of points (n, 2), coloured by class; the label -1 means no class."""
 
     def draw(theme: Theme) -> Figure:
         coloured = 0 < len(classes) <= COLOURED
@@ -112,15 +111,28 @@ def _points(axes: Axes, points: NDArray[np.floating], colour: Any) -> PathCollec
 
 @dataclass(frozen=True)
 class Tile:
-    """An image, uint8 (height, width, 3), what stands below it, and whether that is good news."""
+    """An image, uint8 (height, width, 3), its caption, and whether it is a right answer."""
 
     pixels: NDArray[np.uint8]
     text: str = ""
     good: bool | None = None
 
 
+def show_tile(axes: Axes, tile: Tile, theme: Theme) -> None:
+    """Draw an image with its caption below it, framed and marked if it is an answer."""
+    axes.imshow(tile.pixels, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    colour = {True: theme.curves[1], False: theme.control, None: theme.paper}[tile.good]
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=colour, linewidth=2)
+    sign = {True: "✓ ", False: "✗ ", None: ""}[tile.good]
+    axes.set_xlabel(sign + tile.text, size=7.5, color=theme.ink, labelpad=2)
+
+
 def tiles(name: str, rows: Sequence[Sequence[Tile]], alt: str, inches: float = 0.86) -> Picture:
-    """Return rows of images; those with good or bad news are framed, with a sign before it."""
+    """Return rows of images; right and wrong answers are framed and marked."""
 
     def draw(theme: Theme) -> Figure:
         columns, text = len(rows[0]), 0.2 if any(t.text for row in rows for t in row) else 0.05
@@ -132,15 +144,7 @@ def tiles(name: str, rows: Sequence[Sequence[Tile]], alt: str, inches: float = 0
                 left, bottom = x / columns, 1 - (y + 1) / len(rows) + text / size[1]
                 width, height = 0.94 / columns, (inches * 0.94) / size[1]
                 axes = figure.add_axes((left, bottom, width, height))
-                axes.imshow(tile.pixels, interpolation="nearest")
-                axes.set_xticks([])
-                axes.set_yticks([])
-                axes.grid(False)
-                colour = {True: theme.curves[2], False: theme.curves[1], None: theme.paper}
-                for spine in axes.spines.values():
-                    spine.set(visible=True, color=colour[tile.good], linewidth=2)
-                sign = {True: "✓ ", False: "✗ ", None: ""}[tile.good]
-                axes.set_xlabel(sign + tile.text, size=7.5, color=theme.ink, labelpad=2)
+                show_tile(axes, tile, theme)
         return figure
 
     return drawn(name, alt, draw)

@@ -1,9 +1,9 @@
-"""What a report shows of a pretraining beside its curves: pairs, similarities, map, neighbours."""
+"""The pictures that a page shows of a pretraining: pairs, similarities, maps, neighbours."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,50 +11,53 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from moco_dist.report import figures, pictures
-from moco_dist.report.markup import Gallery, Html, Picture, element
+from moco_dist.report.figures import Picture
 from moco_dist.runs.record import Record, number, read_object
 
 if TYPE_CHECKING:
     from moco_dist.report.encoder import Look
 
-# Bytes and pixels of a side above which a picture of the run is left out.
+# A picture of a run with more bytes or a longer side is left out.
 MAX_BYTES, MAX_SIDE = 2**24, 8192
 MAX_BINS = 10_000
 
 
-def parts(
-    record: Record, looked: Look | str | None, gallery: Gallery, prefix: str
-) -> Iterator[Html]:
-    """Yield what is shown of a pretraining; the names of its pictures begin with `prefix`.
+@dataclass(frozen=True)
+class Sight:
+    """A picture, and the step that it is of: None if it was drawn for this report."""
 
-    `looked` is what its encoder makes of some images, or why that can't be shown, in words.
-    """
-    yield from _pairs(record, looked, gallery, prefix)
-    yield from _similarities(record, gallery, prefix)
-    if isinstance(looked, str):
-        yield note(f"No map of the features, and no neighbours by this report: {looked}.")
-    if looked is None or isinstance(looked, str):
-        if found := newest(record, "neighbours.png"):
-            step, picture = found
-            alt = "Rows of a validation image followed by its nearest training images."
-            yield gallery.show(
-                stored(f"{prefix}neighbours", alt, picture),
-                f"Validation images, each before its nearest training images at step {step:,}; a "
-                "green frame is an image of the same class, a red one of another.",
-            )
-        return
-    yield from _map(looked, gallery, prefix)
-    yield from _neighbours(looked, gallery, prefix)
+    picture: Picture
+    step: int | None = None
+    # What it shows, in words.
+    told: str = ""
 
 
-def note(text: str) -> Html:
-    """Return a remark."""
-    return element("p", text, class_="note")
+def sights(record: Record, looked: Look | None, prefix: str) -> dict[str, Sight | None]:
+    """Return the pictures, whose names begin with `prefix`; what a run's files lack is None."""
+    found = {
+        "pairs": _pairs(record, looked, f"{prefix}pairs"),
+        "similarity": _similarity(record, f"{prefix}similarity"),
+        "pca": None,
+        "tsne": None,
+        "neighbours": _neighbours(record, looked, f"{prefix}neighbours"),
+    }
+    if looked:
+        first, second = (100 * share for share in looked.variance)
+        axes = f"component 1, {first:.1f}%", f"component 2, {second:.1f}%"
+        content = looked.components, looked.labels, looked.classes, axes
+        picture = pictures.scatter(f"{prefix}map_pca", "Features by PCA", *content)
+        found["pca"] = Sight(picture, looked.step, f"{first + second:.1f}%")
+    if looked and looked.embedding is not None:
+        count = len(looked.embedding)
+        content = looked.embedding, looked.labels[:count], looked.classes, ("", "")
+        picture = pictures.scatter(f"{prefix}map_tsne", "Features by t-SNE", *content)
+        found["tsne"] = Sight(picture, looked.step, f"{count:,}")
+    return found
 
 
-def newest(record: Record, name: str) -> tuple[int, bytes] | None:
-    """Return step and content of the newest picture of the run with that name, None without."""
-    for path in sorted(record.directory.glob(f"media/step_*/{name}"), reverse=True):
+def _saved(record: Record, file: str, name: str, alt: str) -> Sight | None:
+    """Return the newest picture `file` that the run has saved, for light and dark pages alike."""
+    for path in sorted(record.directory.glob(f"media/step_*/{file}"), reverse=True):
         try:
             if path.stat().st_size > MAX_BYTES:
                 continue
@@ -62,66 +65,32 @@ def newest(record: Record, name: str) -> tuple[int, bytes] | None:
             with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
                 if max(image.size) <= MAX_SIDE:
                     image.load()
-                    return int(path.parent.name.removeprefix("step_")), content
+                    step = int(path.parent.name.removeprefix("step_"))
+                    return Sight(Picture(name, alt, *image.size, content), step)
         except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-            continue  # of a run that is writing it, or cut short
+            continue  # cut short, or still being written
     return None
 
 
-def stored(name: str, alt: str, content: bytes) -> Picture:
-    """Return a picture that the run has saved, for light and dark pages alike."""
-    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-        width, height = image.size
-    return Picture(name, alt, width, height, content)
+def _pairs(record: Record, looked: Look | None, name: str) -> Sight | None:
+    alt = "Two rows of images: each column holds two random views of the same image."
+    if found := _saved(record, "views.png", name, alt):
+        return found
+    pairs = looked.pairs if looked else None
+    return Sight(pictures.tiles(name, pairs, alt, inches=0.7)) if pairs else None
 
 
-def _pairs(
-    record: Record, looked: Look | str | None, gallery: Gallery, prefix: str
-) -> Iterator[Html]:
-    alt = "Two rows of images: above and below each other are two random views of the same image."
-    what = (
-        "Positive pairs as the encoder sees them: above the view of the query, below that of its "
-        "key. What they have in common is all that the encoder can learn."
-    )
-    if found := newest(record, "views.png"):
-        step, picture = found
-        yield gallery.show(
-            stored(f"{prefix}pairs", alt, picture), f"{what} Of the batch of step {step:,}."
-        )
-    elif looked and not isinstance(looked, str) and looked.pairs:
-        tiles = pictures.tiles(f"{prefix}pairs", looked.pairs, alt, inches=0.7)
-        yield gallery.show(
-            tiles, f"{what} Drawn for this report, by the recipe of the run; it saved none itself."
-        )
-    else:
-        yield note(
-            "No positive pairs: the run has saved no pictures yet "
-            "(tracking.media_every_epochs says when), and its images can't be read here."
-        )
-
-
-def _similarities(record: Record, gallery: Gallery, prefix: str) -> Iterator[Html]:
+def _similarity(record: Record, name: str) -> Sight | None:
+    title = "Similarity of queries and keys"
     for folder in sorted(record.directory.glob("media/step_*"), reverse=True):
-        found = {
-            f"{kind} pairs": _bins(folder / f"similarity_{kind}.json")
-            for kind in ("positive", "negative")
-        }
-        shown = {name: bins for name, bins in found.items() if bins}
-        if not shown:
-            continue
-        means = {name: _mean(*bins) for name, bins in shown.items()}
-        told = ", ".join(f"{name} {mean:.2f} on average" for name, mean in means.items())
-        title = "Similarity of queries and keys"
-        picture = figures.histogram(
-            f"{prefix}similarity", title, shown, f"{title}, histogram: {told}."
-        )
-        step = folder.name.removeprefix("step_").lstrip("0") or "0"
-        yield gallery.show(
-            picture,
-            f"Cosine similarities in the batch of step {step}: {told}. The less the two overlap, "
-            "the better an image is told from others.",
-        )
-        return
+        kinds = ("positive", "negative")
+        bins = {f"{kind} pairs": _bins(folder / f"similarity_{kind}.json") for kind in kinds}
+        if shown := {kind: found for kind, found in bins.items() if found}:
+            told = ", ".join(f"{kind} {_mean(*found):.2f}" for kind, found in shown.items())
+            picture = figures.histogram(name, title, shown, f"{title}, histogram; means: {told}.")
+            step = folder.name.removeprefix("step_")
+            return Sight(picture, int(step) if step.isdecimal() else 0, told)
+    return None
 
 
 def _bins(path: Path) -> tuple[list[float], list[float]] | None:
@@ -143,63 +112,13 @@ def _mean(counts: list[float], edges: list[float]) -> float:
     return sum(c * m for c, m in zip(counts, middles, strict=True)) / sum(counts)
 
 
-def _map(looked: Look, gallery: Gallery, prefix: str) -> Iterator[Html]:
-    first, second = looked.variance
-    axes = f"component 1, {100 * first:.1f} %", f"component 2, {100 * second:.1f} %"
-    images = f"{looked.images:,} {looked.part} images"
-    shown = [
-        gallery.show(
-            pictures.scatter(
-                f"{prefix}map_pca",
-                "Features by PCA",
-                looked.components,
-                looked.labels,
-                looked.classes,
-                axes,
-            ),
-            f"Backbone features (unit length) of {images} at step {looked.step:,}, along the two "
-            f"directions of most variance, which hold {100 * (first + second):.1f} % of it.",
-        )
-    ]
-    if looked.embedding is not None:
-        count = len(looked.embedding)
-        shown.append(
-            gallery.show(
-                pictures.scatter(
-                    f"{prefix}map_tsne",
-                    "Features by t-SNE",
-                    looked.embedding,
-                    looked.labels[:count],
-                    looked.classes,
-                    ("", ""),
-                ),
-                f"The same features of {count:,} of them by t-SNE: neighbours stay neighbours, "
-                "while sizes of groups and distances between them mean nothing.",
-            )
-        )
-    yield element("div", *shown, class_="figures")
-    remarks = []
-    if not looked.classes:
-        remarks.append("The data have no classes to colour it by.")
-    elif len(looked.classes) > pictures.COLOURED:
-        remarks.append(
-            f"Colours run around a circle, as {len(looked.classes)} classes are too many to tell."
-        )
-    if looked.embedding is None:
-        remarks.append("A second map, by t-SNE, comes with pip install scikit-learn.")
-    if remarks:
-        yield note(" ".join(remarks))
-
-
-def _neighbours(looked: Look, gallery: Gallery, prefix: str) -> Iterator[Html]:
+def _neighbours(record: Record, looked: Look | None, name: str) -> Sight | None:
+    if looked is None:
+        alt = "Rows of a validation image followed by its nearest training images."
+        return _saved(record, "neighbours.png", name, alt)
     if not looked.neighbours:
-        return
+        return None
     signs = [tile.good for row in looked.neighbours for tile in row if tile.good is not None]
-    right = f"{sum(signs)} of {len(signs)} neighbours are of the query's class" if signs else ""
-    alt = f"Rows of an image followed by its nearest others. {right}".strip()
-    framed = f" ✓ is an image of the same class, ✗ one of another: {right}." if signs else ""
-    yield gallery.show(
-        pictures.tiles(f"{prefix}neighbours", looked.neighbours, alt),
-        f"Left, {looked.part} images; beside each the nearest of {looked.images - 1:,} others "
-        f"by cosine similarity of backbone features, which stands below.{framed}",
-    )
+    told = f"{sum(signs)} of {len(signs)} neighbours are of the query's class" if signs else ""
+    alt = f"Rows of an image followed by its nearest other images. {told}".strip()
+    return Sight(pictures.tiles(name, looked.neighbours, alt), None, told)

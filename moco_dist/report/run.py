@@ -1,16 +1,16 @@
-"""Show how runs stand, from the files of their run directories, and write a page about them.
+"""Show the state of runs, from the files of their run directories, and write a page about them.
 
-  python -m moco_dist.report runs/cifar10               one run; its page in runs/cifar10/report
-  python -m moco_dist.report runs/cifar10 runs/other    several, side by side; in runs/report
-  python -m moco_dist.report runs/cifar10 --output DIR  the page and its pictures in DIR
-  python -m moco_dist.report runs/cifar10 --quick       without the encoder's features: seconds
-  python -m moco_dist.report runs/cifar10 --text        what is printed alone, no files
-  python -m moco_dist.report runs/cifar10 --follow      its course, until it is done
+  python -m moco_dist.report runs/cifar10               one run; writes runs/cifar10/report
+  python -m moco_dist.report runs/cifar10 runs/other    compare several runs; writes runs/report
+  python -m moco_dist.report runs/cifar10 --output DIR  write the page and its pictures to DIR
+  python -m moco_dist.report runs/cifar10 --quick       skip the encoder's features: takes seconds
+  python -m moco_dist.report runs/cifar10 --text        only print; write no files
+  python -m moco_dist.report runs/cifar10 --follow      show its progress until it ends
 
-The columns: the last loss, the last and the best kNN accuracy on the validation images, and a
-probe's top-1 on the test images, of the trained encoder and of the random one (control).
-A run's probes, or a probe's pretraining, are on its page too. The runs may be going on, on this
-machine or on another one that shares the disk; nothing of them is changed.
+The columns are the last loss, the last and the best kNN accuracy on the validation images, and a
+probe's top-1 accuracy on the test images, for the trained encoder and a random one (control).
+The page of a run includes its probes, and the page of a probe its pretraining. The runs may still
+be running, on this machine or on another one that shares the disk; their files are not changed.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ import os
 import shutil
 import signal
 import sys
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
 from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, shown
-from moco_dist.report import files
-from moco_dist.runs.partners import is_report, labels
-from moco_dist.runs.record import Record, read, text_of
+from moco_dist.report.table import details, table
+from moco_dist.runs.partners import PAGE, is_report, with_partners
+from moco_dist.runs.record import Record, read
+from moco_dist.runs.status import replace
 from moco_dist.tracking.follow import follow
-from moco_dist.tracking.terminal import layout, loss
 
-# Columns with numbers stand to the right.
-COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
-WORDS = 3
-# States that need no reason.
-WELL = ("done", "running", "starting")
+if TYPE_CHECKING:
+    from moco_dist.report.encoder import Look
+
+# Most pretrainings whose encoders are loaded; each of them takes about half a minute.
+LOOKED_AT = 4
 
 
 class Arguments(argparse.ArgumentParser):
@@ -49,7 +48,7 @@ class Arguments(argparse.ArgumentParser):
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
-    """Return the command line's runs and options."""
+    """Return the runs and options of the command line."""
     parser = Arguments("moco_dist.report", add_help=False, allow_abbrev=False)
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--output")
@@ -59,18 +58,18 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Print and write what the arguments ask for; return the exit state."""
+    """Print and write what the arguments ask for; return the exit status."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     asked = parsed(arguments)
     runs = [Path(run).expanduser() for run in asked.runs]
     if len(runs) > 1:
-        runs = [run for run in runs if not is_report(run)]  # as runs/* brings it along
+        runs = [run for run in runs if not is_report(run)]  # runs/* includes runs/report
     if not runs:
-        raise ConfigError("no run directory was given; give runs/NAME, one or several")
+        raise ConfigError("no run directory was given; give one or several, such as runs/NAME")
     if asked.follow:
-        # A shell's background job ignores it, and nothing else ends the following of a run.
+        # A shell's background job ignores SIGINT, and nothing else ends --follow.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if len(runs) > 1:
             raise ConfigError(f"--follow shows one run and {len(runs)} were given; give one")
@@ -94,140 +93,80 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def write(records: list[Record], output: str | None, quick: bool) -> None:
-    """Write the page and its pictures, and print where; there is none of folders without a run."""
+def write(records: Sequence[Record], output: str | None, quick: bool) -> None:
+    """Write the page and each of its pictures as a PNG, and print the path of the page.
+
+    `quick` leaves out what needs an encoder's checkpoint and the data. Empty folders get no page.
+    Raises OutputError.
+    """
     found = [record for record in records if record.state != "empty"]
     if not found:
         return
+    place = folder(found, output)
     print(flush=True)
-    place = files.folder(found, output)
-    page, pictures, size = files.write(found, place, quick, lambda text: print(text, flush=True))
-    print(f"report: {shown(page)} ({size / 1e6:.1f} MB, {pictures} pictures, also as PNG)")
+    from moco_dist.report import page as report_page  # matplotlib: a second
+
+    runs = with_partners(found)
+    text, pictures = report_page.build(runs, {} if quick else look_at(runs))
+    content = text.encode(errors="backslashreplace")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            replace(place / f"{picture.name}.png", picture.light)
+        replace(place / PAGE, content)
+    except OSError as error:
+        raise OutputError(
+            f"{shown(place)}: the report can't be written there ({error.strerror or error}); give "
+            "--output with a folder that you may write to, or --text to print the table only"
+        ) from error
+    size = f"{len(content) / 1e6:.1f} MB, {len(pictures)} pictures, also saved as PNG files"
+    print(f"report: {shown(place / PAGE)} ({size})")
 
 
-def table(records: list[Record], width: int | None) -> Iterator[str]:
-    """Yield the lines of a table of runs, and below it why runs ended and their alarms.
+def folder(records: Sequence[Record], asked: str | None) -> Path:
+    """Return the folder to write to: as asked, else inside one run or next to the first of several.
 
-    Where `width` is too small the name of a run stands on a line of its own.
+    Raises ConfigError if that folder holds a run.
     """
-    names = labels(records)
-    rows = [COLUMNS, *(row(name, record) for name, record in zip(names, records, strict=True))]
-    full = layout(rows, WORDS)
-    if width and max(map(len, full)) > width:
-        narrow = [f"  {line}" for line in layout([cells[1:] for cells in rows], WORDS - 1)]
-        yield f"{COLUMNS[0]}"
-        yield narrow[0]
-        for name, line in zip(names, narrow[1:], strict=True):
-            yield from (name, line)
-    else:
-        yield from full
-    notes = [
-        f"{name}: {note}"
-        for name, record in zip(names, records, strict=True)
-        for note in remarks(record)
-    ]
-    if notes:
-        yield ""
-    for note in notes:
-        yield from textwrap.wrap(note, width, subsequent_indent="  ") if width else [note]
+    first = records[0].directory
+    default = first / "report" if len(records) == 1 else first.resolve().parent / "report"
+    found = default if asked is None else Path(asked).expanduser()
+    if (found / "config.yaml").exists() or (found / "metrics.jsonl").exists():
+        raise ConfigError(f"{shown(found)}: is a run directory; give --output with another folder")
+    return found
 
 
-def row(name: str, record: Record) -> tuple[str, ...]:
-    """Return the cells of a run."""
-    value, knn, best = record.last("train/loss"), record.last("knn/top1"), record.best_knn
-    trained, control = (record.result(each, "test", "top1") for each in ("probe", "control"))
-    return (
-        name,
-        record.kind or "-",
-        record.state,
-        f"{record.step}/{record.total_steps or '?'}" if record.kind or record.lines else "-",
-        "-" if value is None else loss(value),
-        percent(knn),
-        percent(best and best[1]),
-        percent(trained),
-        percent(control),
-    )
+def look_at(runs: Sequence[Record]) -> dict[Path, Look | str]:
+    """Return what each pretraining's encoder makes of images, or why that can't be shown."""
+    looks: dict[Path, Look | str] = {}
+    for record in runs:
+        if record.kind != "pretrain":
+            continue
+        if len(looks) >= LOOKED_AT:
+            looks[record.directory] = (
+                f"a page shows those of at most {LOOKED_AT} runs; make a report of this run alone"
+            )
+        elif not record.checkpoints.steps:
+            looks[record.directory] = "the run has no checkpoint yet"
+        else:
+            print(f"features of {shown(record.directory)} ... (--quick skips them)", flush=True)
+            looks[record.directory] = _look(record.directory)
+    return looks
 
 
-def remarks(record: Record) -> Iterator[str]:
-    """Yield why a run ended, if that was otherwise than well, and its alarms."""
-    if record.state not in WELL:
-        status = record.status.get("exit_status")
-        code = f" (exit state {status})" if isinstance(status, int) else ""
-        nothing = {"empty": "nothing is there yet", "unknown": "no status.json tells how it stands"}
-        reason = record.reason or nothing.get(record.state, "no reason was noted")
-        yield f"{record.state}{code}: {reason}"
-    for line in record.alarms:
-        what = f"{text_of(line['alarm'])}: {text_of(line.get('text'))}"
-        yield f"alarm at step {line['step']:,}, {what}"
+def _look(run: Path) -> Look | str:
+    from moco_dist.report import encoder  # torch: seconds
 
-
-def details(record: Record) -> Iterator[str]:
-    """Yield what else is known of one run, a line each."""
-    config = record.config
-
-    def value(key: str) -> str:
-        return text_of(config.get(key, "?"))
-
-    rows = {"directory": shown(record.directory)}
-    if record.status:
-        status = {key: text_of(record.status.get(key)) for key in ("state", "time", "host", "pid")}
-        rows["last status"] = "{state} at {time} on {host}, process {pid}".format_map(status)
-    if record.kind == "pretrain":
-        rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
-        rows["encoder"] = (
-            f"{value('encoder.backbone')}, width {value('encoder.width')}, {value('encoder.stem')} "
-            f"stem, {value('encoder.head')} head to {value('encoder.dim')}"
-        )
-        rows["method"] = (
-            f"queue {value('moco.queue_size')}, temperature {value('moco.temperature')}, "
-            f"momentum {value('moco.momentum')}, {value('bn_groups')} BatchNorm groups"
-        )
-    elif record.kind == "probe":
-        rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
-        rows["encoder"] = value("encoder")
-    if record.kind:
-        rows["training"] = (
-            f"{value('epochs')} epochs, batch {value('batch_size')}, lr {value('optim.lr')} "
-            f"({value('optim.schedule')}), {value('precision')}, seed {value('seed')}"
-        )
-    rows |= figures(record)
-    saved = record.checkpoints
-    names = [f"step {step:,}" for step in saved.steps[-4:]] + saved.damaged
-    earlier = f"{len(saved.steps) - 4} earlier, " if len(saved.steps) > 4 else ""
-    rows["checkpoints"] = earlier + ", ".join(names) if names else "none"
-    size = max(map(len, rows))
-    yield from (f"{key:{size}}  {text}" for key, text in rows.items())
-
-
-def figures(record: Record) -> dict[str, str]:
-    """Return the results of a run in words."""
-    rows = {}
-    before = [value for step, value in record.figures("knn/top1") if step == 0]
-    if best := record.best_knn:
-        without = f"; {percent(before[0])} before the first step" if before else ""
-        rows["best kNN"] = f"{percent(best[1])} % at step {best[0]:,}{without}"
-    for encoder, title in (("probe", "trained"), ("control", "random control")):
-        for part in ("validation", "test"):
-            found = record.results.get(encoder)
-            content = found.get(part) if isinstance(found, dict) else None
-            if isinstance(content, dict):
-                shares = [
-                    f"{text_of(name)} {percent(share)} %"
-                    for name in content
-                    if "top" in name and (share := record.result(encoder, part, name)) is not None
-                ]
-                rows[f"{title}, {part}"] = ", ".join(shares)
-    return rows
-
-
-def percent(share: float | None) -> str:
-    """Return a share as a percentage, '-' for none."""
-    return "-" if share is None else f"{100 * share:.2f}"
+    try:
+        return encoder.look(run)
+    except UserError as error:
+        return str(error)
+    except (OSError, RuntimeError, MemoryError, ValueError) as error:  # from a stranger's files
+        return shown(f"{type(error).__name__}: {error}")
 
 
 def run(arguments: list[str]) -> int:
-    """Return the exit state of the command, with a sentence for what went wrong."""
+    """Run the command, print a sentence if it fails, and return the exit status."""
     try:
         status = main(arguments)
         sys.stdout.flush()
@@ -237,10 +176,11 @@ def run(arguments: list[str]) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        print(f"error: can't be shown ({error.strerror or error}); free the disk", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"error: the output can't be printed ({reason}); free the disk", file=sys.stderr)
         return OutputError.exit_status

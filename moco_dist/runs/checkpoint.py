@@ -1,4 +1,4 @@
-"""Reading checkpoints: find, verify, set aside, restore; and `load_encoder`, to use one.
+"""Reading checkpoints: find, verify, set aside, restore.
 
 A checkpoint is a folder `step_00039000` with model.safetensors, optimizer.safetensors and
 state.json, which holds the sizes and SHA-256 of all three; `saving.py` writes them. No pickle, so

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from moco_dist.encoders import checkpoints
+from moco_dist.encoders import load
 from moco_dist.errors import DataError, MissingError
 from moco_dist.runs import checkpoint, saving
 from tests.faults.jobs import TINY, Job, account, undisturbed
@@ -162,7 +162,7 @@ PIECES = (
 def missing(folder: Path, times: int, random: Random) -> Outcome:
     """Leave out each piece of state, with sums that are right; the run must refuse by name."""
     run = pretrained(folder)
-    whole = checkpoints.find(run)
+    whole = load.checkpoint_of(run)
     pieces = PIECES if times >= len(PIECES) else random.sample(PIECES, times)
     for number, piece in enumerate(pieces):
         copy = folder / f"without{number}" / "run"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_dist.encoders import checkpoints
+from moco_dist.encoders import load
 from tests.faults.jobs import STEPS, TERM, TINY, Job, account, metrics, undisturbed
 from tests.faults.table import Fault, Outcome
 
@@ -65,7 +65,7 @@ def interrupt(
 
 def tensors(run: Path) -> dict[str, Tensor]:
     """Return all numbers of the last checkpoint: both files, and the losses."""
-    found = checkpoints.find(run)
+    found = load.checkpoint_of(run)
     losses: list[Any] = [line["train/loss"] for line in metrics(run) if "train/loss" in line]
     return found.model | found.optimizer | {"losses": torch.tensor(losses, dtype=torch.float64)}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moco_dist.encoders import checkpoints as encoders_checkpoints
+from moco_dist.encoders import load
 from moco_dist.runs import checkpoint, saving
 from tests.faults.damage import pretrained, put
 from tests.faults.table import Fault, Outcome
@@ -26,17 +26,17 @@ from tests.faults.table import Fault, Outcome
 READER = """
 import resource, sys, time
 from pathlib import Path
-from moco_dist.encoders import checkpoints as checkpoint
+from moco_dist.encoders import load
 from moco_dist.errors import DataError, MissingError
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 whole, *bad = map(Path, sys.argv[1:])
-checkpoint.load_encoder(checkpoint.find(whole))
+load.find(whole)
 before = peak()
 for path in bad:
     began = time.process_time()
     try:
-        checkpoint.load_encoder(checkpoint.find(path))
+        load.find(path)
         print(f"{path.name}: READ")
     except (DataError, MissingError) as error:
         assert len(str(error)) < 2000 and time.process_time() - began < 5
@@ -131,7 +131,7 @@ def resealed_deep(folder: Path) -> None:
 def checkpoints(folder: Path, times: int, random: Random) -> Outcome:
     """Read each hostile checkpoint in a fresh process."""
     marker = folder / "marker"
-    whole = encoders_checkpoints.find(pretrained(folder)).path
+    whole = load.checkpoint_of(pretrained(folder)).path
     bad = []
     for name, way in ways(marker).items():
         copy = folder / name

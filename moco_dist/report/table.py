@@ -1,0 +1,182 @@
+"""The state of runs as a terminal shows it: a table of several runs, and the details of one."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Iterator
+
+from moco_dist.errors import shown
+from moco_dist.report.results import TITLES, results
+from moco_dist.runs.partners import labels
+from moco_dist.runs.record import CONTROL, Metric, Record, number, text_of
+from moco_dist.tracking.progress import RunProgress, duration
+from moco_dist.tracking.terminal import layout, loss
+
+KINDS = {"pretrain": "pretraining", "probe": "probe", "": "unknown"}
+# The first WORDS columns hold text; the numbers in the others are aligned to the right.
+COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
+WORDS = 3
+# In a table, where there is no figure.
+NONE = "-"
+# States that need no reason.
+WELL = ("done", "running", "starting")
+
+
+def table(records: list[Record], width: int | None) -> Iterator[str]:
+    """Yield the lines of a table of runs, followed by why runs ended and by their alarms.
+
+    If a line would be longer than `width`, each run's name gets a line of its own.
+    """
+    names = labels(records)
+    rows = [COLUMNS, *(row(name, record) for name, record in zip(names, records, strict=True))]
+    full = layout(rows, WORDS)
+    if width and max(map(len, full)) > width:
+        narrow = [f"  {line}" for line in layout([cells[1:] for cells in rows], WORDS - 1)]
+        yield f"{COLUMNS[0]}"
+        yield narrow[0]
+        for name, line in zip(names, narrow[1:], strict=True):
+            yield from (name, line)
+    else:
+        yield from full
+    notes = [
+        note for name, record in zip(names, records, strict=True) for note in remarks(name, record)
+    ]
+    if notes:
+        yield ""
+    for note in notes:
+        yield from textwrap.wrap(note, width, subsequent_indent="  ") if width else [note]
+
+
+def row(name: str, record: Record) -> tuple[str, ...]:
+    """Return the cells of a run."""
+    value, knn, best = record.last(Metric.LOSS), record.last(Metric.KNN_TOP1), record.best_knn
+    trained, control = (record.result(each, "test", "top1") for each in ("probe", "control"))
+    return (
+        name,
+        record.kind or NONE,
+        record.state,
+        f"{record.step}/{record.total_steps or '?'}" if record.kind or record.lines else NONE,
+        NONE if value is None else loss(value),
+        percent(knn),
+        percent(best and best[1]),
+        percent(trained),
+        percent(control),
+    )
+
+
+def remarks(name: str, record: Record) -> Iterator[str]:
+    """Yield why a run ended, unless it ended well, and its alarms."""
+    if record.state not in WELL:
+        yield standing(name, record)
+    for line in record.alarms:
+        what = f"{text_of(line['alarm'])}: {text_of(line.get('text'))}"
+        yield f"{name}: alarm at step {line['step']:,}, {what}"
+
+
+def standing(name: str, record: Record) -> str:
+    """Return the state of a run as a sentence."""
+    total, step = record.total_steps, record.step
+    run = f"The {KINDS[record.kind]} {name}" if record.kind else f"The run {name}"
+    place = f"step {step:,} of {total:,}" if total else f"step {step:,}"
+    share = f" ({100 * step / total:.0f}%)" if total else ""
+    reason = record.reason or "no reason was recorded"
+    times = [moment for line in record.lines[-1:] if (moment := number(line.get("time")))]
+    last = f", {date(times[0])}" if times else ""
+    status = record.status.get("exit_status")
+    code = f", exit status {status}" if isinstance(status, int) else ""
+    if record.state == "running":
+        every = number(record.config.get("knn.every_epochs")) or 0
+        progress = RunProgress(total, knn_every=int(min(every, 1e6)))
+        for line in record.lines:
+            progress.add(line)
+        left = progress.seconds_left()
+        last += f", about {duration(left)} left" if left else ""
+    ended = f"{run} ended with an error ({record.state}{code}) at {place}: {reason}"
+    stopped = f"{run} was stopped at {place}{share}: {reason}"
+    return {
+        "done": f"{run} is done: {place}{last}.",
+        "running": f"{run} is still running: {place}{share}{last}. Repeat the command to bring "
+        "this page up to date.",
+        "starting": f"{run} is starting; this page shows what it did before.",
+        "gone": f"{run} was killed or lost its machine after {place}: {reason}.",
+        "stopped": stopped,
+        "interrupted": stopped,
+        "empty": f"{name}: the folder is empty.",
+        "unknown": f"{run} has no readable status.json; its files end at {place}.",
+    }.get(record.state, ended)
+
+
+def date(seconds: float) -> str:
+    """Return a local date and time, to the minute."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, OSError, ValueError):
+        return "at an unknown time"
+
+
+def details(record: Record) -> Iterator[str]:
+    """Yield the details of one run, one line each."""
+    config = record.config
+
+    def value(key: str) -> str:
+        return text_of(config.get(key, "?"))
+
+    rows = {"directory": shown(record.directory)}
+    if record.status:
+        status = {key: text_of(record.status.get(key)) for key in ("state", "time", "host", "pid")}
+        rows["last status"] = "{state} at {time} on {host}, process {pid}".format_map(status)
+    if record.kind == "pretrain":
+        rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
+        rows["encoder"] = (
+            f"{value('encoder.backbone')}, width {value('encoder.width')}, {value('encoder.stem')} "
+            f"stem, {value('encoder.head')} head to {value('encoder.dim')}"
+        )
+        rows["method"] = (
+            f"queue {value('moco.queue_size')}, temperature {value('moco.temperature')}, "
+            f"momentum {value('moco.momentum')}, {value('bn_groups')} BatchNorm groups"
+        )
+    elif record.kind == "probe":
+        rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
+        rows["encoder"] = value("encoder")
+    if record.kind:
+        rows["training"] = (
+            f"{value('epochs')} epochs, batch {value('batch_size')}, lr {value('optim.lr')} "
+            f"({value('optim.schedule')}), {value('precision')}, seed {value('seed')}"
+        )
+    rows |= {title: f"{value}, {about}" for title, value, about in key_figures(record)}
+    saved = record.checkpoints
+    names = [f"step {step:,}" for step in saved.steps[-4:]] + saved.damaged
+    earlier = f"{len(saved.steps) - 4} earlier, " if len(saved.steps) > 4 else ""
+    rows["checkpoints"] = earlier + ", ".join(names) if names else "none"
+    size = max(map(len, rows))
+    yield from (f"{key:{size}}  {text}" for key, text in rows.items())
+
+
+def key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
+    """Yield title, value and explanation of what a reader of a run looks for first."""
+    if found := results(record):
+        for name in [name for name in found.names if name.startswith("top")][:2]:
+            trained, control = (found.value(encoder, found.part, name) for encoder in TITLES)
+            if trained is None:
+                continue
+            told = [f"{found.part} images"]
+            if trained.low is not None and trained.high is not None:
+                told.append(f"95% interval {percent(trained.low)} to {percent(trained.high)}")
+            told += [f"{found.titles[CONTROL]} {percent(control.mean)}%"] if control else []
+            majority = found.majority(found.part) if name == "top1" else None
+            told += [f"majority class {percent(majority)}%"] if majority is not None else []
+            title = f"Linear probe, {name.replace('top', 'top-')}"
+            yield title, f"{percent(trained.mean)}%", ", ".join(told)
+    if record.kind == "pretrain" and (best := record.best_knn):
+        last, (first_step, first) = record.last(Metric.KNN_TOP1), record.figures(Metric.KNN_TOP1)[0]
+        about = f"validation images, at step {best[0]:,}; last {percent(last)}%"
+        before = f", {percent(first)}% before the first step" if first_step == 0 else ""
+        yield "kNN top-1, best", f"{percent(best[1])}%", about + before
+    if record.kind == "pretrain" and (value := record.last(Metric.LOSS)) is not None:
+        yield "Loss, last", loss(value), f"after {record.step:,} steps"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a percentage without its sign, NONE for None."""
+    return NONE if share is None else f"{100 * share:.2f}"
