@@ -180,8 +180,9 @@ def test_the_quickstart_learns(tmp_path: Path) -> None:
         [float(number) for number in re.findall(r"([\d.]+)%", line)]
         for line in printed.splitlines()
     )
-    assert after[0] > before[0] + 15  # kNN; six standard errors of 500 images
-    assert after[1] > before[1] + 15
+    # Accuracies of 500 images: the difference of two has a standard error below 3 points.
+    assert after[0] > before[0] + 9  # kNN
+    assert after[1] > before[1] + 9  # linear probe
 
 
 def test_runs_from_python_end_as_the_commands_do(tmp_path: Path) -> None:
