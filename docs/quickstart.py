@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 import moco_dist as md
 
-STEPS, BATCH, TRAIN, TEST = 500, 128, 3000, 500
+STEPS, BATCH, TRAIN, TEST = 600, 128, 3000, 500
 
 images, labels = md.draw_shapes(TRAIN + TEST, size=40, seed=0)
 recipe = md.ViewsConfig(

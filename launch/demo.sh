@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Pretrains on images that the package draws itself, on two CPU processes, probes the encoder and
-# writes a report. Arguments override the pretraining's configuration, as in:
-#   bash launch/demo.sh name=mine seed=1
+# Pretrains on drawn images with two CPU processes, probes the encoder and writes a report.
+# Arguments override the configuration of the pretraining, as in: bash launch/demo.sh name=mine seed=1
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" "."

@@ -45,7 +45,7 @@ def rows(output: Path) -> list[dict[str, Any]]:
 
 
 def pieces(path: Path) -> list[dict[str, Any]]:
-    """Return what launch/record.sh noted; a line that a kill or a full disk cut short is told."""
+    """Return the pieces that launch/record.sh noted; lines that were cut short are reported."""
     found = []
     for place, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
@@ -86,7 +86,7 @@ def row(pretraining: Record, probe: Record, noted: list[dict[str, Any]]) -> dict
 
 
 def spread(values: Iterable[Any], scale: float = 1.0, digits: int = 1) -> str:
-    """Return the mean of numbers, and their standard deviation where there are several."""
+    """Return the mean of numbers, and their standard deviation if there are several."""
     numbers = [scale * each for value in values if (each := number(value)) is not None]
     if not numbers:
         return "-"
@@ -95,7 +95,7 @@ def spread(values: Iterable[Any], scale: float = 1.0, digits: int = 1) -> str:
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table, a row for each recipe, and one of where it was made."""
+    """Return the lines of a Markdown table, one row per recipe, and a line about the machine."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     for name, each in recipes(found).items():
         minutes = [row["pretraining_minutes"] + row["probe_minutes"] for row in each]
@@ -117,7 +117,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
 
 
 def headers(found: list[dict[str, Any]]) -> list[str]:
-    """Return the comment that each configuration's header takes."""
+    """Return a comment for the header of each configuration."""
     return [
         f"# {name}, seeds {', '.join(str(row['seed']) for row in each)}: "
         f"kNN {spread((row['probe_knn_top1'] for row in each), 100)}, "
@@ -136,7 +136,7 @@ def made(found: list[dict[str, Any]]) -> str:
 
 
 def recipes(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each recipe, in the order of seeds."""
+    """Return the rows of each recipe, ordered by seed."""
     names = dict.fromkeys(row["recipe"] for row in found)
     return {
         name: sorted((row for row in found if row["recipe"] == name), key=lambda row: row["seed"])

@@ -163,7 +163,11 @@ def test_public_names_are_there_and_load_no_torch_before_they_are_used() -> None
 
 def run_python(code: list[str], folder: Path) -> str:
     """Return what Python prints in `folder`, where warnings are errors."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, *code]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -176,8 +180,9 @@ def test_the_quickstart_learns(tmp_path: Path) -> None:
         [float(number) for number in re.findall(r"([\d.]+)%", line)]
         for line in printed.splitlines()
     )
-    assert after[0] > before[0] + 15  # kNN; six standard errors of 500 images
-    assert after[1] > before[1] + 15
+    # Accuracies of 500 images: the difference of two has a standard error below 3 points.
+    assert after[0] > before[0] + 9  # kNN
+    assert after[1] > before[1] + 9  # linear probe
 
 
 def test_runs_from_python_end_as_the_commands_do(tmp_path: Path) -> None:

@@ -156,9 +156,8 @@ def test_a_piece_that_is_over_ends_with_75_before_its_next_run(tmp_path: Path) -
 def test_a_piece_too_short_for_any_run_is_refused(tmp_path: Path, seconds: str) -> None:
     refused = call(tmp_path, tmp_path, [], RECORD_SECONDS=seconds)
     assert refused.returncode == 78
-    sentence = (
-        f"error: RECORD_SECONDS={seconds}: give a whole number of seconds above 30, such as 500\n"
-    )
+    rule = "give a whole number of seconds above 30, such as 500"
+    sentence = f"error: RECORD_SECONDS={seconds}: {rule}\n"
     assert refused.stderr == sentence
 
 
