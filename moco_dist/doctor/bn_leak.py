@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -81,15 +82,15 @@ def leak(
     return with_groups, without
 
 
-def trained(
-    config: PretrainConfig, device: torch.device
-) -> tuple[Encoder, Encoder, datasets.AnyImages, str]:
+def trained(config: PretrainConfig) -> tuple[Encoder, Encoder, datasets.AnyImages, str]:
     """Return the encoders for queries and keys, training images, and where the weights are from."""
+    # Groups are the same on any number of processes; this is one.
+    accelerator = session.join(replace(config, runtime=replace(config.runtime, processes=0)))
     directory = Path(config.output).expanduser() / config.name
     found = checkpoint.newest(directory)
     if found is None:
         splits = datasets.load(config.data, config.encoder.channels)
-        trainer = Trainer(config, session.join(config), splits)
+        trainer = Trainer(config, accelerator, splits)
         while trainer.step < min(STEPS, trainer.total_steps):
             trainer.train_step()
         encoders = trainer.moco.query_encoder, trainer.moco.key_encoder
@@ -100,20 +101,22 @@ def trained(
             f"{directory} holds a run with another configuration ({'; '.join(changed)}); give "
             f"{directory} in place of the configuration, or name=... for a short training"
         )
-    query, key = (build_encoder(config.encoder, config.seed).to(device) for _ in range(2))
+    query, key = (
+        build_encoder(config.encoder, config.seed).to(accelerator.device) for _ in range(2)
+    )
     for encoder, prefix in ((query, "query_encoder."), (key, "key_encoder.")):
         own = {k.removeprefix(prefix): v for k, v in found.model.items() if k.startswith(prefix)}
         checkpoint.load_tensors(encoder, own, found.path)
-    images = datasets.load(config.data, config.encoder.channels).train.to(device)
+    images = datasets.load(config.data, config.encoder.channels).train.to(accelerator.device)
     return query, key, images, f"{directory} after step {found.step:,}"
 
 
-def bn_leak(config: PretrainConfig, device: torch.device) -> None:
+def bn_leak(config: PretrainConfig) -> None:
     """Print whether encoders recognise images by the BatchNorm statistics of their group.
 
     Raises ConfigError if they do.
     """
-    query, key, images, source = trained(config, device)
+    query, key, images, source = trained(config)
     if isinstance(images, datasets.Images):
         pixels = images.pixels
     else:

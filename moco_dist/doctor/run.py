@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,7 +24,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.doctor import bn_leak, checks
+from moco_dist.doctor import checks
+from moco_dist.doctor.bn_leak import bn_leak
 from moco_dist.errors import ConfigError, FaultsError, shown
 from moco_dist.runs import command
 from moco_dist.tracking import terminal
@@ -33,6 +33,7 @@ from moco_dist.tracking.start import console
 
 # Seconds in which all processes must have met.
 REACH = 15.0
+LEAK = "--bn-leak"
 
 
 def join(config: PretrainConfig) -> torch.device:
@@ -85,34 +86,27 @@ def examine(config: PretrainConfig) -> None:
         raise FaultsError(f"{len(faults)} will fail:{listed}").on_all()
 
 
-CHECKS: dict[str, Callable[[PretrainConfig, torch.device], None]] = {"--bn-leak": bn_leak.bn_leak}
-
-
 def main(arguments: list[str]) -> None:
-    """Run the checks that the arguments name, or print the table."""
-    flags = [argument for argument in arguments if argument.startswith("-")]
+    """Print the table, or with --bn-leak look for a leak."""
+    flags = {argument for argument in arguments if argument.startswith("-")} - {"-h", "--help"}
 
     def run(config: PretrainConfig, stop: StopRequests) -> None:
-        if unknown := sorted(set(flags) - CHECKS.keys()):
+        if unknown := sorted(flags - {LEAK}):
             raise ConfigError(
-                f"there is no check {unknown[0]}; give one of {', '.join(CHECKS)}, or none for the "
-                "table"
+                f"there is no check {unknown[0]}; give one of {LEAK}, or none for the table"
             )
         if not flags:
             examine(config)
-            return
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        elif os.environ.get("WORLD_SIZE", "1") == "1":
+            bn_leak(config)
+        else:
             raise ConfigError(
-                f"{os.environ['WORLD_SIZE']} processes were started, and --bn-leak needs one: its "
+                f"{os.environ['WORLD_SIZE']} processes were started, and {LEAK} needs one: its "
                 "groups are the same on any number; use python -m moco_dist.doctor"
             )
-        on_cpu = config.runtime.device == "cpu" or not torch.cuda.is_available()
-        for flag in dict.fromkeys(flags):
-            CHECKS[flag](config, torch.device("cpu" if on_cpu else "cuda"))
 
     rest = [part for argument in arguments if argument not in flags for part in _of_run(argument)]
-    help_asked = [flag for flag in flags if flag in ("-h", "--help")]
-    command.main(PretrainConfig, run, __doc__, [*rest, *help_asked])
+    command.main(PretrainConfig, run, __doc__, rest)
 
 
 def _of_run(argument: str) -> list[str]:

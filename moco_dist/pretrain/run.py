@@ -72,15 +72,11 @@ def build(config: PretrainConfig, opened: Session) -> Trainer:
 
 
 def write_encoder(trainer: Trainer, directory: Path) -> Path | None:
-    """Return, on process 0, the folder of the encoder alone, if it is to be uploaded."""
+    """Write the encoder alone, if it is to be uploaded; return its folder."""
     if not trainer.config.tracking.upload_encoder:
         return None
     state, config = trainer.moco.state_dict(), to_dict(trainer.config)
-
-    def write() -> Path | None:
-        return saving.write_encoder(directory, trainer.step, state, config)
-
-    return peers.together(lambda: write() if comms.is_main() else None)
+    return peers.from_main(lambda: saving.write_encoder(directory, trainer.step, state, config))
 
 
 def end_early(trainer: Trainer, opened: Session, error: StoppedError | NumbersError) -> NoReturn:
