@@ -134,6 +134,7 @@ def test_the_command_prints_a_table_and_a_line_of_json_and_leaves_no_run(tmp_pat
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
     )
+    assert done.stderr == ""
     *shown, line = done.stdout.splitlines()
     assert max(map(len, shown)) <= 80
     found = json.loads(line)

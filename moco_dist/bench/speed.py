@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def timed_parts(trainer: Trainer, hooks: RunHooks, steps: int) -> dict[str, floa
     it. On a GPU they are the time of the kernels that a part has launched; what no part launched
     on its own thread is of the backward pass, which autograd runs on another one.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its log would stand between our lines
     on_gpu = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities, acc_events=True) as profiler:
