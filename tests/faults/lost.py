@@ -41,7 +41,7 @@ SOON = 10
 # Where a step is before its first collective, between that and the second, and after them.
 PLACES: dict[str, tuple[Any, str]] = {
     "before": (comms, "all_gather_with_note"),
-    "during": (method_loss, "info_nce"),
+    "during": (trainer, "info_nce"),
     "after": (finite, "norms"),
 }
 
