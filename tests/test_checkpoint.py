@@ -79,7 +79,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     assert found is not None
     assert found.step == 10
     assert "step_00000020" in caplog.text
-    assert "going back to the checkpoint before it" in caplog.text
+    assert "going back to the previous checkpoint" in caplog.text
     with pytest.raises((DataError, MissingError)) as error:
         encoders_load.find(path.parent) if damage != "gone" else checkpoint.read(path.parent)
     assert str(path.parent) in str(error.value)

@@ -285,9 +285,8 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path: Path) -> None:
         "pretrain", *tiny, "optim.lr=1e30", "checkpoint.every_steps=1", "knn.at_start=false"
     )
     assert result.returncode == 70
-    assert (
-        "is not finite after step 2: this state was not saved, and the checkpoint before it "
-        in (result.stderr)
+    assert "is not finite after step 2: this state was not saved, and the previous checkpoint " in (
+        result.stderr
     )
     assert "Traceback" not in result.stderr
     found = checkpoint.newest(tmp_path / "nan")

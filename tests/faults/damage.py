@@ -126,7 +126,7 @@ def others(folder: Path, times: int, random: Random) -> Outcome:
         os.truncate(run / "checkpoints" / f"step_{NEWEST:08d}" / "state.json", 100)
         with Job(run.parent, *TINY) as job:
             assert job.wait() == [0], job.text()
-            assert "going back to the checkpoint before it" in job.text()
+            assert "going back to the previous checkpoint" in job.text()
             assert f"from step_{OLDER:08d}" in job.text()
         assert account(run) == expected, "the run that went back is another one"
     outcome = f"{len(ways)} of {len(ways)} ways found, after {slowest:.2f} s at most; run bit-equal"

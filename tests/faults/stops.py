@@ -375,7 +375,7 @@ def by_the_clock(folder: Path, times: int, random: Random) -> Outcome:
                 assert left > (0 if slurm else -0.5), f"{-left:.2f} s too late\n{job.text()}"
                 assert left < 2.5, f"{left:.2f} s too early\n{job.text()}"
                 least = min(least, left)
-                stands(job.run, "the limit of time", job.text())
+                stands(job.run, "the time limit", job.text())
                 assert last_step(job.run) > 0, job.text()
             ends_like(expected, output, *TINY)
     return Outcome(times, f"stopped and saved {least:.2f} s or more before the end", 0)
