@@ -9,6 +9,4 @@ from pathlib import Path
 BOOT = ""
 with suppress(OSError):
     BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    BOOT += os.readlink(
-        "/proc/self/ns/pid"
-    )  # each container numbers its own processes
+    BOOT += os.readlink("/proc/self/ns/pid")  # each container numbers its own processes
