@@ -214,7 +214,7 @@ def test_ten_ways_to_name_an_encoder_and_five_readers_have_one_answer(tmp_path: 
         folder = tmp_path / "files/run/export" / target
         assert cells == [
             f"{folder}: an export for {target} can't be read back; give its run, or an "
-            "an export for torchvision, timm, huggingface or moco"
+            "export for torchvision, timm, huggingface or moco"
         ] * len(READERS)
     assert len(rows) == 12
     assert {cell for cells in rows.values() for cell in cells} == {"ok"}, rows
