@@ -129,12 +129,10 @@ class Peers:
         return not here and not self._told
 
     def _known_fault(self, rank: int, beat: Any) -> str | None:
-        if self._board:
-            with suppress(RuntimeError):
-                if reason := self._board.read(f"fault/{rank}"):
-                    self._told = reason.startswith("!")
-                    reason = reason.removeprefix("!")
-                    return self._sentence(rank, self._read_beat(rank), f"failed: {reason}")
+        if reason := self._posted(f"fault/{rank}"):
+            self._told = reason.startswith("!")
+            failed = f"failed: {reason.removeprefix('!')}"
+            return self._sentence(rank, self._read_beat(rank), failed)
         if (what := self._gone(beat)) and not self._has_left(rank):
             return self._sentence(rank, beat, what)
         return None
@@ -162,19 +160,19 @@ class Peers:
                 sentence = self._known_fault(rank, beat)
                 if sentence and "SIGSTOP" not in sentence:
                     raise PeerError(sentence)
-            elif self._board and self._board.has([f"fault/{rank}"]):
+            elif self._posted(f"fault/{rank}"):
                 raise PeerError(self._known_fault(rank, beat) or RESUMES)
 
-    def _has_left(self, rank: int) -> bool:
+    def _posted(self, key: str) -> str | None:
         with suppress(RuntimeError):
-            return self._board is not None and self._board.has([f"left/{rank}"])
-        return False
+            return self._board.read(key) if self._board else None
+        return None
+
+    def _has_left(self, rank: int) -> bool:
+        return self._posted(f"left/{rank}") is not None
 
     def _read_beat(self, rank: int) -> Any:
-        text = None
-        if self._board:
-            with suppress(RuntimeError):
-                text = self._board.read(f"beat/{rank}")
+        text = self._posted(f"beat/{rank}")
         return json.loads(text) if text else None
 
     def _sentence(self, rank: int, beat: Any, what: str) -> str:

@@ -21,6 +21,7 @@ from moco_dist.runs import checkpoint
 SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
 _MOST = 2**34  # bytes of a file, fifty times the largest ResNet
 _STEMS = {3: "cifar", 7: "imagenet"}
+_COUNTER = "num_batches_tracked"
 
 
 def read(path: Path) -> tuple[Mapping[Any, Any], str]:
@@ -69,7 +70,7 @@ def backbone(
             "lightly and solo-learn; remove it from the file: nothing is left out here silently"
         )
     timm = backbone_shapes(like, path) if like and like.is_timm else {}
-    fits = bool(timm) and timm.keys() - _counters(timm) <= tensors.keys()
+    fits = bool(timm) and all(name in tensors or name.endswith(_COUNTER) for name in timm)
     heads = [k for k in tensors if k.startswith(names.HEADS) and k not in timm]
     left = [k for k in tensors if k not in renamed] if library else heads
     kept = {renamed.get(k, k): each for k, each in tensors.items() if k not in left}
@@ -152,10 +153,6 @@ def backbone_shapes(config: EncoderConfig, path: Path) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in shapes(config, path).items() if prefix in k}
 
 
-def _counters(own: Mapping[str, Tensor]) -> set[str]:
-    return {name for name in own if name.endswith("num_batches_tracked")}
-
-
 def filled(config: EncoderConfig, tensors: Mapping[str, Tensor], path: Path) -> Any:
     """Return a backbone with these tensors, frozen, float32, on the CPU, in evaluation mode.
 
@@ -163,7 +160,8 @@ def filled(config: EncoderConfig, tensors: Mapping[str, Tensor], path: Path) -> 
     as evaluation doesn't use them and old versions didn't write them.
     """
     own = backbone_shapes(config, path)
-    counters = {name: torch.zeros((), dtype=torch.int64) for name in _counters(own)}
+    zero = torch.zeros((), dtype=torch.int64)
+    counters = {name: zero for name in own if name.endswith(_COUNTER)}
     if not counters.keys() & tensors.keys():
         tensors = {**tensors, **counters}
     checkpoint.check_tensors(own, tensors, path)

@@ -8,6 +8,7 @@ a stranger's checkpoint can't run code.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import stat
@@ -171,11 +172,9 @@ def _newest_whole(run: Path, set_aside: bool) -> Path | None:
 
 
 def _set_aside(folder: Path) -> str:
-    target = folder.with_name(f"damaged_{folder.name}")
-    number = 1
-    while target.exists():
-        number += 1
-        target = folder.with_name(f"damaged_{folder.name}.{number}")
+    endings = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    targets = (folder.with_name(f"damaged_{folder.name}{ending}") for ending in endings)
+    target = next(path for path in targets if not path.exists())
     with output_errors(folder):
         folder.rename(target)
     logger.warning("%s: kept as %s", folder, target.name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -54,8 +54,7 @@ class Session:
     @property
     def device(self) -> torch.device:
         """The device of this process."""
-        device: torch.device = self.accelerator.device
-        return device
+        return cast(torch.device, self.accelerator.device)
 
     def close(self) -> None:
         """Release the run directory; a command does so at its end."""
@@ -111,9 +110,9 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
     wanted, got = settings.runtime.processes, comms.world_size()
     if wanted not in (0, got):
         raise ConfigError(
-            f"runtime.processes={wanted} and {got} took part; start that many "
-            f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-            f"--num_processes {wanted} -m ...)"
+            f"runtime.processes={wanted} and {got} took part; start that many (on CPUs: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+            f"{wanted} -m ...)"
         )
     peers.same_everywhere("the configuration", yaml_files.flat(yaml_files.to_dict(settings)))
     return accelerator

@@ -117,8 +117,9 @@ class Watch:
             if progress.moment < began <= (number(line.get("time")) or 0.0):
                 progress.begin_again()
             progress.add(line)
-            texts.append(self._text(line))
-        return [text for text in texts if text]
+            if text := self._text(line):
+                texts.append(text)
+        return texts
 
     def _text(self, line: Line) -> str | None:
         if isinstance(line.get("alarm"), str):

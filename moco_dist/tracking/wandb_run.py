@@ -27,19 +27,10 @@ if TYPE_CHECKING:
 INIT_SECONDS, FINISH_SECONDS = 10.0, 30.0
 
 # Settings for privacy; W&B's variable for a setting overrides it.
-PRIVATE: dict[str, Any] = {
-    "console": "off",
-    "disable_code": True,
-    "disable_git": True,
-    "disable_job_creation": True,
-    "host": "",
-    "label_disable": True,
-    "program": "",
-    "save_code": False,
-    "x_disable_machine_info": True,
-    "x_disable_meta": True,
-    "x_save_requirements": False,
-}
+PRIVATE: dict[str, Any] = {"console": "off", "host": "", "program": ""}
+PRIVATE |= dict.fromkeys(["save_code", "x_save_requirements"], False)
+PRIVATE |= dict.fromkeys(["disable_code", "disable_git", "disable_job_creation"], True)
+PRIVATE |= dict.fromkeys(["label_disable", "x_disable_machine_info", "x_disable_meta"], True)
 # Metrics whose best value means something; the training loss is lowest while the queue is empty.
 EVALUATIONS = ("knn/", "probe/", "control/")
 

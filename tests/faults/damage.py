@@ -178,7 +178,7 @@ def missing(folder: Path, times: int, random: Random) -> Outcome:
         (line,) = job.errors()
         assert states == [65], f"{piece}: {states}\n{line}"
         assert f"{piece} is missing" in line or f"'{piece}' is missing" in line, line
-    return Outcome(len(pieces), "each refused by its name, exit state 65", 0)
+    return Outcome(len(pieces), "each refused by its name, exit status 65", 0)
 
 
 FAULTS = [

@@ -46,7 +46,7 @@ def file_size(folder: Path, times: int, random: Random) -> Outcome:
 
 def no_check(rank: int) -> None:
     """Report room for the save, as if another job filled the disk only afterwards."""
-    shutil.disk_usage = lambda path: SimpleNamespace(free=2**60)  # type: ignore[return-value]
+    shutil.disk_usage = lambda path: SimpleNamespace(free=2**60)  # type: ignore[assignment, return-value]
 
 
 def small_disk(folder: Path, times: int, random: Random) -> Outcome:
