@@ -75,7 +75,7 @@ def run(
     keys: bytes = b"",
     timeout: float = 600,
 ) -> tuple[int, Screen]:
-    """Return exit state and screen of a command in a terminal; `keys` are typed at `until`."""
+    """Return exit status and screen of a command in a terminal; `keys` are typed at `until`."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}

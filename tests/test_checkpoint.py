@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -35,10 +34,15 @@ def write(run: Path, *steps: int, keep: int = 5) -> None:
         saving.prune(run, CheckpointConfig(keep_last=keep), None)
 
 
+def newest(run: Path) -> checkpoint.Checkpoint:
+    found = checkpoint.newest(run)
+    assert found is not None
+    return found
+
+
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     write(tmp_path, 12)
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
+    found = newest(tmp_path)
     assert (found.step, found.state["enqueued"]) == (12, 3)
     assert found.path == tmp_path / "checkpoints" / "step_00000012"
     assert all(found.model[name].equal(MODEL[name]) for name in MODEL)
@@ -56,9 +60,7 @@ def test_the_newest_ones_are_kept_and_nothing_else_is_left_behind(tmp_path: Path
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     write(tmp_path, 5)
     saving.write(tmp_path, 5, {"weight": torch.ones(1)}, {}, {})
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.model["weight"].tolist() == [1]
+    assert newest(tmp_path).model["weight"].tolist() == [1]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
@@ -74,12 +76,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
         path.unlink()
     else:
         path.write_bytes(content if damage == "bit" else content[:-4])
-    with caplog.at_level(logging.WARNING):
-        found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.step == 10
+    assert newest(tmp_path).step == 10
     assert "step_00000020" in caplog.text
-    assert "going back to the checkpoint before it" in caplog.text
+    assert "going back to the previous checkpoint" in caplog.text
     with pytest.raises((DataError, MissingError)) as error:
         encoders_load.find(path.parent) if damage != "gone" else checkpoint.read(path.parent)
     assert str(path.parent) in str(error.value)
@@ -88,9 +87,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
 def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 10)
     (tmp_path / "checkpoints" / ".step_00000020.123.tmp").mkdir()
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert found.step == 10
+    assert newest(tmp_path).step == 10
 
 
 def test_a_missing_checkpoint_has_its_sentence(tmp_path: Path) -> None:
@@ -160,18 +157,13 @@ def test_a_folder_without_write_permission_has_its_sentence(tmp_path: Path) -> N
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(OutputError) as error:
         write(tmp_path, 3)
-    path = tmp_path / "checkpoints" / "step_00000003"
-    assert (
-        str(error.value)
-        == f"{path}: can't be written (File exists); free it, or choose output=FOLDER"
-    )
+    said = "can't be written (File exists); free it, or choose output=FOLDER"
+    assert str(error.value) == f"{tmp_path / 'checkpoints/step_00000003'}: {said}"
     assert error.value.exit_status == 74
 
 
 def choose(run: Path) -> tuple[int, int]:
-    found = checkpoint.newest(run)
-    assert found is not None
-    return comms.rank(), found.step
+    return comms.rank(), newest(run).step
 
 
 def fail_to_write(run: Path) -> str:
@@ -205,17 +197,9 @@ def test_checkpoints_hold_no_pickle(pretrained: Path) -> None:
 
 
 def test_resuming_under_a_changed_configuration_names_the_keys(pretrained: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "moco_dist.pretrain",
-        *TINY,
-        f"output={pretrained.parent}",
-        "name=tiny",
-    ]
-    result = subprocess.run(
-        [*command, "optim.lr=0.5", "seed=3"], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "moco_dist.pretrain", *TINY, "optim.lr=0.5", "seed=3"]
+    command += [f"output={pretrained.parent}", "name=tiny"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 78
     assert result.stderr.splitlines()[-1] == (
         f"error: {pretrained} holds a run with another configuration (optim.lr: 0.03 -> 0.5; "

@@ -1,11 +1,11 @@
-"""A command ends once, with its own exit state, also where a signal comes on the way out."""
+"""A command ends once, with its own exit state, also if a signal comes as it exits."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-# Fails, and is sent SIGTERM as soon as the way out begins.
+# Fails, and is sent SIGTERM as soon as its exit begins.
 SCRIPT = """
 import os, signal
 from moco_dist.runs import command
@@ -29,7 +29,7 @@ command.main(PretrainConfig, run, None)
 """
 
 
-def test_a_signal_on_the_way_out_is_no_traceback() -> None:
+def test_a_signal_during_the_exit_is_no_traceback() -> None:
     command = [sys.executable, "-c", SCRIPT]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert result.returncode == 75, result

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, in a terminal and in a batch job's log file."""
+"""What a person sees during a run, in a terminal and in a batch job's log file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH_LINE = re.compile(
     r"(loss \d+\.\d{3} top1 +\d+\.\d% +\d+ img/s( \d+s left)?|"
     r"kNN +\d+\.\d%( best +\d+\.\d% at \d+)?)"
 )
-# A run in whose course all kinds of warnings and other output come; Ctrl-C ends it.
+# A run with all kinds of warnings and other output, until Ctrl-C ends it.
 NOISY = """
 import logging, sys, threading, warnings
 from moco_dist.pretrain import run as pretrain
@@ -140,6 +140,13 @@ def test_a_terminal_shows_a_picture_with_whole_lines_above_it(
     assert "stopped by SIGINT at step" in text
 
 
+def pictured(progress: RunProgress, width: int, ascii_only: bool = False) -> list[str]:
+    file = io.StringIO()
+    console = Console(width=width, file=file, force_terminal=True, color_system=None)
+    console.print(tracking_terminal.picture(progress, width, ascii_only, 200.5))
+    return file.getvalue().splitlines()
+
+
 def test_a_narrow_terminal_gets_whole_figures() -> None:
     progress = RunProgress(total=400)
     for step in range(10, 210, 10):
@@ -147,10 +154,7 @@ def test_a_narrow_terminal_gets_whole_figures() -> None:
         progress.add(line(step, step + 0.5, epoch=step / 4, knn=step / 400))
     progress.add(line(200, 200.5, alarm="leak", text="BatchNorm leaks; " + "z" * 100))
     for width in (30, 37, 77):
-        console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
-        console.print(tracking_terminal.picture(progress, width, False, 200.5))
-        assert isinstance(console.file, io.StringIO)
-        shown = console.file.getvalue().splitlines()
+        shown = pictured(progress, width)
         assert max(map(len, shown)) <= width
         assert any("200/400" in each for each in shown)
         whole = " ".join(shown)
@@ -161,44 +165,40 @@ def test_a_narrow_terminal_gets_whole_figures() -> None:
         curves = [each.split(" ")[-1] for each in shown if set(each.split(" ")[-1]) <= set(blocks)]
         assert (curves[0][0], curves[0][-1]) == (blocks[-1], blocks[0])
         assert (curves[1][0], curves[1][-1]) == (blocks[0], blocks[-1])
-    ascii_only = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
-    ascii_only.print(tracking_terminal.picture(progress, 80, True, 200.5))
-    assert isinstance(ascii_only.file, io.StringIO)
-    curves = [
-        each for each in ascii_only.file.getvalue().splitlines() if each[:4] in ("loss", "kNN ")
-    ]
+    shown = pictured(progress, 80, ascii_only=True)
+    curves = [each for each in shown if each[:4] in ("loss", "kNN ")]
     assert len(curves) == 2
     assert all(each.isascii() for each in curves)
 
 
 def test_the_time_left_counts_evaluations_that_are_to_come() -> None:
-    """A clock that is set forward step by step, and looked at after each: it knows the end."""
+    """A simulated clock gives the true time left after each step."""
     steps_per_epoch, epochs, every, evaluation, step_seconds = 7, 46, 5, 40.0, 1.5
     total, clock = steps_per_epoch * epochs, 1000.0
     progress = RunProgress(total, 0, knn_every=every)
-    told: list[tuple[float, float | None]] = []
+    seen: list[tuple[float, float | None]] = []
     for step in range(1, total + 1):
-        clock += step_seconds
-        progress.add(line(step, clock, epoch=step / steps_per_epoch, loss=1.0))
-        told.append((clock, progress.seconds_left()))
+        lines = [(step_seconds, {"loss": 1.0})]
         if step % (every * steps_per_epoch) == 0 or step == total:
-            clock += evaluation
-            progress.add(line(step, clock, epoch=step / steps_per_epoch, knn=0.5))
-            told.append((clock, progress.seconds_left()))
-    assert told[1][1] == pytest.approx((total - 2) * step_seconds)  # none has been seen yet
-    assert told[-1][1] is None
-    for at, left in told[every * steps_per_epoch : -1]:  # from the end of the first one
+            lines.append((evaluation, {"knn": 0.5}))
+        for seconds, metrics in lines:
+            clock += seconds
+            progress.add(line(step, clock, epoch=step / steps_per_epoch, **metrics))
+            seen.append((clock, progress.seconds_left()))
+    assert seen[1][1] == pytest.approx((total - 2) * step_seconds)  # before any evaluation
+    assert seen[-1][1] is None
+    for at, left in seen[every * steps_per_epoch : -1]:  # from the end of the first one
         assert left == pytest.approx(clock - at, abs=1e-6)
 
 
-def test_a_probe_which_has_no_evaluations_of_its_own_ends_without_time_left() -> None:
+def test_a_probe_without_evaluations_ends_without_time_left() -> None:
     progress = RunProgress(total=4, knn_every=1)
     for step in (2, 4):
         progress.add(line(step, float(step), epoch=step / 2, loss=1.0))
     assert progress.seconds_left() is None
 
 
-def test_a_start_that_goes_on_takes_its_own_pace() -> None:
+def test_a_resumed_launch_measures_its_own_pace() -> None:
     progress = RunProgress(total=100)
     for step in range(1, 11):
         progress.add(line(step, 50.0 * step, epoch=step / 10, loss=1.0))

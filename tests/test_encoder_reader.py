@@ -213,8 +213,8 @@ def test_ten_ways_to_name_an_encoder_and_five_readers_have_one_answer(tmp_path: 
         cells = rows.pop(f"export for {target}")
         folder = tmp_path / "files/run/export" / target
         assert cells == [
-            f"{folder}: an export for {target} can't be read back; give the run that it is of, or "
-            "an export for torchvision, timm, huggingface or moco"
+            f"{folder}: an export for {target} can't be read back; give its run, or an "
+            "export for torchvision, timm, huggingface or moco"
         ] * len(READERS)
     assert len(rows) == 12
     assert {cell for cells in rows.values() for cell in cells} == {"ok"}, rows
@@ -260,7 +260,7 @@ def test_the_resnet_of_lightly_itself_gives_its_features(tmp_path: Path) -> None
 def test_an_encoder_that_would_give_other_features_is_refused(tmp_path: Path) -> None:
     model = trained(conv1=nn.Conv2d(3, 64, 3, padding=2, bias=False))
     message = refusal(of_solo_learn(tmp_path / "cifar.ckpt", model))
-    assert "solo-learn pads the first convolution of its encoders of CIFAR by 2 pixels" in message
+    assert "solo-learn pads the first convolution of its CIFAR encoders by 2 pixels" in message
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -39,14 +39,12 @@ def status(directory: Path, state: str, reason: str = "") -> None:
 
 
 def followed(directory: Path, *acts: Callable[[], Any]) -> list[str]:
-    """Return the lines that following a run prints, where `acts` come one after each look."""
-    console = Console(file=io.StringIO(), width=80)
-    left = list(acts)
+    """Return the lines of following a run without time stamps; `acts` come after each look."""
+    file, left = io.StringIO(), list(acts)
+    console = Console(file=file, width=80)
     follow.follow(directory, console, wait=lambda seconds: left.pop(0)())
     assert not left
-    assert isinstance(console.file, io.StringIO)
-    # Without the time stamps.
-    return [line[12:].strip() for line in console.file.getvalue().splitlines()]
+    return [line[12:].strip() for line in file.getvalue().splitlines()]
 
 
 @pytest.fixture
@@ -66,16 +64,14 @@ def test_lines_come_as_they_are_written_and_the_end_ends_it(run: Path) -> None:
         metrics.write_text(metrics.read_text() + loss(20))
         status(run, "done")
 
+    acts = [
+        lambda: metrics.write_text('{"schema": 1}\n' + loss(5) + loss(10)),
+        lambda: metrics.write_text(metrics.read_text() + entry(10, **{"knn/top1": 0.25})),
+        end,
+    ]
     lock = runs_lock.RunLock(run)
-    try:
-        lines = followed(
-            run,
-            lambda: metrics.write_text('{"schema": 1}\n' + loss(5) + loss(10)),
-            lambda: metrics.write_text(metrics.read_text() + entry(10, **{"knn/top1": 0.25})),
-            end,
-        )
-    finally:
-        lock.release()
+    lines = followed(run, *acts)
+    lock.release()
     assert lines == [
         "5/20 epoch   1.0 loss 4.000",
         f"{run}: running",
@@ -107,7 +103,7 @@ def test_a_run_that_was_killed_and_started_again_repeats_no_line(run: Path) -> N
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 12])
-def test_a_file_cut_back_anywhere_is_read_anew_from_there(tmp_path: Path, keep: int) -> None:
+def test_a_file_cut_back_anywhere_is_read_again_from_there(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "lines"
     before = [b"%d\n" % (100 + number) for number in range(12)]
     tail = follow.Tail(path)
@@ -151,9 +147,8 @@ def test_a_finished_run_shows_what_its_own_console_showed(tmp_path: Path) -> Non
     own = plain(result.stdout)
     assert len(own) == 10
     assert plain(shown.stdout) == [*own, f"{tmp_path / 'pretrain'}: done"]
-    status, screen = terminal.run(
-        [sys.executable, "-m", "moco_dist.report", str(tmp_path / "pretrain"), "--follow"]
-    )
+    command = [sys.executable, "-m", "moco_dist.report", str(tmp_path / "pretrain"), "--follow"]
+    status, screen = terminal.run(command)
     assert status == 0
     lines = [line.rstrip() for line in screen.lines]
     assert [line[12:] for line in lines if " kNN " in line][:3] == [x for x in own if "kNN" in x]

@@ -1,4 +1,4 @@
-"""The commands of the README, really launched: exit states, what is printed, launchers' traps."""
+"""The commands of the README, really launched: exit statuses, output, traps of launchers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def lines(run: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pretraining by `accelerate launch` on two processes, with its console beside it."""
+    """A pretraining by `accelerate launch` on two processes, with its output in console.txt."""
     output = tmp_path_factory.mktemp("runs")
     result = accelerate("-m", "moco_dist.pretrain", *EXACT, f"output={output}", "name=two")
     assert result.returncode == 0, result.stderr
@@ -74,10 +74,8 @@ def test_accelerate_launch_writes_the_run_directory(run: Path) -> None:
     steps = [line["step"] for line in lines(run) if "train/loss" in line]
     assert steps == [1, 2, 4, 5, 6, 8, 10]  # 90 images are 5 steps of 16 an epoch
     assert [line["step"] for line in lines(run) if "knn/top1" in line] == [0, 5, 10]
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {
-        "step_00000005",
-        "step_00000010",
-    }
+    saved = {path.name for path in (run / "checkpoints").iterdir()}
+    assert saved == {"step_00000005", "step_00000010"}
     assert "knn/top1" in json.loads((run / "DONE").read_text())
 
 
@@ -86,12 +84,8 @@ def test_the_console_without_a_terminal_is_plain_lines_from_one_process(run: Pat
     assert "\x1b" not in text
     assert text.count("moco_dist pretrain") == 1
     assert text.count(" 10/10 epoch   2.0 loss") == 1
-    for word in (
-        "processes  2 (CPU",
-        "batch      16 = 2 x 8, 8 BatchNorm groups of 2",
-        "fp64",
-        "torch 2.",
-    ):
+    batch = "batch      16 = 2 x 8, 8 BatchNorm groups of 2"
+    for word in ("processes  2 (CPU", batch, "fp64", "torch 2."):
         assert word in text
 
 
@@ -105,17 +99,9 @@ def test_the_queue_fills_and_the_loss_starts_from_nothing(run: Path) -> None:
 def test_python_m_and_torchrun_give_the_run_of_accelerate_launch(run: Path, tmp_path: Path) -> None:
     alone = python("pretrain", *EXACT, f"output={tmp_path}", "name=alone", "runtime.device=cpu")
     assert alone.returncode == 0, alone.stderr
-    torchrun = [
-        str(BIN / "torchrun"),
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "moco_dist.pretrain",
-    ]
-    result = launch(
-        *torchrun, *EXACT, f"output={tmp_path}", "name=torchrun", ACCELERATE_USE_CPU="true"
-    )
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    torchrun += ["-m", "moco_dist.pretrain", *EXACT, f"output={tmp_path}", "name=torchrun"]
+    result = launch(*torchrun, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
     by_accelerate = load_file(run / "checkpoints" / "step_00000010" / "model.safetensors")
     for name, tolerance in (("torchrun", 0.0), ("alone", 1e-8)):
@@ -164,37 +150,26 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(run: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")} == before
 
 
-def test_an_interrupted_run_goes_on_and_no_step_stands_twice(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_and_no_step_is_logged_twice(tmp_path: Path) -> None:
     common = [*TINY, f"output={tmp_path}", "runtime.device=cpu", "tracking.every_steps=1"]
     straight = python("pretrain", *common, "name=straight")
     first = python("pretrain", *common, "name=parts", "stop_at_step=7")
     assert first.returncode == straight.returncode == 0
     assert not (tmp_path / "parts" / "DONE").exists()
-    with (tmp_path / "parts" / "metrics.jsonl").open(
-        "a"
-    ) as file:  # lines after the checkpoint, one cut short
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:  # the last line is cut short
         file.write('{"step": 8, "train/loss": 1.0}\n{"step": 9, "train')
     second = python("pretrain", *common, "name=parts")
     assert "resumed    at step 7, from step_00000007" in second.stdout
     steps = [line["step"] for line in lines(tmp_path / "parts") if "train/loss" in line]
     assert steps == list(range(1, 11))
-    files = ("model.safetensors", "optimizer.safetensors")
-    for name in files:
-        part, whole = (
-            (tmp_path / run / "checkpoints" / "step_00000010" / name).read_bytes()
-            for run in ("parts", "straight")
-        )
-        assert part == whole, f"{name} differs"
+    parts, whole = (tmp_path / name / "checkpoints/step_00000010" for name in ("parts", "straight"))
+    for name in checkpoint.FILES:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), f"{name} differs"
 
 
-def test_longer_training_of_a_finished_run_goes_on(tmp_path: Path) -> None:
-    common = [
-        *TINY,
-        f"output={tmp_path}",
-        "name=longer",
-        "runtime.device=cpu",
-        "knn.every_epochs=0",
-    ]
+def test_a_finished_run_can_be_trained_longer(tmp_path: Path) -> None:
+    common = [*TINY, "knn.every_epochs=0", f"output={tmp_path}", "name=longer"]
+    common += ["runtime.device=cpu"]
     assert python("pretrain", *common).returncode == 0
     result = python("pretrain", *common, "epochs=3")
     assert result.returncode == 0, result.stderr
@@ -206,16 +181,12 @@ def test_longer_training_of_a_finished_run_goes_on(tmp_path: Path) -> None:
 def test_help_shows_the_commands_and_every_default(module: str) -> None:
     result = python(module, "--help")
     assert result.returncode == 0
-    for text in (
-        "accelerate launch -m moco_dist.pretrain",
-        "moco_dist.probe",
-        "temperature: 0.1",
-        "lr: ",
-    ):
+    pretrain = "accelerate launch -m moco_dist.pretrain"
+    for text in (pretrain, "moco_dist.probe", "temperature: 0.1", "lr: "):
         assert text in result.stdout
 
 
-def test_a_mistake_is_one_sentence_and_exit_state_78() -> None:
+def test_a_mistake_is_one_sentence_and_exit_status_78() -> None:
     result = python("pretrain", "moco.queu_size=3")
     assert result.returncode == 78
     assert result.stderr == (
@@ -226,11 +197,10 @@ def test_a_mistake_is_one_sentence_and_exit_state_78() -> None:
 
 
 def test_asking_for_more_processes_than_there_are_is_an_error(tmp_path: Path) -> None:
-    # With --cpu and --num_processes 2 Accelerate 1.15 starts one process without a word.
+    # With --cpu and --num_processes 2 Accelerate 1.15 silently starts one process.
     command = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2"]
-    result = launch(
-        *command, "-m", "moco_dist.pretrain", *TINY, f"output={tmp_path}", "runtime.processes=2"
-    )
+    command += ["-m", "moco_dist.pretrain", *TINY, f"output={tmp_path}", "runtime.processes=2"]
+    result = launch(*command)
     assert result.returncode != 0
     assert (
         "error: runtime.processes=2 and 1 took part; start that many (on CPUs: "
@@ -250,18 +220,11 @@ def test_groups_that_the_processes_cannot_share_are_refused_once(tmp_path: Path)
 
 
 def test_warnings_say_what_is_lost(tmp_path: Path) -> None:
-    tiny = [
-        *TINY,
-        "stop_at_step=1",
-        f"output={tmp_path}",
-        "runtime.device=cpu",
-        "knn.at_start=false",
-    ]
+    tiny = [*TINY, "stop_at_step=1", "runtime.device=cpu", "knn.at_start=false"]
+    tiny += [f"output={tmp_path}"]
     leak = python("pretrain", *tiny, "bn_groups=1", "name=leak")
-    assert (
-        leak.stderr.count("WARNING: bn_groups=1: queries and keys share their BatchNorm statistics")
-        == 1
-    )
+    warning = "WARNING: bn_groups=1: queries and keys share their BatchNorm statistics"
+    assert leak.stderr.count(warning) == 1
     long = python("pretrain", *tiny, "moco.queue_size=90", "name=long")
     assert long.stderr == (
         "WARNING: moco.queue_size=90 is not below the 90 training images: every image meets its "
@@ -281,14 +244,11 @@ def test_no_write_permission_has_its_sentence(tmp_path: Path) -> None:
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(tmp_path: Path) -> None:
     tiny = [*TINY, f"output={tmp_path}", "runtime.device=cpu", "tracking.every_steps=1", "name=nan"]
-    result = python(
-        "pretrain", *tiny, "optim.lr=1e30", "checkpoint.every_steps=1", "knn.at_start=false"
-    )
+    tiny += ["optim.lr=1e30", "checkpoint.every_steps=1", "knn.at_start=false"]
+    result = python("pretrain", *tiny)
     assert result.returncode == 70
-    assert (
-        "is not finite after step 2: this state was not saved, and the checkpoint before it "
-        in (result.stderr)
-    )
+    sentence = "is not finite after step 2: this state was not saved, and the previous checkpoint "
+    assert sentence in result.stderr
     assert "Traceback" not in result.stderr
     found = checkpoint.newest(tmp_path / "nan")
     assert found is not None

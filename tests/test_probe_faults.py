@@ -94,14 +94,14 @@ def test_missing_and_renamed_tensors_of_a_file_are_named(pretrained: Path, tmp_p
     save_file({k: v for k, v in good.items() if not k.startswith("layer1.1.")}, path)
     assert "layer1.1.conv1.weight is missing; layer1.1.bn1.weight is missing" in refusal(path)
     save_file({**good, "conv1.weight": torch.ones(4, 3, 5, 5)}, path)
-    assert "behind a first convolution (4, 3, 5, 5) it has the tensors of none of" in refusal(path)
+    assert "its first convolution is (4, 3, 5, 5), and its other tensors are" in refusal(path)
 
 
 def test_a_backbone_without_batchnorm_is_told_from_a_random_one() -> None:
     pytest.importorskip("timm")
     config = EncoderConfig(backbone="timm/test_vit", stem="imagenet")
     backbone = build_encoder(config, seed=5).backbone
-    with pytest.raises(DataError, match=r"normalising layers .* are 1 and the biases 0"):
+    with pytest.raises(DataError, match=r"normalisation layers .* are 1 and the biases 0"):
         require_trained(backbone, "it")
     nn.init.constant_(backbone.get_parameter("blocks.0.norm1.bias"), 1e-6)
     require_trained(backbone, "it")

@@ -189,7 +189,7 @@ def test_a_run_without_an_owner_is_gone_and_one_with_an_owner_runs(
         claim(run, socket.gethostname(), BOOT, pid)
         text = told(run)
         assert "was killed or lost its machine after step 10 of 10: process" in text
-        assert "the same command goes on from step 10" in text
+        assert "the same command resumes from step 10" in text
 
 
 def test_an_owner_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ class Book:
 
     name = "book"
 
-    def __init__(self, first: int = 0, anew: bool = True, fails_at: int = -1) -> None:
-        self.first, self.anew, self.fails_at = first, anew, fails_at
+    def __init__(self, first: int = 0, resends: bool = True, fails_at: int = -1) -> None:
+        self.first, self.resends, self.fails_at = first, resends, fails_at
         self.rows: list[tuple[int, dict[str, float], bool]] = []
         self.status: int | None = None
         self.go_on = threading.Event()
@@ -115,8 +115,8 @@ def test_a_service_gets_one_row_for_each_step_and_hears_what_it_knows(tmp_path: 
 
 
 def test_a_row_that_is_not_complete_waits_for_the_next_start(tmp_path: Path) -> None:
-    for anew, last in ((True, 3), (False, 2)):
-        book = Book(anew=anew)
+    for resends, last in ((True, 3), (False, 2)):
+        book = Book(resends=resends)
         path = tmp_path / "metrics.jsonl"
         path.write_text(HEADER)
         tracker = tracking_tracker.Tracker([], feeds=[feed.Feed(book, path)])

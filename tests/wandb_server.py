@@ -1,7 +1,4 @@
-"""A W&B server on loopback, as much of it as a run and `wandb sync` need: it keeps what it is told.
-
-The requests are those that wandb 0.31 sends. `history` is what a browser would show.
-"""
+"""A W&B server on loopback that answers what a run and `wandb sync` of wandb 0.31 ask."""
 
 from __future__ import annotations
 
@@ -13,15 +10,12 @@ from typing import Any, Self
 
 
 class WandbServer:
-    """Runs by their ids, with history, summary, config and files; every byte is in `received`."""
+    """Runs by their ids, with history, summary and configuration."""
 
     def __init__(self) -> None:
-        self.received: list[bytes] = []
         self.lines: dict[str, dict[str, dict[int, str]]] = {}
         self.runs: dict[str, dict[str, Any]] = {}
-        self.uploads: dict[str, int] = {}
-        # While set, nothing is answered.
-        self.mute = False
+        self.mute = False  # while set, nothing is answered
         outer = self
 
         class Handler(_Handler):
@@ -75,18 +69,16 @@ class WandbServer:
             return {"model": {"id": "m", "name": "p", "bucket": self._resumable(run)}}
         if operation == "UpsertBucket":
             run = variables["name"]
-            told = self.runs.setdefault(run, {})
-            told |= {key: value for key, value in variables.items() if value is not None}
+            kept = {key: value for key, value in variables.items() if value is not None}
+            self.runs.setdefault(run, {}).update(kept)
             project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
             bucket = {"id": run, "name": run, "displayName": run, "description": ""}
             bucket |= {"config": "{}", "project": project, "sweepName": None}
             bucket |= {"historyLineCount": len(self.history(run))}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if operation == "CreateRunFiles":
-            files = [
-                {"name": name, "uploadUrl": f"{self.url}/upload/{variables['run']}/{name}"}
-                for name in variables["files"]
-            ]
+            place = f"{self.url}/upload/{variables['run']}"
+            files = [{"name": n, "uploadUrl": f"{place}/{n}"} for n in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
         return {"serverInfo": {"features": []}, "viewer": {"id": "v", "flags": "{}"}}
 
@@ -99,19 +91,10 @@ class WandbServer:
             for kind, name in (("history", "wandb-history.jsonl"), ("events", "wandb-events.jsonl"))
         }
         tail = [json.dumps(row) for row in rows[-1:]]
-        return {
-            **counts,
-            "id": run,
-            "name": run,
-            "logLineCount": 0,
-            "summaryMetrics": json.dumps(self.summary(run)),
-            "displayName": run,
-            "historyTail": json.dumps(tail),
-            "eventsTail": "[]",
-            "config": self.runs[run].get("config", "{}"),
-            "tags": [],
-            "wandbConfig": '{"t": 1}',
-        }
+        names = {"id": run, "name": run, "displayName": run, "tags": [], "wandbConfig": '{"t": 1}'}
+        tails = {"historyTail": json.dumps(tail), "eventsTail": "[]", "logLineCount": 0}
+        found = {"summaryMetrics": json.dumps(self.summary(run))}
+        return {**counts, **names, **tails, **found, "config": self.runs[run].get("config", "{}")}
 
 
 class _Server(ThreadingHTTPServer):
@@ -125,15 +108,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._body()
-        self.server_state.received.append(body)
         if self.server_state.mute:
             threading.Event().wait(60)
         self._send(self.server_state.answer(self.path, body))
 
     def do_PUT(self) -> None:
-        body = self._body()
-        self.server_state.uploads[self.path.removeprefix("/upload/")] = len(body)
-        self.server_state.received.append(body)
+        self._body()
         self._send({})
 
     def do_GET(self) -> None:

@@ -1,1 +1,1 @@
-"""What processes have to do with each other: collectives, who is alive, when to stop."""
+"""Communication between processes: collectives, heartbeats, requests to stop."""

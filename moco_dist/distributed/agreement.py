@@ -1,12 +1,12 @@
 """What all processes agree on in each step: where they are, and whether to stop or to save.
 
-Each sends a note along with its keys, in the gather that every step has anyway, and reads all notes
-before the step has changed anything.
+Each sends a note with its keys, in the gather of every step, and reads all notes before the step
+has changed anything.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,8 @@ from torch import Tensor
 from moco_dist.errors import PeerError
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What the notes of one step come to: the greatest request to stop, and whether to save."""
+class Agreement(NamedTuple):
+    """What the processes agree on in a step: the greatest request to stop, and whether to save."""
 
     stop: int
     save: bool
@@ -25,8 +24,8 @@ class Agreement:
 def note(step: int, samples: Tensor, stop: int, save: bool, alone: bool) -> Tensor:
     """Return this process's note, int64 (5,): step, number of samples, requests, and checksum.
 
-    Where there are others to compare it with it is made on the device of `samples`, without a copy
-    that would wait for the device. A process `alone` keeps it on the CPU, with the checksum 0.
+    It is on the device of `samples`, made without a copy that would wait for the device. A process
+    `alone` keeps it on the CPU, with the checksum 0.
     """
     known = step, len(samples), stop, int(save)
     if alone:
@@ -37,7 +36,7 @@ def note(step: int, samples: Tensor, stop: int, save: bool, alone: bool) -> Tens
 
 
 def agree(notes: Tensor) -> Agreement:
-    """Return what `notes`, int64 (processes, 5), come to; PeerError if a process is elsewhere."""
+    """Return what `notes`, int64 (processes, 5), agree on; PeerError if their steps differ."""
     rows = notes.tolist()
     for rank, row in enumerate(rows):
         for place, what in ((0, "step"), (1, "a batch of"), (4, "samples with checksum")):

@@ -15,10 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-# Collectives that this process has entered: who has the fewest keeps the others waiting.
+# Collectives that this process has entered: the process with the fewest keeps the others waiting.
 calls = 0
-# Bytes of tensors that this process has sent in them, and as many received: an all-gather brings
-# each process's tensor to the N - 1 others.
+# Bytes of tensors that this process has sent in all-gathers, to N - 1 others; as many are received.
 sent_bytes = 0
 
 
@@ -64,7 +63,7 @@ def all_gather(x: Tensor) -> Tensor:
 def all_gather_with_note(x: Tensor, note: Tensor) -> tuple[Tensor, Tensor]:
     """Return `all_gather(x)`, and each process's `note`, int64 (k,), as (processes, k).
 
-    The bytes of the note travel in the same message, behind those of `x`.
+    Both travel in one message.
     """
     if world_size() == 1:
         return x, note[None]
@@ -77,28 +76,26 @@ def all_gather_with_note(x: Tensor, note: Tensor) -> tuple[Tensor, Tensor]:
 @record_function("communication")
 @torch.no_grad()
 def all_to_all_rows(x: Tensor, places: Tensor) -> Tensor:
-    """Return this process's share of all rows once they are permuted; each row is sent once.
+    """Return this process's share of all rows after a permutation; each row is sent once.
 
-    `x` (rows, ...), of any dtype, are the rows of this process, as many as of any other. `places`,
-    int64 (rows * processes,) on the CPU and the same everywhere, is for each row of all processes
-    in the order of ranks its place in the permutation: process r gets places [r rows, (r + 1) rows)
-    in order.
+    `x` (rows, ...), of any dtype, are this process's rows; all have equally many. `places`,
+    int64 (rows * processes,) on the CPU and the same everywhere, has the new place of each row of
+    all processes in the order of ranks: process r gets places [r rows, (r + 1) rows) in order.
     """
     each, processes, mine = len(x), world_size(), rank()
     assert len(places) == each * processes, f"{len(places)} places for {each} x {processes} rows"
-    # Every process sends to another one in the order of the places there.
-    leaving = places.view(processes, each)[mine].argsort()
+    # Each process sends to another one in the order of the places there.
+    own = places.view(processes, each)[mine]
+    message = x[own.argsort().to(x.device)]
     if processes == 1:
-        return x[leaving.to(x.device)]
+        return message
     owners = places.argsort()[mine * each :][:each] // each
-    sent = (places.view(processes, each)[mine] // each).bincount(minlength=processes)
-    message = x[leaving.to(x.device)]
+    sent = (own // each).bincount(minlength=processes).tolist()
+    wanted = owners.bincount(minlength=processes).tolist()
     received = torch.empty_like(message)
     _count()
-    dist.all_to_all_single(
-        received, message, owners.bincount(minlength=processes).tolist(), sent.tolist()
-    )
-    # What came in the order of its senders belongs in the order of the places.
+    dist.all_to_all_single(received, message, wanted, sent)
+    # From the order of the senders to that of the places.
     return received[owners.argsort(stable=True).argsort().to(x.device)]
 
 
@@ -114,7 +111,7 @@ def mean(x: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the (small) `value` of every process, in the order of ranks."""
+    """Return the small `value` of every process, in the order of ranks."""
     if world_size() == 1:
         return [value]
     _count()
@@ -126,8 +123,7 @@ def gather_objects(value: Any) -> list[Any]:
 def all_reduce_bytes(size: int) -> int:
     """Return the bytes that each process sends, and receives, in a ring all-reduce of `size`.
 
-    Each of N parts is passed on N - 1 times to be summed, and as often as a sum: Patarasuk and
-    Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, JPDC 2009.
+    Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009.
     """
     return 2 * size * (world_size() - 1) // world_size()
 
@@ -139,7 +135,7 @@ def _count(sent: int = 0) -> None:
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Return whether an error is one that a collective raises if another process fails."""
+    """Return whether an error is one of a collective in which another process failed."""
     if isinstance(error, dist.DistError):
         return True
     words = r"gloo|nccl|connection (closed|reset|refused)|timed out waiting|broken pipe"
@@ -147,18 +143,15 @@ def lost_connection(error: BaseException) -> bool:
 
 
 class Board:
-    """Short texts that the processes leave for one another; it works while collectives hang.
-
-    It is the store by which the process group met: a key and a text each.
-    """
+    """Short texts, by key, that the processes leave for one another while collectives hang."""
 
     def __init__(self) -> None:
-        # A connection of its own: the threads of a process may not share one.
+        # A separate connection: the threads of a process may not share one.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.set_timeout(timedelta(seconds=5))
 
     def post(self, key: str, text: str) -> None:
-        """Leave `text` under `key` for all; RuntimeError if whoever keeps the store is gone."""
+        """Leave `text` under `key`; RuntimeError if the process with the store is gone."""
         self._store.set(f"moco_dist/{key}", text)
 
     def has(self, keys: list[str]) -> bool:

@@ -18,14 +18,14 @@ def of_tensors(*tensors: Tensor) -> str:
 
 
 def of_module(module: nn.Module) -> str:
-    """Return 16 hex digits that change if a parameter or buffer of the module does, or its name."""
+    """Return 16 hex digits of the names and values of the module's parameters and buffers."""
     state = module.state_dict()
     names = torch.frombuffer(bytearray(" ".join(state).encode()), dtype=torch.uint8)
     return of_tensors(names, *state.values())
 
 
 def checksum(*tensors: Tensor) -> int:
-    """Return a number that a flipped bit in any of the tensors changes; quick on any device."""
+    """Return a number that a flipped bit in any of the tensors changes; fast on any device."""
     sums = []
     for tensor in tensors:
         words = torch.uint8 if tensor.nbytes % 4 else torch.int32

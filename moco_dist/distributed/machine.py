@@ -9,4 +9,4 @@ from pathlib import Path
 BOOT = ""
 with suppress(OSError):
     BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    BOOT += os.readlink("/proc/self/ns/pid")  # containers of a machine count processes apart
+    BOOT += os.readlink("/proc/self/ns/pid")  # each container numbers its own processes

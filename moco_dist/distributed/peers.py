@@ -1,7 +1,7 @@
-"""What the processes of a run tell one another beside the training: errors, and who is alive.
+"""What the processes of a run tell one another besides tensors: errors, and who is alive.
 
-Each process leaves a sign of life on a board every half second. When a collective fails, those
-that are left read there which process died, stalled or failed, where it ran and at which step.
+Each process posts a heartbeat on a board every half second. When a collective fails, the others
+read there which process died, stalled or failed, where it ran and at which step.
 """
 
 from __future__ import annotations
@@ -24,29 +24,27 @@ from moco_dist.errors import PeerError, UserError
 Result = TypeVar("Result")
 
 BEAT_SECONDS = 0.5
-# A process whose sign of life doesn't change for so long, when a collective has failed, is gone.
+# A process without a heartbeat for so long, when a collective has failed, is gone.
 SILENT_SECONDS = 3.0
 
 
 class Peers:
-    """This process's sign of life, and its view of the others; one object for each process."""
+    """The heartbeat of this process and its view of the others; there is one object."""
 
     def __init__(self) -> None:
         self.step, self.doing = 0, "starting"
         self.timeout = 300.0
         self.training = False
         self._moved = time.monotonic()
-        self._marks = 0
-        self._beats = 0
-        self._meetings = 0
-        # The process that `blame` found, and whether it has told the user itself.
+        self._marks = self._beats = self._meetings = 0
+        # The process that `blame` found, and whether that one has reported its error to the user.
         self._blamed, self._told = -1, False
         self._board: comms.Board | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def join(self, timeout: float) -> None:
-        """Begin to give signs of life; `timeout` is the longest stall, in seconds."""
+        """Start the heartbeat; `timeout` is the longest stall, in seconds."""
         self.timeout = timeout
         if comms.world_size() > 1 and self._board is None:
             self._board = comms.Board()
@@ -56,21 +54,21 @@ class Peers:
             self._thread.start()
 
     def part(self) -> None:
-        """Give no more signs of life: a thread of ours must not outlive the interpreter."""
+        """Stop the heartbeat, whose thread must not outlive the interpreter."""
         self._ended.set()
         if self._thread:
             self._thread.join()
 
     def mark(self, step: int, doing: str) -> None:
-        """Note where this process is: `step` steps are done, and it is `doing` something now."""
+        """Note that `step` steps are done, and what this process is `doing` now."""
         self.step, self.doing = step, doing
         self._marks += 1
         self._moved = time.monotonic()
 
     def leave(self, reason: str | None, speaks: bool) -> None:
-        """Tell the others that this process ends: by an error of its own, or None for theirs.
+        """Tell the others that this process ends, for its own `reason` or None for theirs.
 
-        And whether it `speaks` of it to the user, which the others then need not.
+        If it `speaks`, it reports the reason to the user, and the others need not.
         """
         if self._board:
             if speaks and reason:
@@ -79,7 +77,7 @@ class Peers:
                 self._board.post(f"{'fault' if reason else 'left'}/{comms.rank()}", reason or "")
 
     def meet(self) -> None:
-        """Wait for all processes, however long their work takes, as long as they are alive."""
+        """Wait for all processes, however long they work, as long as they are alive."""
         if not self._board:
             return
         self._meetings += 1
@@ -101,7 +99,7 @@ class Peers:
             raise PeerError(self.blame()) from error
 
     def blame(self) -> str:
-        """Return a sentence that names the process whose fault a failed collective is."""
+        """Return a sentence that names the process that made a collective fail."""
         others = [rank for rank in range(comms.world_size()) if rank != comms.rank()]
         before = {rank: self._read_beat(rank) for rank in others}
         deadline = time.monotonic() + SILENT_SECONDS
@@ -111,9 +109,9 @@ class Peers:
                     return sentence
             time.sleep(0.1)
         now = {rank: self._read_beat(rank) for rank in others}
+        place = f"at step {self.step} ({self.doing})"
         if self._board is None or not any(now.values()):
-            place = f"at step {self.step} ({self.doing})"
-            return f"the processes lost one another {place}, process 0 most likely died; {GO_ON}"
+            return f"the processes lost one another {place}, process 0 most likely died; {RESUMES}"
         for rank in others:
             if now[rank] == before[rank] and not self._has_left(rank):
                 return self._sentence(rank, now[rank], "has given no sign of life")
@@ -121,29 +119,26 @@ class Peers:
         last = min(marks, key=lambda rank: marks[rank])
         if marks[last] < self._marks + comms.calls:
             return self._sentence(last, now[last], f"kept the others waiting for {self.timeout} s")
-        place = f"at step {self.step} ({self.doing})"
-        return f"process {comms.rank()} ({socket.gethostname()}) lost the others {place}; {GO_ON}"
+        return f"process {comms.rank()} ({socket.gethostname()}) lost the others {place}; {RESUMES}"
 
     def speaks(self) -> bool:
-        """Return whether this is the first of the processes that are left, which tells the user."""
+        """Return whether this is the first of the remaining processes, which tells the user."""
         before = [rank for rank in range(comms.rank()) if rank != self._blamed]
         gone = {rank: self._gone(self._read_beat(rank)) for rank in before}
         here = any(self._has_left(rank) or gone[rank] is None for rank in before)
         return not here and not self._told
 
     def _known_fault(self, rank: int, beat: Any) -> str | None:
-        if self._board:
-            with suppress(RuntimeError):
-                if reason := self._board.read(f"fault/{rank}"):
-                    self._told = reason.startswith("!")
-                    reason = reason.removeprefix("!")
-                    return self._sentence(rank, self._read_beat(rank), f"failed: {reason}")
+        if reason := self._posted(f"fault/{rank}"):
+            self._told = reason.startswith("!")
+            failed = f"failed: {reason.removeprefix('!')}"
+            return self._sentence(rank, self._read_beat(rank), failed)
         if (what := self._gone(beat)) and not self._has_left(rank):
             return self._sentence(rank, beat, what)
         return None
 
     def _gone(self, beat: Any) -> str | None:
-        """Return what became of a process of this machine, None if it runs or is elsewhere."""
+        """Return what happened to a process of this machine, None if it runs or is elsewhere."""
         if not beat or (beat["host"], beat["boot"]) != (socket.gethostname(), BOOT):
             return None
         try:
@@ -153,7 +148,7 @@ class Peers:
         return {"Z": "died", "X": "died", "T": "is stopped (SIGSTOP)"}.get(state)
 
     def _look_after(self, missing: list[int], beats: dict[int, tuple[Any, float]]) -> None:
-        """Raise PeerError if one of those that are waited for will not come."""
+        """Raise PeerError if one of the `missing` processes will not come."""
         for rank in missing:
             beat = self._read_beat(rank)
             if rank not in beats or beats[rank][0] != beat:
@@ -165,29 +160,29 @@ class Peers:
                 sentence = self._known_fault(rank, beat)
                 if sentence and "SIGSTOP" not in sentence:
                     raise PeerError(sentence)
-            elif self._board and self._board.has([f"fault/{rank}"]):
-                raise PeerError(self._known_fault(rank, beat) or GO_ON)
+            elif self._posted(f"fault/{rank}"):
+                raise PeerError(self._known_fault(rank, beat) or RESUMES)
+
+    def _posted(self, key: str) -> str | None:
+        with suppress(RuntimeError):
+            return self._board.read(key) if self._board else None
+        return None
 
     def _has_left(self, rank: int) -> bool:
-        with suppress(RuntimeError):
-            return self._board is not None and self._board.has([f"left/{rank}"])
-        return False
+        return self._posted(f"left/{rank}") is not None
 
     def _read_beat(self, rank: int) -> Any:
-        text = None
-        if self._board:
-            with suppress(RuntimeError):
-                text = self._board.read(f"beat/{rank}")
+        text = self._posted(f"beat/{rank}")
         return json.loads(text) if text else None
 
     def _sentence(self, rank: int, beat: Any, what: str) -> str:
         self._blamed = rank
         if beat is None:
-            return f"process {rank} {what}; {GO_ON}"
+            return f"process {rank} {what}; {RESUMES}"
         where = f"(host {beat['host']}, pid {beat['pid']})"
-        # All are in the same step, and the sign of life may be half a second old.
+        # All are in the same step, and the heartbeat may be half a second old.
         step, doing = max((beat["step"], beat["doing"]), (self.step, self.doing))
-        return f"process {rank} {where} {what}, at step {step}, {doing}; {GO_ON}"
+        return f"process {rank} {where} {what}, at step {step}, {doing}; {RESUMES}"
 
     def _beat(self, board: comms.Board) -> None:
         self._beats += 1
@@ -207,23 +202,19 @@ class Peers:
         while not self._ended.wait(BEAT_SECONDS):
             with suppress(RuntimeError):
                 self._beat(board)
-            # A collective that doesn't end by itself, as one of NCCL may not, must not hold us.
+            # A collective of NCCL may never return.
             if self.training and time.monotonic() - self._moved > self.timeout + 10:
                 print(f"error: {self.blame()}", file=sys.stderr, flush=True)
                 os._exit(PeerError.exit_status)
 
 
-GO_ON = "all processes end, and the same command goes on from the last checkpoint"
+RESUMES = "all processes end, and the same command resumes from the last checkpoint"
 
-# Like the default process group there is one.
 me = Peers()
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Return `work()`; a UserError on any process is raised on all, so that none waits forever.
-
-    It may take as long as it likes on any of them.
-    """
+    """Return `work()`, however long it takes; a UserError on any process is raised on all."""
     result: Result | None = None
     error: UserError | None = None
     try:
@@ -238,20 +229,16 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def from_main(work: Callable[[], Result]) -> Result:
-    """Return on every process what `work()` gives on process 0, which alone calls it."""
+    """Return on every process what `work()` returns on process 0, the only one to call it."""
     mine = together(lambda: work() if comms.is_main() else None)
     first: Result = comms.gather_objects(mine)[0]
     return first
 
 
-SAME_COMMAND = "start all of them with the same command and files"
-
-
-def same_everywhere(what: str, value: Any, way_out: str = SAME_COMMAND) -> None:
-    """Raise UserError, naming values and processes, unless `value` is the same on every process.
-
-    Of dicts, the keys that differ are named.
-    """
+def same_everywhere(
+    what: str, value: Any, fix: str = "start all of them with the same command and files"
+) -> None:
+    """Raise UserError, naming values, keys of dicts and processes, where `value` differs."""
     values = comms.gather_objects((socket.gethostname(), value))
     if all(other == value for _, other in values):
         return
@@ -262,9 +249,8 @@ def same_everywhere(what: str, value: Any, way_out: str = SAME_COMMAND) -> None:
     else:
         parts = [f"it is {_shared([each for _, each in values])}"]
     hosts = ", ".join(f"{rank} on {host}" for rank, (host, _) in enumerate(values))
-    raise UserError(
-        f"{what} differs between the processes: {'; '.join(parts)} (process {hosts}); {way_out}"
-    ).on_all()
+    differs = f"differs between the processes: {'; '.join(parts)} (process {hosts})"
+    raise UserError(f"{what} {differs}; {fix}").on_all()
 
 
 def _shared(values: list[Any]) -> str:

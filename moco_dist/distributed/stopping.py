@@ -1,8 +1,8 @@
-"""Requests to end a run before its end: signals, a file STOP in the run directory, a clock.
+"""Requests to end a run early: signals, a file STOP in the run directory, a time limit.
 
-A request is a number that the processes agree on between two steps (`guard.py`); nothing is done
-in a signal handler. Signals reach a thread through a pipe, so that a second signal, or the end of
-the time of grace, ends a process even where its main thread hangs in a collective.
+A request is a number that the processes agree on between two steps (`agreement.py`). Signals reach
+a thread through a pipe, so that a second signal, or the end of the grace period, ends a process
+even if its main thread hangs in a collective.
 """
 
 from __future__ import annotations
@@ -19,51 +19,50 @@ from types import FrameType
 from moco_dist.errors import InterruptedRunError, PeerError, StoppedError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Requests beside the numbers of signals. FAILED: a save in the background came to nothing.
+# Requests besides the numbers of signals. FAILED: a save in the background failed.
 STOP_FILE, TIME_LIMIT, FAILED = 1001, 1002, 1003
-# Launchers and Slurm hand on a signal that the process has had already, within so many seconds.
+# Launchers and Slurm may repeat a signal within so many seconds.
 ECHO_SECONDS = 2.0
-# Seconds that leaving takes beside a step and a save.
+# Seconds that exiting needs besides a step and a save.
 MARGIN_SECONDS = 1.0
-# Seconds that a signal leaves to the start of a run, in which there is nothing to save.
+# Seconds from a signal to the exit during startup, when there is nothing to save.
 START_SECONDS = 1.0
-# Seconds from one look at the run directory to the next.
+# Seconds between two looks at the run directory.
 LOOK_SECONDS = 1.0
 
 
 def reason(request: int) -> str:
-    """Return what a request was, for a sentence: 'SIGTERM', 'the file STOP'."""
-    words = {STOP_FILE: "the file STOP", TIME_LIMIT: "the limit of time"}
+    """Return a request in words: 'SIGTERM', 'the file STOP'."""
+    words = {STOP_FILE: "the file STOP", TIME_LIMIT: "the time limit"}
     return words.get(request) or signal.Signals(request).name
 
 
 def error(request: int, text: str) -> StoppedError:
-    """Return the error that ends a run on a request; `text` says where it stands."""
+    """Return the error that ends a run on a request; `text` says where the run is."""
     kind = InterruptedRunError if request == signal.SIGINT else StoppedError
     stopped = kind(f"stopped by {reason(request)} {text}")
-    stopped.again = stopped.again and request != STOP_FILE  # which a person made
+    stopped.again = stopped.again and request != STOP_FILE  # a person made the file
     return stopped
 
 
 class StopRequests:
-    """What this process has been asked for; `poll` is cheap enough for each step."""
+    """The requests to this process; `poll` is cheap enough for each step."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.request = 0
         self.grace = 25.0
-        # In the start of a run there is nothing to save: a signal ends it where it is.
+        # During startup a signal ends the run where it is: there is nothing to save.
         self.at_once = True
-        # A save may outlast the time of grace.
-        self.saving = False
-        # Where to look for STOP; None on other processes than the first.
+        self.saving = False  # a save may outlast the grace period
+        # Where to look for STOP; None on processes other than the first.
         self.directory: Path | None = None
         self.end: float | None = None
-        # Seconds that the way to the end takes: a step and a save, twice over.
+        # Seconds from a request to the end: twice a step and a save.
         self.needs = 0.0
-        # Called before an end by an error: lets what is half done be finished, for a time.
+        # Called before an error ends the process; waits a limited time for a save in flight.
         self.flush: Callable[[], None] = lambda: None
-        # Called when the process ends, from any thread, with the exit state, the sentence, and
+        # Called when the process ends, from any thread, with the exit status, the sentence, and
         # whether a machine may start the same command again.
         self.on_end: Callable[[int, str, bool], None] = lambda status, text, again: None
         self._first: float | None = None
@@ -71,7 +70,7 @@ class StopRequests:
         self._looked = 0.0
 
     def listen(self) -> None:
-        """Take over the signals of this process; call it in the main thread."""
+        """Handle the signals of this process; call it in the main thread."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -80,7 +79,7 @@ class StopRequests:
         threading.Thread(target=self._watch, args=[reader], daemon=True).start()
 
     def limit(self, directory: Path | None, max_hours: float, grace: float) -> None:
-        """Set the time of grace, in seconds; with a run directory, look there and at the clock."""
+        """Set the grace period, in seconds; with a run directory, look there and at the clock."""
         self.directory, self.grace = directory, grace
         ends = [self.began + 3600 * max_hours] if max_hours else []
         if directory and (slurm := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
@@ -90,20 +89,18 @@ class StopRequests:
     def poll(self) -> int:
         """Return the request, 0 if there is none."""
         now = time.monotonic()
-        if (
-            not self.request
-            and self.end is not None
-            and now + self.needs + MARGIN_SECONDS > self.end
-        ):
+        if self.request:
+            return self.request
+        if self.end is not None and now + self.needs + MARGIN_SECONDS > self.end:
             self.request = TIME_LIMIT
-        if not self.request and self.directory and now - self._looked > LOOK_SECONDS:
+        elif self.directory and now - self._looked > LOOK_SECONDS:
             self._looked = now
             if (self.directory / "STOP").exists():
                 self.request = STOP_FILE
         return self.request
 
     def raise_at_once(self) -> None:
-        """Raise StoppedError for a signal that came where its exception may have been lost."""
+        """Raise StoppedError for a signal whose exception may have been lost."""
         if self.at_once and self.request:
             raise error(self.request, "before the first step")
 
@@ -116,7 +113,7 @@ class StopRequests:
     def _watch(self, reader: int) -> None:
         while True:
             if self._first is not None and self.at_once:
-                # The main thread may wait for a process that has ended, where no exception gets in.
+                # The main thread may wait for a process that has ended, and see no exception.
                 if time.monotonic() > self._first + START_SECONDS:
                     ended = error(self.request, "before the first step")
                     self._leave(ended, str(ended))
@@ -129,18 +126,12 @@ class StopRequests:
                     self._end(PeerError(f"{late}, which is too long"))
                 left = 0.2
             if select.select([reader], [], [], left)[0]:
-                for number in os.read(reader, 64):
-                    self._receive(number)
-
-    def _receive(self, number: int) -> None:
-        if number not in SIGNALS:
-            return
-        self.request = self.request or number
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now
-        elif now - self._first > ECHO_SECONDS:
-            self._end(InterruptedRunError("ended at once by a second signal"))
+                for number in filter(SIGNALS.__contains__, os.read(reader, 64)):
+                    self.request, now = self.request or number, time.monotonic()
+                    if self._first is None:
+                        self._first = now
+                    elif now - self._first > ECHO_SECONDS:
+                        self._end(InterruptedRunError("ended at once by a second signal"))
 
     def _end(self, error: UserError) -> None:
         saved = "nothing was saved since the last checkpoint, which stands"

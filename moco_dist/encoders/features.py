@@ -1,7 +1,4 @@
-"""Backbone features of a whole set of images, and how good they are: nearest neighbours.
-
-Nothing is trained here; all processes compute features together.
-"""
+"""Backbone features of a set of images, computed by all processes, and nearest neighbours."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from moco_dist.method import views
 
 
 def share(size: int) -> Tensor:
-    """Return this process's share of range(`size`), int64; each number is in one share only."""
+    """Return this process's share of range(`size`), int64; the shares are disjoint."""
     return torch.arange(comms.rank(), size, comms.world_size())
 
 
@@ -40,7 +37,7 @@ def extract(
     size, processes = len(images), comms.world_size()
     each = -(-size // processes)
     rows = torch.arange(each) * processes + comms.rank()
-    # Every process has equally many rows; the last image stands in for those beyond the end.
+    # Every process has equally many rows; the last image replaces those beyond the end.
     rows = rows.clamp(max=max(size - 1, 0)).to(images.labels.device)
     batches = rows.split(batch_size)
     parts, pixels = [], images.batches(batches)
@@ -76,9 +73,8 @@ def predict(
     predictions = []
     for chunk in F.normalize(queries, dim=1).split(1024):
         similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
-        weights = (
-            (similarity - similarity[:, :1]) / temperature
-        ).exp()  # the same votes, no overflow
+        # The largest similarity is subtracted against overflow.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(chunk), num_classes)
         votes.scatter_add_(1, bank_labels[nearest], weights)
         predictions.append(votes.argmax(1))

@@ -1,7 +1,7 @@
-"""The one reader of trained encoders: from what a user names to a frozen backbone.
+"""The reader of trained encoders: from the path that a user names to a frozen backbone.
 
-Probe, export, report, `load_encoder` and `init_from` all call `find`: what one of them reads all
-of them read, and what one refuses all refuse with the same sentence.
+Probe, export, report, `load_encoder` and `init_from` all call `find`, so they read and refuse the
+same files with the same sentences.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from moco_dist.runs.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 Which = Literal["query", "key"]
-# The file of an exported folder that says what is in it, and those that hold the encoder.
+# The description in an exported folder, and the files that hold the encoder.
 DESCRIPTION = "moco_dist.json"
 _EXPORTED = ("model.safetensors", "model.pth.tar", "backbone.pkl", "model.onnx")
-# What a run notes of the weights that it started with.
+# The weights that a run started from.
 STARTED = "init_from.json"
 _OURS = "query_encoder.backbone."
 
@@ -44,20 +44,20 @@ class Found:
 
     backbone: Any
     architecture: EncoderConfig
-    # Those of its pretraining; None where nothing tells.
+    # Those of its pretraining; None if they are unknown.
     views: ViewsConfig | None
     # Pixels to which the shorter side of an image is resized.
     resize: int
-    # For a person: which checkpoint or file.
+    # The checkpoint or file, for a person.
     place: str
-    # Its tensors under our names, and its training, as far as that is known.
+    # Its tensors under our names, and what is known of its training.
     checkpoint: Checkpoint
-    # Names in a file of tensors that are not of the backbone.
+    # Names of tensors in the file that are not the backbone's.
     left: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
-        """Return a text that is the same on all processes if they have read the same."""
+        """Return the path and the SHA-256 of what was read."""
         return f"{self.checkpoint.path} {self.checkpoint.state['sha256']}"
 
     @property
@@ -70,10 +70,10 @@ def find(path: Path, which: Which = "query", like: EncoderConfig | None = None) 
     """Return the trained encoder that `path` names, float32, on the CPU.
 
     `path` is a run (its newest whole checkpoint), a checkpoint folder, an exported folder, or a
-    file: the state dict of a torchvision ResNet, or a checkpoint of the original MoCo scripts, of
-    lightly, or of solo-learn. The state dict of a model of timm can only be read as that of `like`.
-    Every tensor must be there, and no other but known heads. Raises MissingError, or DataError for
-    what is not whole, not known or not trained.
+    file: the state dict of a torchvision ResNet, or a checkpoint of the original MoCo scripts,
+    lightly or solo-learn. A state dict of a timm model can only be read as that of `like`. Raises
+    MissingError, or DataError unless the encoder is trained and its tensors, except for known
+    heads, are exactly the expected ones.
     """
     path = path.expanduser()
     if not path.exists():
@@ -118,9 +118,9 @@ def checkpoint_of(path: Path) -> Checkpoint:
 
 
 def of_checkpoint(saved: Checkpoint, which: Which = "query") -> Found:
-    """Return the encoder of a pretraining's checkpoint, as it was saved, trained or not.
+    """Return the encoder of a pretraining's checkpoint, trained or not.
 
-    Raises DataError unless every tensor of the encoder is there, of its head too, and no other.
+    Raises DataError unless the tensors, including the head's, are exactly the expected ones.
     """
     path, prefix = saved.path, f"{which}_encoder."
     tensors = {k.removeprefix(prefix): v for k, v in saved.model.items() if k.startswith(prefix)}
@@ -131,13 +131,13 @@ def of_checkpoint(saved: Checkpoint, which: Which = "query") -> Found:
             f"{path}: not a checkpoint of a pretraining, it holds "
             f"{', '.join(list(saved.model)[:3])}; give the run directory of a pretraining"
         )
-    if which == "key":  # it takes the place of the query encoder
+    if which == "key":  # it replaces the query encoder
         saved = replace(saved, model={f"query_encoder.{k}": v for k, v in tensors.items()})
     settings = saved.piece("config")
     try:
         config = from_dict(EncoderConfig, settings["encoder"])
         view = from_dict(ViewsConfig, settings["views"])
-        # An encoder alone doesn't have the configuration of its data.
+        # RUN/encoder lacks the configuration of the data.
         resize = int(settings["data"]["size"]) if "data" in settings else view.size
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
@@ -164,27 +164,27 @@ def _export(folder: Path, which: Which) -> Found:
         resize = int(described["resize"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise DataError(f"{source}: can't be read ({error!r}); export it again") from error
-    if target == "moco":  # the file itself doesn't know with which views it was trained
+    if target == "moco":  # the file itself has no views
         return replace(_file(folder / _EXPORTED[1], which), views=view, resize=resize)
     if target not in names.READABLE:
         raise DataError(
-            f"{folder}: an export for {shown(target)} can't be read back; give the run that it is "
-            f"of, or an export for {', '.join(names.READABLE)} or moco"
+            f"{folder}: an export for {shown(target)} can't be read back; give its run, or an "
+            f"export for {', '.join(names.READABLE)} or moco"
         )
     if which == "key" and holds != "key":
         raise _no_key_encoder(folder)
     content, sha256 = state_dict.read(folder / _EXPORTED[0])
-    try:
-        tensors = {names.READABLE[target](name): each for name, each in content.items()}
-    except (LookupError, ValueError) as error:
-        raise DataError(f"{folder}: has other names than {target}'s; export it again") from error
+    ours = {names.READABLE[target](k): k for k in state_dict.backbone_shapes(config, folder)}
+    if content.keys() - ours.keys():
+        raise DataError(f"{folder}: has other names than {target}'s; export it again")
+    tensors = {ours[name]: each for name, each in content.items()}
     saved = _alone(folder, tensors, config, sha256)
     backbone = state_dict.filled(config, tensors, folder)
     return Found(backbone, config, view, resize, f"{folder} (export for {target})", saved)
 
 
 def _file(path: Path, which: Which, like: EncoderConfig | None = None) -> Found:
-    """Return the encoder of a file of tensors that anyone may have written."""
+    """Return the encoder of a file of tensors from any source."""
     content, sha256 = state_dict.read(path)
     if original.is_one(content):
         saved = original.read(path, content, sha256)
@@ -193,8 +193,7 @@ def _file(path: Path, which: Which, like: EncoderConfig | None = None) -> Found:
     tensors, config, left, library = state_dict.backbone(content, path, like)
     if which == "key":
         raise _no_key_encoder(path)
-    said = f"{described(config)}, by its tensors"
-    said += f", named by {library}" if library else ""
+    said = f"{described(config)}, by its tensors" + (f", named by {library}" if library else "")
     if left:
         said += f"; not used: {shown(', '.join(sorted({name.split('.')[0] for name in left})))}"
     backbone = state_dict.filled(config, tensors, path)
@@ -206,7 +205,7 @@ def _file(path: Path, which: Which, like: EncoderConfig | None = None) -> Found:
 def _alone(
     path: Path, tensors: Mapping[str, Tensor], config: EncoderConfig, sha256: str
 ) -> Checkpoint:
-    """Return a checkpoint of a backbone alone, of whose training nothing is known."""
+    """Return a checkpoint of a backbone whose training is unknown."""
     model = {_OURS + name: each for name, each in tensors.items()}
     state = {"config": {"encoder": to_dict(config)}, "sha256": sha256}
     return Checkpoint(path, 0, model, {}, state)
@@ -219,10 +218,10 @@ def described(architecture: EncoderConfig) -> str:
 
 
 def require_trained(backbone: nn.Module, source: object) -> None:
-    """Raise DataError if a backbone is as it was initialised, or holds what is not finite.
+    """Raise DataError if a backbone is as initialised, or holds what is not finite.
 
-    Layers that normalise begin with weights of 1 (or 0) and biases of 0; a step moves them all. A
-    backbone without such layers can't be told from one as it was initialised.
+    Normalisation layers start with weights of 1 (or 0) and biases of 0, and the first step changes
+    them all. Without such layers an untrained backbone is not recognised.
     """
     kinds = nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm
     norms = {
@@ -233,22 +232,18 @@ def require_trained(backbone: nn.Module, source: object) -> None:
     for name, tensor in backbone.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise DataError(f"{source}: {name} is not finite; use another checkpoint")
-    if norms and all(map(_untouched, norms.values())):
+    alike = ((n.weight == 1).all() or (n.weight == 0).all() for n in norms.values())
+    if norms and all(alike) and not any(norm.bias.any() for norm in norms.values()):
         raise DataError(
             f"{source}: is a random encoder and no trained one: the weights of all its "
-            f"{len(norms)} normalising layers ({next(iter(norms))}.weight and so on) are 1 and the "
-            "biases 0, as before the first step; give the trained one (control=true probes a "
+            f"{len(norms)} normalisation layers ({next(iter(norms))}.weight and so on) are 1 and "
+            "the biases 0, as before the first step; give the trained one (control=true probes a "
             "random one)"
         )
 
 
-def _untouched(norm: nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm) -> bool:
-    alike = bool((norm.weight == 1).all()) or bool((norm.weight == 0).all())
-    return alike and not bool(norm.bias.any())
-
-
 class TrainedEncoder(nn.Module):
-    """A frozen backbone behind the view of evaluation that it was trained for."""
+    """A frozen backbone behind the evaluation view that it was trained for."""
 
     def __init__(
         self, backbone: nn.Module, config: EncoderConfig, view: ViewsConfig, resize: int
@@ -274,21 +269,19 @@ class TrainedEncoder(nn.Module):
 def load_encoder(path: str | Path, encoder: Which = "query") -> TrainedEncoder:
     """Return the trained encoder that `path` names, as `find` reads it, for uint8 images.
 
-    A state dict doesn't tell which images its encoder was fed. The usual size, mean and standard
-    deviation are then used, with a warning that has them: ImageNet's, or CIFAR-10's for a 3x3 stem.
+    A plain state dict has no image size, mean and standard deviation: ImageNet's, or CIFAR-10's for
+    a 3x3 stem, are then used, with a warning.
     """
     found = find(Path(path), encoder)
     fed = found.fed
     if found.views is None:
-        logger.warning(
-            "%s: doesn't tell how images were fed to it; used are size %s, mean %s, std %s",
-            *(found.place, fed.size, fed.mean, fed.std),
-        )
+        text = "%s: doesn't tell how images were fed to it; size %s, mean %s and std %s are used"
+        logger.warning(text, found.place, fed.size, fed.mean, fed.std)
     return TrainedEncoder(found.backbone, found.architecture, fed, found.resize)
 
 
 def start_from(encoder: Encoder, path: Path) -> tuple[list[str], list[str]]:
-    """Give the backbone the tensors of `path`; return the names taken, and those left there.
+    """Load the tensors of `path` into the backbone; return the names of those used and unused.
 
     `path` is what `find` reads, of the same architecture; DataError otherwise. The head is new.
     """
@@ -303,14 +296,14 @@ def start_from(encoder: Encoder, path: Path) -> tuple[list[str], list[str]]:
 
 
 def note_start(directory: Path, path: Path, taken: list[str], left: list[str]) -> None:
-    """List what `start_from` has returned in the run's init_from.json."""
+    """Write what `start_from` returned to the run's init_from.json."""
     listed = {"source": str(path), "taken": taken, "left": left}
     with output_errors(directory):
         (directory / STARTED).write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def start_sentence(directory: Path) -> str:
-    """Return what `note_start` noted in a run directory, in words."""
+    """Return the content of a run's init_from.json in words."""
     noted = json.loads((directory / STARTED).read_text())
     left = noted["left"]
     some = ", ".join(map(shown, left[:4])) + (", ..." if len(left) > 4 else "")

@@ -17,19 +17,6 @@ def to_huggingface(name: str) -> str:
     return re.sub(r"\.bn(\d)\.", lambda m: f".layer.{int(m[1]) - 1}.normalization.", name)
 
 
-def from_huggingface(name: str) -> str:
-    """Return the name in torchvision's ResNet of a tensor of transformers'."""
-    kind = {"convolution": "conv", "normalization": "bn"}
-    parts = name.split(".")
-    tail = parts[-1]
-    if parts[0] == "embedder":
-        return f"{kind[parts[2]]}1.{tail}"
-    stage, block = int(parts[2]) + 1, parts[4]
-    if parts[5] == "shortcut":
-        return f"layer{stage}.{block}.downsample.{list(kind).index(parts[6])}.{tail}"
-    return f"layer{stage}.{block}.{kind[parts[7]]}{int(parts[6]) + 1}.{tail}"
-
-
 def to_detectron2(name: str) -> str:
     """Return the name in detectron2's ResNet of a tensor of torchvision's."""
     name = name if name.startswith("layer") else f"stem.{name}"
@@ -59,19 +46,18 @@ def from_detectron2(name: str) -> str:
     return ".".join([*parts, tensor])
 
 
-# Export targets whose files can be read back, and how to get our names from theirs. The others
-# hold a pickle or a graph.
+# Export targets whose files can be read back, and their names for torchvision's tensors.
 READABLE: Mapping[str, Callable[[str], str]] = {
     "torchvision": str,
     "timm": str,
-    "huggingface": from_huggingface,
+    "huggingface": to_huggingface,
 }
-# Classifiers and projection heads of a state dict, which are no part of a backbone.
+# Classifiers and projection heads in a state dict, which are not part of the backbone.
 HEADS = ("fc.", "head.", "classifier.")
-# What checkpoints of two libraries call the backbone, and what else they hold: heads, the queue and
-# the other encoder. lightly: examples/pytorch_lightning/{moco,simclr,byol}.py, and
-# benchmarks/imagenet/resnet50/mocov2.py, where `backbone` is the momentum encoder, the one that is
-# evaluated there. solo-learn: solo/methods/{base,mocov2plus,simclr,byol}.py; `encoder.` until 2022.
+# How checkpoints of two libraries prefix the backbone, and what else they hold: heads, the queue
+# and the other encoder. lightly: examples/pytorch_lightning/{moco,simclr,byol}.py, and
+# benchmarks/imagenet/resnet50/mocov2.py, where `backbone` is the momentum encoder, the evaluated
+# one. solo-learn: solo/methods/{base,mocov2plus,simclr,byol}.py; `encoder.` until 2022.
 _BACKBONES = ("backbone.", "encoder.")
 _LIGHTLY = (
     *("projection_head.", "projection_head_momentum.", "prediction_head.", "criterion."),
@@ -81,33 +67,32 @@ _SOLO_LEARN = (
     *("projector.", "predictor.", "classifier.", "queue", "momentum_backbone."),
     *("momentum_encoder.", "momentum_projector.", "momentum_classifier."),
 )
-# lightly puts the children of a ResNet into a Sequential: torchvision's with ReLU and pooling at
-# places 2 and 3, or those of its own `ResNetGenerator`, which has neither.
+# lightly puts the children of a ResNet into a Sequential: torchvision's, with ReLU and pooling as
+# children 2 and 3, or those of its `ResNetGenerator`, which has neither.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 _OWN_CHILDREN = {"0": "conv1", "1": "bn1", **{str(i + 1): f"layer{i}" for i in (1, 2, 3, 4)}}
 
 
 def from_library(names: Collection[str]) -> tuple[str, dict[str, str], list[str]]:
-    """Return whose checkpoint has these names, what is renamed, and names that are not known.
+    """Return the library whose checkpoint has these names, new names, and unknown names.
 
-    "lightly", "solo-learn", or "" for a plain state dict; torchvision's name for each tensor of the
-    backbone; and the names that stand for nothing that either library saves.
+    The library is "lightly", "solo-learn", or "" for a plain state dict. The new names are
+    torchvision's, for the tensors of the backbone; neither library saves the unknown ones.
     """
     prefix = next((each for each in _BACKBONES if any(n.startswith(each) for n in names)), None)
     if prefix is None:
         return "", {}, []
     heads = [name for name in names if not name.startswith(prefix)]
-    strange = [name for name in heads if not name.startswith((*_LIGHTLY, *_SOLO_LEARN))]
+    unknown = [name for name in heads if not name.startswith((*_LIGHTLY, *_SOLO_LEARN))]
     library = "solo-learn" if any(name.startswith(_SOLO_LEARN) for name in heads) else "lightly"
-    inner = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    own = any(name.startswith("2.") for name in inner.values())
+    own = any(name.startswith(f"{prefix}2.") for name in names)
     children = _OWN_CHILDREN if own else _CHILDREN
     ours: dict[str, str] = {}
-    for name, inside in inner.items():
-        first, dot, rest = inside.partition(".")
-        rest = rest.replace("shortcut.", "downsample.") if own else rest
-        # A second tensor for one place is strange too.
-        if ours.setdefault(children.get(first, first) + dot + rest, name) != name:
-            strange.append(name)
-    renamed = {name: our for our, name in ours.items()}
-    return library, renamed, strange
+    for name in names:
+        if name.startswith(prefix):
+            first, dot, rest = name.removeprefix(prefix).partition(".")
+            rest = rest.replace("shortcut.", "downsample.") if own else rest
+            # A second tensor with the same new name is unknown too.
+            if ours.setdefault(children.get(first, first) + dot + rest, name) != name:
+                unknown.append(name)
+    return library, {name: our for our, name in ours.items()}, unknown

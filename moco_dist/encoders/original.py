@@ -1,7 +1,7 @@
-"""The checkpoints of the original MoCo scripts: their names for the tensors, both ways.
+"""Reading and writing checkpoints of the original MoCo scripts.
 
 They hold {"epoch", "arch", "state_dict"}: under `module.encoder_q.` and `module.encoder_k.` a
-ResNet of torchvision whose `fc` is the projection head, `module.queue` (dim, size) and
+torchvision ResNet whose `fc` is the projection head, `module.queue` (dim, size) and
 `module.queue_ptr` (1,), the slot to write next (facebookresearch/moco, moco/builder.py).
 """
 
@@ -23,22 +23,20 @@ from moco_dist.runs import checkpoint
 from moco_dist.runs.checkpoint import Checkpoint
 
 _ENCODERS = {"query_encoder.": "module.encoder_q.", "key_encoder.": "module.encoder_k."}
-# Head of ours to `fc` of theirs; with one layer `fc` is that layer.
 _HEADS = {"mlp": {"head.0.": "fc.0.", "head.2.": "fc.2."}, "linear": {"head.0.": "fc."}}
-# The original scripts use ImageNet's mean and standard deviation at 224 pixels; the authors' demo
-# of CIFAR-10, which has the 3x3 stem, CIFAR-10's at 32.
+# Views of the original scripts; the authors' demo of CIFAR-10 has the 3x3 stem and our defaults.
 _IMAGENET = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def write(model: Mapping[str, Tensor], config: EncoderConfig, epoch: int, enqueued: int) -> Any:
     """Return the content of an original checkpoint with the tensors of one of ours.
 
-    `model` may lack the key encoder and the queue. Slots of the queue that hold no key are zero.
-    Raises ConfigError for a backbone that isn't torchvision's.
+    `model` may lack the key encoder and the queue. Empty slots of the queue are zero. Raises
+    ConfigError for a backbone that isn't torchvision's.
     """
     if config.is_timm:
         raise ConfigError(
-            f"{config.backbone} can't stand in a checkpoint of the original scripts, which know "
+            f"{config.backbone} can't be written for the original scripts, which only have "
             "torchvision's ResNets; use --to timm or --to onnx"
         )
     tensors: dict[str, Tensor] = {}
@@ -60,9 +58,9 @@ def is_one(content: Mapping[Any, Any]) -> bool:
 
 
 def read(path: Path, content: Mapping[Any, Any], sha256: str) -> Checkpoint:
-    """Return the original checkpoint in file `path` as one of ours; DataError if it is not whole.
+    """Return an original checkpoint as one of ours, with the views of the original scripts.
 
-    The views of its configuration are those of the original scripts.
+    Raises DataError if it is not whole.
     """
     tensors, arch = content["state_dict"], content.get("arch")
     if arch not in BACKBONES:
@@ -86,12 +84,10 @@ def read(path: Path, content: Mapping[Any, Any], sha256: str) -> Checkpoint:
                 f"{path}: the queue is {tuple(queue.shape)} with {place.numel()} places to write, "
                 f"not ({config.dim}, size) with one; use another checkpoint"
             )
-        model["queue.keys"] = queue.T.contiguous()
-        size, slot = len(model["queue.keys"]), int(place)
-        # Nobody knows which images they are of.
-        model["queue.samples"] = torch.full((size,), -1)
-        full = bool(model["queue.keys"][slot:].any())
-        enqueued = slot + size * full
+        keys, slot = queue.T.contiguous(), int(place)
+        # Their images are not known.
+        model |= {"queue.keys": keys, "queue.samples": torch.full((len(keys),), -1)}
+        enqueued = slot + len(keys) * bool(keys[slot:].any())
     elif left:
         raise DataError(f"{path}: {shown(min(left))} is not expected; use another checkpoint")
     shapes = state_dict.shapes(config, path)
@@ -106,7 +102,7 @@ def read(path: Path, content: Mapping[Any, Any], sha256: str) -> Checkpoint:
 
 
 def usual_views(config: EncoderConfig) -> ViewsConfig:
-    """Return how images are usually fed to an encoder, by its first layer and its channels."""
+    """Return the usual views for an encoder, by its first layer and its channels."""
     found = ViewsConfig() if config.stem == "cifar" else from_dict(ViewsConfig, _IMAGENET)
     if config.channels == len(found.mean):
         return found
@@ -115,18 +111,16 @@ def usual_views(config: EncoderConfig) -> ViewsConfig:
 
 
 def _architecture(path: Path, arch: str, tensors: Mapping[str, Any]) -> EncoderConfig:
-    """Return the configuration that the shapes of an original query encoder stand for."""
-    fc = "module.encoder_q.fc."
+    """Return the configuration of an original query encoder, by the shapes of its tensors."""
+    first, fc = "module.encoder_q.conv1.weight", "module.encoder_q.fc."
     head = "mlp" if f"{fc}2.weight" in tensors else "linear"
-    last, first = tensors.get(f"{fc}{'2.' if head == 'mlp' else ''}weight"), "conv1.weight"
-    stem = tensors.get(f"module.encoder_q.{first}")
-    if not all(isinstance(tensor, Tensor) for tensor in (*tensors.values(), last, stem)):
+    stem, last = tensors.get(first), tensors.get(f"{fc}{'2.' if head == 'mlp' else ''}weight")
+    others = [each for each in tensors.values() if not isinstance(each, Tensor)]
+    if others or stem is None or last is None:
         raise DataError(
-            f"{path}: holds no module.encoder_q.{first} or no {fc}weight, or another thing than "
-            "tensors; use the file that the pretraining saved"
+            f"{path}: has no {first}, no {fc}weight, or something that is no tensor; use the file "
+            "that the pretraining saved"
         )
-    assert last is not None, "was looked at above"
-    assert stem is not None, "likewise"
     settings = {
         "backbone": arch,
         "width": len(stem),
@@ -141,7 +135,7 @@ def _architecture(path: Path, arch: str, tensors: Mapping[str, Any]) -> EncoderC
 
 
 def _renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with one of `names`, the first that fits, renamed."""
+    """Return the tensors whose names begin with one of `names`, with the first such renamed."""
     renamed = {}
     for name, tensor in tensors.items():
         start = next((old for old in names if name.startswith(old)), None)

@@ -1,7 +1,4 @@
-"""Files of tensors that anyone may have written: read safely, and which architecture they hold.
-
-A file is read as tensors alone; no code in it is run. The architecture shows in names and shapes.
-"""
+"""Files of tensors from any source: read without running code in them, and their architecture."""
 
 from __future__ import annotations
 
@@ -22,13 +19,13 @@ from moco_dist.method.encoder import build_encoder
 from moco_dist.runs import checkpoint
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
-# Bytes that a file may have; the largest ResNet has a fiftieth of that.
-_MOST = 2**34
+_MOST = 2**34  # bytes of a file, fifty times the largest ResNet
 _STEMS = {3: "cifar", 7: "imagenet"}
+_COUNTER = "num_batches_tracked"
 
 
 def read(path: Path) -> tuple[Mapping[Any, Any], str]:
-    """Return what a file of tensors holds, and its SHA-256; MissingError or DataError if none."""
+    """Return the content of a file of tensors, and its SHA-256; MissingError or DataError."""
     if not path.is_file():
         raise MissingError(f"{path}: no such file; give a state dict, or the run that it is of")
     if not path.name.endswith(SUFFIXES):
@@ -47,7 +44,7 @@ def read(path: Path) -> tuple[Mapping[Any, Any], str]:
             content: Any = safetensors.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any kind: the readers raise many for bytes that are no tensors
+    except Exception as error:  # the readers raise many kinds for bytes that are no tensors
         reason = shown(" ".join(str(error).split()) or repr(error), 200)
         raise DataError(
             f"{path}: can't be read as tensors alone ({reason}); save the encoder's state_dict() "
@@ -59,30 +56,30 @@ def read(path: Path) -> tuple[Mapping[Any, Any], str]:
 def backbone(
     content: Mapping[Any, Any], path: Path, like: EncoderConfig | None
 ) -> tuple[dict[str, Tensor], EncoderConfig, list[str], str]:
-    """Return a backbone's tensors, its architecture, what else the file has, and whose names.
+    """Return a backbone's tensors, its architecture, the names left out, and whose names these are.
 
-    Only what is known is renamed, and only known heads are left out: of a state dict, or of a
-    checkpoint of lightly or solo-learn. `like` is a model of timm, which a file doesn't tell, that
-    it may be. Raises DataError for anything else.
+    Only known names are renamed, and only known heads are left out: those of a state dict, or of a
+    checkpoint of lightly or solo-learn. A model of timm is recognised only as `like`. Raises
+    DataError for anything else.
     """
     tensors = _unwrapped(content, path)
-    library, renamed, strange = names.from_library(tensors)
-    if strange:
+    library, renamed, unknown = names.from_library(tensors)
+    if unknown:
         raise DataError(
-            f"{path}: {shown(', '.join(strange[:3]))} is neither of the backbone nor known from "
-            "lightly and solo-learn; remove it from the file: nothing is left out here unsaid"
+            f"{path}: {shown(', '.join(unknown[:3]))} is neither of the backbone nor known from "
+            "lightly and solo-learn; remove it from the file: nothing is left out here silently"
         )
-    timm = _backbone_shapes(like, path) if like and like.is_timm else {}
-    fits = bool(timm) and timm.keys() - _counters(timm) <= tensors.keys()
+    timm = backbone_shapes(like, path) if like and like.is_timm else {}
+    fits = bool(timm) and all(name in tensors or name.endswith(_COUNTER) for name in timm)
     heads = [k for k in tensors if k.startswith(names.HEADS) and k not in timm]
     left = [k for k in tensors if k not in renamed] if library else heads
     kept = {renamed.get(k, k): each for k, each in tensors.items() if k not in left}
     config = like if like and fits else infer(kept, path)
     if library == "solo-learn" and config.stem == "cifar":
         raise DataError(
-            f"{path}: solo-learn pads the first convolution of its encoders of CIFAR by 2 pixels, "
-            "and here it is 1, which gives other features; to start a pretraining from these "
-            "weights all the same, save the backbone's state dict under torchvision's names"
+            f"{path}: solo-learn pads the first convolution of its CIFAR encoders by 2 pixels "
+            "instead of 1, which gives other features; to start a pretraining from these weights "
+            "all the same, save the backbone's state dict under torchvision's names"
         )
     return kept, config, left, library
 
@@ -97,7 +94,7 @@ def _unwrapped(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     if others:
         raise DataError(
             f"{path}: is no state dict, it holds {shown(', '.join(others[:3]))}; "
-            "save the encoder's own state_dict(), names to tensors, in a file for itself"
+            "save only the encoder's state_dict(), names to tensors, in a file"
         )
     tensors = {str(name): each for name, each in inner.items()}
     if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel
@@ -115,7 +112,7 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
         hint = f"take '{shown(prefix, 60)}' from its names" if prefix else "rename its tensors"
         raise DataError(
             f"{path}: has no conv1.weight as a torchvision ResNet has, it holds {first}; {hint}: "
-            "nothing is renamed here, so that no tensor is lost without a word"
+            "nothing is renamed here, so that no tensor is lost silently"
         )
     nearest, most = None, 0
     for name in BACKBONES:
@@ -124,7 +121,7 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
             config = from_dict(EncoderConfig, settings | {"stem": _STEMS.get(stem.shape[-1])})
         except ConfigError:
             continue
-        own = _backbone_shapes(config, path)
+        own = backbone_shapes(config, path)
         same = sum(tensors[k].shape == v.shape for k, v in own.items() if k in tensors)
         missing = len(own.keys() - tensors.keys())
         if same == len(tensors) and not missing:  # no other is as near
@@ -133,39 +130,38 @@ def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
             nearest, most = config, same - missing
     if nearest is None:
         raise DataError(
-            f"{path}: behind a first convolution {tuple(stem.shape)} it has the tensors of none of "
-            f"{', '.join(BACKBONES)} with a stem of 3 or 7 pixels; give one of these"
+            f"{path}: its first convolution is {tuple(stem.shape)}, and its other tensors are "
+            f"those of none of {', '.join(BACKBONES)} with a stem of 3 or 7 pixels; give one of "
+            "these"
         )
     return nearest
 
 
 def shapes(config: EncoderConfig, path: Path) -> dict[str, Tensor]:
-    """Return the tensors of an encoder without their content; DataError if it can't be built."""
+    """Return an encoder's tensors without content; DataError if it can't be built."""
     try:
-        with torch.device("meta"):  # takes no memory, whatever sizes a stranger wrote there
+        with torch.device("meta"):  # needs no memory, whatever sizes a stranger wrote
             return build_encoder(config, seed=0).state_dict()
     except (ConfigError, RuntimeError, OverflowError, TypeError) as error:
         reason = str(error).splitlines()[0][:200]
         raise DataError(f"{path}: not readable by this version ({reason})") from error
 
 
-def _backbone_shapes(config: EncoderConfig, path: Path) -> dict[str, Tensor]:
+def backbone_shapes(config: EncoderConfig, path: Path) -> dict[str, Tensor]:
+    """Return `shapes` of the backbone alone, under its own names."""
     prefix = "backbone."
     return {k.removeprefix(prefix): v for k, v in shapes(config, path).items() if prefix in k}
-
-
-def _counters(own: Mapping[str, Tensor]) -> set[str]:
-    return {name for name in own if name.endswith("num_batches_tracked")}
 
 
 def filled(config: EncoderConfig, tensors: Mapping[str, Tensor], path: Path) -> Any:
     """Return a backbone with these tensors, frozen, float32, on the CPU, in evaluation mode.
 
-    Each must be there and no other, but for all num_batches_tracked, which evaluation doesn't use
-    and old versions didn't write; DataError otherwise.
+    Raises DataError unless they are exactly the backbone's; all num_batches_tracked may be missing,
+    as evaluation doesn't use them and old versions didn't write them.
     """
-    own = _backbone_shapes(config, path)
-    counters = {name: torch.zeros((), dtype=torch.int64) for name in _counters(own)}
+    own = backbone_shapes(config, path)
+    zero = torch.zeros((), dtype=torch.int64)
+    counters = {name: zero for name in own if name.endswith(_COUNTER)}
     if not counters.keys() & tensors.keys():
         tensors = {**tensors, **counters}
     checkpoint.check_tensors(own, tensors, path)

@@ -2,12 +2,13 @@
 
 A checkpoint is a folder `step_00039000` with model.safetensors, optimizer.safetensors and
 state.json, which holds the sizes and SHA-256 of all three; `saving.py` writes them. No pickle, so
-one from a stranger can't run code.
+a stranger's checkpoint can't run code.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import stat
@@ -44,15 +45,15 @@ class Checkpoint:
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    # What else the run needs to go on, and its resolved configuration under "config".
+    # What else the run needs to resume, and its resolved configuration under "config".
     state: dict[str, Any]
 
     def piece(self, name: str) -> Any:
-        """Return an entry of the state; DataError, naming it, if it is missing."""
+        """Return an entry of the state; DataError if it is missing."""
         if name not in self.state:
             raise DataError(
-                f"{self.path}: '{name}' is missing from state.json, and the run can't go on the "
-                "same without it; use another checkpoint"
+                f"{self.path}: '{name}' is missing from state.json, and the run can't resume "
+                "exactly without it; use another checkpoint"
             )
         return self.state[name]
 
@@ -63,18 +64,18 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def step_folders(run: Path) -> list[tuple[int, Path]]:
-    """Return the steps that have a checkpoint folder, whole or not, in order, and the folders."""
+    """Return the checkpoint folders, whole or not, as (step, folder) in order of steps."""
     folders = (run / "checkpoints").glob("step_*")
     steps = ((folder.name.removeprefix("step_"), folder) for folder in folders)
     return sorted((int(step), folder) for step, folder in steps if step.isdecimal())
 
 
 def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
-    """Return the newest whole checkpoint of a run, or None; damaged ones are named and passed over.
+    """Return the newest whole checkpoint of a run, or None; log and skip damaged ones.
 
-    Call it on all processes: the first one chooses, and all return the same. With `set_aside`,
-    which only the writer of the run may ask for, damaged ones are renamed to damaged_step_...
-    Raises DataError if there are damaged ones only: to start again from nothing is not ours to say.
+    A collective: the first process chooses. With `set_aside`, for the writer of the run only,
+    damaged ones are renamed to damaged_step_... Raises DataError if all are damaged: whether to
+    start from nothing is for the user to decide.
     """
     folder = peers.from_main(lambda: _newest_whole(run, set_aside))
     found = peers.together(lambda: None if folder is None else read(folder))
@@ -124,11 +125,10 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path)
 
 def momentum_buffers(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """Return SGD's momentum of each parameter, under the parameter's name."""
-    states = {name: optimizer.state.get(p, {}) for name, p in module.named_parameters()}
     return {
-        f"momentum.{k}": s["momentum_buffer"]
-        for k, s in states.items()
-        if s.get("momentum_buffer") is not None
+        f"momentum.{name}": buffer
+        for name, parameter in module.named_parameters()
+        if (buffer := optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None
     }
 
 
@@ -142,7 +142,7 @@ def momentum_shapes(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict
 def restore_momentum(
     optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Give SGD the momentum that `momentum_buffers` returned."""
+    """Restore the momentum that `momentum_buffers` returned."""
     for name, parameter in module.named_parameters():
         if (buffer := tensors.get(f"momentum.{name}")) is not None:
             # In the parameter's own memory format, as SGD made it.
@@ -158,8 +158,8 @@ def _newest_whole(run: Path, set_aside: bool) -> Path | None:
         except OtherFormatError:
             raise
         except (DataError, MissingError) as error:
-            logger.warning("%s; going back to the checkpoint before it", error)
-            damaged.append(_set_aside(folder).name if set_aside else folder.name)
+            logger.warning("%s; going back to the previous checkpoint", error)
+            damaged.append(_set_aside(folder) if set_aside else folder.name)
         else:
             return folder
     damaged += sorted(folder.name for folder in (run / "checkpoints").glob("damaged_step_*"))
@@ -171,22 +171,28 @@ def _newest_whole(run: Path, set_aside: bool) -> Path | None:
     return None
 
 
-def _set_aside(folder: Path) -> Path:
-    target = folder.with_name(f"damaged_{folder.name}")
-    number = 1
-    while target.exists():
-        number += 1
-        target = folder.with_name(f"damaged_{folder.name}.{number}")
+def _set_aside(folder: Path) -> str:
+    endings = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    targets = (folder.with_name(f"damaged_{folder.name}{ending}") for ending in endings)
+    target = next(path for path in targets if not path.exists())
     with output_errors(folder):
         folder.rename(target)
     logger.warning("%s: kept as %s", folder, target.name)
-    return target
+    return target.name
 
 
 def _verified_state(path: Path) -> dict[str, Any]:
-    """Return the state of the checkpoint in `path` once every byte of it is proved."""
+    """Return the state of the checkpoint in `path` once every byte of it has been verified."""
+    file = path / "state.json"
     try:
-        state = _read_state(path / "state.json")
+        _require_plain(file, _MAX_STATE)
+        text = file.read_bytes()
+        state: dict[str, Any] = json.loads(text)
+        body, mark, end = text.rpartition(b'"sha256": "')
+        whole = end == hashlib.sha256(body + mark).hexdigest().encode() + b'"\n}\n'
+        # Format 1 had no SHA-256 of state.json.
+        if not whole and ("sha256" in state or state["format"] == FORMAT):
+            raise _wrong_sum(file, "at its end")
         if state["format"] != FORMAT:
             raise OtherFormatError(
                 f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}; "
@@ -194,11 +200,16 @@ def _verified_state(path: Path) -> dict[str, Any]:
             )
         name = path.name
         if name.startswith("step_") and name != folder_of(path, state["step"]).name:
-            raise DataError(f"{path}: holds step {state['step']}; give it back its name")
+            raise DataError(f"{path}: holds step {state['step']}; restore its name")
         if sorted(state["files"]) != sorted(FILES):
             raise DataError(f"{path}: lists other files than {', '.join(FILES)}; use another one")
         for name in FILES:
-            _verify(path / name, **state["files"][name])
+            file, listed = path / name, state["files"][name]
+            size = _require_plain(file, listed["bytes"])
+            with file.open("rb") as opened:
+                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+            if {"bytes": size, "sha256": sha256} != listed:
+                raise _wrong_sum(file, "in state.json")
     except FileNotFoundError as error:
         raise MissingError(
             f"{error.filename}: missing from the checkpoint; use another one"
@@ -210,28 +221,8 @@ def _verified_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    _require_plain(path, _MAX_STATE)
-    text = path.read_bytes()
-    body, mark, end = text.rpartition(b'"sha256": "')
-    if end != hashlib.sha256(body + mark).hexdigest().encode() + b'"\n}\n':
-        if b'"sha256": "' not in text[-80:] and b'"format": 1,' in text[:20]:
-            raise OtherFormatError(
-                f"{path}: checkpoint format 1, this version reads {FORMAT}; use its version"
-            )
-        raise DataError(f"{path}: damaged (its SHA-256 is not the one at its end); use another one")
-    state: dict[str, Any] = json.loads(text)
-    return state
-
-
-def _verify(path: Path, bytes: int, sha256: str) -> None:
-    size = _require_plain(path, bytes)
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if (size, found) != (bytes, sha256):
-        raise DataError(
-            f"{path}: damaged (its SHA-256 is not the one in state.json); use another one"
-        )
+def _wrong_sum(path: Path, place: str) -> DataError:
+    return DataError(f"{path}: damaged (its SHA-256 is not the one {place}); use another one")
 
 
 def _require_plain(path: Path, most: int) -> int:

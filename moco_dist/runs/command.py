@@ -27,11 +27,9 @@ One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerat
 --num_processes 2 -m. Files and overrides apply from left to right onto these defaults:
 """
 
-# Names a folder for what each process but the first prints: process_3.log.
+# The environment variable with the folder for the output of all processes but the first.
 LOGS = "MOCO_DIST_LOGS"
 _console: TextIO | None = None
-
-REPORT = "a fault of moco_dist or of the machine; the last checkpoint stands"
 
 
 def main(
@@ -40,17 +38,16 @@ def main(
     purpose: str | None,
     arguments: list[str] | None = None,
 ) -> None:
-    """Load the configuration of the command line, call `run`, and exit with its status.
-
-    `arguments` replace those of the command line.
-    """
+    """Load the configuration from `arguments`, call `run`, and exit with its status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(f"{purpose}\n\n{COMMANDS}\n{yaml_files.to_yaml(schema())}", end="")
         return
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)
-    warnings.formatwarning = _one_line
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: (
+        f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
+    )
     stop = StopRequests()
     if _first():
         stop.on_end = lambda status, text, again: note_outcome(status, peers.me.step, text, again)
@@ -74,7 +71,7 @@ def _first() -> bool:
 
 
 def _redirect() -> None:
-    """Redirect what processes other than the first print into the folder of the environment."""
+    """Redirect the output of processes other than the first into files of the folder `LOGS`."""
     global _console
     if (folder := os.environ.get(LOGS)) and not _first():
         with output_errors(Path(folder)):
@@ -86,45 +83,36 @@ def _redirect() -> None:
             os.dup2(log, stream)
 
 
-def _one_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """Return a warning of Python as one line for a log."""
-    return f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
-
-
 def _end(error: BaseException, stop: StopRequests) -> NoReturn:
-    """Print once, on one process, why the run ends, and exit with the status for it.
+    """Print on one process why the run ends, and exit with the status for it.
 
-    The process group is left as it is, because destroying it could hang.
+    Destroying the process group could hang, so it is left as it is.
     """
     me = peers.me
     if stop.request and not me.training and not (isinstance(error, UserError) and error.shared):
-        # During the start a signal ends some processes before others, which then miss them.
+        # During startup a signal ends some processes before others, which then lose them.
         error = stopping.error(stop.request, "before the first step")
     elif comms.world_size() > 1 and comms.lost_connection(error):
         error = PeerError(me.blame())
-    status, text, speaks = UserError.exit_status, str(error), True
-    again = error.again if isinstance(error, UserError) else True
+    status, text, again, speaks = UserError.exit_status, str(error), True, True
     if isinstance(error, UserError):
-        status = error.exit_status
+        status, again = error.exit_status, error.again
         lost = isinstance(error, PeerError) and not error.shared
         if lost:
             speaks = me.speaks()
-        # Before all have met, and of signals, the first process says what all of them see.
+        # The first process reports signals, and errors before all have met, for all of them.
         elif error.shared or comms.world_size() == 1 or isinstance(error, StoppedError):
             speaks = _first()
         me.leave(None if lost or error.shared else text, speaks)
     else:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        text = f"{type(error).__name__}: {' '.join(text.split())}"
         me.leave(text, speaks)
         traceback.print_exception(error)
-        where = f"process {comms.rank()} (host {socket.gethostname()}, pid {os.getpid()})"
-        text = f"{where} failed at step {me.step}, {me.doing}: {text}; {REPORT}"
+        text = (
+            f"process {comms.rank()} (host {socket.gethostname()}, pid {os.getpid()}) failed at "
+            f"step {me.step}, {me.doing}: {text}; a fault of moco_dist or of the machine; the "
+            "last checkpoint stands"
+        )
     if speaks:
         prefix = "" if isinstance(error, StoppedError) else "error: "
         for stream in filter(None, (sys.stderr, _console)):

@@ -42,13 +42,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def shared_environment() -> dict[str, Any]:
-    """Return what `environment` does, without the command line."""
-    return {key: value for key, value in environment().items() if key != "arguments"}
-
-
 def memory_gb(device: torch.device) -> float:
-    """Return the peak memory of this process in 10^9 bytes: that of tensors on a GPU, else RSS."""
+    """Return this process's peak memory in 10^9 bytes: of tensors on a GPU, otherwise its RSS."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage counts
@@ -58,8 +53,8 @@ def memory_gb(device: torch.device) -> float:
 def keep_freed_memory() -> None:
     """Have glibc keep up to a gigabyte of freed memory; does nothing without glibc.
 
-    By itself glibc returns large freed tensors to the system, which then clears the same memory
-    again: a sixth of a training step on a CPU. The peak of the memory in use does not change.
+    Otherwise glibc returns large freed tensors to the system, which clears the same memory again:
+    a sixth of a training step on a CPU. Peak memory does not change.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

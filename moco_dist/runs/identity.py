@@ -19,10 +19,10 @@ _USABLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def run_id(directory: Path, name: str, saved: Mapping[str, Any] | None) -> str:
-    """Return the id of the run for its whole life; the first launch draws it.
+    """Return the id of the run, which the first launch draws and later ones keep.
 
-    `saved` is the state of the checkpoint that the run resumes from. The id belongs to the name: a
-    copy of a run directory that continues under another name is another run.
+    `saved` is the state of the checkpoint that the run resumes from. A copy of a run directory
+    that continues under another name gets another id.
     """
     path = directory / "run_id.json"
     with suppress(OSError, ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """One writer for each run directory, on local and shared file systems.
 
-`.lease` is the claim: filelock's SoftFileLease creates it, and the time of its last change is the
-owner's heartbeat. `.owner` describes the owner in JSON, under the claim's token.
+filelock's SoftFileLease creates `.lease`, the claim; its modification time is the owner's
+heartbeat. `.owner` describes the owner in JSON, under the claim's token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RunLock:
     """The sole right to write to a run directory, until `release` or the end of the process.
 
     Raises InUseError if another process holds it, OutputError if the claim can't be written. A
-    forked child does not hold it, so a worker that outlives the run keeps nothing locked.
+    forked child does not hold it: a worker that outlives the run keeps nothing locked.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -60,17 +60,17 @@ class RunLock:
             if self._lease.is_locked and not lost:
                 found = self._lease.owner
                 lost = found.token != self._lease.token if found else not self._path.exists()
-        if not lost:
-            return
-        if taker := owner(self._directory):
-            raise InUseError(self._in_use(taker))
-        raise InUseError(
-            f"{self._path} was removed, so this run no longer has {self._directory} to itself; "
-            "make sure that no other process writes there and start the run again"
-        )
+        if lost:
+            taker = owner(self._directory)
+            raise InUseError(
+                self._in_use(taker)
+                if taker
+                else f"{self._path} was removed, so this run no longer has {self._directory} to "
+                "itself; make sure that no other process writes there and start the run again"
+            )
 
     def release(self) -> None:
-        """Leave the directory to others; does nothing if that has been done."""
+        """Release the directory; does nothing the second time."""
         with suppress(InUseError, OSError):
             if self._lease.is_locked:
                 self.check()
@@ -79,23 +79,22 @@ class RunLock:
             self._lease.release()
 
     def _acquire(self) -> None:
-        first, since = None, time.monotonic()
+        first, end = None, time.monotonic() + STALE
         while True:
             claim, found = _identity(self._path), owner(self._directory)
-            first, silent = first or claim, time.monotonic() - since
-            here = found is not None and found.here
-            if claim and (claim != first or (here and found and found.alive)):
+            first, here = first or claim, found is not None and found.here
+            if claim and (claim != first or (found and here and found.alive)):
                 raise InUseError(self._in_use(found))
-            # filelock takes two machines of one name for one: it is asked when the owner is gone.
-            if claim is None or here or silent > STALE:
-                if claim and found and not here:
-                    logger.warning("%s: taken over from %s", self._directory, found.name)
-                with suppress(Timeout, LeaseSettingsMismatch):
-                    self._lease.acquire()
-                    return
-                self._remove(claim)
-            else:
+            # filelock can't tell two machines of the same name apart, so it is not asked before.
+            if claim and not here and time.monotonic() < end:
                 time.sleep(POLL)
+                continue
+            if claim and found and not here:
+                logger.warning("%s: taken over from %s", self._directory, found.name)
+            with suppress(Timeout, LeaseSettingsMismatch):
+                self._lease.acquire()
+                return
+            self._remove(claim)
 
     def _remove(self, claim: tuple[int, int] | None) -> None:
         """Remove the claim of an owner that is gone.
@@ -106,7 +105,7 @@ class RunLock:
         if claim and _identity(self._path) == claim:
             with suppress(FileNotFoundError):
                 self._path.rename(aside)
-                if _identity(aside) != claim:  # another process was faster: this is its claim
+                if _identity(aside) != claim:  # the claim of a process that was faster
                     with suppress(FileExistsError):
                         os.link(aside, self._path)
                 aside.unlink()
@@ -118,17 +117,17 @@ class RunLock:
 
 
 class Owner(NamedTuple):
-    """Who holds a run directory, or held it and ended without a release."""
+    """The process that holds a run directory, or ended without releasing it."""
 
     name: str
     pid: int
     alive: bool
-    # Whether it is or was a process of this machine and container.
+    # Whether it is a process of this machine and container.
     here: bool
 
 
 def owner(directory: Path) -> Owner | None:
-    """Return who claims a run directory, None for nobody; for readers, it changes nothing."""
+    """Return who claims a run directory, or None; changes no file."""
     claim = _lease(directory).owner
     try:
         seen = (directory / LEASE).stat().st_mtime
@@ -136,11 +135,11 @@ def owner(directory: Path) -> Owner | None:
         return None
     if claim is None:
         return None
-    alive = time.time() - seen < 2 * STALE  # twice the time: the clock is another machine's
+    alive = time.time() - seen < 2 * STALE  # twice, because another machine's clock may differ
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         told = json.loads((directory / OWNER).read_text())
         host, job = told["host"], told["job"]
-        # Another token is that of the owner before this one, which has only just made its claim.
+        # Another token is the previous owner's: this one has only just made its claim.
         if told["token"] == claim.token and f"{host}{job}".isprintable():
             if here := (host, told["boot"]) == (socket.gethostname(), BOOT):
                 alive = _started(claim.pid) in (0, told["started"])

@@ -1,4 +1,4 @@
-"""Which runs a report is about: those asked for, and those that belong to them."""
+"""Which runs a report covers: those asked for, and those that belong to them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from moco_dist.runs.record import Record, read, text_of
 
 # The page's name; a folder with one and without a configuration holds a report and no run.
 PAGE = "report.html"
-# Run directories beside a pretraining that are looked through for its probes.
-MOST_BESIDE = 2000
-# Bytes of a config.yaml that are searched for its encoder.
-MAX_BYTES = 2**16
+# Neighbouring run directories that are searched for probes, and bytes of their config.yaml.
+MOST_RUNS, MOST_BYTES = 2000, 2**16
 
 
 def is_report(folder: Path) -> bool:
@@ -24,10 +22,10 @@ def is_report(folder: Path) -> bool:
 
 
 def with_partners(records: list[Record]) -> list[Record]:
-    """Return the runs, each pretraining before its probes, and what belongs to one run alone.
+    """Return the runs, each pretraining before its probes.
 
-    To a pretraining belong the probes in the same folder, to a probe its pretraining; where several
-    runs are asked for, they are meant and no others.
+    A single run is joined by its partners: a pretraining by the probes in the same folder, a probe
+    by its pretraining.
     """
     found = list({record.directory.resolve(): record for record in records}.values())
     if len(found) == 1:
@@ -40,8 +38,8 @@ def with_partners(records: list[Record]) -> list[Record]:
 
 
 def partners(record: Record) -> Iterator[Record]:
-    """Yield the probes beside a pretraining, or the pretraining of a probe."""
-    places = _probes_beside(record) if record.kind == "pretrain" else encoder_places(record)
+    """Yield the probes next to a pretraining, or the pretraining of a probe."""
+    places = _probes_near(record) if record.kind == "pretrain" else encoder_places(record)
     for place in places:
         with suppress(MissingError):
             other = read(place)
@@ -60,37 +58,36 @@ def encoder_run(probe: Record, record: Record) -> bool:
 
 
 def encoder_places(probe: Record) -> list[Path]:
-    """Return where a probe's pretraining may lie: at the path it was given, and beside the probe.
+    """Return where a probe's pretraining may lie: at the configured path, or next to the probe.
 
-    The path may be that of a checkpoint, and relative to a folder that nobody noted.
+    The path may name a checkpoint, and may be relative to an unknown folder.
     """
     source = Path(text_of(probe.config.get("encoder") or "")).expanduser()
     if source.name.startswith("step_"):
         source = source.parent.parent
     if not source.name:
         return []
-    beside = probe.directory.resolve().parent / source.name
     with suppress(OSError, ValueError):
         if (source / "config.yaml").is_file():
             return [source]
-    return [beside]
+    return [probe.directory.resolve().parent / source.name]
 
 
-def _probes_beside(record: Record) -> Iterator[Path]:
-    """Yield the folders beside a pretraining whose configuration names an encoder like it."""
+def _probes_near(record: Record) -> Iterator[Path]:
+    """Yield the folders next to a pretraining whose configuration names an encoder like it."""
     own = record.directory.resolve()
     with suppress(OSError):
-        for place in sorted(own.parent.iterdir())[:MOST_BESIDE]:
+        for place in sorted(own.parent.iterdir())[:MOST_RUNS]:
             with suppress(OSError, ValueError):
                 with (place / "config.yaml").open("rb") as file:
-                    text = file.read(MAX_BYTES).decode()
+                    text = file.read(MOST_BYTES).decode()
                 line = re.search(r"^encoder: (.*)$", text, re.MULTILINE)
                 if line and own.name in line[1]:
                     yield place
 
 
 def labels(records: Iterable[Record]) -> list[str]:
-    """Return a name for each run: its directory's, or the whole path where two have the same."""
+    """Return a name for each run: its directory's, or the whole path if two share a name."""
     records = list(records)
     names = [record.directory.resolve().name for record in records]
     return [

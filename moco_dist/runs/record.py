@@ -1,6 +1,6 @@
-"""What the files of a run directory tell of a run, on any machine that sees them, without torch.
+"""A run as its files describe it, on any machine that sees them, without torch.
 
-Any of them may be missing, cut short or of another version: what can't be read is left out.
+A file may be missing, cut short or of another version: what can't be read is left out.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from moco_dist.config.yaml_files import stored
 from moco_dist.errors import MissingError, shown
 from moco_dist.runs import lock
 
-# What a probe's results.json begins with, the names of its two encoders, and the parts of the data
-# that they are measured on.
+# The head of a probe's results.json, its two encoders, and the parts of the data it measures.
 PROBE_SCHEMA = {"schema": "moco_dist.probe", "version": 1}
 TRAINED, CONTROL = "probe", "control"
 PARTS = ("validation", "test")
@@ -29,7 +28,7 @@ Line = dict[str, Any]
 
 
 class Metric(StrEnum):
-    """Every metric that a run logs; of a probe's encoders also the loss and other top-k."""
+    """The metrics that runs log; probes also log the loss and other top-k of both encoders."""
 
     EPOCH = "epoch"
     LOSS = "train/loss"
@@ -56,7 +55,7 @@ class Metric(StrEnum):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The names of the folders in checkpoints/, whole or not."""
+    """The folders in checkpoints/, whole or not."""
 
     steps: list[int]
     damaged: list[str]
@@ -64,12 +63,12 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its files tell of it."""
+    """A run as its files describe it."""
 
     directory: Path
     # A word of errors.STATES, or: running, starting, gone, empty, unknown.
     state: str
-    # Why it ended, if that was otherwise than well.
+    # Why it ended, unless it ended well.
     reason: str
     status: dict[str, Any]
     # Leaves of config.yaml under their dotted keys.
@@ -81,7 +80,7 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """Return 'pretrain', 'probe', or '' where no configuration tells."""
+        """Return 'pretrain', 'probe', or '' without a configuration."""
         if "moco.queue_size" in self.config:
             return "pretrain"
         return "probe" if "encoder" in self.config else ""
@@ -95,19 +94,18 @@ class Record:
 
     @property
     def total_steps(self) -> int:
-        """Return the number of steps that the run is to do; 0 if that is not known yet."""
+        """Return the number of steps of the whole run; 0 if it is not known yet."""
         return total_steps(self.config, self.lines)
 
     @property
     def alarms(self) -> list[Line]:
-        """Return the lines that are alarms, in words under "text"."""
+        """Return the lines that are alarms."""
         return [line for line in self.lines if isinstance(line.get("alarm"), str)]
 
     def figures(self, name: str) -> list[tuple[int, float]]:
         """Return step and value of each line that has the metric `name`."""
-        return [
-            (line["step"], v) for line in self.lines if (v := number(line.get(name))) is not None
-        ]
+        found = ((line["step"], number(line.get(name))) for line in self.lines)
+        return [(step, value) for step, value in found if value is not None]
 
     def last(self, name: str) -> float | None:
         """Return the last value of a metric, None without one."""
@@ -115,9 +113,9 @@ class Record:
 
     @property
     def best_knn(self) -> tuple[int, float] | None:
-        """Return step and accuracy of the best kNN; what was before the first step is no result."""
+        """Return step and accuracy of the best kNN evaluation after step 0."""
         found = self.figures(Metric.KNN_TOP1)
-        after = [(step, share) for step, share in found if step and math.isfinite(share)]
+        after = (pair for pair in found if pair[0] and math.isfinite(pair[1]))
         return max(after, key=lambda pair: pair[1], default=None)
 
     def result(self, encoder: str, part: str, name: str) -> float | None:
@@ -129,16 +127,19 @@ class Record:
 
 
 def read(directory: Path) -> Record:
-    """Return what the files of a run directory tell; MissingError if there is no such directory."""
+    """Return what the files of a run directory say; MissingError if there is no such directory."""
     if not directory.is_dir():
         what = "not a directory" if directory.exists() else "no such run directory"
         raise MissingError(f"{shown(directory)}: {what}; give runs/NAME, where a run has begun")
-    status = read_object(directory / "status.json")
-    config = stored(directory / "config.yaml")
-    found = lines(directory / "metrics.jsonl")
-    state, reason = standing(directory)
-    results, checkpoints = read_object(directory / "DONE"), _checkpoints(directory)
-    return Record(directory, state, reason, status, config, results, found, checkpoints)
+    return Record(
+        directory,
+        *standing(directory),
+        read_object(directory / "status.json"),
+        stored(directory / "config.yaml"),
+        read_object(directory / "DONE"),
+        lines(directory / "metrics.jsonl"),
+        _checkpoints(directory),
+    )
 
 
 def lines(path: Path) -> list[Line]:
@@ -171,9 +172,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def number(value: object) -> float | None:
     """Return a number as a float, NaN and infinity too, and None for anything else."""
     with suppress(OverflowError):
-        return (
-            float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-        )
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
     return None
 
 
@@ -183,7 +183,7 @@ def is_result(name: str) -> bool:
 
 
 def total_steps(config: dict[str, Any], lines: list[Line]) -> int:
-    """Return epochs times the steps of one, which any line about an epoch gives; 0 before that."""
+    """Return the steps of a run, by its newest line about an epoch; 0 before there is one."""
     for line in reversed(lines):
         if per_epoch := steps_per_epoch(line):
             epochs, end = (number(config.get(key)) or 0 for key in ("epochs", "stop_at_step"))
@@ -193,13 +193,13 @@ def total_steps(config: dict[str, Any], lines: list[Line]) -> int:
 
 
 def steps_per_epoch(line: Line) -> int:
-    """Return the steps of an epoch, of which a line has step and epoch; 0 if it tells nothing."""
+    """Return the steps of an epoch, from the step and epoch of a line; 0 if it has none."""
     epoch = number(line.get("epoch")) or 0
     return round(line["step"] / epoch) if 1e-9 < epoch < math.inf else 0
 
 
 def text_of(value: object) -> str:
-    """Return a text of a file on one line, whole and printable."""
+    """Return a text from a file on one line, whole and printable."""
     return shown(" ".join(str(value).split()), limit=10_000)
 
 
@@ -210,7 +210,7 @@ def standing(directory: Path) -> tuple[str, str]:
     state = text_of(word) if isinstance(word, str) and word else "unknown"
     owner = lock.owner(directory)
     if owner and owner.alive:
-        # Its status may be that of the start before, or of this one, which is about to leave.
+        # status.json may be of the previous launch, or of this one, which is about to exit.
         ended = state != "running" and status.get("pid") == owner.pid
         return (state, reason) if ended or state == "running" else ("starting", "")
     if state == "unknown":
@@ -220,7 +220,7 @@ def standing(directory: Path) -> tuple[str, str]:
         return state, reason
     who = owner.name if owner else f"process {status.get('pid')} on {text_of(status.get('host'))}"
     saved = _checkpoints(directory).steps
-    again = f"the same command goes on from step {max(saved):,}" if saved else "nothing was saved"
+    again = f"the same command resumes from step {max(saved):,}" if saved else "nothing was saved"
     return "gone", f"{who} ended without a word; {again}"
 
 

@@ -1,13 +1,14 @@
 """Writing checkpoints: a snapshot in host memory, written in the background, whole or not at all.
 
-The order of things makes a kill at any moment harmless: a temporary folder beside the final name,
-each file flushed, state.json with the sizes and SHA-256 of the others last, then the rename, which
-is the commit, and the flush of the parent. Old checkpoints go after that, never before.
+A kill at any moment is harmless: the files are written to a temporary folder and flushed, last
+state.json with the sizes and SHA-256 of the others. The rename of the folder is the commit. Old
+checkpoints are removed after that.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,21 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# What a kill in a save, or in the removal of an old checkpoint, may leave.
-_LEFTOVERS = (".step_*.tmp", ".step_*.old")
 
 
 class Saver:
     """Writes the checkpoints of a run from process 0, one at a time, and removes old ones.
 
-    `unless` is called before each commit; it raises if the run is no longer ours.
+    `unless` is called before each commit, and raises if this process has lost the run.
     """
 
     def __init__(
         self, run: Path, settings: CheckpointConfig, unless: Callable[[], None] = lambda: None
     ) -> None:
         self.run, self.settings, self._unless = run, settings, unless
-        # The newest state that is on disk, or on its way: its step, and the one evaluated last.
+        # Step, and step of the last evaluation, of the newest state that is on disk or in flight.
         self.place: tuple[int, int | None] = (-1, None)
-        # Seconds that the slowest save took.
-        self.seconds = 0.0
+        self.seconds = 0.0  # of the slowest save
         self._error: UserError | None = None
         self._thread: threading.Thread | None = None
         self._copies: dict[str, Tensor] = {}
@@ -67,7 +65,7 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has come to nothing; `finish` raises why."""
+        """Whether a save failed; `finish` raises why."""
         return self._error is not None
 
     @property
@@ -82,10 +80,9 @@ class Saver:
         optimizer: Mapping[str, Tensor],
         state: Mapping[str, Any],
     ) -> None:
-        """Save the state after `step` steps in the background; return at once.
+        """Save the state after `step` steps in the background, once the previous save is done.
 
-        The tensors must not change until `copied` has returned. A save that is still being written
-        is waited for.
+        The tensors must not change until `copied` has returned.
         """
         self.join()
         place = step, state.get("evaluated")
@@ -98,24 +95,24 @@ class Saver:
         self._thread.start()
 
     def copied(self) -> None:
-        """Wait until the state of the save in flight has been copied, and may change."""
+        """Wait until the tensors of the save in flight have been copied."""
         self._copied.wait()
 
     def finish(self) -> None:
-        """Wait for the save in flight; raise UserError if it, or one before it, failed."""
+        """Wait for the save in flight; raise UserError if it or an earlier one failed."""
         self.join()
         if self._error:
             raise self._error
 
     def join(self, seconds: float = math.inf) -> None:
-        """Wait for the save in flight, but no longer than so many seconds."""
+        """Wait for the save in flight, but no longer than `seconds`."""
         end = time.monotonic() + seconds
-        while self._thread is not None and self._thread.is_alive() and time.monotonic() < end:
+        while self._thread and self._thread.is_alive() and time.monotonic() < end:
             self._thread.join(0.5)
             peers.me.mark(peers.me.step, "waiting for a save")
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        """Return `tensor` in host memory, in the place that its copy before this one had."""
+        """Return `tensor` in host memory, in the memory of its previous copy."""
         kept = self._copies.get(name)
         if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -154,7 +151,7 @@ def write(
     """Write a checkpoint of the state after `step` steps; return its folder.
 
     All tensors are in host memory. Raises OutputError, or NumbersError for a tensor that is not
-    finite; then there is nothing new on disk.
+    finite, and then leaves nothing new on disk.
     """
     path = folder_of(run, step)
     files = {"model.safetensors": model, "optimizer.safetensors": optimizer}
@@ -163,21 +160,26 @@ def write(
             if tensor.is_floating_point() and not _finite(tensor):
                 raise NumbersError(
                     f"{name} is not finite after step {step}: this state was not saved, and the "
-                    "checkpoint before it stands; train anew with a lower optim.lr and name=..."
+                    "previous checkpoint stands; train again with a lower optim.lr and name=..."
                 )
-    # Beside its final place: a rename works within one file system only.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _require_room(path, sum(t.nbytes for tensors in files.values() for t in tensors.values()))
+        needed = sum(t.nbytes for tensors in files.values() for t in tensors.values())
+        free = shutil.disk_usage(path.parent).free
+        if free < needed + 2**20:
+            raise OutputError(
+                f"{path}: needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; free some, "
+                "and the same command resumes from the previous checkpoint"
+            )
         temporary.mkdir()
         try:
             manifest = {
                 name: _write_tensors(temporary / name, tensors) for name, tensors in files.items()
             }
             own = {key: value for key, value in state.items() if key != "sha256"}
-            whole = own | {"format": FORMAT, "step": step, "files": manifest}
-            _write_state(temporary / "state.json", whole)
+            own |= {"format": FORMAT, "step": step, "files": manifest}
+            _write_state(temporary / "state.json", own)
             _flush_folder(temporary)
             unless()
             _commit(temporary, path)
@@ -192,7 +194,7 @@ def write_encoder(
 ) -> Path:
     """Write the query encoder alone as a checkpoint to RUN/encoder; return its folder.
 
-    It holds of the configuration what `load_encoder` needs, and no path of this machine.
+    It has the part of the configuration that `load_encoder` needs, and no path of this machine.
     """
     own = {k: v.detach().cpu() for k, v in model.items() if k.startswith("query_encoder.")}
     needed = {key: config[key] for key in ("encoder", "views")}
@@ -202,33 +204,27 @@ def write_encoder(
 def prune(run: Path, settings: CheckpointConfig, best: int | None) -> None:
     """Remove checkpoints that `settings` don't keep; `best` is the step with the best kNN."""
     for step, folder in step_folders(run)[: -settings.keep_last]:
-        for_good = settings.keep_every and step % settings.keep_every == 0
-        if for_good or (settings.keep_best and step == best):
+        multiple = settings.keep_every and step % settings.keep_every == 0
+        if multiple or (settings.keep_best and step == best):
             continue
+        # Renamed first: a kill in the middle leaves no half checkpoint under a checkpoint's name.
+        old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
         try:
-            _remove(folder)
+            folder.rename(old)
+            shutil.rmtree(old)
         except OSError as error:
             logger.warning("%s: old checkpoint can't be removed (%s)", folder, error)
 
 
 def clean(run: Path) -> None:
     """Remove what killed saves have left; call it as the only writer of the run."""
-    for pattern in _LEFTOVERS:
+    for pattern in (".step_*.tmp", ".step_*.old"):
         for left in (run / "checkpoints").glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _require_room(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < needed + 2**20:
-        raise OutputError(
-            f"{path}: needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; free some, "
-            "and go on from the checkpoint before it with the same command"
-        )
-
-
 def _finite(tensor: Tensor) -> bool:
-    # The sum is quick and tells almost always; a sum that overflows is looked into.
+    # The sum is quick; only if it is not finite, which may be an overflow, is each value tested.
     return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
 
 
@@ -236,61 +232,50 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file; return its size and SHA-256.
 
     The library's own writer builds the whole file in memory and holds the interpreter's lock, for
-    which training would have to wait; what is read is read by the library.
+    which training would have to wait.
     """
     header: dict[str, Any] = {}
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    offset = 0
+    end = 0
     for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("xb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            digest.update(part)
-            file.write(part)
-        for name in order:
-            content = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
-            digest.update(content)
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": 8 + len(text) + offset, "sha256": digest.hexdigest()}
+    flat = (tensors[name].contiguous().reshape(-1).view(torch.uint8) for name in order)
+    head = (len(text).to_bytes(8, "little"), text)
+    sha256 = _write_flushed(path, itertools.chain(head, (each.numpy().data for each in flat)))
+    return {"bytes": 8 + len(text) + end, "sha256": sha256}
 
 
 def _write_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write state.json, whose last entry is the SHA-256 of everything before it."""
     text = json.dumps(state, indent=1).removesuffix("\n}") + ',\n "sha256": "'
     text += hashlib.sha256(text.encode()).hexdigest() + '"\n}\n'
+    _write_flushed(path, [text.encode()])
+
+
+def _write_flushed(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write a new file and flush it to disk; return its SHA-256."""
+    digest = hashlib.sha256()
     with path.open("xb") as file:
-        file.write(text.encode())
+        for part in parts:
+            digest.update(part)
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _commit(temporary: Path, path: Path) -> None:
-    # The same step: a start before this one saved it, and it was not taken up.
+    # An earlier launch may have saved the same step without this one resuming from it.
     old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     if path.exists():
         path.rename(old)
     temporary.rename(path)
     _flush_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove(folder: Path) -> None:
-    # Renamed first: a kill in the middle leaves no half checkpoint under a checkpoint's name.
-    old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
-    folder.rename(old)
-    shutil.rmtree(old)
 
 
 def _flush_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run from its start to its end: Accelerator, run directory, lock, saves, stops, status."""
+"""A run from start to end: Accelerator, run directory, lock, saves, stops, status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -32,31 +32,29 @@ from moco_dist.runs.status import note_outcome, replace, write_status
 
 logger = logging.getLogger(__name__)
 
-# The locks of this process.
+# The locks that this process holds.
 _held: dict[Path, RunLock] = {}
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a run has besides its own state."""
+    """A run apart from what it trains."""
 
     accelerator: Accelerator
     settings: PretrainConfig | ProbeConfig
     # The run directory, runs/<name>.
     directory: Path
-    # The newest whole checkpoint; None at the start of a new run.
+    # The newest whole checkpoint; None in a new run.
     resumed: checkpoint.Checkpoint | None
     finished: bool
     stop: StopRequests
     saver: Saver
-    # The same for the life of the run; W&B knows it by this id.
     run_id: str
 
     @property
     def device(self) -> torch.device:
         """The device of this process."""
-        device: torch.device = self.accelerator.device
-        return device
+        return cast(torch.device, self.accelerator.device)
 
     def close(self) -> None:
         """Release the run directory; a command does so at its end."""
@@ -81,11 +79,11 @@ class Session:
         state: Mapping[str, Any],
         wait: bool,
     ) -> None:
-        """Save the state after `step` steps, in the background, or `wait` until it is on disk.
+        """Save the state after `step` steps in the background, or `wait` until it is on disk.
 
-        In the background, `saver.copied` tells when the tensors may change.
+        In the background the tensors must not change until `saver.copied` has returned.
         """
-        self.stop.saving = wait or comms.is_main()  # the save before this one may need long
+        self.stop.saving = wait or comms.is_main()  # the previous save may need long
         if comms.is_main():
             self.saver.start(step, model, optimizer, state)
         if wait:
@@ -102,19 +100,19 @@ class Session:
 
 
 def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
-    """Return Accelerate's view of this process once all processes have met, under `settings`.
+    """Return the Accelerator of this process once all processes have met.
 
-    Raises ConfigError if `settings` ask for a device or for processes that there are not, and
-    UserError if the settings are not the same on all processes.
+    Raises ConfigError if the device or the number of processes is not that of `settings`, and
+    UserError if `settings` differ between processes.
     """
     accelerator = _accelerator(settings)
     peers.me.join(settings.runtime.timeout_seconds)
     wanted, got = settings.runtime.processes, comms.world_size()
     if wanted not in (0, got):
         raise ConfigError(
-            f"runtime.processes={wanted} and {got} took part; start that many "
-            f"(on CPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-            f"--num_processes {wanted} -m ...)"
+            f"runtime.processes={wanted} and {got} took part; start that many (on CPUs: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+            f"{wanted} -m ...)"
         )
     peers.same_everywhere("the configuration", yaml_files.flat(yaml_files.to_dict(settings)))
     return accelerator
@@ -127,15 +125,12 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
     lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
     stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
     resumed = checkpoint.newest(directory, set_aside=True)
-    peers.from_main(lambda: _require_same(directory, settings, resumed))
-    finished = peers.from_main(lambda: (directory / "DONE").exists())
+    finished, run_id = peers.from_main(lambda: _require_same(directory, settings, resumed))
     saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
     if resumed:
         saver.place = resumed.step, resumed.state.get("evaluated")
     # When another process has failed, a save in flight can still be finished.
     stop.flush = partial(saver.join, machine.grace_seconds)
-    state = resumed.state if resumed else None
-    run_id = peers.from_main(lambda: identity.run_id(directory, settings.name, state))
     return Session(accelerator, settings, directory, resumed, finished, stop, saver, run_id)
 
 
@@ -164,18 +159,11 @@ def _accelerator(settings: PretrainConfig | ProbeConfig) -> Accelerator:
         logging.disable(logging.WARNING)
     asked, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.mixed_precision
     if asked not in ("no", ours):
-        logger.warning(
-            "the launcher's mixed precision %s is ignored in favour of the configuration's "
-            "precision=%s",
-            asked,
-            settings.precision,
-        )
+        ignored = "the launcher's mixed precision %s is ignored in favour of precision=%s"
+        logger.warning(ignored, asked, settings.precision)
     if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
-        logger.warning(
-            "the launcher's dynamo backend %s is ignored; runtime.compile=true compiles a "
-            "pretraining",
-            asked,
-        )
+        ignored = "the launcher's dynamo backend %s is ignored; runtime.compile=true compiles"
+        logger.warning(ignored, asked)
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
@@ -186,10 +174,10 @@ def _accelerator(settings: PretrainConfig | ProbeConfig) -> Accelerator:
 
 
 def _take(directory: Path, stop: StopRequests) -> RunLock:
-    """Become the only writer of the run directory, until the run ends."""
+    """Become the only writer of the run directory until the run ends."""
     with output_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    # A caller in Python may start several runs, and one that failed has left its lock behind.
+    # A Python program may start several runs, and one that failed has left its lock behind.
     if before := _held.pop(directory.resolve(), None):
         before.release()
     lock = _held[directory.resolve()] = RunLock(directory)
@@ -207,18 +195,19 @@ def _take(directory: Path, stop: StopRequests) -> RunLock:
 
 def _require_same(
     directory: Path, settings: PretrainConfig | ProbeConfig, resumed: checkpoint.Checkpoint | None
-) -> None:
-    if resumed:
-        changed = yaml_files.changed_keys(resumed.piece("config"), settings)
-        if changed:
-            raise ConfigError(
-                f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
-                "restore that configuration to resume the run, or choose name=... for a new one"
-            )
+) -> tuple[bool, str]:
+    """Return whether the run is done, and its id; ConfigError if it has another configuration."""
+    if resumed and (changed := yaml_files.changed_keys(resumed.piece("config"), settings)):
+        raise ConfigError(
+            f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
+            "restore that configuration to resume the run, or choose name=... for a new one"
+        )
+    run_id = identity.run_id(directory, settings.name, resumed.state if resumed else None)
+    return (directory / "DONE").exists(), run_id
 
 
 def begin(session: Session) -> None:
-    """Record in the run directory what runs now; from here on a signal is obeyed between steps."""
+    """Record this launch in the run directory; from here on signals are obeyed between steps."""
     session.stop.raise_at_once()
     session.stop.at_once = False
     try:
@@ -227,39 +216,37 @@ def begin(session: Session) -> None:
         end_early(session, error, "nothing has begun")
     peers.me.training = True
 
+    run = session.directory
+
+    @output_errors(run)
     def write() -> None:
-        with output_errors(session.directory):
-            run = session.directory
-            (run / "DONE").unlink(missing_ok=True)
-            replace(run / "config.yaml", yaml_files.to_yaml(session.settings))
-            replace(run / "environment.json", json.dumps(environment(), indent=1))
-            write_status(run, None, peers.me.step, "")
+        (run / "DONE").unlink(missing_ok=True)
+        replace(run / "config.yaml", yaml_files.to_yaml(session.settings))
+        replace(run / "environment.json", json.dumps(environment(), indent=1))
+        write_status(run, None, peers.me.step, "")
 
     peers.from_main(write)
 
 
 def end_early(session: Session, error: StoppedError | NumbersError, place: str) -> NoReturn:
-    """Raise `error` on all processes with `place`, which says what is saved; keep its details."""
+    """Raise `error` on all processes with `place`, which says what is saved; note its details."""
 
+    @output_errors(session.directory)
     def write() -> None:
-        with output_errors(session.directory):
-            (session.directory / "STOP").unlink(missing_ok=True)  # it has been obeyed
-            if isinstance(error, NumbersError):
-                text = json.dumps(dict(error.details), indent=1)
-                replace(session.directory / "not_finite.json", text + "\n")
+        (session.directory / "STOP").unlink(missing_ok=True)  # it has been obeyed
+        if isinstance(error, NumbersError):
+            text = json.dumps(dict(error.details), indent=1)
+            replace(session.directory / "not_finite.json", text + "\n")
 
     peers.from_main(write)
-    go_on = "" if isinstance(error, NumbersError) else "; the same command resumes from there"
-    ended = type(error)(f"{error}: {place}{go_on}")
+    resumes = "" if isinstance(error, NumbersError) else "; the same command resumes from there"
+    ended = type(error)(f"{error}: {place}{resumes}")
     ended.again = error.again
     raise ended.on_all() from error
 
 
 def finish(session: Session, results: dict[str, Any]) -> None:
     """Mark the run as done, with its results as JSON in DONE."""
-
-    def write() -> None:
-        with output_errors(session.directory):
-            replace(session.directory / "DONE", json.dumps(results, indent=1) + "\n")
-
+    content = json.dumps(results, indent=1) + "\n"
+    write = output_errors(session.directory)(lambda: replace(session.directory / "DONE", content))
     peers.from_main(write)

@@ -1,4 +1,4 @@
-"""Two questions of a job script in slurm/: where is the run directory, and is the job requeued?
+"""What a job script in slurm/ asks: where is the run directory, and is the job to be requeued?
 
     python -m moco_dist.runs.slurm_job directory {pretrain,probe} ARGUMENTS   prints the directory
     python -m moco_dist.runs.slurm_job end RUN OUTCOME STATE   the exit status, or 200 to requeue
@@ -21,26 +21,22 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.errors import ConfigError, UserError
 from moco_dist.runs.status import write_status
 
-# Exit status that asks the job script to requeue the job.
-REQUEUE = 200
-# Restarts without a new checkpoint after which a job is not requeued again.
-MAX_RESTARTS = 3
+REQUEUE = 200  # asks the job script to requeue the job
+MAX_RESTARTS = 3  # without a new checkpoint
 
 
 def directory(kind: str, arguments: list[str]) -> Path:
     """Return the run directory of a command line; UserError if its configuration is refused.
 
-    If the command line has name=... and output=..., a refusal is also written to status.json there
-    unless a run has begun, so that a sweep knows why a task is missing.
+    If the command line has name=... and output=..., and no run has begun there, a refusal is also
+    written to status.json, so that a sweep shows why a task is missing.
     """
     try:
-        config: PretrainConfig | ProbeConfig
         if kind == "pretrain":
-            config = yaml_files.load(PretrainConfig, arguments)
-            name = config.name
-        else:
-            config = yaml_files.load(ProbeConfig, arguments)
-            name = config.run_name()
+            pretrain = yaml_files.load(PretrainConfig, arguments)
+            return Path(pretrain.output).expanduser() / pretrain.name
+        probe = yaml_files.load(ProbeConfig, arguments)
+        return Path(probe.output).expanduser() / probe.run_name()
     except UserError as error:
         given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
         if {"name", "output"} <= given.keys():
@@ -50,7 +46,6 @@ def directory(kind: str, arguments: list[str]) -> Path:
                     run.mkdir(parents=True, exist_ok=True)
                     write_status(run, error.exit_status, 0, str(error))
         raise
-    return Path(config.output).expanduser() / name
 
 
 def end(run: Path, outcome: dict[str, Any] | None, state: str) -> tuple[int, str]:
@@ -59,32 +54,35 @@ def end(run: Path, outcome: dict[str, Any] | None, state: str) -> tuple[int, str
     `outcome` is what the run wrote at its end, None if it was killed or never started; `state` is
     the job's state in Slurm.
     """
-    status, reason = 70, "the run was killed, or did not start"
-    again = True
+    status, reason, again = 70, "the run was killed, or did not start", True
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     if outcome:
         status, reason, again = outcome["exit_status"], outcome["reason"], outcome["again"]
         # The previous launch may not have ended yet.
-        again = again or (status == 73 and _restarts() > 0)
+        again = again or (status == 73 and restarts > 0)
     if status == 0:
         return 0, f"{run} is done"
     if not again:
-        return status, f"ended with {status}: {reason}"
+        return status, f"exited with status {status}: {reason}"
     if state != "RUNNING":
         return status, f"{reason}. Slurm itself ends this job ({state or 'unknown state'})"
-    step = newest_step(run)
-    if _stands_still(run, step):
+    names = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
+    step = max((int(name) for name in names if name.isdecimal()), default=0)
+    notes = run / "requeues.jsonl"
+    earlier: list[int] = []
+    with suppress(OSError, ValueError):
+        lines = [json.loads(line) for line in notes.read_text().splitlines()]
+        earlier = [line["step"] for line in lines if line["job"] == _job()]
+    if earlier[-MAX_RESTARTS:] == [step] * MAX_RESTARTS:
         return 70, (
             f"no checkpoint after step {step} in {MAX_RESTARTS} restarts, so this job is not "
             f"started again; the last reason: {reason}"
         )
-    _note(run, {"job": _job(), "restart": _restarts(), "step": step, "reason": reason})
+    run.mkdir(parents=True, exist_ok=True)
+    with notes.open("a") as file:
+        requeue = {"job": _job(), "restart": restarts, "step": step, "reason": reason}
+        file.write(json.dumps(requeue) + "\n")
     return REQUEUE, f"to be requeued at step {step}: {reason}"
-
-
-def newest_step(run: Path) -> int:
-    """Return the step of the newest checkpoint, by the names of the folders, 0 without one."""
-    names = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _job() -> str:
@@ -92,26 +90,6 @@ def _job() -> str:
     if not job.isdecimal():
         raise ConfigError(f"SLURM_JOB_ID={job!r} is no job; run this in a script for sbatch")
     return job
-
-
-def _restarts() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-
-
-def _stands_still(run: Path, step: int) -> bool:
-    """Return whether this job was requeued MAX_RESTARTS times in a row at `step`."""
-    try:
-        lines = [json.loads(line) for line in (run / "requeues.jsonl").read_text().splitlines()]
-    except (OSError, ValueError):
-        return False
-    steps = [line["step"] for line in lines if line["job"] == _job()]
-    return steps[-MAX_RESTARTS:] == [step] * MAX_RESTARTS
-
-
-def _note(run: Path, requeue: dict[str, Any]) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / "requeues.jsonl").open("a") as file:
-        file.write(json.dumps(requeue) + "\n")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""How a run stands and how it ended, in small JSON files for people and job schedulers."""
+"""The state of a run and how it ended, in small JSON files for people and job schedulers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 
 from moco_dist.errors import STATES
 
-# Names a file that also gets how the run ended: a launch that is refused may not write to the run.
+# Names a file that also gets the outcome: a launch that is refused may not write to the run.
 OUTCOME = "MOCO_DIST_OUTCOME"
 
 
 def write_status(
     directory: Path, status: int | None, step: int, reason: str, again: bool = False
 ) -> None:
-    """Write status.json: the state in a word, the exit status (None: it runs), the step and why.
+    """Write status.json: state, exit status (None while it runs), step, reason, and `again`.
 
-    `again` is whether the same command is likely to continue if a machine starts it again.
+    `again` is whether the same command is likely to resume the run if a machine starts it again.
     """
     path = directory / "status.json"
     with suppress(OSError, ValueError):
@@ -53,14 +53,14 @@ def _content(status: int | None, step: int, reason: str, again: bool) -> str:
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds it whole or as it was."""
+    """Write a file so that readers see the old or the new content, whole."""
     with written_whole(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a file next to `path` to write to; it replaces `path` at the end unless one raises."""
+    """Yield a file next to `path` to write to; without an error it replaces `path`."""
     # Other machines may write the same file of a shared cache.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:

@@ -1,1 +1,1 @@
-"""What is read during a run: metrics.jsonl, the terminal, W&B, TensorBoard."""
+"""Metrics during a run: metrics.jsonl, the terminal, W&B, TensorBoard."""

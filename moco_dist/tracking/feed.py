@@ -1,14 +1,12 @@
-"""Services besides metrics.jsonl, each fed by a thread of its own, so that training never waits.
+"""Services besides metrics.jsonl, each fed by its own thread, so that training never waits.
 
-A service may need long to start and to finish. metrics.jsonl is the truth: each launch first gives
-a service the lines that it lacks, up to the checkpoint, then each new one. A service gets one row
-for each step once the row is complete, which is when a later step has begun, or at the end.
+Each launch first sends a service the lines of metrics.jsonl that it lacks, then each new one. A
+service gets one row for each step, once a later step has begun or at the end.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import queue
@@ -16,15 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from moco_dist.distributed import peers
+from moco_dist.runs import record
 
 logger = logging.getLogger(__name__)
 
-# Seconds that a run waits for a service at its end, and those when it was stopped.
+# Seconds that a run waits for a service at its end, and when it was stopped.
 END_SECONDS, HURRY_SECONDS = 60.0, 8.0
 
 
@@ -32,20 +31,20 @@ class Service(Protocol):
     """Where rows of metrics go; all methods are called in one thread."""
 
     name: str
-    # Whether each launch gives it the whole history again.
-    anew: bool
+    # Whether each launch sends the whole history again.
+    resends: bool
 
     def begin(self) -> int:
         """Start; return the first step that the service wants."""
 
     def row(self, step: int, metrics: Mapping[str, float], known: bool) -> None:
-        """Log what holds after `step` steps, in their order, each once; some is `known`."""
+        """Log the metrics after `step` steps, in order of steps; the service has `known` ones."""
 
     def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
         """Log the final figures, and upload the encoder in a folder."""
 
     def finish(self, status: int) -> None:
-        """Bring everything to its place; `status` is the exit status of the run."""
+        """Send or write what is left; `status` is the exit status of the run."""
 
     def leave(self) -> None:
         """Clean up after a failure."""
@@ -56,7 +55,7 @@ class Feed:
 
     def __init__(self, service: Service, path: Path) -> None:
         self.service, self.path = service, path
-        # The lines of earlier launches; later ones come by `log`.
+        # Bytes of earlier launches; later lines come through `log`.
         self._before = path.stat().st_size
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._row: tuple[int, dict[str, float]] | None = None
@@ -68,24 +67,23 @@ class Feed:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add `metrics` to the row of `step`; return at once."""
         if not self.dead:
-            own = dict(metrics)
-            self._work.put(lambda: self._add(step, own))
+            self._work.put(partial(self._add, step, dict(metrics)))
 
     def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
         """Pass on the final figures; return at once."""
         self._work.put(self._flush)
-        self._work.put(lambda: self.service.conclude(results, encoder))
+        self._work.put(partial(self.service.conclude, results, encoder))
 
     def close(self, status: int, complete: bool, hurry: bool) -> None:
         """Finish in bounded time, with the newest row if it is `complete` or will be sent again."""
-        self._work.put(lambda: self._finish(status, complete))
+        self._work.put(partial(self._finish, status, complete))
         end = time.monotonic() + (HURRY_SECONDS if hurry else END_SECONDS)
         while self._thread.is_alive() and time.monotonic() < end:
             self._thread.join(0.25)
             peers.me.mark(peers.me.step, f"finishing {self.service.name}")
         if self._thread.is_alive():
             self._fail("does not finish")
-            atexit.register(_exit, status)  # before what the service has registered, and waits for
+            atexit.register(_exit, status)  # runs before the handlers of the service, which wait
 
     def _run(self) -> None:
         try:
@@ -102,17 +100,13 @@ class Feed:
     def _fail(self, reason: str) -> None:
         if not self.dead:
             self.dead = True
-            logger.warning(
-                "%s: %s; the run and its metrics.jsonl continue without it",
-                self.service.name,
-                reason,
-            )
+            text = "%s: %s; the run and its metrics.jsonl continue without it"
+            logger.warning(text, self.service.name, reason)
 
     def _add(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._row and self._row[0] < step:
             self._flush()
-        row = self._row[1] if self._row else {}
-        self._row = step, row | dict(metrics)
+        self._row = step, {**(self._row[1] if self._row else {}), **metrics}
 
     def _flush(self) -> None:
         if self._row:
@@ -120,7 +114,7 @@ class Feed:
         self._row = None
 
     def _finish(self, status: int, complete: bool) -> None:
-        if complete or self.service.anew:
+        if complete or self.service.resends:
             self._flush()
         self.service.finish(status)
         self._ended = True
@@ -135,11 +129,5 @@ def _exit(status: int) -> None:
 def _lines(path: Path, size: int) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield step and metrics of the lines in the first `size` bytes of metrics.jsonl."""
     with path.open("rb") as file:
-        while file.tell() < size:
-            line: dict[str, Any] = {}
-            with suppress(ValueError):
-                line = json.loads(file.readline())
-            step = line.pop("step", None)
-            line.pop("time", None)
-            if step is not None:
-                yield int(step), line
+        for line in record.parse(file.read(size).splitlines()):
+            yield line.pop("step"), {name: v for name, v in line.items() if name != "time"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,14 +20,12 @@ from moco_dist.runs.record import Line, number, text_of
 from moco_dist.tracking import terminal
 from moco_dist.tracking.progress import RunProgress, moment
 
-# Seconds from one look at the files to the next.
-PAUSE = 1.0
-# Results from before the first look that are printed above the live picture.
-EARLIER = 5
+PAUSE = 1.0  # seconds between two looks at the files
+EARLIER = 5  # results at most that one look prints above the live picture
 
 
 class News(NamedTuple):
-    """Whole lines of a file: those that are new, and, where it was cut back, those that stayed."""
+    """Whole lines of a file: the new ones and, if it was cut back, those that stayed."""
 
     cut: bool
     old: list[bytes]
@@ -33,7 +33,7 @@ class News(NamedTuple):
 
 
 class Tail:
-    """The lines of a file that grows, and is cut back to an earlier line now and then."""
+    """The lines of a file that grows, and is sometimes cut back to an earlier line."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._end, self._last = path, 0, b""
@@ -51,17 +51,15 @@ class Tail:
         except OSError:
             return News(False, [], [])
         lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-        kept = 0
+        hashes, kept = list(map(hash, lines)), 0
         if cut:
             self._end, self._last = 0, b""
-            while kept < min(len(lines), len(self._known)) and self._known[kept] == hash(
-                lines[kept]
-            ):
-                kept += 1
+            same = map(operator.eq, hashes, self._known)
+            kept = sum(itertools.takewhile(bool, same))
             del self._known[kept:]
         self._end += sum(map(len, lines))
         self._last = lines[-1] if lines else self._last
-        self._known += map(hash, lines[kept:])
+        self._known += hashes[kept:]
         return News(cut, lines[:kept], lines[kept:])
 
 
@@ -73,13 +71,13 @@ class Watch:
         self._tail = Tail(directory / "metrics.jsonl")
         self._live = terminal.is_live(console)
         self._progress = RunProgress()
-        # How the run stands, in a word and in a line.
+        # The state of the run, in a word and in a line.
         self._state, self.note = "", ""
         self.display = terminal.Display(console, self._progress, lambda: self.note)
 
     def look(self) -> bool:
         """Show what is new; return whether the run is done."""
-        # In this order: the lines of a run that is done are all there.
+        # In this order, because a run that is done has written all its lines.
         state, reason = record.standing(self._directory)
         news = self._tail.read()
         if news.cut:
@@ -95,7 +93,7 @@ class Watch:
         return state == "done"
 
     def _tell(self, state: str, reason: str) -> None:
-        """Note how the run stands, and print it where it is news."""
+        """Note the state of the run, and print it if it is new."""
         if state == "empty":
             state, reason = "nothing is there yet", "waiting, Ctrl-C ends"
         elif state not in ("starting", "running", "done"):
@@ -107,7 +105,7 @@ class Watch:
                 self._print(f"{moment(time.time())} {self.note}")
 
     def _add(self, lines: list[Line]) -> list[str]:
-        """Take in lines; return those that are news, as a person reads them."""
+        """Add lines to the progress; return those that are news, for a person to read."""
         if not lines:
             return []
         progress, began = self._progress, self._began()
@@ -119,8 +117,9 @@ class Watch:
             if progress.moment < began <= (number(line.get("time")) or 0.0):
                 progress.begin_again()
             progress.add(line)
-            texts.append(self._text(line))
-        return [text for text in texts if text]
+            if text := self._text(line):
+                texts.append(text)
+        return texts
 
     def _text(self, line: Line) -> str | None:
         if isinstance(line.get("alarm"), str):
@@ -129,7 +128,7 @@ class Watch:
         return terminal.plain(line, self._progress, results_only=self._live)
 
     def _began(self) -> float:
-        """Return when the newest start of the run was; the pace of those before is no guide."""
+        """Return when the newest launch of the run began; earlier ones don't tell its pace."""
         environment = record.read_object(self._directory / "environment.json")
         with suppress(ValueError, OverflowError):
             text = str(environment.get("started"))
@@ -145,7 +144,7 @@ class Watch:
 
 
 def follow(directory: Path, console: Console, wait: Callable[[float], None] = time.sleep) -> None:
-    """Show a run in progress until it is done: in a terminal as its own console does."""
+    """Show a run in progress, as its own console does, until it is done."""
     watch = Watch(directory, console)
     live = terminal.is_live(console)
     if live:

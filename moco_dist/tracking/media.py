@@ -1,6 +1,6 @@
 """Pictures of a run, as files: runs/NAME/media/step_00039000/*.png, and histograms as *.json.
 
-They are made on process 0 without asking the others; W&B, TensorBoard and a report show the files.
+Process 0 makes them without the others; W&B, TensorBoard and the report show them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from moco_dist.config.recipe import ViewsConfig
@@ -26,14 +26,13 @@ BINS = 64
 # Pixels of the smallest tile, of a frame, and between tiles.
 TILE, FRAME, GAP = 64, 3, 3
 GREEN, RED, WHITE = (40, 160, 70), (210, 50, 50), (255, 255, 255)
-# Classes whose names and counts can be read in a picture.
-READABLE = 30
+READABLE = 30  # classes whose names and counts fit into a picture
 
 Pixels = NDArray[np.uint8]
 
 
 class Album:
-    """The pictures of a run; where one can't be written there is one warning, and no more."""
+    """The pictures of a run; the first that can't be written gives the only warning."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,13 +52,9 @@ class Album:
         `queries` is uint8 (n, 3, height, width), `nearest` (n, k, 3, height, width), `right` bool
         (n, k): whether the neighbour is of the query's class.
         """
-        rows = [
-            [
-                _tile(query),
-                *(_tile(n, GREEN if r else RED) for n, r in zip(near, good, strict=True)),
-            ]
-            for query, near, good in zip(queries, nearest, right.tolist(), strict=True)
-        ]
+        frames = [[WHITE, *(GREEN if good else RED for good in row)] for row in right.tolist()]
+        images = torch.cat([queries[:, None], nearest], dim=1)
+        rows = [list(map(_tile, *each)) for each in zip(images, frames, strict=True)]
         self._save(step, "neighbours.png", lambda path: _grid(rows).save(path))
 
     def histogram(self, step: int, name: str, similarities: Tensor) -> None:
@@ -97,12 +92,8 @@ def _tile(image: Tensor, frame: tuple[int, int, int] = WHITE) -> Pixels:
     """Return a uint8 image (3, height, width) as (height, width, 3), enlarged, with a frame."""
     pixels: Pixels = image.permute(1, 2, 0).cpu().numpy()
     factor = max(1, TILE // min(pixels.shape[:2]))
-    large = pixels.repeat(factor, 0).repeat(factor, 1)
-    height, width, _ = large.shape
-    framed = np.empty((height + 2 * FRAME, width + 2 * FRAME, 3), np.uint8)
-    framed[:] = frame
-    framed[FRAME:-FRAME, FRAME:-FRAME] = large
-    return framed
+    large = Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1))
+    return np.asarray(ImageOps.expand(large, FRAME, frame))
 
 
 def _grid(rows: Sequence[Sequence[Pixels]]) -> Image.Image:

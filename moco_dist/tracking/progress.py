@@ -1,4 +1,4 @@
-"""How far a run is and how it does, from its lines of metrics alone: what a person watches."""
+"""How far a run is and how well it does, from its lines of metrics alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 from moco_dist.runs.record import Metric, number, steps_per_epoch, text_of
 
-# Lines of metrics over which the pace is taken.
-WINDOW = 1000
-# Points that a curve keeps at most.
-POINTS = 512
+WINDOW = 1000  # lines of metrics over which the pace is measured
+POINTS = 512  # that a curve keeps at most
 
 
 class Alarm(NamedTuple):
@@ -26,14 +24,14 @@ class Alarm(NamedTuple):
 
 
 class Curve:
-    """The course of a figure in some hundred points: means of equally many values each."""
+    """The course of a figure in some hundred points, each the mean of equally many values."""
 
     def __init__(self) -> None:
         self.points: list[float] = []
         self._each, self._sum, self._count = 1, 0.0, 0
 
     def add(self, value: float) -> None:
-        """Add a value; one that is not finite is left out."""
+        """Add a value, unless it is not finite."""
         if not math.isfinite(value):
             return
         self._sum, self._count = self._sum + value, self._count + 1
@@ -47,7 +45,7 @@ class Curve:
         self.points = points  # at once: another thread may be drawing
 
     def drawn(self, width: int, marks: str) -> str:
-        """Return the curve as at most `width` of the marks, which go from low to high."""
+        """Return the curve as at most `width` of the marks, which are ordered from low to high."""
         points, count = self.points, len(self.points)
         if not points:
             return ""
@@ -60,9 +58,9 @@ class Curve:
 
 
 class RunProgress:
-    """The place of a run and its newest figures; `add` takes its lines in their order.
+    """The step and the newest figures of a run; call `add` with its lines in order.
 
-    `knn_every` are the epochs from one evaluation to the next, for the time that is left.
+    `knn_every` is the number of epochs between evaluations, for the time that is left.
     """
 
     def __init__(self, total: int = 0, step: int = 0, knn_every: int = 0) -> None:
@@ -70,23 +68,20 @@ class RunProgress:
         self.per_epoch = 0
         # The newest value of each metric.
         self.newest: dict[str, float] = {}
-        # The second one is kNN's, or the probe's top-1.
+        # The accuracy is kNN's, or the probe's top-1.
         self.loss, self.accuracy = Curve(), Curve()
-        # Step and accuracy.
-        self.best_knn: tuple[int, float] | None = None
+        self.best_knn: tuple[int, float] | None = None  # step and accuracy
         self.alarms: list[Alarm] = []
-        # Whether steps are being done; there is no time left to tell otherwise.
         self.running = True
-        # Time of the newest line.
-        self.moment = 0.0
+        self.moment = 0.0  # of the newest line
         self._filled = False
         # Time, step and seconds of evaluation up to then, at lines about training.
         self._pace: deque[tuple[float, int, float]] = deque(maxlen=WINDOW)
-        # Seconds of evaluation, the number of those, and the step of the last one.
+        # Seconds and number of evaluations, and the step of the last one.
         self._evaluating, self._evaluations, self._evaluated = 0.0, 0, -1
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Take in a line of metrics, with "step" and "time", or an alarm."""
+        """Add a line of metrics, with "step" and "time", or an alarm."""
         step, before = line["step"], self.moment
         self.moment = now = number(line.get("time")) or before
         if isinstance(line.get("alarm"), str):
@@ -106,7 +101,7 @@ class RunProgress:
                 self._evaluating += max(0.0, now - before)
                 self._evaluations += 1
         if loss is not None:
-            # The loss climbs while the queue fills, and says nothing until then.
+            # The loss climbs while the queue fills, and means nothing until then.
             if number(line.get(Metric.QUEUE_FILL)) == 1 and not self._filled:
                 self._filled, self.loss = True, Curve()
             self.loss.add(loss)
@@ -116,14 +111,13 @@ class RunProgress:
         self.step = step
 
     def begin_again(self) -> None:
-        """Forget the pace: the lines so far are those of an earlier start of the run."""
+        """Forget the pace: the lines so far are those of an earlier launch."""
         self._pace.clear()
 
     def seconds_left(self) -> float | None:
-        """Return the seconds from the newest line to the end; None if nothing tells yet.
+        """Return the seconds from the newest line to the end; None while they are unknown.
 
-        Training, with the saves in it, and evaluations are counted apart: the next evaluation may
-        be far from the last one.
+        Training, including saves, and evaluations are counted separately.
         """
         if not self.running or not self.total or len(self._pace) < 2:
             return None
@@ -137,7 +131,7 @@ class RunProgress:
         return each * steps + evaluation * evaluations if steps or evaluations else None
 
     def _evaluations_left(self) -> int:
-        """Return the evaluations to come; the last step always has one."""
+        """Return the number of evaluations to come; the last step always has one."""
         every = self.knn_every * self.per_epoch
         if not every or (self.step >= self.total and self._evaluated == self.step):
             return 0
@@ -148,17 +142,15 @@ class RunProgress:
 def duration(seconds: float) -> str:
     """Return a span of time in at most six characters: 45s, 12m05s, 2h05m, 3d04h."""
     whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    minutes, hours = whole // 60, whole // 3600
-    if hours < 1:
-        return f"{minutes}m{whole % 60:02}s"
-    return f"{hours}h{minutes % 60:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
+    for large, small, units in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if whole >= large:
+            return f"{whole // large}{units[0]}{whole % large // small:02}{units[1]}"
+    return f"{whole}s"
 
 
 def moment(seconds: float) -> str:
-    """Return a point in time as a log shows it: month, day, hour and minute here."""
+    """Return a point in time as a log shows it: month, day, hour and minute."""
     try:
         return time.strftime("%m-%d %H:%M", time.localtime(seconds))
-    except (OverflowError, OSError, ValueError):  # no time at all
+    except (OverflowError, OSError, ValueError):
         return "??-?? ??:??"

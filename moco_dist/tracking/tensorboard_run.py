@@ -16,11 +16,11 @@ from PIL import Image
 class TensorBoardRun:
     """A service for a feed (see `feed.py`), whose thread calls its methods.
 
-    Each launch writes the whole history from metrics.jsonl, and purges what was there before.
+    Each launch writes the whole history from metrics.jsonl, and purges what earlier ones wrote.
     """
 
     name = "TensorBoard"
-    anew = True
+    resends = True
 
     def __init__(self, accelerator: Accelerator, directory: Path) -> None:
         self.accelerator, self.directory = accelerator, directory
@@ -34,14 +34,14 @@ class TensorBoardRun:
             raise RuntimeError(f"{error}; pip install 'moco_dist[tensorboard]'") from error
         folder = self.directory / "tensorboard"
         shutil.rmtree(folder, ignore_errors=True)
-        # A TensorBoard that is open has the old files in memory: purge_step makes it forget them.
+        # purge_step makes an open TensorBoard forget the old files, which it has in memory.
         self._tracker = TensorBoardTracker(folder.name, self.directory, purge_step=0)
         self._tracker.start()
         self.accelerator.trackers.append(self._tracker)
         return 0
 
     def row(self, step: int, metrics: Mapping[str, float], known: bool) -> None:
-        """Log what holds after `step` steps, with the pictures of that step."""
+        """Log the metrics after `step` steps, with the pictures of that step."""
         self._tracker.log(dict(metrics), step=step)
         for path in sorted((self.directory / "media" / f"step_{step:08d}").glob("*.png")):
             pixels = np.asarray(Image.open(path).convert("RGB"))
@@ -49,11 +49,11 @@ class TensorBoardRun:
             self._tracker.writer.add_image(name, pixels, step, dataformats="HWC")
 
     def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
-        """Do nothing: TensorBoard has no place for single figures or files."""
+        """Do nothing: TensorBoard can't show single figures or files."""
 
     def finish(self, status: int) -> None:
         """Write what is left and close the files."""
         self._tracker.finish()
 
     def leave(self) -> None:
-        """Do nothing: nothing waits."""
+        """Do nothing."""

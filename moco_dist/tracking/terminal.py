@@ -1,6 +1,6 @@
-"""What a person reads during a run: a live picture in a terminal, plain lines without one.
+"""What a person reads during a run: a live picture in a terminal, plain lines elsewhere.
 
-Both are made from a run's lines of metrics alone, so that `report --follow` shows the same.
+Both need only a run's lines of metrics, so `report --follow` shows the same.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ from moco_dist.tracking.progress import RunProgress, duration, moment
 Sink = Callable[[int, Mapping[str, Any]], None]
 
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=+*#"
-# Alarms that stay in the picture.
-ALARMS = 3
+ALARMS = 3  # that stay in the picture
 
 
 class Display:
-    """The live picture of a run below what is printed; `note` is asked for a line of its own."""
+    """The live picture of a run below what is printed; `note` returns its last line."""
 
     def __init__(
         self, console: Console, progress: RunProgress, note: Callable[[], str] = lambda: ""
@@ -40,7 +39,7 @@ class Display:
         self._live: Live | None = None
 
     def start(self) -> None:
-        """Show it from here on; warnings come out above it, as whole lines."""
+        """Show it from now on, with warnings above it as whole lines."""
         stderr = sys.stderr
         self._live = Live(
             console=self._console,
@@ -50,9 +49,9 @@ class Display:
         )
         with suppress(OSError):
             self._live.start(refresh=True)
-            # A process may end without a word, and the terminal would be without a cursor.
+            # A process that is killed would leave the terminal without a cursor.
             self._console.show_cursor(True)
-        # Handlers of `logging` hold the stream that was there when they were made.
+        # Handlers of `logging` keep the stream that they were made with.
         self._handlers = [
             handler
             for handler in logging.root.handlers
@@ -70,7 +69,7 @@ class Display:
             handler.setStream(sys.stderr)
 
     def show(self, progress: RunProgress) -> None:
-        """Draw it now, of `progress`."""
+        """Draw `progress` now."""
         self._progress = progress
         if self._live and self._live.is_started:
             with suppress(OSError):
@@ -86,9 +85,9 @@ class Display:
 def show(
     console: Console, total: int, step: int, knn_every: int = 0, before: Iterable[Line] = ()
 ) -> tuple[Sink, Display | None]:
-    """Return a sink for a person to read, and the live picture if there is a terminal to show it.
+    """Return a sink for a person to read, and the live picture if the console can show it.
 
-    `before` are the lines of earlier starts, up to `step`.
+    `before` are the lines of earlier launches, up to `step`.
     """
     progress = RunProgress(total, step, knn_every)
     for line in before:
@@ -99,7 +98,7 @@ def show(
     def write(step: int, metrics: Mapping[str, Any]) -> None:
         line: dict[str, Any] = {"step": step, "time": time.time(), **metrics}
         progress.add(line)
-        # An alarm has gone through `logging`.
+        # Alarms are printed through `logging`.
         text = None if "alarm" in line else plain(line, progress, results_only=display is not None)
         if text:
             write_line(console, text)
@@ -110,7 +109,7 @@ def show(
 
 
 def is_live(console: Console) -> bool:
-    """Return whether the console is a terminal that can show a picture; a file never is one."""
+    """Return whether the console is a terminal that can show a picture."""
     return console.is_interactive and not console.is_dumb_terminal and console.file.isatty()
 
 
@@ -120,13 +119,13 @@ def write_line(console: Console, text: str) -> None:
 
 
 def _print(console: Console, text: str, soft_wrap: bool = True, style: str | None = None) -> None:
-    """Print a text; a log that can't be written, or a pipe that nobody reads, ends no run."""
+    """Print a text; a log that can't be written, or a closed pipe, does not end the run."""
     with suppress(OSError, SystemExit):
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=soft_wrap)
 
 
 def banner(console: Console, title: str, rows: Mapping[str, str]) -> None:
-    """Print a title and, under it, names and what there is to say of each."""
+    """Print a title and, under it, names with their texts."""
     table(console, title, list(rows.items()), words=2)
 
 
@@ -138,9 +137,9 @@ def table(console: Console, title: str, rows: Sequence[Sequence[str]], words: in
 
 
 def plain(line: Mapping[str, Any], progress: RunProgress, results_only: bool = False) -> str | None:
-    """Return a line of metrics, which `progress` has, as one line of ASCII; None if it is no news.
+    """Return a line of metrics as one line of ASCII, usually under 80 characters; None if no news.
 
-    A usual one has less than 80 characters.
+    `progress` has the line already.
     """
     shown = figures({name: v for name, v in line.items() if isinstance(v, float | int)})
     if results_only:
@@ -157,9 +156,9 @@ def plain(line: Mapping[str, Any], progress: RunProgress, results_only: bool = F
 
 
 def layout(rows: Sequence[Sequence[str]], words: int, width: int = sys.maxsize) -> list[str]:
-    """Return the rows as lines with aligned columns, the first `words` to the left, others right.
+    """Return the rows as lines with aligned columns, the first `words` left-aligned, others right.
 
-    A line that is longer than `width` continues below its last column.
+    A line longer than `width` continues below its last column.
     """
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -183,41 +182,36 @@ def layout(rows: Sequence[Sequence[str]], words: int, width: int = sys.maxsize) 
 def picture(
     progress: RunProgress, width: int, ascii_only: bool, now: float, note: str = ""
 ) -> RenderableType:
-    """Return the live picture of a run: the way it has gone, figures, curves, alarms."""
-    total, step = progress.total, progress.step
+    """Return the live picture of a run: progress bar, figures, curves, alarms."""
+    total, step, newest = progress.total, progress.step, progress.newest
     left = progress.seconds_left()
     since = max(0, now - progress.moment)
     after = "" if left is None else f"{duration(max(0, left - since))} left"
     way = Table.grid(padding=(0, 1))
     way.width = width
-    for _ in range(4):
-        way.add_column(no_wrap=True)
-    way.columns[1].ratio = 1
-    part = step / total if total else 0.0
+    for ratio in (None, 1, None, None):
+        way.add_column(no_wrap=True, ratio=ratio)
     bar = ProgressBar(total=max(1, total), completed=step)
-    way.add_row(place(progress), bar, f"{int(100 * part)}%", after)
-    newest = progress.newest
+    way.add_row(place(progress), bar, f"{100 * step // max(1, total)}%", after)
     shown = figures(newest)
     speed = {name: text for name, text in shown.items() if name == "img/s"}
     best = {"best": share(progress.best_knn[1])} if progress.best_knn else {}
     epochs = [f"epoch {newest['epoch']:.1f}"] if "epoch" in newest else []
-    parts = [" ".join(part.split()) for part in [*epochs, *words(shown | best | speed)]]
-    rows: list[RenderableType] = [way, *(Text(line) for line in flowed(parts, width))]
+    # A no-break space within each part keeps it on one line.
+    parts = ["\xa0".join(part.split()) for part in [*epochs, *words(shown | best | speed)]]
+    flowed = textwrap.wrap("  ".join(parts), width, break_long_words=False, break_on_hyphens=False)
+    rows: list[RenderableType] = [way, *(Text(line.replace("\xa0", " ")) for line in flowed)]
     marks = ASCII if ascii_only else BLOCKS
     accuracy = "kNN " if Metric.KNN_TOP1 in newest else "top1"
     for name, curve in (("loss", progress.loss), (accuracy, progress.accuracy)):
         if len(curve.points) > 1:
             rows.append(Text(f"{name} {curve.drawn(width - 5, marks)}", no_wrap=True))
-    for alarm in progress.alarms[-ALARMS:]:
-        text = f"ALARM at step {alarm.step}: {alarm.text or alarm.name}"
-        rows.append(Text(_cut(text, width), style="bold yellow"))
-    if note:
-        rows.append(Text(_cut(note, width), style="dim"))
+    alarms = [f"ALARM at step {a.step}: {a.text or a.name}" for a in progress.alarms[-ALARMS:]]
+    for text, style in [*((alarm, "bold yellow") for alarm in alarms), (note, "dim")]:
+        if text:
+            cut = text if len(text) <= width else f"{text[: width - 3]}..."
+            rows.append(Text(cut, style=style))
     return Group(*rows)
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def place(progress: RunProgress) -> str:
@@ -226,7 +220,7 @@ def place(progress: RunProgress) -> str:
 
 
 def figures(metrics: Mapping[str, float]) -> dict[str, str]:
-    """Return the figures to show, by the names that they are shown under."""
+    """Return the figures to show, under their short names."""
     names: dict[str, tuple[str, Callable[[float], str]]] = {
         Metric.LOSS: ("loss", loss),
         Metric.ACCURACY_TOP1: ("top1", share),
@@ -246,21 +240,10 @@ def words(shown: Mapping[str, str]) -> list[str]:
 
 
 def loss(value: float) -> str:
-    """Return a loss in few characters, whatever its size."""
+    """Return a loss in few characters."""
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.3g}"
 
 
 def share(value: float) -> str:
     """Return a share as a percentage."""
     return f"{100 * value:4.1f}%"
-
-
-def flowed(parts: Iterable[str], width: int) -> list[str]:
-    """Return the parts, which stay whole, in lines of at most `width`."""
-    lines: list[str] = []
-    for part in parts:
-        if lines and len(lines[-1]) + 2 + len(part) <= width:
-            lines[-1] += "  " + part
-        else:
-            lines.append(part)
-    return lines

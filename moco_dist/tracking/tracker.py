@@ -1,17 +1,18 @@
-"""Metrics of a run, from process 0: `log` writes metrics.jsonl, the console and the feeds."""
+"""Metrics of a run, from process 0: `log` sends them to metrics.jsonl, console and feeds."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from moco_dist.errors import StoppedError, UserError, output_errors
+from moco_dist.runs.record import number
 from moco_dist.tracking.feed import Feed
 from moco_dist.tracking.media import Album
 
@@ -31,28 +32,24 @@ class Display(Protocol):
 
 
 class Tracker:
-    """Hands each line of metrics to its sinks; a process without sinks tracks nothing.
+    """Sends each line of metrics to its sinks; a process without sinks tracks nothing.
 
-
-    `media` takes the run's pictures; it is None where none are wanted.
+    `media` gets the run's pictures; it is None if none are wanted.
     """
 
     def __init__(
         self,
         sinks: list[Sink],
         progress: Display | None = None,
-        feeds: list[Feed] | None = None,
+        feeds: Sequence[Feed] = (),
         media: Album | None = None,
     ) -> None:
-        self.sinks = sinks
-        self.progress = progress
-        self.feeds = feeds or []
-        self.media = media
-        # Whether more is to come for the step of the newest line.
+        self.sinks, self.progress, self.feeds, self.media = sinks, progress, feeds, media
+        # Whether more metrics of the newest line's step will follow.
         self.unfinished = False
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Record `metrics`, by their names, as what holds after `step` steps."""
+        """Record the `metrics` after `step` steps."""
         for sink in self.sinks:
             sink(step, metrics)
         for feed in self.feeds:
@@ -82,23 +79,23 @@ class Tracker:
 
 
 def json_lines(path: Path, step: int, evaluated: bool = True) -> Sink:
-    """Return a sink that appends JSON lines to `path`; those after `step` are cut off first.
+    """Return a sink that appends JSON lines to `path`, after those beyond `step` are cut off.
 
-    So is the kNN accuracy of `step` itself, unless the checkpoint knows that it was `evaluated`.
-    The first line is HEADER; a file of an older version stays without it.
+    The kNN accuracy of `step` itself is cut off too unless it was `evaluated`. The first line is
+    HEADER; a file of an older version stays without it.
     """
     with output_errors(path), path.open("ab+") as file:
         file.seek(0)
         end = 0
         for line in file:
-            if end == 0 and _parsed(line).get("schema") == HEADER["schema"]:
-                end = len(line)
-                continue
-            again = not evaluated and _step_of(line) == step and b'"knn/' in line
-            if not line.endswith(b"\n") or _step_of(line) > step or again:
-                break
+            found = _parsed(line)
+            if end or found.get("schema") != HEADER["schema"]:
+                at = number(found.get("step"))
+                again = not evaluated and at == step and b'"knn/' in line
+                if at is None or at > step or again:
+                    break
             end += len(line)
-        file.truncate(end)  # one change of the file: a kill here loses no line that stays
+        file.truncate(end)  # a single change of the file: a kill here loses no other line
         if end == 0:
             file.write(json.dumps(HEADER).encode() + b"\n")
 
@@ -118,16 +115,8 @@ def cut_media(folder: Path, step: int) -> None:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """Return the JSON object of a line; one that a crash cut short has nothing in it."""
+    """Return the JSON object of a line; an empty one if a crash cut it short."""
     with suppress(ValueError):
         content = json.loads(line) if line.endswith(b"\n") else {}
         return content if isinstance(content, dict) else {}
     return {}
-
-
-def _step_of(line: bytes) -> float:
-    """Return the step of a line of metrics; one that a crash cut short comes after everything."""
-    try:
-        return float(_parsed(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

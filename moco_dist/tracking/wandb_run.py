@@ -1,8 +1,8 @@
-"""The run at Weights & Biases: online or offline, one id for its life, nothing secret in it.
+"""The run at Weights & Biases: online or offline, always under one id, with nothing secret in it.
 
 `wandb sync` of a folder replaces what another folder with the same id has sent. So an offline
-launch writes the whole history, from metrics.jsonl, into a new folder and removes the older ones;
-an online launch sends what the server lacks.
+launch writes the whole history into a new folder and removes the older ones; an online launch
+sends what the server lacks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moco_dist.config.running import TrackingConfig
 from moco_dist.errors import StoppedError
@@ -27,26 +26,16 @@ if TYPE_CHECKING:
 # Seconds that the server has to answer at the start, and to receive the rest at the end.
 INIT_SECONDS, FINISH_SECONDS = 10.0, 30.0
 
-# Settings that keep private what the metrics don't need; W&B's variable of a name overrides it.
-PRIVATE: dict[str, Any] = {
-    "console": "off",
-    "disable_code": True,
-    "disable_git": True,
-    "disable_job_creation": True,
-    "host": "",
-    "label_disable": True,
-    "program": "",
-    "save_code": False,
-    "x_disable_machine_info": True,
-    "x_disable_meta": True,
-    "x_save_requirements": False,
-}
-# Metrics whose best says something; the training loss is lowest while the queue is empty.
+# Settings for privacy; W&B's variable for a setting overrides it.
+PRIVATE: dict[str, Any] = {"console": "off", "host": "", "program": ""}
+PRIVATE |= dict.fromkeys(["save_code", "x_save_requirements"], False)
+PRIVATE |= dict.fromkeys(["disable_code", "disable_git", "disable_job_creation"], True)
+PRIVATE |= dict.fromkeys(["label_disable", "x_disable_machine_info", "x_disable_meta"], True)
+# Metrics whose best value means something; the training loss is lowest while the queue is empty.
 EVALUATIONS = ("knn/", "probe/", "control/")
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """What W&B calls the run, and the group that it is shown in."""
 
     id: str
@@ -56,7 +45,7 @@ class Identity:
 
 
 def mode(settings: TrackingConfig) -> str:
-    """Return auto, online, offline or disabled: the configured mode, else that of WANDB_MODE."""
+    """Return auto, online, offline or disabled: the configured mode, or that of WANDB_MODE."""
     if settings.wandb != "auto":
         return settings.wandb
     if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
@@ -66,7 +55,7 @@ def mode(settings: TrackingConfig) -> str:
 
 
 def shareable(content: Any) -> Any:
-    """Return a configuration whose absolute paths and those with ~ keep their last part only."""
+    """Return a configuration with absolute paths, and those with ~, cut to their last part."""
     if isinstance(content, Mapping):
         return {key: shareable(value) for key, value in content.items()}
     if isinstance(content, str) and (content.startswith("~") or Path(content).is_absolute()):
@@ -78,8 +67,10 @@ class WandbRun:
     """A service for a feed (see `feed.py`), whose thread calls its methods."""
 
     name = "W&B"
-    anew = False
+    resends = False
     run: wandb.Run
+    # Imported by `begin`, in the feed's thread: it takes seconds.
+    wandb: Any
 
     def __init__(
         self,
@@ -93,7 +84,7 @@ class WandbRun:
         self.content = shareable(content)
         self.place = Path(os.environ.get("WANDB_DIR") or directory).absolute()
         self._defined: set[str] = set()
-        # Best and last of each metric over all launches of the run; wandb knows this launch only.
+        # Best and last value of each metric over all launches; wandb knows only this one.
         self._figures: dict[str, dict[str, float]] = {}
 
     def begin(self) -> int:
@@ -104,6 +95,7 @@ class WandbRun:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        self.wandb = wandb
         # wandb's log is in the run's folder: on a full disk each of its lines would be a traceback.
         logging.raiseExceptions = False
         folder = self.place / "wandb"
@@ -112,12 +104,13 @@ class WandbRun:
             raise PermissionError(f"{folder} can't be written")
         wish = mode(self.settings)
         # `login` reads the mode of the session, which may differ from the run's.
-        session: Literal["online", "offline"] = "offline" if wish == "offline" else "online"
-        wandb.setup(
-            wandb.Settings(
-                silent=True, x_disable_viewer=True, mode=session, x_service_wait=INIT_SECONDS
-            )
+        session = wandb.Settings(
+            mode="offline" if wish == "offline" else "online",
+            silent=True,
+            x_disable_viewer=True,
+            x_service_wait=INIT_SECONDS,
         )
+        wandb.setup(session)
         reason = "" if wish == "offline" else self._online()
         if reason is None:
             self._remove("offline-run")  # uploaded later, it would replace the newer history
@@ -126,16 +119,14 @@ class WandbRun:
         self._start("offline")
         kept = Path(self.run.settings.sync_dir)
         self._remove("offline-run", kept)
-        off = "; tracking.wandb=disabled does without" if wish == "auto" else ""
-        self.anew = True
+        off = "; tracking.wandb=disabled turns W&B off" if wish == "auto" else ""
+        self.resends = True
         self.say(f"W&B: offline{reason}; upload it later by: wandb sync {kept}{off}")
         return 0
 
     def _online(self) -> str | None:
-        """Start online; return why that is not possible, None if it was."""
-        import wandb
-
-        if not wandb.login(prompt=False, verify=False):
+        """Start online; return None, or why that is not possible."""
+        if not self.wandb.login(prompt=False, verify=False):
             return ", as nobody is logged in (wandb login)"
         try:
             self._start("online")
@@ -145,12 +136,11 @@ class WandbRun:
             return f", as the server does not answer ({' '.join(str(error).split())[:200]})"
         return None
 
-    def _start(self, how: Literal["online", "offline"]) -> None:
-        import wandb
-
+    def _start(self, how: str) -> None:
         environ, identity = os.environ, self.identity
-        private = {k: v for k, v in PRIVATE.items() if _variable(k) not in environ}
-        self.run = wandb.init(
+        variables = {k: f"WANDB_{k.removeprefix('x')}".upper() for k in PRIVATE}
+        private = {k: v for k, v in PRIVATE.items() if variables[k] not in environ}
+        self.run = self.wandb.init(
             project=self.settings.project or environ.get("WANDB_PROJECT") or "moco_dist",
             entity=self.settings.entity or environ.get("WANDB_ENTITY"),
             id=identity.id,
@@ -159,7 +149,7 @@ class WandbRun:
             job_type=environ.get("WANDB_JOB_TYPE") or identity.job,
             resume="allow",
             config=self.content,
-            settings=wandb.Settings(
+            settings=self.wandb.Settings(
                 mode=how,
                 root_dir=str(self.place),
                 silent=True,
@@ -176,14 +166,14 @@ class WandbRun:
             self._defined.add(axis)
 
     def _remove(self, kind: str, kept: Path | None = None) -> None:
-        """Remove the folders of this run's other launches; wandb adds -1 to equal names."""
-        for pattern in (f"{kind}-*-{self.identity.id}", f"{kind}-*-{self.identity.id}-*"):
-            for folder in (self.place / "wandb").glob(pattern):
+        """Remove the folders of this run's other launches."""
+        for ending in ("", "-*"):  # wandb adds -1 to equal names
+            for folder in (self.place / "wandb").glob(f"{kind}-*-{self.identity.id}{ending}"):
                 if folder != kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def row(self, step: int, metrics: Mapping[str, float], known: bool) -> None:
-        """Log what holds after `step` steps and its pictures; what is `known` only counts."""
+        """Log the metrics after `step` steps with their pictures; `known` ones only count."""
         for name, value in metrics.items():
             figures = self._figures.setdefault(name, {})
             best = min if "loss" in name else max
@@ -201,33 +191,27 @@ class WandbRun:
         self.run.log(row, step=step, commit=True)
 
     def _pictures(self, step: int) -> dict[str, Any]:
-        import wandb
-
         found: dict[str, Any] = {}
         for path in sorted((self.directory / "media" / f"step_{step:08d}").glob("*.*")):
             if path.suffix == ".png":
-                found[f"media/{path.stem}"] = wandb.Image(str(path))
+                found[f"media/{path.stem}"] = self.wandb.Image(str(path))
             elif path.suffix == ".json":
                 content = json.loads(path.read_text())
                 pair = content["counts"], content["edges"]
-                found[f"media/{path.stem}"] = wandb.Histogram(np_histogram=pair)
+                found[f"media/{path.stem}"] = self.wandb.Histogram(np_histogram=pair)
         return found
 
     def conclude(self, results: Mapping[str, float], encoder: Path | None) -> None:
         """Add the final figures to the summary, and upload the encoder."""
-        import wandb
-
         self.run.summary.update(dict(results))
         if encoder:
-            artifact = wandb.Artifact(f"encoder-{self.identity.id}", type="model")
+            artifact = self.wandb.Artifact(f"encoder-{self.identity.id}", type="model")
             for path in sorted(encoder.iterdir()):
                 artifact.add_file(str(path), policy="immutable")
             self.run.log_artifact(artifact)
 
     def finish(self, status: int) -> None:
-        """End the run as finished, failed or, where it can be resumed, preempted."""
-        import wandb
-
+        """End the run as finished, failed or, if it can be resumed, preempted."""
         axes = ("step", "epoch")
         self.run.summary.update({k: v for k, v in self._figures.items() if k not in axes})
         if status == StoppedError.exit_status:
@@ -237,16 +221,9 @@ class WandbRun:
             self.run.finish(exit_code=status)
         except TimeoutError:
             self.say(f"W&B: not all was uploaded in time; upload it by: wandb sync {folder}")
-        wandb.teardown()  # here in bounded time; at the exit of the process nothing bounds it
+        self.wandb.teardown()  # here in bounded time; at the exit of the process nothing bounds it
 
     def leave(self) -> None:
         """Forget the session, so that the exit of this process does not wait for it."""
         with suppress(BaseException):
-            import wandb
-
-            wandb.teardown()
-
-
-def _variable(setting: str) -> str:
-    """Return the name of W&B's variable for a setting."""
-    return f"WANDB_{setting.replace('x_', '_', 1) if setting.startswith('x_') else setting}".upper()
+            self.wandb.teardown()

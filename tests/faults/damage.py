@@ -126,7 +126,7 @@ def others(folder: Path, times: int, random: Random) -> Outcome:
         os.truncate(run / "checkpoints" / f"step_{NEWEST:08d}" / "state.json", 100)
         with Job(run.parent, *TINY) as job:
             assert job.wait() == [0], job.text()
-            assert "going back to the checkpoint before it" in job.text()
+            assert "going back to the previous checkpoint" in job.text()
             assert f"from step_{OLDER:08d}" in job.text()
         assert account(run) == expected, "the run that went back is another one"
     outcome = f"{len(ways)} of {len(ways)} ways found, after {slowest:.2f} s at most; run bit-equal"
@@ -178,7 +178,7 @@ def missing(folder: Path, times: int, random: Random) -> Outcome:
         (line,) = job.errors()
         assert states == [65], f"{piece}: {states}\n{line}"
         assert f"{piece} is missing" in line or f"'{piece}' is missing" in line, line
-    return Outcome(len(pieces), "each refused by its name, exit state 65", 0)
+    return Outcome(len(pieces), "each refused by its name, exit status 65", 0)
 
 
 FAULTS = [

@@ -78,7 +78,7 @@ class Job:
         return pid
 
     def wait(self, seconds: float = 60, *ranks: int) -> list[int]:
-        """Return the exit states once the processes have ended; AssertionError if they don't."""
+        """Return the exit statuses once the processes have ended; AssertionError if they don't."""
         chosen = [self.workers[rank] for rank in ranks or range(len(self.workers))]
         deadline = time.monotonic() + seconds
         for worker in chosen:

@@ -8,16 +8,7 @@ from pathlib import Path
 from random import Random
 
 from moco_dist.runs import checkpoint
-from tests.faults.jobs import (
-    KILL,
-    STEPS,
-    TINY,
-    Job,
-    account,
-    in_save,
-    last_step,
-    undisturbed,
-)
+from tests.faults.jobs import KILL, STEPS, TINY, Job, account, in_save, last_step, undisturbed
 from tests.faults.table import Fault, Outcome
 
 INTERVAL = 5

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from moco_dist.pretrain.trainer import Trainer
 from tests.faults.jobs import KILL, TINY, Job, account, undisturbed
+from tests.faults.stops import slow_steps
 from tests.faults.table import Fault, Outcome
 
-
-def slow(rank: int) -> None:
-    """Let each step take a tenth of a second more."""
-    train_step = Trainer.train_step
-
-    def later(trainer: Trainer, *arguments: Any) -> object:
-        time.sleep(0.1)
-        return train_step(trainer, *arguments)
-
-    Trainer.train_step = later  # type: ignore[method-assign, assignment]
+slow = partial(slow_steps, 0.1)
 
 
 def second_job(folder: Path, times: int, random: Random) -> Outcome:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -41,7 +42,7 @@ from tests.faults.table import Fault, Outcome
 
 STOP = 0
 KINDS = {"SIGTERM": TERM, "SIGINT": INT, "SIGUSR1": USR1, "the file STOP": STOP}
-# Seconds that a stop may take beside the step and the save that are under way.
+# Seconds that a stop may take besides the step and the save in progress.
 LIMIT = 3.0
 # 100 steps: some are left after four stops.
 LONG = [*TINY, "epochs=20"]
@@ -61,7 +62,7 @@ def slow_steps(seconds: float, rank: int) -> None:
 
 
 def slow_evaluation(seconds: float, folder: str, rank: int) -> None:
-    """Plant: each batch of an evaluation takes `seconds` more; a file tells of its begin."""
+    """Plant: each batch of an evaluation takes `seconds` more; a file marks its beginning."""
     pause = Session.pause
 
     def slow(session: Session, doing: str) -> None:
@@ -85,7 +86,7 @@ def slow_save(seconds: float, once: str, rank: int) -> None:
 
 
 def announced(folder: str, rank: int) -> None:
-    """Plant: a file tells that the command begins, with signals as `python -m` finds them."""
+    """Plant: a file marks the beginning of the command, with signals as `python -m` finds them."""
     slow_steps(0.03, rank)
     signal.signal(INT, signal.SIG_DFL)
     Path(folder, f"ready {rank}").touch()
@@ -125,20 +126,20 @@ def gone(pids: list[int], text: str) -> None:
 
 
 def end_of(job: Job, asked: float, kind: str, within: float = LIMIT) -> float:
-    """Return the seconds to the end of a job that was asked to stop, after a look at what is left.
+    """Return the seconds to the end of a job that was asked to stop.
 
-    `within` seconds it must end: saved, with the right states and nothing left behind.
+    It must end `within` seconds: saved, with the right exit statuses and nothing left behind.
     """
     pids = family(*(job.pid(rank) for rank in range(len(job.workers))))
     states = job.wait(60)
     seconds = time.monotonic() - asked
     right = 130 if kind == "SIGINT" else 75
-    assert set(states) == {right}, f"{kind}: exit states {states}, not {right}\n{job.text()}"
+    assert set(states) == {right}, f"{kind}: exit statuses {states}, not {right}\n{job.text()}"
     assert seconds <= within, f"{kind}: ended after {seconds:.1f} s\n{job.text()}"
     gone(pids, job.text())
     stands(job.run, kind, job.text())
     assert len(job.errors()) == 1, f"{kind}: not one sentence\n{job.text()}"
-    job.log.unlink()  # the next start has its own
+    job.log.unlink()  # the next launch writes another one
     return seconds
 
 
@@ -160,7 +161,7 @@ def ends_like(expected: dict[str, Any], output: Path, *arguments: str) -> None:
     """Resume a run to its end, which must be that of the undisturbed one."""
     with Job(output, *arguments, processes=2) as job:
         states = job.wait(120)
-        assert set(states) == {0}, f"exit states {states}\n{job.text()}"
+        assert set(states) == {0}, f"exit statuses {states}\n{job.text()}"
         found = account(job.run)
         assert found == expected, f"another run:\n{found}\n{expected}\n{job.text()}"
         assert status(job.run)["state"] == "done", job.text()
@@ -175,6 +176,20 @@ def chains(times: int, random: Random) -> Iterator[list[str]]:
 
 
 Story = Callable[[Path, str, Random, int], float]
+
+
+@contextmanager
+def in_slow_save(
+    output: Path, slow: Path, seconds: float, sign: int, random: Random
+) -> Iterator[Job]:
+    """Give a job of two processes in the save that a signal began; each file takes `seconds`."""
+    with Job(output, *TINY, processes=2, plant=partial(slow_save, seconds, str(slow))) as job:
+        job.until_step(random.randint(6, 40))
+        slow.touch()
+        job.send(sign)
+        job.until(partial(in_save, job.run))
+        yield job
+    slow.unlink()
 
 
 def stopped_again_and_again(
@@ -288,15 +303,11 @@ def by_a_launcher(folder: Path, times: int, random: Random) -> Outcome:
     """Stop runs under torchrun and accelerate launch: the launcher alone, or all as Ctrl-C does."""
     lasting = [*TINY, "epochs=600", "knn.every_epochs=100"]
     launchers = {
-        "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
-        "accelerate": [
-            *("accelerate", "launch", "--multi_gpu", "--num_processes", "2"),
-            *("--main_process_port", "0"),
-        ],
+        "torchrun": "torchrun --standalone --nproc_per_node 2",
+        "accelerate": "accelerate launch --multi_gpu --num_processes 2 --main_process_port 0",
     }
-    signals = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PET_SIGNALS_TO_HANDLE"] = signals
+    environment["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     slowest = 0.0
     names = random.sample(list(launchers), 2)
     both = [names[number % 2] for number in range(-(-times // len(KINDS)))]
@@ -304,12 +315,12 @@ def by_a_launcher(folder: Path, times: int, random: Random) -> Outcome:
         output = folder / f"{name}{number}"
         output.mkdir()
         run, log = output / "run", output / "launcher.log"
-        command = [str(BIN / launchers[name][0]), *launchers[name][1:], "-m", "moco_dist.pretrain"]
+        command = [*f"{BIN}/{launchers[name]} -m moco_dist.pretrain".split(), *lasting]
         for kind in kinds:
             before, began = last_step(run), time.time()
             with log.open("a") as file:
                 launcher = subprocess.Popen(
-                    [*command, *lasting, f"output={output}", "name=run"],
+                    [*command, f"output={output}", "name=run"],
                     env=environment,
                     cwd=ROOT,
                     stdout=file,
@@ -369,13 +380,13 @@ def by_the_clock(folder: Path, times: int, random: Random) -> Outcome:
             plant = partial(slurm_end, int(end)) if slurm else partial(slow_steps, 0.1)
             with Job(output, *TINY, *limits, processes=2, plant=plant) as job:
                 states = job.wait(60)
-                assert set(states) == {75}, f"exit states {states}\n{job.text()}"
+                assert set(states) == {75}, f"exit statuses {states}\n{job.text()}"
                 left = end - time.time()
                 # The clock of max_hours starts with the process, a little after the job.
                 assert left > (0 if slurm else -0.5), f"{-left:.2f} s too late\n{job.text()}"
                 assert left < 2.5, f"{left:.2f} s too early\n{job.text()}"
                 least = min(least, left)
-                stands(job.run, "the limit of time", job.text())
+                stands(job.run, "the time limit", job.text())
                 assert last_step(job.run) > 0, job.text()
             ends_like(expected, output, *TINY)
     return Outcome(times, f"stopped and saved {least:.2f} s or more before the end", 0)
@@ -384,15 +395,10 @@ def by_the_clock(folder: Path, times: int, random: Random) -> Outcome:
 def twice(folder: Path, times: int, random: Random) -> Outcome:
     """End at once by a second SIGINT, in a save that takes ten seconds."""
     slowest, most = 0.0, 0
-    slow = folder / "slow"
     with undisturbed(folder / "reference", *TINY, processes=2) as expected:
         for number in range(times):
             output = folder / f"run{number}"
-            with Job(output, *TINY, processes=2, plant=partial(slow_save, 5, str(slow))) as job:
-                job.until_step(random.randint(6, 40))
-                slow.touch()
-                job.send(INT)
-                job.until(partial(in_save, job.run))
+            with in_slow_save(output, folder / "slow", 5, INT, random) as job:
                 time.sleep(2.5)
                 kept, done = checkpoint.newest(job.run), last_step(job.run)
                 assert kept, job.text()
@@ -400,7 +406,7 @@ def twice(folder: Path, times: int, random: Random) -> Outcome:
                 again = time.monotonic()
                 states = job.wait(30)
                 seconds = time.monotonic() - again
-                assert set(states) == {130}, f"exit states {states}\n{job.text()}"
+                assert set(states) == {130}, f"exit statuses {states}\n{job.text()}"
                 assert seconds <= 2, f"ended after {seconds:.1f} s\n{job.text()}"
                 assert "ended at once by a second signal" in job.text(), job.text()
                 assert status(job.run)["state"] == "interrupted", job.text()
@@ -408,7 +414,6 @@ def twice(folder: Path, times: int, random: Random) -> Outcome:
                 assert found, job.text()
                 assert found.step == kept.step, f"saved after all\n{job.text()}"
                 slowest, most = max(slowest, seconds), max(most, done - kept.step)
-            slow.unlink()
             ends_like(expected, output, *TINY)
     return Outcome(times, f"gone after {slowest:.1f} s at most, resumed from the older one", most)
 
@@ -433,15 +438,10 @@ def echoed(folder: Path, times: int, random: Random) -> Outcome:
 def killed_in_the_last_save(folder: Path, times: int, random: Random) -> Outcome:
     """SIGKILL in the save that SIGTERM began: the older checkpoint stands."""
     most = 0
-    slow = folder / "slow"
     with undisturbed(folder / "reference", *TINY, processes=2) as expected:
         for number in range(times):
             output = folder / f"run{number}"
-            with Job(output, *TINY, processes=2, plant=partial(slow_save, 1, str(slow))) as job:
-                job.until_step(random.randint(6, 40))
-                slow.touch()
-                job.send(TERM)
-                job.until(partial(in_save, job.run))
+            with in_slow_save(output, folder / "slow", 1, TERM, random) as job:
                 time.sleep(random.uniform(0, 1.8))
                 job.send(KILL)
                 job.wait(10)
@@ -450,7 +450,6 @@ def killed_in_the_last_save(folder: Path, times: int, random: Random) -> Outcome
                 assert found, job.text()
                 assert done - found.step <= 7, f"{done}: {found.step}\n{job.text()}"
                 most = max(most, done - found.step)
-            slow.unlink()
             ends_like(expected, output, *TINY)
     return Outcome(times, "the older checkpoint stood, and each run came to the same end", most)
 
@@ -467,13 +466,9 @@ def of_a_probe(folder: Path, times: int, random: Random) -> Outcome:
     def to_the_end(output: Path) -> Any:
         with Job(output, *arguments, processes=2, module="probe") as job:
             assert job.wait(120) == [0, 0], job.text()
-            found = checkpoint.newest(job.run)
+            found, done = checkpoint.newest(job.run), json.loads((job.run / "DONE").read_text())
             assert found
-            return (
-                figures(job.run),
-                json.loads((job.run / "DONE").read_text()),
-                found.state["files"],
-            )
+            return figures(job.run), done, found.state["files"]
 
     expected, slowest, runs = to_the_end(folder / "reference"), 0.0, 0
     for kinds in chains(times, random):
