@@ -265,7 +265,7 @@ def test_a_bare_folder_gets_no_report_and_one_without_anything_readable_a_page(
     (broken / "media" / "step_x" / "views.png").write_bytes(b"\x89PNG nothing")
     for name in ("status.json", "config.yaml", "DONE", "metrics.jsonl", "environment.json"):
         (broken / name).write_bytes(b"\0\xff{")
-    assert "No config.yaml tells what this is" in quick(tmp_path / "out", broken).text
+    assert "has no readable config.yaml" in quick(tmp_path / "out", broken).text
 
 
 def test_data_that_are_gone_are_told_and_the_rest_is_there(runs: Path, tmp_path: Path) -> None:
@@ -335,22 +335,22 @@ def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_p
     content = {
         **{"schema": "moco_dist.probe", "version": 1, "classes": ["cat", "dog"], "grid": grid},
         **{"majority_top1": {"test": 0.5}, "encoders": {"probe": {"test": figures}}},
-        **{"faults": faults, "interval": "95 %, Student t over 2 seeds", "train_images": 1234},
+        **{"faults": faults, "interval": "95%, Student t over 2 seeds", "train_images": 1234},
     }
     (run / "results.json").write_text(json.dumps(content))
     text = quick(tmp_path / "out", run).text
     assert "81.25 (79.00 to 83.00)" in text
     assert "majority classtest50.00" in text
-    assert "30 (chosen)030.00" in text  # learning rate 30, weight decay 0, 30 %
+    assert "30 (chosen)030.00" in text  # learning rate 30, weight decay 0, 30%
     assert "control=false" in text
-    assert "3, 412.50" in text  # best epochs, 12.5 %
+    assert "3, 412.50" in text  # best epochs, 12.5%
     assert faults[0] in text
     for better, told in ((True, "note"), (None, "note"), (False, "note warn")):
         said = content | {"verdict": "Said by the probe.", "better": better}
         (run / "results.json").write_text(json.dumps(said))
         page = quick(tmp_path / "out", run)
         assert f'<p class="{told}">Said by the probe.' in page.source
-    assert "(1,234 training images); means of 2 seeds; intervals: 95 %, Student t" in text
+    assert "(1,234 training images); means of 2 seeds; intervals: 95%, Student t" in text
     assert "cat475.00dog (25.0%)" in text
     (run / "DONE").unlink()  # of an earlier end: the probe goes on
     assert "81.25" not in quick(tmp_path / "out", run).text
