@@ -14,20 +14,11 @@ from moco_dist.export.targets import expansion
 from moco_dist.runs.checkpoint import Checkpoint, newest
 from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric, read
 
-# Keys of the pretraining that the card shows, with the words for them.
-_SETTINGS = {
-    "batch_size": "batch size",
-    "bn_groups": "BatchNorm groups",
-    "moco.queue_size": "queue",
-    "moco.temperature": "temperature",
-    "moco.momentum": "momentum of the key encoder",
-    "moco.symmetric": "symmetric loss",
-    "optim.lr": "learning rate",
-    "optim.weight_decay": "weight decay",
-    "optim.schedule": "schedule",
-    "precision": "precision",
-    "seed": "seed",
-}
+# Keys of the pretraining that the card shows.
+_SETTINGS = (
+    *("batch_size", "bn_groups", "moco.queue_size", "moco.temperature", "moco.momentum"),
+    *("moco.symmetric", "optim.lr", "optim.weight_decay", "optim.schedule", "precision", "seed"),
+)
 
 
 def text(found: Found, which: str, target: str, lines: str, folder: Path) -> str:
@@ -96,7 +87,7 @@ def training(found: Checkpoint, settings: dict[str, Any]) -> dict[str, str]:
         return {"training": "unknown: the file holds only the encoder"}
     epoch = float(found.state.get("epoch") or 0)
     limit = f", {settings['data.limit']} images of it" if settings.get("data.limit") else ""
-    values = [f"{words} {settings[key]}" for key, words in _SETTINGS.items() if key in settings]
+    values = [f"{key}={settings[key]}" for key in _SETTINGS if key in settings]
     return {
         "data": f"{settings['data.name']} at {settings['data.size']} pixels{limit}, "
         f"{settings['data.validation']:.0%} held out; fingerprint {found.state.get('data')}",

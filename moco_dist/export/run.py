@@ -60,8 +60,8 @@ def export(
     if folder is None:
         name = target if which == "query" else f"{target}-key"
         run, source = run_directory(found.checkpoint), found.checkpoint.path
-        beside = source.with_name(f"{source.name.split('.')[0]}-{name}")
-        folder = run / "export" / name if run else beside
+        sibling = source.with_name(f"{source.name.split('.')[0]}-{name}")
+        folder = run / "export" / name if run else sibling
     if folder.exists() and not (folder / DESCRIPTION).is_file():
         raise OutputError(f"{folder}: exists and is no export of ours; give another --output DIR")
     with output_errors(folder):
@@ -105,8 +105,8 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-def main(arguments: list[str]) -> int:
-    """Export what the arguments ask for; return the exit status."""
+def run(arguments: list[str]) -> int:
+    """Run the command, print a sentence if it fails, and return the exit status."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
@@ -115,18 +115,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--to", required=True, choices=TARGETS)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--encoder", choices=("query", "key"), default="query")
-    asked = parser.parse_args(arguments)
-    output = asked.output.expanduser() if asked.output else None
-    folder = export(asked.source.expanduser(), asked.to, output, asked.encoder)
-    files = ", ".join(sorted(file.name for file in folder.iterdir()))
-    print(f"{shown(folder)}: {files}")
-    return 0
-
-
-def run(arguments: list[str]) -> int:
-    """Run the command, print a sentence if it fails, and return the exit status."""
     try:
-        return main(arguments)
+        asked = parser.parse_args(arguments)
+        output = asked.output.expanduser() if asked.output else None
+        folder = export(asked.source.expanduser(), asked.to, output, asked.encoder)
+        files = ", ".join(sorted(file.name for file in folder.iterdir()))
+        print(f"{shown(folder)}: {files}")
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -44,27 +44,19 @@ class Heads(nn.Module):
         self, encoders: int, seeds: Sequence[int], points: int, num_features: int, num_classes: int
     ) -> None:
         super().__init__()
-        weights = [_first_weights(encoders, seed, num_features, num_classes) for seed in seeds]
-        shape = encoders, len(seeds), points, num_classes
-        weight = torch.stack(weights, dim=1)[:, :, None].expand(*shape, num_features)
-        self.weight = nn.Parameter(weight.clone())
-        self.bias = nn.Parameter(torch.zeros(shape))
+        weights = torch.empty(encoders, len(seeds), 1, num_classes, num_features)
+        with torch.random.fork_rng(devices=[]):
+            for place, seed in enumerate(seeds):
+                torch.manual_seed(seed)
+                for encoder in range(encoders):  # more encoders don't change the first ones
+                    head = nn.Linear(num_features, num_classes)
+                    weights[encoder, place, 0] = nn.init.normal_(head.weight.detach(), std=0.01)
+        self.weight = nn.Parameter(weights.repeat(1, 1, points, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(self.weight.shape[:4]))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits of features (encoders, seeds or 1, rows, features)."""
         return logits(inputs, self.weight, self.bias)
-
-
-def _first_weights(encoders: int, seed: int, num_features: int, num_classes: int) -> Tensor:
-    """Return initial weights (encoders, classes, features); adding encoders changes none."""
-    weights = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for _ in range(encoders):
-            head = nn.Linear(num_features, num_classes)
-            nn.init.normal_(head.weight, std=0.01)
-            weights.append(head.weight.detach())
-    return torch.stack(weights)
 
 
 def logits(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -156,18 +156,11 @@ def summary_rows(results: Results) -> list[tuple[str, ...]]:
     for name, parts in results["encoders"].items():
         for part in results["majority_top1"]:
             figures = parts[part]
-            top1 = figures["top1"]
-            rows.append(
-                (
-                    titles[name],
-                    part,
-                    f"{100 * top1['mean']:.2f}",
-                    f"{100 * max(0, top1['low']):.2f}-{100 * min(1, top1['high']):.2f}",
-                    f"{100 * figures[f'top{few}']['mean']:.2f}",
-                    f"{figures['loss']['mean']:.4f}",
-                    f"{100 * figures['knn_top1']:.2f}",
-                )
-            )
+            top1 = (figures["top1"][key] for key in ("mean", "low", "high"))
+            shares = *top1, figures[f"top{few}"]["mean"], figures["knn_top1"]
+            mean, low, high, top_k, knn = (f"{100 * min(1, max(0, x)):.2f}" for x in shares)
+            loss = f"{figures['loss']['mean']:.4f}"
+            rows.append((titles[name], part, mean, f"{low}-{high}", top_k, loss, knn))
     for part, share in results["majority_top1"].items():
         rows.append(("majority class", part, f"{100 * share:.2f}", "", "", "", ""))
     return rows

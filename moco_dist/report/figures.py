@@ -152,10 +152,10 @@ def _png(draw: Callable[[Theme], Figure], theme: Theme) -> tuple[bytes, tuple[fl
 
 def chart(content: Chart) -> Picture:
     """Return a chart as a picture."""
-    return drawn(content.name, content.alt, lambda theme: curves(content, theme))
+    return drawn(content.name, content.alt, lambda theme: draw_chart(content, theme))
 
 
-def curves(content: Chart, theme: Theme) -> Figure:
+def draw_chart(content: Chart, theme: Theme) -> Figure:
     """Return the figure of a chart, with one line for each series in order."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()

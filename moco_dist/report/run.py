@@ -89,12 +89,17 @@ def main(arguments: list[str]) -> int:
 def write(records: Sequence[Record], output: str | None, quick: bool) -> None:
     """Write the page and each of its pictures as a PNG, and print the path of the page.
 
-    `quick` loads no encoder and no data. Empty folders get no page. Raises OutputError.
+    `quick` loads no encoder and no data. Empty folders get no page. Raises OutputError, or
+    ConfigError for an output that is a run.
     """
     found = [record for record in records if record.state != "empty"]
     if not found:
         return
-    place = folder(found, output)
+    first = found[0].directory
+    home = first if len(found) == 1 else first.resolve().parent
+    place = home / "report" if output is None else Path(output).expanduser()
+    if (place / "config.yaml").exists() or (place / "metrics.jsonl").exists():
+        raise ConfigError(f"{shown(place)}: is a run directory; give --output with another folder")
     print(flush=True)
     from moco_dist.report.page import build  # imports matplotlib, which is slow
 
@@ -115,16 +120,6 @@ def write(records: Sequence[Record], output: str | None, quick: bool) -> None:
     print(f"report: {shown(place / PAGE)} ({size})")
 
 
-def folder(records: Sequence[Record], asked: str | None) -> Path:
-    """Return the folder to write to; ConfigError if it holds a run."""
-    first = records[0].directory
-    default = first / "report" if len(records) == 1 else first.resolve().parent / "report"
-    found = default if asked is None else Path(asked).expanduser()
-    if (found / "config.yaml").exists() or (found / "metrics.jsonl").exists():
-        raise ConfigError(f"{shown(found)}: is a run directory; give --output with another folder")
-    return found
-
-
 def look_at(runs: Sequence[Record]) -> dict[Path, Look | str]:
     """Return what is drawn of each pretraining's encoder, or why that is missing."""
     looks: dict[Path, Look | str] = {}
@@ -140,19 +135,15 @@ def look_at(runs: Sequence[Record]) -> dict[Path, Look | str]:
             looks[record.directory] = "the run has no checkpoint yet"
         else:
             print(f"features of {shown(record.directory)} ... (--quick skips them)", flush=True)
-            looks[record.directory] = _look(record.directory)
+            from moco_dist.report.encoder import look  # imports torch, which is slow
+
+            try:
+                looks[record.directory] = look(record.directory)
+            except UserError as error:
+                looks[record.directory] = str(error)
+            except (OSError, RuntimeError, MemoryError, ValueError) as error:  # strangers' files
+                looks[record.directory] = shown(f"{type(error).__name__}: {error}")
     return looks
-
-
-def _look(run: Path) -> Look | str:
-    from moco_dist.report.encoder import look  # imports torch, which is slow
-
-    try:
-        return look(run)
-    except UserError as error:
-        return str(error)
-    except (OSError, RuntimeError, MemoryError, ValueError) as error:  # from a stranger's files
-        return shown(f"{type(error).__name__}: {error}")
 
 
 def run(arguments: list[str]) -> int:

@@ -37,7 +37,12 @@ def table(records: list[Record], width: int | None) -> Iterator[str]:
             yield from (cells[0], f"  {line}")
     else:
         yield from full
-    notes = [note for name, record in named for note in remarks(name, record)]
+    notes = []
+    for name, record in named:
+        notes += [] if record.state in WELL else [standing(name, record)]
+        for line in record.alarms:
+            what = f"{text_of(line['alarm'])}: {text_of(line.get('text'))}"
+            notes.append(f"{name}: alarm at step {line['step']:,}, {what}")
     if notes:
         yield ""
     for note in notes:
@@ -59,15 +64,6 @@ def row(name: str, record: Record) -> tuple[str, ...]:
         percent(trained),
         percent(control),
     )
-
-
-def remarks(name: str, record: Record) -> Iterator[str]:
-    """Yield why a run ended, unless it ended well, and its alarms."""
-    if record.state not in WELL:
-        yield standing(name, record)
-    for line in record.alarms:
-        what = f"{text_of(line['alarm'])}: {text_of(line.get('text'))}"
-        yield f"{name}: alarm at step {line['step']:,}, {what}"
 
 
 def standing(name: str, record: Record) -> str:
