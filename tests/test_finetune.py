@@ -14,27 +14,27 @@ from moco_dist.method import views
 from moco_dist.method.batch_norm import batch_norms
 from moco_dist.method.encoder import build_encoder
 from moco_dist.probe.finetune import calibrate
-from tests.probes import prepared, pretrain
+from tests.probes import prepared, pretrained
+
+__all__ = ["pretrained"]
 
 
-def test_steps_of_fine_tuning_are_those_of_plain_pytorch(tmp_path: Path) -> None:
+def test_steps_of_fine_tuning_are_those_of_plain_pytorch(pretrained: Path, tmp_path: Path) -> None:
     rates = ["optim.lr=0.1", "encoder_lr=0.01", "optim.weight_decay=0.001"]
     plain = ["protocol=finetune", "augment=false", "control=false", "optim.schedule=constant"]
-    trial = prepared(pretrain(tmp_path), tmp_path, *rates, *plain)
+    trial = prepared(pretrained, tmp_path, *rates, *plain)
     network = copy.deepcopy(trial.backbones["probe"])
     before = copy.deepcopy(network.state_dict())
     head = nn.Linear(32, 10).double()
-    with torch.no_grad():
-        head.weight.copy_(trial.heads.weight[0, 0, 0])
-        head.bias.copy_(trial.heads.bias[0, 0, 0])
+    heads = {"weight": trial.heads.weight[0, 0, 0], "bias": trial.heads.bias[0, 0, 0]}
+    head.load_state_dict(heads)
     groups = [
         {"params": list(network.parameters()), "lr": 0.01},
         {"params": list(head.parameters()), "lr": 0.1},
     ]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.001)
     for step in range(4):
-        samples = trial.plans[0].step(step).samples
-        images = trial.parts["train"][samples]
+        images = trial.parts["train"][trial.plans[0].step(step).samples]
         made = views.center(images.pixels, trial.config.views, torch.float64)
         optimizer.zero_grad()
         F.cross_entropy(head(network(made)), images.labels).backward()
@@ -49,7 +49,7 @@ def test_steps_of_fine_tuning_are_those_of_plain_pytorch(tmp_path: Path) -> None
 
 
 def test_a_calibrated_network_has_the_statistics_of_the_images() -> None:
-    """Of each layer's inputs, as they are where every layer before it normalises them."""
+    """They are the statistics of each layer's inputs when all layers before it normalise."""
     images = 3 + torch.randn(24, 3, 16, 16, dtype=torch.float64)
     config = EncoderConfig(width=4)
     network = build_encoder(config, seed=1).backbone.double().eval()

@@ -41,23 +41,13 @@ def names(listing: image_folder.Listing) -> list[str]:
 
 def bomb(width: int, height: int) -> bytes:
     """Return a PNG of black pixels with a few bytes for each megabyte that it unpacks to."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content))
-            + kind
-            + content
-            + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    packer, packed = zlib.compressobj(1), []
-    for _ in range(min(height, 100)):
-        packed.append(packer.compress(bytes(1 + 3 * width)))
-    pixels = b"".join([*packed, packer.flush()])
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    )
+    pixels = zlib.compress(bytes(min(height, 100) * (1 + 3 * width)), 1)
+    made = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
+        checked = kind + content
+        made += struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+    return made
 
 
 def test_a_loop_of_links_ends_and_is_named(
@@ -101,16 +91,9 @@ def test_class_folders_that_are_links_hold_images(tmp_path: Path) -> None:
 
 def test_images_come_folder_by_folder_in_the_order_of_their_names(tmp_path: Path) -> None:
     places = ["b.png", "z.png", "a/y.png", "a/b/c.png", "a-b/c.png", "c/a.png"]
-    for place in places:
+    for place in reversed(places):
         write_image(tmp_path / place)
-    walked = [
-        str(Path(folder, name).relative_to(tmp_path))
-        for folder, _, found in sorted(os.walk(tmp_path))
-        for name in sorted(found)
-    ]
-    assert sorted(walked) == sorted(places)
-    expected = ["b.png", "z.png", "a/y.png", "a/b/c.png", "a-b/c.png", "c/a.png"]
-    assert names(image_folder.scan(tmp_path, labelled=True)) == expected
+    assert names(image_folder.scan(tmp_path, labelled=True)) == places
 
 
 def test_pipes_dangling_links_and_closed_folders_are_named(
@@ -133,10 +116,8 @@ def test_pipes_dangling_links_and_closed_folders_are_named(
     said = "\n".join(record.getMessage() for record in caplog.records)
     assert f"pipes or devices; the first is {tmp_path / 'cat' / 'pipe.jpg'}" in said
     assert f"links to nothing; the first is {tmp_path / 'cat' / 'gone.png'}" in said
-    assert (
-        f"folders that can't be read (Permission denied); the first is {tmp_path / 'closed'}"
-        in said
-    )
+    closed = f"folders that can't be read (Permission denied); the first is {tmp_path}/closed"
+    assert closed in said
 
 
 @pytest.mark.parametrize(
@@ -177,7 +158,7 @@ def test_a_name_of_any_length_has_one_short_sentence() -> None:
     assert len(str(missing.value)) < 400
 
 
-# Run apart: the peak of memory is a figure of a whole process.
+# It runs apart, because the peak of memory is measured for a whole process.
 BOMB = """
 import resource, sys
 from dataclasses import replace
@@ -221,9 +202,8 @@ def test_a_photo_of_a_hundred_megapixels_is_read_without_a_warning(tmp_path: Pat
 
 
 def test_postscript_behind_an_image_name_starts_no_interpreter(tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_text(
-        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-    )
+    header = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    (tmp_path / "x.jpg").write_text(header)
     with pytest.raises(DataError, match="its content is none of JPEG, PNG"):
         image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
 
@@ -237,9 +217,7 @@ def test_all_unreadable_images_are_counted_and_five_are_named(tmp_path: Path) ->
         image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
     said = str(error.value)
     assert said.startswith(f"{tmp_path}: 7 of 9 images are not readable: {tmp_path / '1.png'} (")
-    assert [f"{tmp_path / f'{i}.png'} (" in said for i in range(9)] == [
-        i in (1, 2, 4, 5, 6) for i in range(9)
-    ]
+    assert [i for i in range(9) if f"{tmp_path / f'{i}.png'} (" in said] == [1, 2, 4, 5, 6]
     assert said.endswith("; replace or remove these files, or give data.skip_unreadable=true")
 
 
@@ -285,7 +263,7 @@ def packed(folder: Path, archive: Path, kind: str, around: bool) -> Path:
 
 @pytest.fixture(params=["as it is", "before 3.11.4"])
 def python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python whose tarfile has filters, or none."""
+    """Run with and without the filters of tarfile."""
     if request.param != "as it is":
         monkeypatch.delattr(tarfile, "data_filter", raising=False)
 
@@ -322,8 +300,7 @@ def test_an_archive_does_not_leave_its_folder(tmp_path: Path, place: str) -> Non
         tar.addfile(entry)
     with pytest.raises((DataError, MissingError), match=r"can't be unpacked|no images"):
         datasets.load(DataConfig(name="folder", root=str(archive), cache=str(cache)))
-    outside = [path for path in tmp_path.rglob("evil") if cache not in path.parents]
-    assert outside == []
+    assert [path for path in tmp_path.rglob("evil") if cache not in path.parents] == []
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -418,14 +395,10 @@ def test_nothing_in_a_value_is_replaced(
         from_dict(PretrainConfig, stored)
 
 
-def test_text_within_text_is_not_read_as_yaml_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HUSH", "secret")
-    hidden = """'output: "$\\x7boc.env:HUSH}"'\n"""
-    assert refusal(hidden, tmp_path / "a.yaml") == (
-        "holds no 'key: value' lines; see --help for the keys"
-    )
+def test_text_within_text_is_not_read_as_yaml_again(tmp_path: Path) -> None:
+    hidden = """'output: "$\\x7boc.env:HOME}"'\n"""
+    said = refusal(hidden, tmp_path / "a.yaml")
+    assert said == "holds no 'key: value' lines; see --help for the keys"
 
 
 def test_a_tag_runs_nothing(tmp_path: Path) -> None:
@@ -467,7 +440,7 @@ FORBIDDEN_CALLS = {
 }
 
 
-# It reads the files of tensors that others wrote, and may load those, as tensors alone.
+# It reads state dicts of strangers, and may load them as tensors alone.
 READER = "encoders/state_dict.py"
 
 
@@ -488,7 +461,7 @@ def unsafe_calls(source: str, loads_tensors: bool = False) -> list[str]:
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("**/*.py")), ids=lambda path: path.stem)
 def test_no_file_calls_what_runs_the_code_of_its_input(path: Path) -> None:
     found = unsafe_calls(path.read_text(), path == PACKAGE / READER)
-    # An export proves the lines that it has just written itself, of numbers and known names.
+    # An export runs the code that it has just written, of numbers and known names.
     assert found == (["exec", "compile"] if path.stem == "targets" else [])
 
 

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from moco_dist.config.probe import GridConfig
 from moco_dist.config.recipe import OptimConfig
 from moco_dist.probe import heads
-from tests.probes import prepared, pretrain, tinted
+from tests.probes import prepared, pretrained, tinted
 
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain(tmp_path_factory.mktemp("runs"))
+__all__ = ["pretrained"]
 
 
 def alone(
@@ -32,9 +29,8 @@ def alone(
         nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     head = head.double()
-    optimizer = torch.optim.SGD(
-        head.parameters(), lr=point.lr, momentum=0.9, weight_decay=point.weight_decay
-    )
+    decay = point.weight_decay
+    optimizer = torch.optim.SGD(head.parameters(), point.lr, momentum=0.9, weight_decay=decay)
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = point.lr * (0.1 if step >= 20 else 1.0)
         F.cross_entropy(head(features[batch]), labels[batch]).backward()
@@ -60,12 +56,9 @@ def test_a_batched_head_is_the_same_head_trained_alone_by_pytorch() -> None:
         for place, seed in enumerate((7, 8)):
             for number, point in enumerate(points):
                 one = alone(features[encoder], labels, batches[place], point, seed, encoder)
-                found = (
-                    together.weight[encoder, place, number],
-                    together.bias[encoder, place, number],
-                )
-                torch.testing.assert_close(found[0], one.weight, rtol=0, atol=1e-10)
-                torch.testing.assert_close(found[1], one.bias, rtol=0, atol=1e-10)
+                for theirs, ours in ((one.weight, together.weight), (one.bias, together.bias)):
+                    found = ours[encoder, place, number]
+                    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
@@ -108,7 +101,7 @@ def test_cached_and_augmented_heads_agree_when_augmentation_is_off(
 def test_the_probe_agrees_with_logistic_regression_of_scikit_learn(
     pretrained: Path, tmp_path: Path
 ) -> None:
-    """On the same features, 1000 to learn from and 1000 to tell by, under the same decay."""
+    """On the same 1000 training and 1000 validation features, with the same weight decay."""
     decay = 0.01
     many = ["batch_size=250", "epochs=250", "augment=false", "control=false"]
     settings = ["optim.lr=0.1", f"optim.weight_decay={decay}"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -17,20 +16,16 @@ from safetensors.torch import load_file
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
-from moco_dist.encoders import load as encoders_load
+from moco_dist.data.shapes import CLASSES
+from moco_dist.encoders.load import checkpoint_of, find
 from moco_dist.errors import ConfigError, DataError, MissingError, UserError
-from moco_dist.probe import figures as probe_figures
+from moco_dist.probe import figures
 from moco_dist.probe import run as probe_run
 from moco_dist.runs import saving
 from tests import processes
-from tests.probes import PROBE, prepared, pretrain, run
+from tests.probes import PROBE, prepared, pretrained, results, run
 
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of five steps."""
-    return pretrain(tmp_path_factory.mktemp("runs"))
-
+__all__ = ["pretrained"]
 
 PROTOCOLS = {
     "cached": ["augment=false", "grid.lr=[0.1,1]", "grid.weight_decay=[0,0.001]", "seeds=2"],
@@ -51,15 +46,14 @@ def outcome(pretrained: str, output: str, *overrides: str) -> tuple[dict[str, An
     """Return the leaves of results.json and the tensors of the last checkpoint."""
     run(pretrained, output, *overrides)
     directory = Path(output) / "tiny-probe"
-    results = leaves(json.loads((directory / "results.json").read_text()))
-    return results, encoders_load.checkpoint_of(directory).model
+    return leaves(results(directory)), checkpoint_of(directory).model
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_any_number_of_processes_gives_the_same_probe(
     pretrained: Path, tmp_path: Path, protocol: str
 ) -> None:
-    """37 test images and 15 of validation, which 2 and 3 don't divide, nor a cached batch of 31."""
+    """37 test images, 15 validation images and a cached batch of 31 don't split evenly."""
     cached = protocol == "cached"
     arguments = [*PROTOCOLS[protocol], f"batch_size={31 if cached else 30}", "epochs=2"]
     found = {
@@ -76,7 +70,7 @@ def test_any_number_of_processes_gives_the_same_probe(
                 assert other == value, (n, key)
         assert found[n][1].keys() == found[1][1].keys()
         for name, tensor in found[1][1].items():
-            # On features that are there already every process computes the same, to the bit.
+            # On cached features every process computes the same bits.
             tolerance = 0 if cached else 1e-10
             torch.testing.assert_close(
                 found[n][1][name], tensor, rtol=0, atol=tolerance, msg=f"{n} {name}"
@@ -92,7 +86,7 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
     images = trial.parts["test"]
     assert len(images) == 37
     weight, bias = trial.heads.weight[0, 1, 1].detach(), trial.heads.bias[0, 1, 1].detach()
-    backbone = encoders_load.find(pretrained).backbone.double()
+    backbone = find(pretrained).backbone.double()
     loss, squares, top1, top5 = 0.0, 0.0, 0, 0
     confusion = [[0] * 10 for _ in range(10)]
     mean = torch.tensor([0.4914, 0.4822, 0.4465], dtype=torch.float64)[:, None, None]
@@ -109,15 +103,14 @@ def test_figures_are_those_of_a_plain_loop_over_the_images(
         top5 += int(label) in ranking[:5]
         squares += (math.log(sum(map(math.exp, shifted))) - shifted[label]) ** 2
         confusion[int(label)][ranking[0]] += 1
-    figures = trial.evaluate("test")[0, 1, 1].tolist()
     expected = [loss / 37, squares / 37, top1 / 37, top5 / 37]
-    assert figures == pytest.approx(expected, abs=1e-9)
-    assert probe_figures.confusion(trial, "probe", "test", 1)[1].tolist() == confusion
+    assert trial.evaluate("test")[0, 1, 1].tolist() == pytest.approx(expected, abs=1e-9)
+    assert figures.confusion(trial, "probe", "test", 1)[1].tolist() == confusion
 
 
 def test_the_encoder_is_the_one_on_disk_and_does_not_move(pretrained: Path, tmp_path: Path) -> None:
     trial = prepared(pretrained, tmp_path, "augment=true", "precision=fp32")
-    on_disk = load_file(encoders_load.checkpoint_of(pretrained).path / "model.safetensors")
+    on_disk = load_file(checkpoint_of(pretrained).path / "model.safetensors")
     for _ in range(3):
         trial.train_step()
     trial.frozen.check()
@@ -125,7 +118,7 @@ def test_the_encoder_is_the_one_on_disk_and_does_not_move(pretrained: Path, tmp_
         assert tensor.equal(on_disk[f"query_encoder.backbone.{name}"]), name
     with torch.no_grad():
         trial.backbones["probe"].get_parameter("layer1.0.conv1.weight")[0] += 1e-7
-    with pytest.raises(UserError, match=r"the probe encoder's layer1\.0\.conv1\.weight moved"):
+    with pytest.raises(UserError, match=r"the probe encoder's layer1\.0\.conv1\.weight changed"):
         trial.frozen.check()
 
 
@@ -151,11 +144,11 @@ def test_separable_features_are_classified_perfectly(pretrained: Path, tmp_path:
     while trial.step < trial.total_steps:
         trial.train_step()
     assert trial.evaluate("test")[0, 0, 0, 2] == 1
-    assert probe_figures.knn_top1(trial, "probe", "test") == 1
+    assert figures.knn_top1(trial, "probe", "test") == 1
 
 
 def in_parts(pretrained: str, output: str, *overrides: str) -> tuple[dict[str, Any], Any]:
-    """Stop in the middle of an epoch, and go on."""
+    """Stop in the middle of an epoch, and resume."""
     arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", *overrides]
     probe_run.run(load(ProbeConfig, [*arguments, "stop_at_step=5"]))
     assert not (Path(output) / "tiny-probe" / "results.json").exists()
@@ -178,14 +171,12 @@ def test_an_interrupted_probe_gives_the_same_bits(
 
 
 def test_its_checkpoint_is_the_trained_classifier(pretrained: Path, tmp_path: Path) -> None:
-    run(str(pretrained), str(tmp_path))
-    found = encoders_load.checkpoint_of(tmp_path / "tiny-probe")
+    run(pretrained, tmp_path)
+    found = checkpoint_of(tmp_path / "tiny-probe")
     assert found.model["heads.weight"].shape == (2, 1, 1, 10, 32)
-    assert found.state["classes"] == list(
-        datasets.load(load(ProbeConfig, PROBE).data).train.classes
-    )
+    assert found.state["classes"] == list(CLASSES)
     with pytest.raises(DataError, match="not a checkpoint of a pretraining, it holds best"):
-        encoders_load.find(tmp_path / "tiny-probe")
+        find(tmp_path / "tiny-probe")
 
 
 def refusal(*arguments: str, kind: type[Exception] = ConfigError) -> str:
@@ -211,12 +202,7 @@ def test_bad_inputs_have_their_sentences(pretrained: Path, tmp_path: Path) -> No
     root.mkdir()
     for i in range(4):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(root / f"{i}.png")
-    flat = [
-        "data.name=folder",
-        f"data.root={root}",
-        f"data.cache={tmp_path / 'cache'}",
-        "name=flat",
-    ]
+    flat = ["data.name=folder", f"data.root={root}", f"data.cache={tmp_path}/cache", "name=flat"]
     assert refusal(output, f"encoder={pretrained}", *flat, kind=DataError) == (
         f"data.name=folder at data.root={root} has no labels, and a probe needs them; "
         "sort the images into one folder for each class"
@@ -224,11 +210,12 @@ def test_bad_inputs_have_their_sentences(pretrained: Path, tmp_path: Path) -> No
 
 
 def test_a_probe_is_not_resumed_for_another_encoder(pretrained: Path, tmp_path: Path) -> None:
-    run(str(pretrained), str(tmp_path))
-    shutil.copytree(pretrained, tmp_path / "other" / "tiny")
-    found = encoders_load.checkpoint_of(tmp_path / "other" / "tiny")
+    run(pretrained, tmp_path)
+    other = tmp_path / "other" / "tiny"
+    shutil.copytree(pretrained, other)
+    found = checkpoint_of(other)
     found.model["query_encoder.backbone.conv1.weight"] += 1
-    saving.write(tmp_path / "other" / "tiny", 6, found.model, found.optimizer, found.state)
-    message = refusal(f"encoder={tmp_path / 'other' / 'tiny'}", f"output={tmp_path}")
+    saving.write(other, 6, found.model, found.optimizer, found.state)
+    message = refusal(f"encoder={other}", f"output={tmp_path}")
     assert "is the probe of another encoder or of other images (encoder " in message
-    assert message.endswith("give name=... for a new probe")
+    assert message.endswith("give a new probe another name=...")

@@ -16,28 +16,26 @@ from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import BACKBONES
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
-from moco_dist.encoders import load as encoders_load
-from moco_dist.encoders import state_dict
+from moco_dist.encoders.load import checkpoint_of, find
+from moco_dist.encoders.state_dict import infer
 from moco_dist.errors import DataError
-from moco_dist.probe import label_fraction, verdict
-from moco_dist.probe import results as probe_results
+from moco_dist.probe import verdict
+from moco_dist.probe.label_fraction import draw
+from moco_dist.probe.results import select
 from moco_dist.runs.record import Metric
-from tests.probes import DATA, pretrain, results, run
+from tests.probes import DATA, pretrained, results, run
+
+__all__ = ["pretrained"]
 
 MANY = ["data.shapes_train=600", "data.shapes_test=200", "augment=false", "batch_size=60"]
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pretrain(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
 def probed(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A probe of a grid, with a learning rate that stays, so that epochs can be compared."""
+    """Return a probe of a grid with a constant learning rate, so that epochs can be compared."""
     output = tmp_path_factory.mktemp("probes")
     grid = ["grid.lr=[0.1,3]", "grid.weight_decay=[0,0.001]", "seeds=2", "epochs=6"]
-    run(str(pretrained), str(output), *MANY, *grid, "optim.schedule=constant")
+    run(pretrained, output, *MANY, *grid, "optim.schedule=constant")
     return output / "tiny-probe"
 
 
@@ -47,7 +45,7 @@ def test_results_are_complete_and_consistent(probed: Path) -> None:
     assert (content["protocol"], content["features"]) == ("linear", "cached")
     assert (content["label_fraction"], content["seeds"], content["epochs"]) == (1.0, [0, 1], 6)
     assert content["train_images"] == 540
-    assert content["interval"] == "95 %, Student t over 2 seeds"
+    assert content["interval"] == "95%, Student t over 2 seeds"
     lines = map(json.loads, (probed / "metrics.jsonl").read_text().splitlines()[1:])
     names = {name for line in lines for name in line} - {"step", "time"}
     own = {f"{name}/{key}" for name in ("probe", "control") for key in ("loss", "top1", "top5")}
@@ -94,18 +92,15 @@ def test_the_grid_is_chosen_by_the_last_validation_and_tells_of_the_best_epoch(
     assert best[last] == pytest.approx(parts["validation"]["top1"]["mean"])
     assert best["test_top1"] == pytest.approx(parts["test"]["top1"]["mean"])
     assert all(row["best_epoch_validation_top1"] >= row[last] for row in rows)
-    # The rate stays: a probe that ends with an epoch shows what this one was after it.
+    # At a constant rate, a probe of fewer epochs shows what this one was after them.
     early = next(row for row in rows if row["best_epoch"][1] < 6)
-    alone = [f"optim.lr={early['lr']}", f"optim.weight_decay={early['weight_decay']}", "seed=1"]
-    epochs = [f"epochs={early['best_epoch'][1]}", "optim.schedule=constant", "control=false"]
-    run(str(pretrained), str(tmp_path), *MANY, *alone, *epochs)
-    other = [f"optim.lr={early['lr']}", f"optim.weight_decay={early['weight_decay']}", "seed=0"]
-    first = [f"epochs={early['best_epoch'][0]}", "optim.schedule=constant", "control=false"]
-    run(str(pretrained), str(tmp_path / "first"), *MANY, *other, *first)
-    ends = [
-        results(folder / "tiny-probe")["encoders"]["probe"]
-        for folder in (tmp_path, tmp_path / "first")
-    ]
+    point = [f"optim.lr={early['lr']}", f"optim.weight_decay={early['weight_decay']}"]
+    alone = [*MANY, *point, "optim.schedule=constant", "control=false"]
+    ends = []
+    for seed, epochs in enumerate(early["best_epoch"]):
+        output = tmp_path / str(seed)
+        run(pretrained, output, *alone, f"seed={seed}", f"epochs={epochs}")
+        ends.append(results(output / "tiny-probe")["encoders"]["probe"])
     for part in ("validation", "test"):
         mean = sum(end[part]["top1"]["mean"] for end in ends) / 2
         assert early[f"best_epoch_{part}_top1"] == pytest.approx(mean, abs=1e-12)
@@ -117,14 +112,12 @@ def test_the_validation_images_choose_and_of_equal_points_that_with_less_loss() 
     figures[0, :, :, 2] = torch.tensor([[0.9, 0.5, 0.6], [0.1, 0.5, 0.5]])  # the mean decides
     figures[1, :, :, 2] = 0.4
     figures[1, 0, :, 0] = torch.tensor([2.0, 1.0, 3.0])
-    other = figures.flip(2)
-    chosen = probe_results.select(names, {"test": other, "validation": figures})
-    assert chosen == [2, 1]
-    assert probe_results.select(names, {"test": figures}) == [0, 0]
+    assert select(names, {"test": figures.flip(2), "validation": figures}) == [2, 1]
+    assert select(names, {"test": figures}) == [0, 0]
 
 
 def told(trained: float, control: float | None, images: int, **changes: Any) -> str:
-    """Return the verdict on these shares of so many test images, ten classes alike."""
+    """Return the verdict on these shares of the test images of ten classes of equal size."""
 
     def figures(share: float) -> dict[str, Any]:
         return {"images": images, "top1": {"mean": share, "low": share, "high": share}}
@@ -140,6 +133,7 @@ def told(trained: float, control: float | None, images: int, **changes: Any) -> 
     }
     sentence, better = verdict.judge(content | changes)
     assert better is (None if control is None else sentence.startswith("The trained encoder is b"))
+    assert sentence.endswith(".")
     return sentence
 
 
@@ -149,46 +143,43 @@ def test_the_verdict_follows_from_the_figures() -> None:
     assert told(0.53, 0.50, 100).startswith("The trained encoder is NOT better than a random one")
     assert told(0.505, 0.50, 10000).startswith("The trained encoder is NOT better")
     assert told(0.40, 0.50, 10000).startswith("The trained encoder is WORSE than a random one")
-    assert told(0.10, 0.50, 10000).startswith("The encoder tells nothing of the classes")
+    assert told(0.10, 0.50, 10000).startswith("The encoder tells nothing about the classes")
     assert told(0.10, 0.10, 10000).startswith("Nothing was learned")
-    assert told(0.53, None, 10000).endswith("was not tried (control=false)")
+    assert told(0.53, None, 10000).endswith("not compared with a random one (control=false).")
     assert "than one trained from scratch" in told(0.53, 0.50, 10000, protocol="finetune")
-    assert "53.0 % (52.0 to 54.0) against 50.0 % (49.0 to 51.0)" in told(0.53, 0.5, 10000)
+    assert "53.0% (52.0 to 54.0) against 50.0% (49.0 to 51.0)" in told(0.53, 0.5, 10000)
 
 
 def test_a_label_fraction_is_balanced_and_drawn_by_the_seed() -> None:
     train = datasets.load(load(ProbeConfig, [*DATA, *MANY]).data).train
-    drawn = [label_fraction.draw(train, 0.1, seed) for seed in (0, 0, 1)]
+    drawn = [draw(train, 0.1, seed) for seed in (0, 0, 1)]
     assert len(drawn[0]) == 50  # 5.4 of each class
     for rows in drawn:
         assert train.labels[rows].bincount().tolist() == [5] * 10
         assert rows.tolist() == sorted(set(rows.tolist()))
     assert drawn[0].equal(drawn[1])
     assert not drawn[0].equal(drawn[2])
-    assert label_fraction.draw(train, 1.0, 0).tolist() == list(range(540))
+    assert draw(train, 1.0, 0).tolist() == list(range(540))
 
 
 def test_a_state_dict_is_probed_as_its_run_is(pretrained: Path, tmp_path: Path) -> None:
-    torch.save(encoders_load.find(pretrained).backbone.state_dict(), tmp_path / "tiny.pth")
-    whole, file = (
-        run(str(encoder), str(tmp_path / name), *MANY)
-        for name, encoder in (("run", pretrained), ("file", tmp_path / "tiny.pth"))
-    )
-    assert whole == file
+    file = tmp_path / "tiny.pth"
+    torch.save(find(pretrained).backbone.state_dict(), file)
+    assert run(pretrained, tmp_path / "run", *MANY) == run(file, tmp_path / "file", *MANY)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_published_architectures_are_known_by_their_tensors(name: str) -> None:
     with torch.device("meta"):
         state = models.get_model(name).state_dict()
-    found = state_dict.infer(state, Path("x"))
+    found = infer(state, Path("x"))
     assert (found.backbone, found.width, found.stem) == (name, 64, "imagenet")
 
 
 def test_what_is_no_state_dict_has_its_sentence(tmp_path: Path) -> None:
     def refusal(path: Path) -> str:
         with pytest.raises(DataError) as error:
-            encoders_load.find(path)
+            find(path)
         return str(error.value)
 
     path = tmp_path / "x.pth"
@@ -216,7 +207,7 @@ def test_an_encoder_is_probed_on_other_data_than_that_of_its_pretraining(
                 Image.new("RGB", (16, 16), (colour, colour + i, colour)).save(folder / f"{i}.png")
     where = [f"data.root={tmp_path / 'pictures'}", f"data.cache={tmp_path / 'cache'}", "top_k=2"]
     settings = ["data.name=folder", "data.validation=0", "batch_size=8", "epochs=20"]
-    run(str(pretrained), str(tmp_path), *where, *settings, "augment=false")
+    run(pretrained, tmp_path, *where, *settings, "augment=false")
     content = results(tmp_path / "tiny-probe")
     assert content["classes"] == ["dark", "light"]
     assert content["majority_top1"] == {"test": 0.5}
@@ -224,6 +215,5 @@ def test_an_encoder_is_probed_on_other_data_than_that_of_its_pretraining(
     assert content["encoders"]["probe"]["test"]["confusion"] == [[6, 0], [0, 6]]
     # The test images have the colours of training images.
     assert content["overlap"]["test"]["images"] == 12
-    assert "12 of 12 test images are training images too" in content["faults"][0]
-    found = encoders_load.checkpoint_of(tmp_path / "tiny-probe")
-    assert found.state["classes"] == ["dark", "light"]
+    assert "12 of 12 test images are also training images" in content["faults"][0]
+    assert checkpoint_of(tmp_path / "tiny-probe").state["classes"] == ["dark", "light"]

@@ -22,28 +22,20 @@ from moco_dist.config.recipe import DataConfig
 from moco_dist.data.datasets import Images
 from moco_dist.errors import MissingError
 from moco_dist.report import curves, table
-from moco_dist.report import encoder as report_encoder
-from moco_dist.report import figures as report_figures
-from moco_dist.report import run as report_run
-from moco_dist.runs import partners
-from moco_dist.runs import record as runs_record
+from moco_dist.report.encoder import held_out, neighbours, principal
+from moco_dist.report.figures import BINS, DARK, LIGHT, Chart, Series, Theme, draw_chart
+from moco_dist.report.run import run as report
+from moco_dist.runs.partners import with_partners
+from moco_dist.runs.record import read
 from tests.report_pages import Page, hostile, picture
-from tests.test_report import entries, runs, write
+from tests.test_report import entries, page, runs, write
 
-__all__ = ["runs"]
-
-
-@pytest.fixture(scope="module")
-def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a real pretraining, whose probe lies beside it."""
-    place = tmp_path_factory.mktemp("page")
-    assert report_run.run([str(runs / "real"), "--output", str(place)]) == 0
-    return place / "report.html"
+__all__ = ["page", "runs"]
 
 
 def quick(place: Path, *found: Path) -> Page:
     arguments = [*map(str, found), "--quick", "--output", str(place)]
-    assert report_run.run(arguments) == 0
+    assert report(arguments) == 0
     return Page(place / "report.html")
 
 
@@ -61,9 +53,8 @@ def test_every_picture_is_in_the_page_with_words_and_as_a_file(page: Path) -> No
         width, height = picture(attributes["src"]).size
         ratio = float(attributes["width"] or 0) / float(attributes["height"] or 1)
         assert width / height == pytest.approx(ratio, rel=0.02)
-    dark = [each for each in found.all("source")]
-    assert {each["media"] for each in dark} == {"(prefers-color-scheme: dark)"}
-    for each in dark:
+    for each in found.all("source"):
+        assert each["media"] == "(prefers-color-scheme: dark)"
         picture(each["srcset"])
 
 
@@ -111,12 +102,12 @@ def test_the_page_has_the_results_configuration_environment_and_command(
 
 
 def test_a_curve_holds_the_numbers_of_the_lines(runs: Path) -> None:
-    record = runs_record.read(runs / "real-probe")
-    top1, top5, loss = (chart for chart, _ in curves.of_probes([("x", record)]))
+    record = read(runs / "real-probe")
+    charts = [chart for chart, _ in curves.of_probes([("x", record)])]
     lines = [line for line in entries(runs / "real-probe") if "probe/top1" in line]
     assert len(lines) == 3
-    for chart, key, factor in ((top1, "top1", 100), (top5, "top5", 100), (loss, "loss", 1)):
-        figure = report_figures.curves(chart, report_figures.LIGHT)
+    for chart, key, factor in zip(charts, ("top1", "top5", "loss"), (100, 100, 1), strict=True):
+        figure = draw_chart(chart, LIGHT)
         drawn: list[Any] = [line.get_xydata() for line in figure.axes[0].lines]
         for encoder, found in zip(("probe", "control"), drawn, strict=True):
             expected = [(line["epoch"], factor * line[f"{encoder}/{key}"]) for line in lines]
@@ -132,16 +123,14 @@ EYES = {
 }
 
 
-@pytest.mark.parametrize("theme", [report_figures.LIGHT, report_figures.DARK])
-def test_trained_and_random_encoders_differ_in_colour_and_line(
-    runs: Path, theme: report_figures.Theme
-) -> None:
-    pretraining, probe = ([(n, runs_record.read(runs / n))] for n in ("real", "real-probe"))
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_trained_and_random_encoders_differ_in_colour_and_line(runs: Path, theme: Theme) -> None:
+    pretraining, probe = ([(n, read(runs / n))] for n in ("real", "real-probe"))
     charts = [*curves.of_probes(probe), *curves.of_runs([curves.EVALUATION], pretraining)]
     assert len(charts) == 4
     looks = set()
     for chart, _ in charts:
-        axes = report_figures.curves(chart, theme).axes[0]
+        axes = draw_chart(chart, theme).axes[0]
         trained, random = ((line.get_linestyle(), line.get_color()) for line in axes.lines)
         looks.add((trained, random))
         assert trained[0] != random[0]
@@ -158,15 +147,15 @@ def test_a_line_without_an_epoch_stands_at_that_of_its_step(tmp_path: Path) -> N
     lines = [{"step": 10, "epoch": 2.0, "train/loss": 1.0}, {"step": 25, "knn/top1": 0.5}]
     write(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    record = runs_record.read(tmp_path / "run")
+    record = read(tmp_path / "run")
     assert curves.epochs(record, "knn/top1") == ([5.0], [0.5])
 
 
 def test_losses_that_differ_widely_are_on_a_logarithmic_axis() -> None:
     for values, scale in (([100.0, 1.0], "log"), ([100.0, 50.0], "linear"), ([9.0, 0.0], "linear")):
-        series = [report_figures.Series("a", [1, 2], values)]
-        chart = report_figures.Chart("a", "a", series, may_be_logarithmic=True)
-        axes = report_figures.curves(chart, report_figures.LIGHT).axes[0]
+        series = [Series("a", [1, 2], values)]
+        chart = Chart("a", "a", series, may_be_logarithmic=True)
+        axes = draw_chart(chart, LIGHT).axes[0]
         assert axes.get_yscale() == scale
 
 
@@ -174,10 +163,10 @@ def test_a_long_curve_is_drawn_as_means_inside_its_range() -> None:
     x = np.arange(40_000) / 100
     y = np.sin(x / 40) + np.random.default_rng(0).normal(size=x.size)
     y[7] = math.nan
-    chart = report_figures.Chart("a", "a", [report_figures.Series("a", x.tolist(), y.tolist())])
-    axes = report_figures.curves(chart, report_figures.LIGHT).axes[0]
+    chart = Chart("a", "a", [Series("a", x.tolist(), y.tolist())])
+    axes = draw_chart(chart, LIGHT).axes[0]
     found: Any = axes.lines[0].get_xydata()
-    expected = [np.nanmean(part) for part in y.reshape(report_figures.BINS, -1)]
+    expected = [np.nanmean(part) for part in y.reshape(BINS, -1)]
     np.testing.assert_allclose(found[:, 1], expected, rtol=1e-9)
     band: Any = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx(np.nanmax(y))
@@ -185,7 +174,7 @@ def test_a_long_curve_is_drawn_as_means_inside_its_range() -> None:
 
 
 def test_the_loss_is_drawn_from_when_the_queue_was_full(runs: Path) -> None:
-    record = runs_record.read(runs / "real")
+    record = read(runs / "real")
     ((chart, _),) = curves.loss([("real", record)])
     lines = [line for line in entries(runs / "real") if line.get("queue/fill") == 1]
     assert list(chart.series[0].y) == [line["train/loss"] for line in lines]
@@ -200,22 +189,19 @@ def test_texts_of_files_are_shown_and_never_obeyed(tmp_path: Path) -> None:
     assert all(not key.startswith("on") for _, each in found.elements for key in each)
     for text in ('onerror=alert(1)><script src="https://evil.example/x.js">', "$x_$"):
         assert text in found.text
-    for path in (tmp_path / "out").iterdir():
-        assert path.parent == tmp_path / "out"
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "out"}
+
+
+STOPPED = {"state": "stopped", "exit_status": 75, "reason": "by SIGTERM"}
+FAILED = {"state": "internal", "exit_status": 70, "reason": "no"}
 
 
 @pytest.mark.parametrize(
     ("status", "words"),
     [
         ({"state": "running", "exit_status": None, "pid": 1}, "was killed or lost its machine"),
-        (
-            {"state": "stopped", "exit_status": 75, "reason": "by SIGTERM"},
-            "stopped at step 4 of 10",
-        ),
-        (
-            {"state": "internal", "exit_status": 70, "reason": "no"},
-            "with an error (internal, exit status 70) at step 4 of 10: no",
-        ),
+        (STOPPED, "stopped at step 4 of 10"),
+        (FAILED, "with an error (internal, exit status 70) at step 4 of 10: no"),
         ({}, "no readable status.json"),
     ],
 )
@@ -230,7 +216,7 @@ def test_a_run_that_ended_otherwise_says_so(
         (run / name).unlink()
     if status:
         write(run, status={"step": 4, **status})
-    assert words in table.standing("cut", runs_record.read(run))
+    assert words in table.standing("cut", read(run))
     if not status:
         text = quick(tmp_path / "out", run).text
         assert words in text
@@ -257,7 +243,7 @@ def test_a_bare_folder_gets_no_report_and_one_without_anything_readable_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bare").mkdir()
-    assert report_run.run([str(tmp_path / "bare")]) == 0
+    assert report([str(tmp_path / "bare")]) == 0
     assert list((tmp_path / "bare").iterdir()) == []
     assert "report:" not in capsys.readouterr().out
     broken = tmp_path / "broken"
@@ -265,16 +251,16 @@ def test_a_bare_folder_gets_no_report_and_one_without_anything_readable_a_page(
     (broken / "media" / "step_x" / "views.png").write_bytes(b"\x89PNG nothing")
     for name in ("status.json", "config.yaml", "DONE", "metrics.jsonl", "environment.json"):
         (broken / name).write_bytes(b"\0\xff{")
-    assert "No config.yaml tells what this is" in quick(tmp_path / "out", broken).text
+    assert "has no readable config.yaml" in quick(tmp_path / "out", broken).text
 
 
 def test_data_that_are_gone_are_told_and_the_rest_is_there(runs: Path, tmp_path: Path) -> None:
     config = DataConfig(name="cifar10", root=str(tmp_path / "nowhere"))
     with pytest.raises(MissingError, match="a report downloads nothing"):
-        report_encoder.held_out(config)
+        held_out(config)
     run = tmp_path / "early"
     shutil.copytree(runs / "real", run, ignore=shutil.ignore_patterns("checkpoints"))
-    assert report_run.run([str(run)]) == 0
+    assert report([str(run)]) == 0
     text = Page(run / "report" / "report.html").text
     assert "neighbours from this report: the run has no checkpoint yet." in text
 
@@ -287,7 +273,7 @@ def test_several_runs_are_one_page_beside_them_with_what_differs(
     path = tmp_path / "two" / "config.yaml"
     path.write_text(path.read_text().replace("temperature: 0.1", "temperature: 0.7"))
     each = [str(tmp_path / name) for name in ("one", "two")]
-    assert report_run.run([*each, "--quick"]) == 0
+    assert report([*each, "--quick"]) == 0
     found = Page(tmp_path / "report" / "report.html")
     assert "moco.temperature0.10.7" in found.text
     names = {str(attributes["id"]) for attributes in found.all("figure")}
@@ -295,30 +281,29 @@ def test_several_runs_are_one_page_beside_them_with_what_differs(
     (loss,) = (a for a in found.all("img") if str(a["alt"]).startswith("InfoNCE"))
     assert "one: from" in str(loss["alt"])
     assert "two: from" in str(loss["alt"])
-    # The report lies among the runs and is none.
+    # The report is among the runs but is not a run.
     capsys.readouterr()
-    assert report_run.run([*each, str(tmp_path / "report"), "--text"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
-        *("run", "one", "two")
-    ]
+    assert report([*each, str(tmp_path / "report"), "--text"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["run", "one", "two"]
 
 
 def test_a_report_is_not_written_over_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report_run.run([str(runs / "real"), "--output", str(runs / "real-probe")]) == 78
+    assert report([str(runs / "real"), "--output", str(runs / "real-probe")]) == 78
     assert "is a run directory; give --output with another folder" in capsys.readouterr().err
 
 
 def test_a_pretraining_and_its_probe_find_each_other(runs: Path, tmp_path: Path) -> None:
-    pretraining, probe = (runs_record.read(runs / name) for name in ("real", "real-probe"))
+    pretraining, probe = (read(runs / name) for name in ("real", "real-probe"))
     for start in (pretraining, probe):
-        found = partners.with_partners([start])
+        found = with_partners([start])
         assert [record.directory.name for record in found] == ["real", "real-probe"]
     shutil.copytree(runs / "real-probe", tmp_path / "alone")
     path = tmp_path / "alone" / "config.yaml"
     path.write_text(path.read_text().replace(f"encoder: {runs / 'real'}", "encoder: runs/absent"))
-    alone = runs_record.read(tmp_path / "alone")
+    alone = read(tmp_path / "alone")
     assert alone.config["encoder"] == "runs/absent"
-    assert partners.with_partners([alone]) == [alone]
+    assert with_partners([alone]) == [alone]
 
 
 def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_path: Path) -> None:
@@ -335,24 +320,24 @@ def test_results_of_several_seeds_are_read_with_their_interval(runs: Path, tmp_p
     content = {
         **{"schema": "moco_dist.probe", "version": 1, "classes": ["cat", "dog"], "grid": grid},
         **{"majority_top1": {"test": 0.5}, "encoders": {"probe": {"test": figures}}},
-        **{"faults": faults, "interval": "95 %, Student t over 2 seeds", "train_images": 1234},
+        **{"faults": faults, "interval": "95%, Student t over 2 seeds", "train_images": 1234},
     }
     (run / "results.json").write_text(json.dumps(content))
     text = quick(tmp_path / "out", run).text
     assert "81.25 (79.00 to 83.00)" in text
     assert "majority classtest50.00" in text
-    assert "30 (chosen)030.00" in text  # learning rate 30, weight decay 0, 30 %
+    assert "30 (chosen)030.00" in text  # learning rate 30, weight decay 0, 30%
     assert "control=false" in text
-    assert "3, 412.50" in text  # best epochs, 12.5 %
+    assert "3, 412.50" in text  # best epochs, 12.5%
     assert faults[0] in text
     for better, told in ((True, "note"), (None, "note"), (False, "note warn")):
         said = content | {"verdict": "Said by the probe.", "better": better}
         (run / "results.json").write_text(json.dumps(said))
         page = quick(tmp_path / "out", run)
         assert f'<p class="{told}">Said by the probe.' in page.source
-    assert "(1,234 training images); means of 2 seeds; intervals: 95 %, Student t" in text
+    assert "(1,234 training images); means of 2 seeds; intervals: 95%, Student t" in text
     assert "cat475.00dog (25.0%)" in text
-    (run / "DONE").unlink()  # of an earlier end: the probe goes on
+    (run / "DONE").unlink()  # the probe is being continued
     assert "81.25" not in quick(tmp_path / "out", run).text
 
 
@@ -360,14 +345,14 @@ def test_components_and_neighbours_agree_with_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(60, 7, generator=generator, dtype=torch.float64)
     points = torch.nn.functional.normalize(points, dim=1)
-    found, variance = report_encoder.principal(points)
+    found, variance = principal(points)
     oracle = PCA(2).fit(points.numpy())
     expected = oracle.transform(points.numpy())
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-10)
     np.testing.assert_allclose(variance, oracle.explained_variance_ratio_, rtol=1e-10)
     pixels = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(60, 3, 8, 8)
     images = Images(pixels, torch.arange(60) % 3, ("a", "b", "c"))
-    rows = report_encoder.neighbours(points, images)
+    rows = neighbours(points, images)
     search = NearestNeighbors(n_neighbors=6, metric="cosine").fit(points.numpy())
     for row in rows:
         query = int(row[0].pixels[0, 0, 0])

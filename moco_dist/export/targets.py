@@ -1,7 +1,7 @@
-"""The backbone as other libraries have it: files under their names, and the lines that load them.
+"""Exporters of the backbone: they write a library's files and return the code that loads them.
 
-Each exporter writes into a folder and returns Python lines for its user. Run with `folder` and
-`images`, normalised float (rows, c, height, width), the lines set `features` (rows, length).
+The code uses `folder` and `images`, normalised float (rows, channels, height, width), and sets
+`features` (rows, length).
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from moco_dist.encoders.names import from_detectron2, to_detectron2, to_huggingf
 from moco_dist.errors import ConfigError, MissingError
 from moco_dist.method.encoder import Backbone
 
-Lines = str
-
 _RGB = "its images have three channels"
+_WIDTH = "its models have 64 channels in stage 1"
+_STEM = "its ResNets begin with a 7x7 convolution and pooling"
+_TIMM = "the backbone comes from timm"
 
 
 def tensors(found: Found) -> dict[str, Tensor]:
-    """Return the backbone's tensors by name: those of torchvision's ResNet, or of timm."""
+    """Return the backbone's tensors under torchvision's names for ResNets, or timm's."""
     return {name: t.contiguous() for name, t in found.backbone.state_dict().items()}
 
 
 def expansion(found: Found) -> int:
-    """Return the channels of a stage over those of its 3x3 convolution in an ordinary ResNet."""
+    """Return a block's output channels divided by those of its 3x3 convolution (1 or 4)."""
     features: int = found.backbone.num_features
     return features // (8 * found.architecture.width)
 
@@ -47,7 +48,7 @@ def needs(module: str, target: str, packages: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         raise MissingError(
-            f"--to {target} builds the model to prove the export, and {module} is not installed; "
+            f"--to {target} builds the model to check the export, but {module} is not installed; "
             f"pip install {packages}"
         ) from error
 
@@ -55,7 +56,7 @@ def needs(module: str, target: str, packages: str) -> None:
 def refuse(found: Found, target: str, holds: bool, reason: str, others: str) -> None:
     """Raise ConfigError with `reason` unless the target holds the architecture."""
     config = found.architecture
-    if config.stem == "cifar":  # which it has no place for either
+    if config.stem == "cifar":  # huggingface can't hold it either
         others = others.replace(" or huggingface", "")
     if not holds:
         raise ConfigError(
@@ -64,48 +65,31 @@ def refuse(found: Found, target: str, holds: bool, reason: str, others: str) -> 
         )
 
 
-def torchvision(found: Found, folder: Path) -> Lines:
+def torchvision(found: Found, folder: Path) -> str:
     """Write model.safetensors for torchvision's own models; the published width only."""
     config = found.architecture
-    refuse(found, "torchvision", not config.is_timm, "it is timm's", "timm or onnx")
-    reason = "its models have 64 channels in stage 1"
-    refuse(found, "torchvision", config.width == 64, reason, "onnx or huggingface")
+    refuse(found, "torchvision", not config.is_timm, _TIMM, "timm or onnx")
+    refuse(found, "torchvision", config.width == 64, _WIDTH, "onnx or huggingface")
     save_file(tensors(found), folder / "model.safetensors", {"format": "pt"})
-    return f"""\
-import torch, torchvision
-from safetensors.torch import load_file
-
-model = torchvision.models.{config.backbone}()
-model.fc = torch.nn.Identity()
-{_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
-features = model.eval()(images)
-"""
+    build = f"torchvision.models.{config.backbone}()\nmodel.fc = torch.nn.Identity()"
+    return _loading("torchvision", build, config)
 
 
-def timm(found: Found, folder: Path) -> Lines:
-    """Write model.safetensors and config.json, a folder that timm loads by name; width 64."""
+def timm(found: Found, folder: Path) -> str:
+    """Write model.safetensors and config.json, a folder that timm loads; width 64 only."""
     needs("timm", "timm", "timm")
     config, views = found.architecture, found.fed
     name = config.backbone.removeprefix("timm/")
-    reason = "its models have 64 channels in stage 1"
-    refuse(found, "timm", config.width == 64, reason, "onnx or huggingface")
+    refuse(found, "timm", config.width == 64, _WIDTH, "onnx or huggingface")
     save_file(tensors(found), folder / "model.safetensors", {"format": "pt"})
     if not config.is_timm and config.stem == "cifar":
-        return f"""\
-import timm, torch
-from safetensors.torch import load_file
-
-model = timm.create_model("{name}", num_classes=0)
-{_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
-features = model.eval()(images)
-"""
-    size = [config.channels, views.size, views.size]
+        return _loading("timm", f'timm.create_model("{name}", num_classes=0)', config)
     described = {
         "architecture": name,
         "num_classes": 0,
         "num_features": found.backbone.num_features,
         "pretrained_cfg": {
-            "input_size": size,
+            "input_size": [config.channels, views.size, views.size],
             "mean": list(views.mean),
             "std": list(views.std),
             "fixed_input_size": False,
@@ -122,14 +106,13 @@ features = model.eval()(images)
 """
 
 
-def huggingface(found: Found, folder: Path) -> Lines:
-    """Write a folder that transformers' ResNetModel loads; ordinary ResNets, ImageNet stem."""
+def huggingface(found: Found, folder: Path) -> str:
+    """Write a folder that transformers' ResNetModel loads; ordinary ResNets with ImageNet stem."""
     config = found.architecture
     plain = re.fullmatch(r"resnet\d+", config.backbone) is not None
     reason = "its ResNets have no groups and no wider blocks"
     refuse(found, "huggingface", plain, reason, "timm or onnx")
-    reason = "its ResNets begin with a 7x7 convolution and pooling"
-    refuse(found, "huggingface", config.stem == "imagenet", reason, "timm or onnx")
+    refuse(found, "huggingface", config.stem == "imagenet", _STEM, "timm or onnx")
     needs("transformers", "huggingface", "transformers")
     from transformers import ResNetConfig, ResNetModel
 
@@ -154,15 +137,14 @@ features = model.eval()(images).pooler_output.flatten(1)
 """
 
 
-def detectron2(found: Found, folder: Path) -> Lines:
-    """Write backbone.pkl, which MODEL.WEIGHTS takes; ImageNet stem.
+def detectron2(found: Found, folder: Path) -> str:
+    """Write backbone.pkl for MODEL.WEIGHTS; ImageNet stem only.
 
-    The proof runs without detectron2: the names are taken back by a map of another kind.
+    The check runs without detectron2: an independent map translates the names back.
     """
     config = found.architecture
-    refuse(found, "detectron2", not config.is_timm, "it is timm's", "timm or onnx")
-    reason = "its ResNets begin with a 7x7 convolution and pooling"
-    refuse(found, "detectron2", config.stem == "imagenet", reason, "timm or onnx")
+    refuse(found, "detectron2", not config.is_timm, _TIMM, "timm or onnx")
+    refuse(found, "detectron2", config.stem == "imagenet", _STEM, "timm or onnx")
     refuse(found, "detectron2", config.channels == 3, _RGB, "timm or onnx")
     arrays = {
         to_detectron2(name): t.numpy()
@@ -183,26 +165,20 @@ def detectron2(found: Found, folder: Path) -> Lines:
     return ""
 
 
-def moco(found: Found, folder: Path) -> Lines:
-    """Write model.pth.tar as the original scripts do: both encoders, heads and queue."""
+def moco(found: Found, folder: Path) -> str:
+    """Write model.pth.tar like the original scripts: both encoders, heads and queue."""
     config, state, model = found.architecture, found.checkpoint.state, found.checkpoint.model
-    refuse(found, "moco", not config.is_timm, "it is timm's", "timm or onnx")
-    reason = "the original scripts build torchvision's models, 64 channels in stage 1"
-    refuse(found, "moco", config.width == 64, reason, "onnx or huggingface")
+    refuse(found, "moco", not config.is_timm, _TIMM, "timm or onnx")
+    refuse(found, "moco", config.width == 64, _WIDTH, "onnx or huggingface")
     refuse(found, "moco", config.channels == 3, _RGB, "torchvision or onnx")
     whole = "query_encoder.head.0.weight" in model
     refuse(found, "moco", whole, "its file has no projection head", "torchvision or onnx")
-    content = original.write(
-        model, config, int(state.get("epoch") or 0), state.get("enqueued") or 0
-    )
-    torch.save(content, folder / "model.pth.tar")
-    head = ""
-    if config.head == "mlp":
-        head = (
-            "size = model.fc.in_features\n"
-            "model.fc = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), "
-            "model.fc)\n"
-        )
+    epoch, enqueued = int(state.get("epoch") or 0), state.get("enqueued") or 0
+    torch.save(original.write(model, config, epoch, enqueued), folder / "model.pth.tar")
+    head = """\
+size = model.fc.in_features
+model.fc = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), model.fc)
+"""
     return f"""\
 import torch, torchvision
 
@@ -210,14 +186,14 @@ saved = torch.load(f"{{folder}}/model.pth.tar", weights_only=True)
 tensors, prefix = saved["state_dict"], "module.encoder_q."
 own = {{k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}}
 model = torchvision.models.__dict__[saved["arch"]](num_classes={config.dim})
-{head}{_stem(config)}model.load_state_dict(own)
+{head if config.head == "mlp" else ""}{_stem(config)}model.load_state_dict(own)
 model.fc = torch.nn.Identity()
 features = model.eval()(images)
 """
 
 
-def onnx(found: Found, folder: Path) -> Lines:
-    """Write model.onnx: any number of normalised images in, features out."""
+def onnx(found: Found, folder: Path) -> str:
+    """Write model.onnx, from any number of normalised images to features."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
         needs(module, "onnx", "onnx onnxscript onnxruntime")
     size = found.fed.size
@@ -240,8 +216,20 @@ features = torch.from_numpy(found)
 """
 
 
-def _stem(config: EncoderConfig) -> Lines:
-    """Return the lines that give a library's ResNet another first layer than it has."""
+def _loading(library: str, build: str, config: EncoderConfig) -> str:
+    """Return the code that loads model.safetensors into the model that `build` makes."""
+    return f"""\
+import torch, {library}
+from safetensors.torch import load_file
+
+model = {build}
+{_stem(config)}model.load_state_dict(load_file(f"{{folder}}/model.safetensors"))
+features = model.eval()(images)
+"""
+
+
+def _stem(config: EncoderConfig) -> str:
+    """Return the code that replaces the first layer of a library's ResNet if it differs."""
     layer = f"model.conv1 = torch.nn.Conv2d({config.channels}, {config.width}, "
     if config.stem == "cifar":
         layer += "kernel_size=3, padding=1, bias=False)\n"
@@ -250,18 +238,14 @@ def _stem(config: EncoderConfig) -> Lines:
     return "" if config.channels == 3 else layer
 
 
-def same(theirs: Tensor, ours: Tensor, target: str) -> float:
-    """Return the largest difference of two sets of features; AssertionError above 1e-5.
-
-    Of the largest of them where that is above 1, as single precision has no more.
-    """
+def same(theirs: Tensor, ours: Tensor, target: str) -> None:
+    """Raise AssertionError if features differ by more than 1e-5, relative to values above 1."""
     assert theirs.shape == ours.shape, f"{target}: {tuple(theirs.shape)}, not {tuple(ours.shape)}"
     worst = float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1))
     assert worst <= 1e-5, f"{target}: its features differ by {worst:.1e} from the encoder's"
-    return worst
 
 
-TARGETS: Mapping[str, Callable[[Found, Path], Lines]] = {
+TARGETS: Mapping[str, Callable[[Found, Path], str]] = {
     "torchvision": torchvision,
     "timm": timm,
     "huggingface": huggingface,
@@ -271,8 +255,8 @@ TARGETS: Mapping[str, Callable[[Found, Path], Lines]] = {
 }
 
 
-def run_lines(lines: Lines, folder: Path, images: Tensor) -> Tensor:
-    """Return the features that a user of the exporter's lines gets."""
+def run_lines(lines: str, folder: Path, images: Tensor) -> Tensor:
+    """Return the features that an exporter's lines compute."""
     names: dict[str, Any] = {"folder": str(folder), "images": images}
     with torch.no_grad():
         exec(compile(lines, "README.md", "exec"), names)

@@ -1,4 +1,4 @@
-"""Figures of a finished probe and their 95 % intervals; each image counts once on all processes."""
+"""Figures of a finished probe and their 95% intervals, over all processes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 @torch.no_grad()
 def train_top1(probe: LinearProbe) -> Tensor:
-    """Return each head's share of hits among the images that it learns from.
-
-    It is float64 (encoders, seeds, points).
-    """
+    """Return each head's accuracy on its own training images, float64 (encoders, seeds, points)."""
     tensors, found = probe.heads.state_dict(), []
     for seed, rows in enumerate(probe.subsets):
         weight, bias = (tensors[key][:, seed, None] for key in ("weight", "bias"))
@@ -34,10 +31,7 @@ def train_top1(probe: LinearProbe) -> Tensor:
 
 @torch.no_grad()
 def confusion(probe: LinearProbe, name: str, part: str, point: int) -> Tensor:
-    """Return how many images of each class are taken for which, int64 (seeds, true, predicted).
-
-    By the heads of one encoder and point of the grid.
-    """
+    """Return the confusion matrices of an encoder at a point, int64 (seeds, true, predicted)."""
     place, classes = probe.names.index(name), len(probe.splits.train.classes)
     mine = slice(comms.rank(), None, comms.world_size())
     weight, bias = probe.heads.weight[place, :, point], probe.heads.bias[place, :, point]
@@ -48,10 +42,7 @@ def confusion(probe: LinearProbe, name: str, part: str, point: int) -> Tensor:
 
 
 def knn_top1(probe: LinearProbe, name: str, part: str) -> float:
-    """Return the share of a part's images that the nearest training images classify rightly.
-
-    The neighbours are those whose labels the first seed knows.
-    """
+    """Return the kNN accuracy on a part; the neighbours are the first seed's training images."""
     images, settings, place = probe.parts[part], probe.config.knn, probe.names.index(name)
     mine, known = features.share(len(images)).to(probe.session.device), probe.subsets[0]
     train = probe.parts["train"]
@@ -67,13 +58,13 @@ def knn_top1(probe: LinearProbe, name: str, part: str) -> float:
 
 
 def student_t(values: Sequence[float]) -> tuple[float, float]:
-    """Return the interval of the mean of two values or more, Student's t (Student 1908)."""
+    """Return the interval of the mean of at least two values (Student 1908)."""
     half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """Return the interval of a share of `count` images (Wilson 1927); it lies within 0 and 1."""
+    """Return the interval of a share of `count` images (Wilson 1927), within 0 and 1."""
     weight = Z**2 / count
     middle = (share + weight / 2) / (1 + weight)
     half = Z / (1 + weight) * math.sqrt(share * (1 - share) / count + weight / (4 * count))
@@ -81,14 +72,14 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def normal(mean: float, mean_of_squares: float, count: int) -> tuple[float, float]:
-    """Return the interval of the mean of `count` values by their mean and that of their squares."""
+    """Return the normal interval of the mean of `count` values."""
     half = Z * math.sqrt(max(0.0, mean_of_squares - mean**2) / count)
     return mean - half, mean + half
 
 
 def t_quantile(freedom: int) -> float:
-    """Return the two-sided 95 % quantile of Student's t with whole degrees of freedom, from 1."""
-    low, high = 0.0, 13.0  # that of one degree is 12.706
+    """Return the two-sided 95% quantile of Student's t for at least one degree of freedom."""
+    low, high = 0.0, 13.0  # one degree has 12.706
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if _within(middle, freedom) < LEVEL else (low, middle)
@@ -98,12 +89,10 @@ def t_quantile(freedom: int) -> float:
 def _within(t: float, freedom: int) -> float:
     """Return the probability of [-t, t]: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4."""
     angle = math.atan(t / math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term = total = cosine if odd else 1.0
-    if odd and freedom == 1:
-        total = 0.0
-    for k in range(2 + odd, freedom - 1, 2):
-        term *= cosine**2 * (k - 1) / k
+    cosine, odd, total = math.cos(angle), freedom % 2, 0.0
+    term = cosine if odd else 1.0
+    for k in range(1 + odd, freedom, 2):
         total += term
+        term *= cosine**2 * k / (k + 1)
     total *= math.sin(angle)
     return 2 / math.pi * (angle + total) if odd else total

@@ -1,8 +1,7 @@
-"""The encoders of a probe with protocol=finetune: trained too, on any number of processes.
+"""Fine-tuning: the encoders are trained together with the classifiers (protocol=finetune).
 
-Their BatchNorm layers stay in evaluation mode, with the statistics of pretraining: each image's
-features then depend on no other image, so that batches can be cut over processes at will and there
-are no statistics to keep. Weights and biases of BatchNorm are trained like all others.
+BatchNorm stays in evaluation mode with the statistics of pretraining, so that an image's features
+depend on no other image and a batch can be split over any number of processes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from moco_dist.runs import checkpoint
 
 
 class FineTuning:
-    """The encoders in training: state is in `encoders` and `optimizer`."""
+    """The encoders in training; `encoders` and `optimizer` hold the state."""
 
     def __init__(
         self,
@@ -44,13 +43,13 @@ class FineTuning:
         }
         if comms.world_size() > 1:
             for each in self.networks.values():
-                # DDP changes the order of its sums after the first backward pass; without this one
-                # a resumed run would add in another order than one that was never stopped.
+                # DDP changes the order of its sums after the first backward pass. Without this
+                # pass, a resumed run would differ from an uninterrupted one.
                 accelerator.backward(each(example).sum())
             self.optimizer.zero_grad()
 
     def step(self, step: int, steps_per_epoch: int, total_steps: int) -> None:
-        """Move the encoders by their gradients, which are then gone."""
+        """Update the encoders and clear their gradients."""
         rate = schedule.learning_rate(self.optim, step, steps_per_epoch, total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -58,35 +57,18 @@ class FineTuning:
         self.optimizer.zero_grad()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the tensors of the encoders, and their momentum, by name."""
+        """Return the encoders' tensors and their momentum, by name."""
         momentum = checkpoint.momentum_buffers(self.optimizer, self.encoders)
         model = {f"encoders.{name}": each for name, each in self.encoders.state_dict().items()}
         return model, momentum
 
-    def shapes(self) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
-        """Return the shapes of what `state` returns after a step."""
-        model, _ = self.state()
-        momentum = checkpoint.momentum_shapes(self.optimizer, self.encoders)
-        return {name: each.shape for name, each in model.items()}, momentum
-
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Take over what `state` returned."""
-        prefix = "encoders."
-        own = {
-            name.removeprefix(prefix): each
-            for name, each in saved.model.items()
-            if name.startswith(prefix)
-        }
-        checkpoint.load_tensors(self.encoders, own, saved.path)
-        checkpoint.restore_momentum(self.optimizer, self.encoders, saved.optimizer)
-
 
 @torch.no_grad()
 def calibrate(backbone: Backbone, images: Tensor) -> None:
-    """Give a random backbone the BatchNorm statistics of `images` (rows, 3, size, size).
+    """Give a random backbone the BatchNorm statistics of `images` (rows, channels, size, size).
 
-    One that is trained from scratch could not begin otherwise: its activations would grow from
-    layer to layer. All processes do the same with the same images.
+    Without them the activations would grow from layer to layer, and training from scratch in
+    evaluation mode would fail.
     """
     norms = batch_norms(backbone)
     kept = [(norm.rows_per_group, norm.momentum) for norm in norms]

@@ -1,4 +1,4 @@
-"""The proof that a probe leaves its encoder as it was, tensor by tensor."""
+"""The check that a probe leaves its encoder unchanged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from moco_dist.errors import UserError
 
 
 class Frozen:
-    """What tensors of encoders were; `parameters` is whether these may not move either.
+    """Fingerprints of the encoders' buffers and, with `parameters`, of their parameters.
 
-    The statistics of BatchNorm never may: they belong to the encoder, not to the data of the probe.
+    BatchNorm statistics are buffers: they belong to the encoder and never change in a probe.
     """
 
     def __init__(self, encoders: Mapping[str, nn.Module], parameters: bool) -> None:
@@ -21,30 +21,29 @@ class Frozen:
         self._before = dict(self._fingerprints())
 
     def check(self) -> None:
-        """Raise UserError, naming a tensor, if one has moved or is about to."""
+        """Raise UserError, naming the tensor, if one has changed or is about to."""
         self.check_modes()
         for name, now in self._fingerprints():
             if now != self._before[name]:
                 raise UserError(
-                    f"{name} moved during the probe ({self._before[name]} -> {now}), and the "
-                    "encoder must stay as it was; no result is written: look for what writes to it"
+                    f"{name} changed during the probe ({self._before[name]} -> {now}), but the "
+                    "encoder must not change; no result is written: look for what writes to it"
                 )
 
     def check_modes(self) -> None:
-        """Raise UserError, naming its tensors, if a BatchNorm is in training mode."""
+        """Raise UserError if a BatchNorm is in training mode."""
         for name, encoder in self._encoders.items():
             for key, module in encoder.named_modules():
                 if module.training and getattr(module, "running_mean", None) is not None:
                     raise UserError(
-                        f"the {name} encoder's {key}.running_mean and {key}.running_var: this "
-                        "BatchNorm is in training mode, and would measure the probe's batches and "
-                        "not the encoder; no result is written: call eval() on the encoder"
+                        f"the {name} encoder's {key} is in training mode, so its running_mean and "
+                        "running_var would follow the probe's batches; no result is written: call "
+                        "eval() on the encoder"
                     )
 
     def _fingerprints(self) -> Iterator[tuple[str, str]]:
         for name, encoder in self._encoders.items():
-            # Buffers that no state dict holds are among them.
-            tensors = [*encoder.named_buffers()]
+            tensors = [*encoder.named_buffers()]  # also those that no state dict holds
             tensors += encoder.named_parameters() if self._parameters else ()
             for key, tensor in tensors:
                 yield f"the {name} encoder's {key}", fingerprint.of_tensors(tensor)

@@ -1,7 +1,7 @@
-"""Linear classifiers trained side by side as one batch, without touching each other.
+"""Independent linear classifiers, trained together as one tensor.
 
-There is one for each encoder, each seed and each point of the grid of learning rates and weight
-decays; they lie in one tensor, so that many cost little more than one.
+There is one for each encoder, seed, and point of the grid of learning rates and weight decays.
+Many of them cost little more than one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moco_dist.config.probe import GridConfig
 from moco_dist.config.recipe import OptimConfig
 from moco_dist.method import schedule
 
-# Numbers that the logits of one evaluation may take at once.
+# Most logits in memory at once during an evaluation.
 _LOGITS = 2**24
 
 
@@ -29,7 +29,7 @@ class Point:
 
 
 def points(grid: GridConfig, optim: OptimConfig) -> list[Point]:
-    """Return the points of the grid, weight decay by weight decay."""
+    """Return the points of the grid, ordered by weight decay."""
     rates, decays = grid.lr or [optim.lr], grid.weight_decay or [optim.weight_decay]
     return [Point(lr, decay) for decay in decays for lr in rates]
 
@@ -37,57 +37,43 @@ def points(grid: GridConfig, optim: OptimConfig) -> list[Point]:
 class Heads(nn.Module):
     """The classifiers: `weight` (encoders, seeds, points, classes, features) and `bias`.
 
-    All points of a seed begin with the same weights.
+    All points of a seed have the same initial weights.
     """
 
     def __init__(
         self, encoders: int, seeds: Sequence[int], points: int, num_features: int, num_classes: int
     ) -> None:
         super().__init__()
-        weights = [_first_weights(encoders, seed, num_features, num_classes) for seed in seeds]
-        shape = encoders, len(seeds), points, num_classes
-        weight = torch.stack(weights, dim=1)[:, :, None].expand(*shape, num_features)
-        self.weight = nn.Parameter(weight.clone())
-        self.bias = nn.Parameter(torch.zeros(shape))
+        weights = torch.empty(encoders, len(seeds), 1, num_classes, num_features)
+        with torch.random.fork_rng(devices=[]):
+            for place, seed in enumerate(seeds):
+                torch.manual_seed(seed)
+                for encoder in range(encoders):  # more encoders don't change the first ones
+                    head = nn.Linear(num_features, num_classes)
+                    weights[encoder, place, 0] = nn.init.normal_(head.weight.detach(), std=0.01)
+        self.weight = nn.Parameter(weights.repeat(1, 1, points, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(self.weight.shape[:4]))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the logits (encoders, seeds, points, classes, rows) of the features `inputs`.
-
-        They are (encoders, seeds, rows, features), or of one row of seeds for all.
-        """
+        """Return the logits of features (encoders, seeds or 1, rows, features)."""
         return logits(inputs, self.weight, self.bias)
 
 
-def _first_weights(encoders: int, seed: int, num_features: int, num_classes: int) -> Tensor:
-    """Return first weights (encoders, classes, features), each not depending on those after it."""
-    weights = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for _ in range(encoders):
-            head = nn.Linear(num_features, num_classes)
-            nn.init.normal_(head.weight, std=0.01)
-            weights.append(head.weight.detach())
-    return torch.stack(weights)
-
-
 def logits(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return the logits (encoders, seeds, points, classes, rows) that these weights give."""
+    """Return the logits (encoders, seeds, points, classes, rows) of features."""
     flat: Tensor = weight.flatten(2, 3) @ inputs.mT
     whole: Tensor = flat.unflatten(2, weight.shape[2:4]) + bias.unsqueeze(-1)
     return whole
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each classifier for each row, (encoders, seeds, points, rows).
-
-    `labels` are int64 (seeds, rows).
-    """
+    """Return cross-entropies (encoders, seeds, points, rows) for int64 labels (seeds, rows)."""
     places = labels[:, None, None].expand(*logits.shape[:3], 1, -1)
     return -logits.log_softmax(3).gather(3, places).squeeze(3)
 
 
 class HeadOptimizer:
-    """SGD with momentum as torch.optim.SGD does it, with each point's own rate and decay."""
+    """torch.optim.SGD with momentum, but each point has its own learning rate and weight decay."""
 
     def __init__(self, heads: Heads, points: Sequence[Point], optim: OptimConfig) -> None:
         self.parameters = dict(heads.named_parameters())
@@ -99,14 +85,12 @@ class HeadOptimizer:
 
     def rates(self, step: int, steps_per_epoch: int, total_steps: int) -> list[float]:
         """Return the learning rate of each point in step `step`."""
-        return [
-            schedule.learning_rate(each, step, steps_per_epoch, total_steps)
-            for each in self.schedules
-        ]
+        place = step, steps_per_epoch, total_steps
+        return [schedule.learning_rate(each, *place) for each in self.schedules]
 
     @torch.no_grad()
     def step(self, rates: Sequence[float]) -> None:
-        """Move the classifiers by their gradients, which are then gone."""
+        """Update the classifiers and clear their gradients."""
         rate = self.decays.new_tensor(rates)
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None, "a step follows a backward pass"
@@ -120,7 +104,7 @@ class HeadOptimizer:
 
 
 class Best:
-    """For each classifier its weights after the epoch that was best on the validation split."""
+    """Each classifier's weights after its best epoch on the validation images."""
 
     def __init__(self, heads: Heads) -> None:
         shape, device = heads.weight.shape[:3], heads.weight.device
@@ -132,7 +116,7 @@ class Best:
         }
 
     def note(self, heads: Heads, top1: Tensor, epoch: int) -> None:
-        """Take over the weights whose accuracy `top1` (encoders, seeds, points) is a new best."""
+        """Keep the weights whose accuracy `top1` (encoders, seeds, points) is a new best."""
         old = self.tensors
         better = top1 > old["top1"]
         self.tensors = {
@@ -145,11 +129,11 @@ class Best:
 
 @torch.no_grad()
 def sums(inputs: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> Tensor:
-    """Return of each classifier, over all rows, the sums of loss, loss squared, hits, hits in k.
+    """Return each classifier's sums over all rows: loss, squared loss, top-1 and top-k hits.
 
-    `inputs` is (encoders, seeds or 1, rows, features), `labels` int64 (seeds or 1, rows); the
-    result float64 (encoders, seeds, points, 4). A hit's class has the highest logit, and of equal
-    ones the smallest number; a logit that is no number hits nothing.
+    `inputs` are (encoders, seeds or 1, rows, features) and `labels` int64 (seeds or 1, rows); the
+    result is float64 (encoders, seeds, points, 4). Of equal logits the first class wins, and a NaN
+    never hits.
     """
     encoders, seeds, points, classes, _ = weight.shape
     rows = max(1, _LOGITS // (encoders * seeds * points * classes))

@@ -1,4 +1,4 @@
-"""The probe of encoders: its state, one step of all its heads, its figures and checkpoints."""
+"""The linear probe: its state, training step, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from moco_dist.errors import ConfigError, NumbersError
 from moco_dist.method import views
 from moco_dist.method.encoder import Backbone, build_encoder
 from moco_dist.method.plan import Plan, check_batch
-from moco_dist.probe import heads, label_fraction
+from moco_dist.probe import heads
 from moco_dist.probe.finetune import FineTuning, calibrate
 from moco_dist.probe.frozen import Frozen
+from moco_dist.probe.label_fraction import draw
 from moco_dist.runs import checkpoint
 from moco_dist.runs.record import CONTROL, TRAINED
 from moco_dist.runs.session import Session
 
-# Images by which the random encoder that is to be fine-tuned gets its statistics.
+# Images from which a random encoder gets BatchNorm statistics before it is fine-tuned.
 CALIBRATION = 256
 
 
 class LinearProbe:
-    """A probe in the making: state is in `heads`, `optimizer`, `best`, `step`, and `tuning`.
+    """A probe in training; `heads`, `optimizer`, `best`, `tuning` and `step` hold the state.
 
-    Classifiers have the places (encoders, seeds, points of the grid); see `heads.Heads`. A frozen
-    encoder's classifiers are trained by every process on the whole batch, of which each computed
-    its share of the features: nothing but features ever crosses the network, and on features that
-    were computed once all numbers of processes give the same bits.
+    With frozen encoders, each process computes features of its share of the batch, gathers the
+    others, and trains all classifiers on the whole batch. Cached features therefore give the same
+    bits on any number of processes.
     """
 
     def __init__(
@@ -46,9 +46,11 @@ class LinearProbe:
         self.tunes = config.protocol == "finetune"
         if config.augment or self.tunes:
             peers.together(lambda: check_batch(config.batch_size, comms.world_size()))
-        self.seeds = range(config.seed, config.seed + config.seeds)
+        self.seeds, fraction = range(config.seed, config.seed + config.seeds), config.label_fraction
         # Rows of the training images that each seed learns from, int64 (seeds, images).
-        self.subsets = peers.together(lambda: self._subsets(splits.train)).to(device)
+        self.subsets = peers.together(
+            lambda: torch.stack([draw(splits.train, fraction, seed) for seed in self.seeds])
+        ).to(device)
         self.splits = splits.to(device)
         self.parts = {
             name: part
@@ -60,21 +62,27 @@ class LinearProbe:
         self.names = list(self.backbones)
         self.identity = fingerprint.of_module(self.backbones[TRAINED])
         self.frozen = Frozen(self.backbones, parameters=not self.tunes)
-        # Features of the control are scaled to the size of the trained ones: the same learning rate
-        # then suits both, and a scale is nothing that a linear classifier could not undo.
+        # The control's features are scaled to the size of the trained encoder's, so that the same
+        # learning rate suits both; a linear classifier could undo the scale.
         self.scale = torch.ones(len(self.names), 1, 1, dtype=self.dtype, device=device)
-        # Of unaugmented images, (encoders, images, features), by part.
+        # By part, features of unaugmented images (encoders, images, features).
         self.features = {"train": self.extract("train")}
         size = self.features["train"].square().mean((1, 2), keepdim=True).sqrt()
-        # An encoder whose features are all 0 is left to the verdict.
+        # The verdict deals with an encoder whose features are all 0.
         self.scale = torch.where((size > 0).all(), size[:1] / size, self.scale)
         self.features["train"] *= self.scale
         self.features |= {part: self.extract(part) for part in self.parts if part != "train"}
-        self.plans = peers.together(self._plans)
-        # Of each seed, the images that it learns from, numbered as in its plan.
+        count, size_of_batch = self.subsets.shape[1], config.batch_size
+        place = {"rank": comms.rank(), "world_size": comms.world_size()}
+        self.plans = peers.together(
+            lambda: [Plan(count, size_of_batch, s, **place, device=device) for s in self.seeds]
+        )
+        # For each seed, the images that it learns from, numbered as in its plan.
+        train = self.splits.train
+        known = [train if count == len(train) else train[subset] for subset in self.subsets]
         self.sources = [
-            view_source(self._known(subset), config.views, plan, [(0, None)], self.dtype, "plan")
-            for subset, plan in zip(self.subsets, self.plans, strict=True)
+            view_source(images, config.views, plan, [(0, None)], self.dtype, "plan")
+            for images, plan in zip(known, self.plans, strict=True)
         ]
         self.steps_per_epoch = self.plans[0].steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -85,18 +93,18 @@ class LinearProbe:
         ).to(device, self.dtype)
         self.optimizer = heads.HeadOptimizer(self.heads, self.points, config.optim)
         self.best = heads.Best(self.heads)
-        self.tuning = self._tuning() if self.tunes else None
+        self.tuning = None
+        if self.tunes:
+            optim = dataclasses.replace(config.optim, lr=config.encoder_lr)
+            example = self._center(torch.arange(1))
+            self.tuning = FineTuning(self.backbones, optim, self.accelerator, example)
         self.step = 0
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
 
-    def _known(self, subset: Tensor) -> datasets.AnyImages:
-        train = self.splits.train
-        return train if len(subset) == len(train) else train[subset]
-
-    def _subsets(self, train: datasets.AnyImages) -> Tensor:
-        fraction = self.config.label_fraction
-        return torch.stack([label_fraction.draw(train, fraction, seed) for seed in self.seeds])
+    def _center(self, rows: Tensor) -> Tensor:
+        """Return unaugmented views of these training images."""
+        return views.center(self.splits.train.squares(rows), self.config.views, self.dtype)
 
     def _backbones(self, source: Found) -> dict[str, Backbone]:
         backbones = {TRAINED: source.backbone}
@@ -107,31 +115,11 @@ class LinearProbe:
             each.requires_grad_(False).eval().to(self.session.device, self.dtype)
         if self.tunes and self.config.control:
             first = torch.arange(min(CALIBRATION, len(self.splits.train)))
-            pixels = self.splits.train.squares(first)
-            calibrate(control, views.center(pixels, self.config.views, self.dtype))
+            calibrate(control, self._center(first))
         return backbones
 
-    def _plans(self) -> list[Plan]:
-        return [
-            Plan(
-                num_samples=self.subsets.shape[1],
-                batch_size=self.config.batch_size,
-                seed=seed,
-                rank=comms.rank(),
-                world_size=comms.world_size(),
-                device=self.session.device,
-            )
-            for seed in self.seeds
-        ]
-
-    def _tuning(self) -> FineTuning:
-        optim = dataclasses.replace(self.config.optim, lr=self.config.encoder_lr)
-        pixels = self.splits.train.squares(torch.arange(1))
-        example = views.center(pixels, self.config.views, self.dtype)
-        return FineTuning(self.backbones, optim, self.accelerator, example)
-
     def extract(self, part: str) -> Tensor:
-        """Return each encoder's features of a part's unaugmented images, everywhere."""
+        """Return each encoder's features of a part's unaugmented images, on every process."""
         config, found = self.config, []
         with self.accelerator.autocast():
             for each in self.backbones.values():
@@ -140,15 +128,15 @@ class LinearProbe:
         return torch.stack(found).to(self.dtype) * self.scale
 
     def refresh(self, *parts: str) -> None:
-        """Compute the features of these parts again if the encoders have changed."""
+        """Extract the features of these parts again if the encoders are trained."""
         if self.tunes:
             self.features |= {part: self.extract(part) for part in parts}
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features (encoders, seeds, rows, features) and labels (seeds, rows) of a step.
+        """Return features (encoders, seeds, rows, features), labels (seeds, rows) and batch.
 
-        And the images of its batch, int64 (seeds, batch). With encoders that are trained, the rows
-        are this process's share; else those of the whole batch.
+        The batch is the numbers of its images, int64 (seeds, batch). In fine-tuning, the rows are
+        this process's share of it; otherwise they are the whole batch.
         """
         steps = [plan.step(self.step, key_views=0) for plan in self.plans]
         pairs = zip(self.subsets, steps, strict=True)
@@ -166,8 +154,7 @@ class LinearProbe:
                 source.begin(self.step)
                 (made,) = source.views([(step.samples[local], 0)], step.epoch)
             else:
-                pixels = self.splits.train.squares(samples)
-                made = views.center(pixels, self.config.views, self.dtype)
+                made = self._center(samples)
             found.append(self.encode(made))
         encoded = torch.stack(found, dim=1)
         if self.tunes:
@@ -184,9 +171,9 @@ class LinearProbe:
         return torch.stack(found).to(self.dtype) * self.scale
 
     def train_step(self) -> Tensor:
-        """Do one step of every head; return their mean losses, (encoders, seeds, points)."""
+        """Train every head for one step; return the mean losses (encoders, seeds, points)."""
         place = self.step, self.steps_per_epoch, self.total_steps
-        # Steps on features that are there already are too short to ask each time.
+        # Steps on cached features are too short to check for a stop request each time.
         if self.config.augment or self.tunes or self.step % 20 == 0:
             self.session.pause("training")
         encoded, labels, batch = self.inputs()
@@ -206,7 +193,7 @@ class LinearProbe:
         return losses.detach()
 
     def require_finite(self, batch: Tensor) -> None:
-        """Raise NumbersError, on all processes alike, if a gradient of the step is not finite."""
+        """Raise NumbersError on all processes if a gradient of the step is not finite."""
         weight = self.heads.weight.grad
         assert weight is not None, "there was a backward pass"
         norms = torch.linalg.vector_norm(weight, dim=(3, 4))
@@ -221,18 +208,17 @@ class LinearProbe:
         lr, decay = self.points[point].lr, self.points[point].weight_decay
         error = NumbersError(
             f"train/loss or its gradient is not finite in step {self.step} ({self.names[encoder]} "
-            f"with lr {lr:g} and weight decay {decay:g}); nothing of it was kept. Train again with "
-            f"lower rates than optim.lr or grid.lr {lr:g}, and name=..."
+            f"with lr {lr:g} and weight decay {decay:g}); the step was discarded. Train again with "
+            f"an optim.lr or grid.lr below {lr:g} and a new name=..."
         )
         error.details = {"step": self.step, "samples": batch.flatten().tolist()}
         raise error.on_all()
 
     @torch.no_grad()
     def evaluate(self, part: str, best: bool = False) -> Tensor:
-        """Return the mean loss, its square, top-1 and top-k of each head, float64 (..., 4).
+        """Return the mean loss, squared loss, top-1 and top-k of each head, float64 (..., 4).
 
-        Each image counts once, however many processes. `best` takes each head as it was after its
-        best epoch.
+        `best` evaluates each head as it was after its best epoch.
         """
         mine = slice(comms.rank(), None, comms.world_size())
         inputs, labels = self.features[part][:, None, mine], self.parts[part].labels[None, mine]
@@ -241,20 +227,17 @@ class LinearProbe:
         return comms.total(sums) / len(self.parts[part])
 
     def note_best(self) -> Tensor:
-        """Return the figures of the epoch that has ended on the validation images.
-
-        Heads for which it was the best epoch are kept for the end.
-        """
+        """Return the figures on the validation images after an epoch; keep each head's best."""
         figures = self.evaluate("validation")
         self.best.note(self.heads, figures[..., 2], self.step // self.steps_per_epoch)
         return figures
 
     def save(self, wait: bool = False) -> None:
-        """Save the classifiers after `step` steps, in the background or at once."""
+        """Save the state in the background, or before returning if `wait`."""
         if wait or self.config.augment:
             self.frozen.check()
         model, momentum = self.tensors()
-        fix = "a machine has miscalculated: continue without it, from the last checkpoint"
+        fix = "one machine miscalculated: continue from the last checkpoint without it"
         what = f"the checksum of the heads after step {self.step}"
         peers.same_everywhere(what, fingerprint.checksum(*model.values()), fix)
         state = {
@@ -268,7 +251,7 @@ class LinearProbe:
         self.session.save(self.step, model, momentum, state, wait)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the tensors of the state by name: the model's, and the optimizers'."""
+        """Return the tensors of the models and of the optimizers, by name."""
         model = {f"heads.{name}": each for name, each in self.heads.state_dict().items()}
         model |= {f"best.{name}": each for name, each in self.best.tensors.items()}
         momentum = {f"momentum.heads.{name}": b for name, b in self.optimizer.buffers.items()}
@@ -279,27 +262,27 @@ class LinearProbe:
 
     @torch.no_grad()
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Take over the state of a checkpoint, whatever number of processes wrote it."""
+        """Load the state of a checkpoint; ConfigError if it is of another encoder or data."""
         now = {"encoder": self.identity, "data": self.splits.fingerprint}
         before = {key: saved.piece(key) for key in now}
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if before[key] != now[key]]
         if changed:
             raise ConfigError(
                 f"{saved.path}: is the probe of another encoder or of other images "
-                f"({'; '.join(changed)}); give name=... for a new probe"
+                f"({'; '.join(changed)}); give a new probe another name=..."
             )
         model, momentum = self.tensors()
         shapes = {name: each.shape for name, each in momentum.items()}
         if self.tuning:
-            shapes |= self.tuning.shapes()[1]
+            trained = self.tuning.optimizer, self.tuning.encoders
+            shapes |= checkpoint.momentum_shapes(*trained)
         checkpoint.check_tensors(model, saved.model, saved.path)
         checkpoint.check_tensors(shapes, saved.optimizer, saved.path)
-        own = {name: each for name, each in model.items() if not name.startswith("encoders.")}
-        for name, tensor in own.items():
+        for name, tensor in model.items():
             tensor.copy_(saved.model[name])
         for name, tensor in self.optimizer.buffers.items():
             tensor.copy_(saved.optimizer[f"momentum.heads.{name}"])
         if self.tuning:
-            self.tuning.restore(saved)
+            checkpoint.restore_momentum(*trained, saved.optimizer)
         self.step = saved.step
         peers.me.mark(self.step, "starting")

@@ -1,4 +1,4 @@
-"""The epochs of a probe: train, evaluate, save; and the results after the last step."""
+"""The training loop of a probe, and the results after its last step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from moco_dist.distributed import comms
 from moco_dist.errors import output_errors
 from moco_dist.method.schedule import due
-from moco_dist.probe import overlap, verdict
-from moco_dist.probe import results as probe_results
 from moco_dist.probe.linear_probe import LinearProbe
-from moco_dist.probe.results import LOSS, TOP1, TOP_K, Results
+from moco_dist.probe.overlap import Overlap
+from moco_dist.probe.results import LOSS, TOP1, TOP_K, brief, measure, select
+from moco_dist.probe.verdict import Results, deciding_part
 from moco_dist.runs.environment import memory_gb
 from moco_dist.runs.record import TRAINED, Metric
 from moco_dist.runs.status import replace
@@ -23,7 +23,7 @@ from moco_dist.tracking.tracker import Tracker
 
 
 def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
-    """Train the heads up to step `total`; evaluate and log after each epoch, save when due."""
+    """Train up to step `total`; evaluate and log after each epoch, and save when due."""
     config, per_epoch = probe.config, probe.steps_per_epoch
     since, evaluated = time.monotonic(), probe.step
     while probe.step < total:
@@ -31,10 +31,12 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
         step, last = probe.step, probe.step == total
         epoch = 0 if step % per_epoch else step // per_epoch
         if epoch or last:
-            metrics = {"epoch": step / per_epoch}
-            seconds = time.monotonic() - since
-            metrics[Metric.IMAGES_PER_SECOND] = (step - evaluated) * config.batch_size / seconds
-            metrics[Metric.MEMORY_GB] = memory_gb(probe.session.device)
+            images = (step - evaluated) * config.batch_size
+            metrics = {
+                "epoch": step / per_epoch,
+                Metric.IMAGES_PER_SECOND: images / (time.monotonic() - since),
+                Metric.MEMORY_GB: memory_gb(probe.session.device),
+            }
             tracker.log(step, metrics | evaluate(probe, comms.mean(losses), epoch > 0))
             since, evaluated = time.monotonic(), step
         keep = config.checkpoint
@@ -44,16 +46,16 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
 
 
 def evaluate(probe: LinearProbe, losses: Tensor, epoch_ends: bool) -> dict[str, float]:
-    """Return the metrics of each encoder's best point of the grid, means over seeds.
+    """Return the metrics of each encoder at its best point of the grid, averaged over seeds.
 
-    The best point has the highest top-1 on the validation images; without any, the only point is
-    measured on the test images. `losses` are those of the last step, (encoders, seeds, points).
+    The best point has the highest validation top-1. Without validation images there is one point,
+    measured on the test images. `losses` (encoders, seeds, points) are those of the last step.
     """
     part = "validation" if "validation" in probe.parts else "test"
     probe.refresh(part)
     notes = epoch_ends and part == "validation"
     figures = probe.note_best() if notes else probe.evaluate(part)
-    chosen = probe_results.select(probe, {part: figures})
+    chosen = select(probe, {part: figures})
     rates = probe.optimizer.rates(probe.step - 1, probe.steps_per_epoch, probe.total_steps)
     found: dict[str, float] = {
         Metric.LOSS: float(losses.mean(1)[0, chosen[0]]),
@@ -66,17 +68,17 @@ def evaluate(probe: LinearProbe, losses: Tensor, epoch_ends: bool) -> dict[str, 
     return found
 
 
-def conclude(probe: LinearProbe, tracker: Tracker, overlaps: list[overlap.Overlap]) -> Results:
+def conclude(probe: LinearProbe, tracker: Tracker, overlaps: list[Overlap]) -> Results:
     """Return the results after the last step; log them and the confusion matrix."""
-    results = probe_results.measure(probe, overlaps)
-    part = verdict.deciding_part(results)
+    results = measure(probe, overlaps)
+    part = deciding_part(results)
     if tracker.media:
         counts = torch.tensor(results["encoders"][TRAINED][part]["confusion"])
         tracker.media.confusion(probe.step, counts, probe.splits.train.classes)
     tracker.conclude(
         {
             f"{name}/{part}_{key}": value
-            for name, parts in probe_results.brief(results).items()
+            for name, parts in brief(results).items()
             for part, figures in parts.items()
             for key, value in figures.items()
         }

@@ -1,4 +1,4 @@
-"""Images that are in two parts of a data set at once, found by their content."""
+"""Held-out images that are training images too, found by their pixels."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from dataclasses import dataclass
 
 from moco_dist.data.datasets import Images
 
-# Pairs that a sentence names.
+# Most pairs that a sentence names.
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """The images of a part that are training images too: their numbers in both, from 0."""
+    """The images of a part that are training images too: pairs of their numbers, from 0."""
 
     part: str
     size: int
     pairs: list[tuple[int, int]]
 
     def sentence(self) -> str:
-        """Return what is wrong, in words; nothing if nothing is."""
+        """Return a sentence about the overlap, empty if there is none."""
         if not self.pairs:
             return ""
         named = ", ".join(f"{own} = training {train}" for own, train in self.pairs[:_NAMED])
         more = f" and {len(self.pairs) - _NAMED} more" if len(self.pairs) > _NAMED else ""
         return (
-            f"{len(self.pairs)} of {self.size} {self.part} images are training images too, to the "
-            f"last pixel ({self.part} {named}{more}): {self.part} accuracy is too high by them; "
-            "take them out"
+            f"{len(self.pairs)} of {self.size} {self.part} images are also training images, to the "
+            f"last pixel ({self.part} {named}{more}), which inflates {self.part} accuracy; remove "
+            "them from one of the two."
         )
 
 
 def find(train: Images, images: Images, part: str) -> Overlap:
-    """Return which of `images` have the very pixels of a training image."""
+    """Return which of `images` have exactly the pixels of a training image."""
     first: dict[bytes, int] = {}
     for number, content in enumerate(_hashes(train)):
         first.setdefault(content, number)

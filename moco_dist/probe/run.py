@@ -15,20 +15,20 @@ from moco_dist.encoders import load
 from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError
 from moco_dist.probe import overlap
-from moco_dist.probe import results as probe_results
 from moco_dist.probe.label_fraction import require_classes
 from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.probe.loop import conclude, loop, write
-from moco_dist.probe.results import Results
-from moco_dist.runs import identity
-from moco_dist.runs import session as runs_session
+from moco_dist.probe.results import brief, grid_rows, summary_rows
+from moco_dist.probe.verdict import Results
+from moco_dist.runs import session
+from moco_dist.runs.identity import group
 from moco_dist.runs.session import logger
 from moco_dist.tracking import start, terminal
 from moco_dist.tracking.start import console
 
 
 def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
-    """Probe an encoder from where the run directory stands to the end, or to a request to stop."""
+    """Start or resume a probe and train it to the end or to a stop request."""
     if not config.encoder:
         raise ConfigError(
             "encoder is empty; give encoder=runs/NAME, a run directory, a checkpoint folder, or a "
@@ -37,8 +37,8 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     path = Path(config.encoder)
     config = dataclasses.replace(config, name=config.run_name())
     source = peers.together(lambda: load.find(path))
-    session = runs_session.start(config, stop)
-    # Each process has looked for itself, and a pretraining may still be writing checkpoints.
+    opened = session.start(config, stop)
+    # Each process has searched by itself, and a pretraining may still be writing checkpoints.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
     channels = source.architecture.channels
     peers.together(lambda: require_channels(config, source))
@@ -46,14 +46,14 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     splits = peers.together(lambda: labelled(splits, config))
     warn_of_views(config, source)
     overlaps = find_overlaps(splits)
-    probe = LinearProbe(config, session, splits, source)
+    probe = LinearProbe(config, opened, splits, source)
     announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
-    runs_session.begin(session)
-    results_file = session.directory / "results.json"
+    session.begin(opened)
+    results_file = opened.directory / "results.json"
     peers.from_main(lambda: results_file.unlink(missing_ok=True))
-    group = identity.group(config.pretraining(), source.checkpoint.state)
-    with start.tracker(session, total, "probe", group) as tracker:
+    family = group(config.pretraining(), source.checkpoint.state)
+    with start.tracker(opened, total, "probe", family) as tracker:
         try:
             loop(probe, total, tracker)
             if probe.step == probe.total_steps:
@@ -62,27 +62,27 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
             if probe.step:
                 probe.save(wait=True)
             place = f"saved after step {probe.step:,} of {probe.total_steps:,}"
-            runs_session.end_early(session, error, place if probe.step else "nothing to save")
+            session.end_early(opened, error, place if probe.step else "nothing to save")
     probe.frozen.check()
     if probe.step == probe.total_steps:
         peers.from_main(lambda: write(results_file, results))
-        runs_session.finish(session, probe_results.brief(results))
+        session.finish(opened, brief(results))
         summarize(probe, results)
 
 
 def require_channels(config: ProbeConfig, source: Found) -> None:
-    """Raise ConfigError unless images can be read with the channels that the encoder needs."""
+    """Raise ConfigError unless images can be read with the encoder's number of channels."""
     channels = source.architecture.channels
     if channels not in MODES:
         raise ConfigError(
-            f"{source.place}: needs images of {channels} channels, and images are read with 3 "
+            f"{source.place}: needs images of {channels} channels, but images are read with 3 "
             "(RGB) or 1 (gray); give another encoder"
         )
     config.views.check_channels(channels)
 
 
 def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
-    """Return the splits with the labelled training images; UserError if no probe can use them."""
+    """Return the splits without unlabelled training images; UserError if they can't be probed."""
     datasets.require_labels(splits, config.data)
     classes = len(splits.train.classes)
     if config.top_k > classes:
@@ -93,7 +93,7 @@ def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
     if not len(splits.validation) and not len(splits.test):
         raise DataError(
             f"data.name={config.data.name} has no test images and data.validation="
-            f"{config.data.validation} holds none out, so nothing is left to measure on; "
+            f"{config.data.validation} holds none out, so there is nothing to evaluate on; "
             "give data.validation=0.1"
         )
     splits = dataclasses.replace(splits, train=splits.train.labelled())
@@ -102,19 +102,18 @@ def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
 
 
 def warn_of_views(config: ProbeConfig, source: Found) -> None:
-    """Warn if images are prepared differently from the encoder's pretraining."""
+    """Warn if images are prepared differently than in the encoder's pretraining."""
     for key in ("size", "mean", "std") if source.views else ():
         ours, theirs = getattr(config.views, key), getattr(source.views, key)
         if ours != theirs:
-            logger.warning(
-                "views.%s=%s here and %s in pretraining; use the same", key, ours, theirs
-            )
+            sentence = "views.%s is %s here but was %s in pretraining; use the same"
+            logger.warning(sentence, key, ours, theirs)
 
 
 def find_overlaps(splits: datasets.Splits) -> list[overlap.Overlap]:
-    """Return validation and test images that are training images too, and warn of them.
+    """Return and warn of validation and test images that are also training images.
 
-    Only images in memory are compared: streamed ones would all have to be decoded once more.
+    Streamed images are not compared, because all of them would have to be decoded again.
     """
     train, parts = splits.train, {"validation": splits.validation, "test": splits.test}
     if not isinstance(train, datasets.Images):
@@ -152,7 +151,7 @@ def announce(probe: LinearProbe, source: Found) -> None:
         f"{len(probe.points)} settings",
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}"
         if config.augment or probe.tunes
-        else f"{config.batch_size}, whole on each process",
+        else f"{config.batch_size}, the whole batch on each process",
         "steps": f"{probe.steps_per_epoch:,} an epoch, "
         f"{probe.total_steps:,} in {config.epochs} epochs",
     }
@@ -160,17 +159,17 @@ def announce(probe: LinearProbe, source: Found) -> None:
 
 
 def summarize(probe: LinearProbe, results: Results) -> None:
-    """Print the figures of the grid and of the last epoch, and what they mean."""
+    """Print the tables of the grid and of the results, the verdict and the faults."""
     if not comms.is_main():
         return
     config, chosen = probe.config, results["selected"]
     if len(probe.points) > 1:
         title = "grid: top-1 of the trained encoder after the last epoch, and after the best one"
-        terminal.table(console, title, probe_results.grid_rows(results), words=0)
+        terminal.table(console, title, grid_rows(results), words=0)
     title = (
         f"{probe.session.directory}: {config.protocol} probe after {config.epochs} epochs, "
         f"lr {chosen['lr']:g}, weight decay {chosen['weight_decay']:g}"
     )
-    terminal.table(console, title, probe_results.summary_rows(results), words=2)
+    terminal.table(console, title, summary_rows(results), words=2)
     for sentence in (results["verdict"], *results["faults"]):
         terminal.write_line(console, sentence)

@@ -1,11 +1,7 @@
-"""What an encoder makes of some images: features on a map, neighbours, and views of an image.
-
-It needs torch, a checkpoint and the data; a UserError says what is missing.
-"""
+"""A sample of images as an encoder sees it: maps of features, neighbours, and pairs of views."""
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -28,8 +24,8 @@ from moco_dist.method import views
 from moco_dist.randomness import Purpose, permutation
 from moco_dist.report.pictures import Tile
 
-# Images in the sample, images on the map by t-SNE, images in a batch, and most seconds that
-# extracting their features may take.
+# Images in the sample, images on the t-SNE map, images in a batch, and most seconds that extracting
+# the features may take.
 SAMPLE, NEIGHBOUR_EMBEDDING, BATCH, SECONDS = 2000, 1000, 100, 60.0
 # Images whose neighbours are shown, neighbours of each, and images of which two views are shown.
 QUERIES, NEIGHBOURS, PAIRS = 8, 5, 8
@@ -45,36 +41,33 @@ UNPACKED = {
 
 @dataclass(frozen=True)
 class Look:
-    """What an encoder makes of a sample of images, ready to be drawn."""
+    """What a report draws of an encoder and `images` images of a part of the data.
+
+    Labels are -1 without a class; components are (images, 2). `embedding` is the t-SNE map of the
+    first images, None without scikit-learn.
+    """
 
     step: int
-    # "test", "validation" or "training", and how many images they are.
     part: str
     images: int
-    # -1 for an image without a class.
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
-    # First two principal components (images, 2), and their shares of the variance.
     components: NDArray[np.float64]
     variance: tuple[float, float]
-    # By t-SNE, of the first images of the sample; None without scikit-learn.
     embedding: NDArray[np.float64] | None
     neighbours: list[list[Tile]]
     pairs: list[list[Tile]]
 
 
 def look(path: Path, data: DataConfig | None = None) -> Look:
-    """Return what the encoder that `path` names makes of images that it was not trained on.
+    """Return what a report draws of an encoder, on held-out images of `data` or of its run's data.
 
-    `data` says which; by default it is the data of its own pretraining. Raises UserError, in one
-    sentence, if the encoder or the data can't be read.
+    Raises UserError if the encoder or the data can't be read.
     """
     found = load.find(path)
     settings = found.checkpoint.piece("config")
     if data is None and "data" not in settings:
-        raise MissingError(
-            f"{found.place}: doesn't tell which images it was trained on; give a run"
-        )
+        raise MissingError(f"{found.place}: doesn't say which images it was trained on; give a run")
     config = data or from_dict(DataConfig, settings["data"])
     view = replace(found.fed, size=min(found.fed.size, config.size))
     part, images = held_out(config, found.architecture.channels)
@@ -98,55 +91,48 @@ def look(path: Path, data: DataConfig | None = None) -> Look:
 def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
     """Return the name of a part of the data and at most SAMPLE of its images.
 
-    The part is the test set, or else the validation images, or else the training images. Nothing
-    is downloaded.
+    The part is the test set if there is one, else the validation images, else the training images.
     """
-    root = Path(os.path.expanduser(config.root))
-    if config.name == "folder":
-        return _of_folder(config, root, channels)
+    root = Path(config.root).expanduser()
     if config.name in UNPACKED and not (root / UNPACKED[config.name]).is_dir():
         raise MissingError(
             f"data.root={shown(root)}: {config.name} is not there, and a report downloads nothing; "
-            "make the report from the folder where the run was launched"
+            "make the report in the folder where the run was launched"
         )
-    return _of_splits(config, channels)
-
-
-def _of_folder(config: DataConfig, root: Path, channels: int) -> tuple[str, Images]:
-    train, test = image_folder.parts(root)
-    if not test or config.labels == "none":
-        if root.is_dir():
-            count = len(image_folder.scan(train, False).files)
-            if count > MOST_READ:
-                raise MissingError(
-                    f"data.root={shown(root)}: {count:,} images without a test set are too many "
-                    f"for a report, which reads up to {MOST_READ:,}"
-                )
-        return _of_splits(config, channels)
-    classes = image_folder.scan(train, True).classes
-    listing = image_folder.scan(test, bool(classes), classes or None)
-    rows = sample(len(listing.files), config).tolist()
-    files, labels = ([each[row] for row in rows] for each in (listing.files, listing.labels))
-    some = image_folder.Listing(listing.root, files, labels, listing.classes)
-    pixels = image_folder.decode(some, config.size, channels=channels)
-    return "test", Images(pixels, torch.tensor(labels), listing.classes)
-
-
-def _of_splits(config: DataConfig, channels: int) -> tuple[str, Images]:
+    if config.name == "folder":
+        train, test = image_folder.parts(root)
+        if test and config.labels != "none":
+            return "test", _of_folder(config, train, test, channels)
+        count = len(image_folder.scan(train, False).files) if root.is_dir() else 0
+        if count > MOST_READ:
+            raise MissingError(
+                f"data.root={shown(root)}: {count:,} images without a test set are more than "
+                f"the {MOST_READ:,} that a report reads"
+            )
     splits = datasets.load(config, channels)
     parts = {"test": splits.test, "validation": splits.validation, "training": splits.train}
     part, images = next((name, images) for name, images in parts.items() if len(images))
-    rows = sample(len(images), config)
+    rows = _sample(len(images), config)
     return part, Images(images.squares(rows), images.labels[rows], images.classes)
 
 
-def sample(size: int, config: DataConfig) -> Tensor:
-    """Return at most SAMPLE of `size` rows, int64, in a random order that never changes."""
+def _of_folder(config: DataConfig, train: Path, test: Path, channels: int) -> Images:
+    """Return a sample of the test images, without decoding the others."""
+    classes = image_folder.scan(train, True).classes
+    listing = image_folder.scan(test, bool(classes), classes or None)
+    rows = _sample(len(listing.files), config).tolist()
+    files, labels = ([each[row] for row in rows] for each in (listing.files, listing.labels))
+    some = image_folder.Listing(listing.root, files, labels, listing.classes)
+    pixels = image_folder.decode(some, config.size, channels=channels)
+    return Images(pixels, torch.tensor(labels), listing.classes)
+
+
+def _sample(size: int, config: DataConfig) -> Tensor:
     return permutation(size, config.split_seed, Purpose.SPLIT)[:SAMPLE]
 
 
 def extract(backbone: nn.Module, images: Images, view: ViewsConfig) -> Tensor:
-    """Return features of unit length (n, features) of as many images as SECONDS allow."""
+    """Return unit-length features (n, features) of as many images as SECONDS allow."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone, parts, began = backbone.to(device), [], time.monotonic()
     for rows in torch.arange(len(images)).split(BATCH):
@@ -177,9 +163,8 @@ def embedding(points: Tensor) -> NDArray[np.float64] | None:
     if len(points) < 10:
         return None
     perplexity = min(30.0, (len(points) - 1) / 3)
-    spread = points + 1e-6 * torch.randn(  # identical images have no principal axes
-        points.shape, dtype=points.dtype, generator=torch.Generator().manual_seed(0)
-    )
+    noise = torch.empty_like(points).normal_(generator=torch.Generator().manual_seed(0))
+    spread = points + 1e-6 * noise  # identical images have no principal axes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fitted: Any = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
@@ -193,7 +178,7 @@ def neighbours(points: Tensor, images: Images) -> list[list[Tile]]:
         return []
     similarity = points @ points.T
     rows = []
-    for query in queries(images.labels):
+    for query in _queries(images.labels):
         near = features.nearest(points[query, None], points, NEIGHBOURS + 1)[0].tolist()
         others = [other for other in near if other != query][:NEIGHBOURS]
         row = [Tile(_pixels(images.pixels[query]), _name(images, query))]
@@ -206,19 +191,17 @@ def neighbours(points: Tensor, images: Images) -> list[list[Tile]]:
     return rows
 
 
-def queries(labels: Tensor) -> list[int]:
+def _queries(labels: Tensor) -> list[int]:
     """Return at most QUERIES rows: the first of each class, then the first of the others."""
     first: dict[int, int] = {}
     for row, label in enumerate(labels.tolist()):
         first.setdefault(label, row)
-    chosen = [first[label] for label in sorted(first)][:QUERIES]
-    return (
-        chosen + [row for row in range(len(labels)) if row not in chosen][: QUERIES - len(chosen)]
-    )
+    chosen = [first[label] for label in sorted(first)]
+    return [*chosen, *(row for row in range(len(labels)) if row not in chosen)][:QUERIES]
 
 
 def pairs(images: Images, config: ViewsConfig) -> list[list[Tile]]:
-    """Return two rows of tiles: two views of some images, drawn with the run's settings."""
+    """Return two rows of tiles, the two views of some images with the run's settings."""
     rows = torch.arange(min(PAIRS, len(images)))
     mean, std = (torch.tensor(each)[:, None, None] for each in (config.mean, config.std))
     both = (views.make(images.pixels[rows], config, 0, 0, rows, view) for view in (0, 1))

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn for a light and a dark page: curves and histograms."""
+"""The curves and histograms of a report, drawn for a light and a dark page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import matplotlib
 import numpy as np
@@ -15,25 +15,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-# Inches: one small figure fills the screen of a phone, two of them fill a line of text.
+# Inches: one figure fills the screen of a phone, and two fill a line of text.
 WIDTH, HEIGHT = 3.6, 2.5
 # Dots per inch of the files, and CSS pixels per inch.
 DPI, CSS = 220, 96
-# A curve of more points is drawn as BINS means, over a band from the lowest to the highest value.
-MANY = 1000
-BINS = 400
-# Most entries of a legend.
+# A curve of more than MANY points is drawn as BINS means over a band from lowest to highest value.
+MANY, BINS = 1000, 400
+# Place of a legend, and most entries in it.
+BELOW: Final = "outside lower left"
 ENTRIES = 8
-# Random encoders share one colour; these patterns tell those of different runs apart.
+# Random encoders share one colour; these patterns distinguish those of different runs.
 DASHES = ("--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1.5)))
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG for a light page and, unless it suits both, one for a dark page; sizes in CSS pixels.
-
-    `alt` describes the picture in words.
-    """
+    """A PNG for a light page and, if another, one for a dark page; sizes in CSS pixels."""
 
     name: str
     alt: str
@@ -45,9 +42,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page, after the palette of Okabe and Ito (2008) for colour-blind readers.
+    """Colours of a page, after Okabe and Ito's palette for colour-blind readers (2008).
 
-    `control` is the colour of random encoders and wrong answers; `curves` are the colours of runs.
+    `control` marks random encoders and wrong answers; `curves` are the colours of runs.
     """
 
     paper: str
@@ -70,7 +67,7 @@ DARK = Theme(
 
 @dataclass(frozen=True)
 class Series:
-    """A curve of the run with the number `run`; `control` marks that of a random encoder."""
+    """A curve of run number `run`, or of its random encoder (`control`)."""
 
     label: str
     x: Sequence[float]
@@ -81,7 +78,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over a common axis; `reference` is a value to compare them with, and its name."""
+    """Curves over a common axis, with a named value to compare them with (`reference`)."""
 
     name: str
     title: str
@@ -89,16 +86,15 @@ class Chart:
     x_label: str = "epoch"
     y_label: str = ""
     reference: tuple[float, str] | None = None
-    # Whether positive values that differ widely are drawn on a logarithmic axis.
-    may_be_logarithmic: bool = False
+    may_be_logarithmic: bool = False  # if positive values differ widely
 
     @property
     def alt(self) -> str:
         """Return the curves in words."""
-        return " ".join([f"{self.title} over {self.x_label}.", *map(_told, self.series)])
+        return " ".join([f"{self.title} over {self.x_label}.", *map(_in_words, self.series)])
 
 
-def _told(series: Series) -> str:
+def _in_words(series: Series) -> str:
     pairs = [(x, y) for x, y in zip(series.x, series.y, strict=True) if math.isfinite(y)]
     if not pairs:
         return f"{series.label}: no finite value."
@@ -111,7 +107,7 @@ def _told(series: Series) -> str:
 
 
 def drawn(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Picture:
-    """Return what `draw` draws for a theme, once for each theme."""
+    """Return the picture that `draw` makes for each theme."""
     images = [_png(draw, theme) for theme in (LIGHT, DARK)]
     width, height = (round(CSS * inches) for inches in images[0][1])
     return Picture(name, alt, width, height, images[0][0], images[1][0])
@@ -146,7 +142,7 @@ def _png(draw: Callable[[Theme], Figure], theme: Theme) -> tuple[bytes, tuple[fl
     }
     file = io.BytesIO()
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # The font lacks some scripts; the page shows names in those scripts as text.
+        # The font lacks some scripts; the page has such names as text too.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure = draw(theme)
         figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
@@ -155,12 +151,12 @@ def _png(draw: Callable[[Theme], Figure], theme: Theme) -> tuple[bytes, tuple[fl
 
 
 def chart(content: Chart) -> Picture:
-    """Return curves as a picture."""
-    return drawn(content.name, content.alt, lambda theme: curves(content, theme))
+    """Return a chart as a picture."""
+    return drawn(content.name, content.alt, lambda theme: draw_chart(content, theme))
 
 
-def curves(content: Chart, theme: Theme) -> Figure:
-    """Return the figure of a chart, with one line for each series in their order."""
+def draw_chart(content: Chart, theme: Theme) -> Figure:
+    """Return the figure of a chart, with one line for each series in order."""
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     lines = [_curve(axes, each, theme) for each in content.series]
@@ -179,13 +175,13 @@ def curves(content: Chart, theme: Theme) -> Figure:
         axes.yaxis.set_minor_formatter(NullFormatter())
     if len(entries) > 1:
         shown = entries[:ENTRIES]
-        more = [f"and {len(entries) - ENTRIES} more"] if len(entries) > ENTRIES else []
-        if more:
-            shown.append((axes.plot([], [], color="none")[0], more[0]))
+        if len(entries) > ENTRIES:
+            more = f"and {len(entries) - ENTRIES} more"
+            shown.append((axes.plot([], [], color="none")[0], more))
         handles, names = zip(*shown, strict=True)
         columns = 2 if max(map(len, names)) < 22 else 1
         figure.set_size_inches(WIDTH, HEIGHT + 0.17 * math.ceil(len(shown) / columns))
-        legend(figure, handles, names, ncols=columns, handlelength=1.8)
+        figure.legend(handles, names, loc=BELOW, ncols=columns, handlelength=1.8)
     return figure
 
 
@@ -206,15 +202,10 @@ def _curve(axes: Axes, series: Series, theme: Theme) -> matplotlib.lines.Line2D:
     return line
 
 
-def legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], **style: Any) -> None:
-    """Put a legend below the axes."""
-    figure.legend(handles, names, loc="outside lower left", **style)
-
-
 def histogram(
     name: str, title: str, parts: dict[str, tuple[list[float], list[float]]], alt: str
 ) -> Picture:
-    """Return a histogram of shares; `parts` maps a name to its counts and the edges of its bins."""
+    """Return a histogram of shares; `parts` maps names to counts and edges of bins."""
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(WIDTH, HEIGHT + 0.17))
@@ -227,13 +218,13 @@ def histogram(
         axes.set_title(title)
         axes.set_xlabel("cosine similarity")
         axes.set_ylabel("% of pairs in a bin")
-        legend(figure, shapes, list(parts), ncols=2)
+        figure.legend(shapes, list(parts), loc=BELOW, ncols=2)
         return figure
 
     return drawn(name, alt, draw)
 
 
 def cut(text: str, most: int) -> str:
-    """Return a text of at most `most` characters, shortened in its middle."""
+    """Return a text of at most `most` characters, shortened in the middle."""
     end = most // 2
     return text if len(text) <= most else f"{text[: most - end - 1]}…{text[-end:]}"

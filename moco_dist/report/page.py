@@ -1,4 +1,4 @@
-"""The page of a report, filled from what is known of one run, or of several to compare."""
+"""The HTML page about one run, or about several to compare."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from moco_dist.runs.record import CONTROL, Metric, Record, number, read_object, 
 if TYPE_CHECKING:
     from moco_dist.report.encoder import Look
 
-# Keys that say where a run is, not what it is.
+# Keys that say where the files of a run are, not what it does.
 PLACES = ("name", "output", "encoder", "data.root", "data.cache")
 
 
 def build(records: Sequence[Record], looks: Mapping[Path, Look | str]) -> tuple[str, list[Picture]]:
     """Return the page about the runs, and the pictures on it.
 
-    `looks` holds, under a run's directory, what its encoder makes of images or why that can't be
-    shown; a run without an entry was not asked.
+    `looks` maps a run's directory to what is drawn of its encoder, or to why that is missing.
     """
     named = list(zip(labels(records), records, strict=True))
     kinds = {kind: [(n, r) for n, r in named if r.kind == kind] for kind in table.KINDS}
@@ -47,13 +46,12 @@ def build(records: Sequence[Record], looks: Mapping[Path, Look | str]) -> tuple[
     shown: list[Picture] = []
 
     def add(picture: Picture) -> str:
-        """Note that the page shows a picture; return its name."""
         shown.append(picture)
         return picture.name
 
     text = _template().render(
         add=add,
-        # The page of a pretraining is the report of that run, with the probes that belong to it.
+        # A page with a single pretraining is about that run, even with several probes of it.
         title=named[0][0] if len(pretrainings) == 1 or len(named) == 1 else "Runs compared",
         runs=[
             (name, record, prefix, looks.get(record.directory))
@@ -79,7 +77,7 @@ def build(records: Sequence[Record], looks: Mapping[Path, Look | str]) -> tuple[
 
 
 def _launched(record: Record) -> tuple[str, dict[str, Any]]:
-    """Return the command that a run was last launched by, and what it was launched on."""
+    """Return the command and the environment of a run's last launch."""
     environment = read_object(record.directory / "environment.json")
     arguments = environment.pop("arguments", None)
     if not arguments or not isinstance(arguments, list):
@@ -107,7 +105,7 @@ def _text(value: object) -> str:
 
 
 def _template() -> Template:
-    """Return the template of the page. All text is made printable and escaped."""
+    """Return the template of the page, which makes all text printable and escapes it."""
     environment = Environment(
         loader=(loader := PackageLoader("moco_dist.report", ".")),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""The pictures of a report: confusion matrices, maps of features, rows of images."""
+"""The pictures of a report: confusion matrices, maps of features and rows of images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moco_dist.report.figures import WIDTH, Picture, Theme, cut, drawn, legend
+from moco_dist.report.figures import BELOW, WIDTH, Picture, Theme, cut, drawn
 
-# Most classes that colours tell apart, and most whose names and numbers fit a matrix.
+# Most classes that colours distinguish, and most whose names and numbers fit a matrix.
 COLOURED, READABLE = 20, 30
 
 
 def matrix(
     name: str, title: str, counts: Sequence[Sequence[float]], classes: Sequence[str]
 ) -> Picture:
-    """Return a confusion matrix in shares of its rows, with percentages where they fit."""
+    """Return a confusion matrix as shares of its rows, with percentages where they fit."""
     numbers = np.asarray(counts, float)
     shares = numbers / np.maximum(numbers.sum(1, keepdims=True), 1)
     readable = len(classes) <= READABLE
@@ -55,13 +55,10 @@ def matrix(
     right = 100 * np.trace(numbers) / max(1.0, numbers.sum())
     wrong = numbers - np.diag(np.diag(numbers))
     row, column = divmod(int(wrong.argmax()), len(classes))
-    worst = (
-        f" Most frequent confusion: {wrong[row, column]:.0f} images of {classes[row]} classified "
-        f"as {classes[column]}."
-        if wrong.any()
-        else ""
-    )
-    alt = f"{title}: {right:.2f}% of {numbers.sum():.0f} images are on the diagonal.{worst}"
+    alt = f"{title}: {right:.2f}% of {numbers.sum():.0f} images are on the diagonal."
+    if wrong.any():
+        alt += f" Most frequent confusion: {wrong[row, column]:.0f} images of {classes[row]} "
+        alt += f"classified as {classes[column]}."
     return drawn(name, alt, draw)
 
 
@@ -87,13 +84,13 @@ def scatter(
                 _points(axes, points[labels == i], map_of_colours(i)) for i in range(len(classes))
             ]
             names = [cut(each, 12) for each in classes]
-            legend(figure, handles, names, ncols=columns, markerscale=2.2, handletextpad=0.1)
-        else:
+            style: Any = {"ncols": columns, "markerscale": 2.2, "handletextpad": 0.1}
+            figure.legend(handles, names, loc=BELOW, **style)
+        elif classes:
             many = matplotlib.colormaps["twilight_shifted"]
-            colours = (
-                many(labels / max(1, len(classes))) if len(classes) else to_rgba(theme.curves[0])
-            )
-            _points(axes, points, colours)
+            _points(axes, points, many(labels / len(classes)))
+        else:
+            _points(axes, points, to_rgba(theme.curves[0]))
         axes.set_title(title)
         axes.set_xticks([], [])
         axes.set_yticks([], [])
@@ -111,7 +108,7 @@ def _points(axes: Axes, points: NDArray[np.floating], colour: Any) -> PathCollec
 
 @dataclass(frozen=True)
 class Tile:
-    """An image, uint8 (height, width, 3), its caption, and whether it is a right answer."""
+    """An image, uint8 (height, width, 3), its caption, and whether it is a correct answer."""
 
     pixels: NDArray[np.uint8]
     text: str = ""
@@ -119,7 +116,7 @@ class Tile:
 
 
 def show_tile(axes: Axes, tile: Tile, theme: Theme) -> None:
-    """Draw an image with its caption below it, framed and marked if it is an answer."""
+    """Draw an image above its caption; answers are framed and marked."""
     axes.imshow(tile.pixels, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -132,7 +129,7 @@ def show_tile(axes: Axes, tile: Tile, theme: Theme) -> None:
 
 
 def tiles(name: str, rows: Sequence[Sequence[Tile]], alt: str, inches: float = 0.86) -> Picture:
-    """Return rows of images; right and wrong answers are framed and marked."""
+    """Return rows of tiles as a picture."""
 
     def draw(theme: Theme) -> Figure:
         columns, text = len(rows[0]), 0.2 if any(t.text for row in rows for t in row) else 0.05

@@ -1,4 +1,4 @@
-"""The pictures that a page shows of a pretraining: pairs, similarities, maps, neighbours."""
+"""The pictures of a pretraining: pairs of views, similarities, maps and neighbours."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from moco_dist.runs.record import Record, number, read_object
 if TYPE_CHECKING:
     from moco_dist.report.encoder import Look
 
-# A picture of a run with more bytes or a longer side is left out.
+# Pictures of a run with more bytes or a longer side are left out.
 MAX_BYTES, MAX_SIDE = 2**24, 8192
 MAX_BINS = 10_000
 
 
 @dataclass(frozen=True)
 class Sight:
-    """A picture, and the step that it is of: None if it was drawn for this report."""
+    """A picture, its step (None if it was drawn for this report), and its numbers in words."""
 
     picture: Picture
     step: int | None = None
-    # What it shows, in words.
     told: str = ""
 
 
 def sights(record: Record, looked: Look | None, prefix: str) -> dict[str, Sight | None]:
-    """Return the pictures, whose names begin with `prefix`; what a run's files lack is None."""
+    """Return the pictures, None where files are missing; `prefix` begins their names."""
     found = {
         "pairs": _pairs(record, looked, f"{prefix}pairs"),
         "similarity": _similarity(record, f"{prefix}similarity"),
@@ -56,7 +55,7 @@ def sights(record: Record, looked: Look | None, prefix: str) -> dict[str, Sight 
 
 
 def _saved(record: Record, file: str, name: str, alt: str) -> Sight | None:
-    """Return the newest picture `file` that the run has saved, for light and dark pages alike."""
+    """Return the newest readable picture `file` that the run has saved."""
     for path in sorted(record.directory.glob(f"media/step_*/{file}"), reverse=True):
         try:
             if path.stat().st_size > MAX_BYTES:
@@ -68,7 +67,7 @@ def _saved(record: Record, file: str, name: str, alt: str) -> Sight | None:
                     step = int(path.parent.name.removeprefix("step_"))
                     return Sight(Picture(name, alt, *image.size, content), step)
         except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
-            continue  # cut short, or still being written
+            continue  # truncated, or still being written
     return None
 
 
@@ -94,7 +93,7 @@ def _similarity(record: Record, name: str) -> Sight | None:
 
 
 def _bins(path: Path) -> tuple[list[float], list[float]] | None:
-    """Return counts and edges of a histogram's file, None if it has none."""
+    """Return the counts and edges of a histogram's file, None if they are unusable."""
     content = read_object(path)
     counts, edges = (
         [n for each in found[: MAX_BINS + 1] if (n := number(each)) is not None and abs(n) < 2**53]

@@ -1,4 +1,4 @@
-"""What a page says of a probe: its results, its grid of learning rates, its confusions."""
+"""The tables of a probe on a page: results, grid of learning rates, and classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def title_of(name: str) -> str:
 
 
 def facts(found: Results) -> str:
-    """Return in words how the results were obtained."""
+    """Return how the results were obtained, in words."""
     content, told, after = found.content, [], ""
     if protocol := content.get("protocol"):
         features = text_of(content.get("features") or "?")
@@ -47,7 +47,7 @@ def facts(found: Results) -> str:
 
 
 def table_of_results(found: Results) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows: one row for each encoder and part of the data, and majority classes."""
+    """Return the head and the rows: one for each encoder and part, and the majority class."""
     rows = []
     for encoder, part in found.rows:
         values = ((name, found.value(encoder, part, name)) for name in found.names)
@@ -61,7 +61,7 @@ def table_of_results(found: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def grid(found: Results) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the rows of the table of all learning rates and weight decays tried."""
+    """Return the head and the rows of the table of learning rates and weight decays."""
     head = ["learning rate", "weight decay", "validation top-1, %", "test top-1, %"]
     best_epochs = any("best_epoch" in entry for entry in found.grid)
     if best_epochs:
@@ -81,7 +81,7 @@ def grid(found: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def classes(found: Results) -> Iterator[tuple[str, str, str, str]]:
-    """Yield for each class its name, images, accuracy and most frequent confusion."""
+    """Yield each class's name, number of images, accuracy and most frequent confusion."""
     for place, (name, counts) in enumerate(zip(found.classes, found.confusion, strict=True)):
         total = sum(counts)
         wrong = [(n, found.classes[i]) for i, n in enumerate(counts) if i != place and n]

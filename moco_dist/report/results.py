@@ -1,4 +1,4 @@
-"""The results of a finished probe, from its results.json; without one, from DONE."""
+"""The results of a finished probe, read from results.json or else from DONE."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from moco_dist.runs.record import (
 )
 
 TITLES = {TRAINED: "trained encoder", CONTROL: "random encoder"}
-# Most classes and combinations that are read.
+# Most classes and points of the grid that are read.
 MAX_CLASSES, MAX_GRID = 100_000, 10_000
 
 
 @dataclass(frozen=True)
 class Value:
-    """A figure: its mean over the seeds, and the ends of its interval if it has one."""
+    """The mean of a figure over seeds, and its interval if it has one."""
 
     mean: float
     low: float | None = None
@@ -35,22 +35,24 @@ class Value:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a probe; whatever its file lacks is empty."""
+    """The results of a probe; what the file lacks is empty.
+
+    `confusion` is (true class, predicted class) on `confusion_part`.
+    """
 
     content: dict[str, Any]
     classes: list[str]
-    # True class, predicted class; from the part named.
     confusion: list[list[float]]
     confusion_part: str
 
     def value(self, encoder: str, part: str, name: str) -> Value | None:
-        """Return a figure of an encoder ('probe' or 'control') on a part of the data."""
+        """Return a figure of the encoder 'probe' or 'control' on a part of the data."""
         figures = _entry(_entry(self.content["encoders"], encoder), part)
         return value(figures.get(name))
 
     @property
     def rows(self) -> Iterator[tuple[str, str]]:
-        """Yield encoder and part of each set of figures."""
+        """Yield the encoders and parts that have figures."""
         for encoder in TITLES:
             for part in PARTS:
                 if any(self.value(encoder, part, name) for name in self.names):
@@ -58,61 +60,57 @@ class Results:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the figures, as top1, top5, loss, knn_top1."""
+        """Return the names of the figures: top1, top5 or another top-k, loss, knn_top1."""
         encoders: dict[str, Any] = self.content["encoders"]
         parts = [_entry(_entry(encoders, encoder), part) for encoder in TITLES for part in PARTS]
-        found = dict.fromkeys(
-            name
-            for figures in parts
-            for name in figures
-            if is_result(name) and value(figures[name])
-        )
-        order = {name: place for place, name in enumerate(("top1", "top5", "loss", "knn_top1"))}
+        pairs = ((name, figure) for figures in parts for name, figure in figures.items())
+        found = dict.fromkeys(name for name, figure in pairs if is_result(name) and value(figure))
+        order = {"top1": 0, "loss": 2, "knn_top1": 3}
         return sorted(found, key=lambda name: order.get(name, 1))
 
     @property
     def part(self) -> str:
-        """Return 'test' where there are test results, else 'validation'."""
+        """Return 'test' if there are test results, else 'validation'."""
         return "test" if self.value(TRAINED, "test", "top1") else "validation"
 
     def majority(self, part: str) -> float | None:
-        """Return the top-1 of always naming the most frequent class."""
+        """Return the top-1 of always predicting the most common class."""
         found = self.content.get("majority_top1")
         return number(found.get(part)) if isinstance(found, dict) else None
 
     @property
     def titles(self) -> dict[str, str]:
-        """Return the encoders' titles; fine-tuning is compared with training from scratch."""
+        """Return the encoders' titles; the control of fine-tuning is trained from scratch."""
         scratch = self.content.get("protocol") == "finetune"
         return TITLES | ({CONTROL: "from scratch"} if scratch else {})
 
     @property
     def faults(self) -> list[str]:
-        """Return what the probe found wrong, a sentence each."""
+        """Return a sentence for each fault that the probe found."""
         found = self.content.get("faults")
         return [text_of(each) for each in found[:20]] if isinstance(found, list) else []
 
     @property
     def grid(self) -> list[dict[str, Any]]:
-        """Return the combinations tried, with the accuracies of each."""
+        """Return the points of the grid with their accuracies."""
         found = self.content.get("grid")
         entries = found[:MAX_GRID] if isinstance(found, list) else []
         return [entry for entry in entries if isinstance(entry, dict)]
 
     @property
     def verdict(self) -> tuple[str, bool]:
-        """Return what the probe said of its figures, and whether that is good news."""
+        """Return the probe's verdict, and whether it is good news."""
         return text_of(self.content.get("verdict") or ""), self.content.get("better") is not False
 
 
 def _entry(content: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return an object inside an object, empty if it isn't one."""
+    """Return an object inside an object, empty if there is none."""
     found = content.get(key)
     return found if isinstance(found, dict) else {}
 
 
 def value(found: object) -> Value | None:
-    """Return a figure of a file: a number, or an object with a mean."""
+    """Return a figure from JSON: a number, or an object with a mean."""
     if isinstance(found, dict):
         mean, low, high = (number(found.get(key)) for key in ("mean", "low", "high"))
         each = found.get("values")
@@ -125,7 +123,7 @@ def value(found: object) -> Value | None:
 
 
 def results(record: Record) -> Results | None:
-    """Return the results of a probe that is done, None of any other run."""
+    """Return the results of a finished probe, None for any other run."""
     if not record.results or record.kind != "probe":
         return None
     content = read_object(record.directory / "results.json")
@@ -142,7 +140,7 @@ def results(record: Record) -> Results | None:
 
 
 def _square(found: object) -> list[list[float]]:
-    """Return a square matrix of counts of 0 or more, or nothing."""
+    """Return a square matrix of non-negative counts, or an empty list."""
     if not isinstance(found, list) or not 0 < len(found) <= MAX_CLASSES:
         return []
     rows = [

@@ -1,4 +1,4 @@
-"""Show the state of runs, from the files of their run directories, and write a page about them.
+"""Show the state of runs from the files of their run directories, and write a page about them.
 
   python -m moco_dist.report runs/cifar10               one run; writes runs/cifar10/report
   python -m moco_dist.report runs/cifar10 runs/other    compare several runs; writes runs/report
@@ -36,25 +36,13 @@ from moco_dist.tracking.follow import follow
 if TYPE_CHECKING:
     from moco_dist.report.encoder import Look
 
-# Most pretrainings whose encoders are loaded; each of them takes about half a minute.
+# Most pretrainings whose encoders are loaded, which costs about half a minute each.
 LOOKED_AT = 4
 
 
-class Arguments(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{shown(message)}; see --help")
-
-
-def parsed(arguments: list[str]) -> argparse.Namespace:
-    """Return the runs and options of the command line."""
-    parser = Arguments("moco_dist.report", add_help=False, allow_abbrev=False)
-    parser.add_argument("runs", nargs="*")
-    parser.add_argument("--output")
-    for option in ("--follow", "--text", "--quick"):
-        parser.add_argument(option, action="store_true")
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
@@ -62,17 +50,22 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    asked = parsed(arguments)
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--output")
+    for option in ("--follow", "--text", "--quick"):
+        parser.add_argument(option, action="store_true")
+    asked = parser.parse_args(arguments)
     runs = [Path(run).expanduser() for run in asked.runs]
     if len(runs) > 1:
         runs = [run for run in runs if not is_report(run)]  # runs/* includes runs/report
     if not runs:
         raise ConfigError("no run directory was given; give one or several, such as runs/NAME")
     if asked.follow:
-        # A shell's background job ignores SIGINT, and nothing else ends --follow.
+        # A shell makes background jobs ignore SIGINT, and nothing else ends --follow.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if len(runs) > 1:
-            raise ConfigError(f"--follow shows one run and {len(runs)} were given; give one")
+            raise ConfigError(f"--follow shows one run, but {len(runs)} were given; give one")
         follow(runs[0], Console())
         return 0
     records, missing = [], []
@@ -96,18 +89,22 @@ def main(arguments: list[str]) -> int:
 def write(records: Sequence[Record], output: str | None, quick: bool) -> None:
     """Write the page and each of its pictures as a PNG, and print the path of the page.
 
-    `quick` leaves out what needs an encoder's checkpoint and the data. Empty folders get no page.
-    Raises OutputError.
+    `quick` loads no encoder and no data. Empty folders get no page. Raises OutputError, or
+    ConfigError for an output that is a run.
     """
     found = [record for record in records if record.state != "empty"]
     if not found:
         return
-    place = folder(found, output)
+    first = found[0].directory
+    home = first if len(found) == 1 else first.resolve().parent
+    place = home / "report" if output is None else Path(output).expanduser()
+    if (place / "config.yaml").exists() or (place / "metrics.jsonl").exists():
+        raise ConfigError(f"{shown(place)}: is a run directory; give --output with another folder")
     print(flush=True)
-    from moco_dist.report import page as report_page  # matplotlib: a second
+    from moco_dist.report.page import build  # imports matplotlib, which is slow
 
     runs = with_partners(found)
-    text, pictures = report_page.build(runs, {} if quick else look_at(runs))
+    text, pictures = build(runs, {} if quick else look_at(runs))
     content = text.encode(errors="backslashreplace")
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -123,46 +120,30 @@ def write(records: Sequence[Record], output: str | None, quick: bool) -> None:
     print(f"report: {shown(place / PAGE)} ({size})")
 
 
-def folder(records: Sequence[Record], asked: str | None) -> Path:
-    """Return the folder to write to: as asked, else inside one run or next to the first of several.
-
-    Raises ConfigError if that folder holds a run.
-    """
-    first = records[0].directory
-    default = first / "report" if len(records) == 1 else first.resolve().parent / "report"
-    found = default if asked is None else Path(asked).expanduser()
-    if (found / "config.yaml").exists() or (found / "metrics.jsonl").exists():
-        raise ConfigError(f"{shown(found)}: is a run directory; give --output with another folder")
-    return found
-
-
 def look_at(runs: Sequence[Record]) -> dict[Path, Look | str]:
-    """Return what each pretraining's encoder makes of images, or why that can't be shown."""
+    """Return what is drawn of each pretraining's encoder, or why that is missing."""
     looks: dict[Path, Look | str] = {}
     for record in runs:
         if record.kind != "pretrain":
             continue
         if len(looks) >= LOOKED_AT:
-            looks[record.directory] = (
-                f"a page shows those of at most {LOOKED_AT} runs; make a report of this run alone"
+            reason = (
+                f"a page has them for at most {LOOKED_AT} runs; make a report of this run alone"
             )
+            looks[record.directory] = reason
         elif not record.checkpoints.steps:
             looks[record.directory] = "the run has no checkpoint yet"
         else:
             print(f"features of {shown(record.directory)} ... (--quick skips them)", flush=True)
-            looks[record.directory] = _look(record.directory)
+            from moco_dist.report.encoder import look  # imports torch, which is slow
+
+            try:
+                looks[record.directory] = look(record.directory)
+            except UserError as error:
+                looks[record.directory] = str(error)
+            except (OSError, RuntimeError, MemoryError, ValueError) as error:  # strangers' files
+                looks[record.directory] = shown(f"{type(error).__name__}: {error}")
     return looks
-
-
-def _look(run: Path) -> Look | str:
-    from moco_dist.report import encoder  # torch: seconds
-
-    try:
-        return encoder.look(run)
-    except UserError as error:
-        return str(error)
-    except (OSError, RuntimeError, MemoryError, ValueError) as error:  # from a stranger's files
-        return shown(f"{type(error).__name__}: {error}")
 
 
 def run(arguments: list[str]) -> int:

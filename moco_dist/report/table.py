@@ -1,4 +1,4 @@
-"""The state of runs as a terminal shows it: a table of several runs, and the details of one."""
+"""The state of runs in a terminal: a table of several, and the details of one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moco_dist.tracking.progress import RunProgress, duration
 from moco_dist.tracking.terminal import layout, loss
 
 KINDS = {"pretrain": "pretraining", "probe": "probe", "": "unknown"}
-# The first WORDS columns hold text; the numbers in the others are aligned to the right.
+# The first WORDS columns hold text; the others hold numbers and are aligned to the right.
 COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
 WORDS = 3
-# In a table, where there is no figure.
+# A cell without a value.
 NONE = "-"
 # States that need no reason.
 WELL = ("done", "running", "starting")
@@ -26,22 +26,23 @@ WELL = ("done", "running", "starting")
 def table(records: list[Record], width: int | None) -> Iterator[str]:
     """Yield the lines of a table of runs, followed by why runs ended and by their alarms.
 
-    If a line would be longer than `width`, each run's name gets a line of its own.
+    If a line would be longer than `width`, the runs' names get separate lines.
     """
-    names = labels(records)
-    rows = [COLUMNS, *(row(name, record) for name, record in zip(names, records, strict=True))]
+    named = list(zip(labels(records), records, strict=True))
+    rows = [COLUMNS, *(row(name, record) for name, record in named)]
     full = layout(rows, WORDS)
     if width and max(map(len, full)) > width:
-        narrow = [f"  {line}" for line in layout([cells[1:] for cells in rows], WORDS - 1)]
-        yield f"{COLUMNS[0]}"
-        yield narrow[0]
-        for name, line in zip(names, narrow[1:], strict=True):
-            yield from (name, line)
+        narrow = layout([cells[1:] for cells in rows], WORDS - 1)
+        for cells, line in zip(rows, narrow, strict=True):
+            yield from (cells[0], f"  {line}")
     else:
         yield from full
-    notes = [
-        note for name, record in zip(names, records, strict=True) for note in remarks(name, record)
-    ]
+    notes = []
+    for name, record in named:
+        notes += [] if record.state in WELL else [standing(name, record)]
+        for alarm in record.alarms:
+            what = f"{text_of(alarm['alarm'])}: {text_of(alarm.get('text'))}"
+            notes.append(f"{name}: alarm at step {alarm['step']:,}, {what}")
     if notes:
         yield ""
     for note in notes:
@@ -65,17 +66,8 @@ def row(name: str, record: Record) -> tuple[str, ...]:
     )
 
 
-def remarks(name: str, record: Record) -> Iterator[str]:
-    """Yield why a run ended, unless it ended well, and its alarms."""
-    if record.state not in WELL:
-        yield standing(name, record)
-    for line in record.alarms:
-        what = f"{text_of(line['alarm'])}: {text_of(line.get('text'))}"
-        yield f"{name}: alarm at step {line['step']:,}, {what}"
-
-
 def standing(name: str, record: Record) -> str:
-    """Return the state of a run as a sentence."""
+    """Return the state of a run, in a sentence."""
     total, step = record.total_steps, record.step
     run = f"The {KINDS[record.kind]} {name}" if record.kind else f"The run {name}"
     place = f"step {step:,} of {total:,}" if total else f"step {step:,}"
@@ -96,8 +88,8 @@ def standing(name: str, record: Record) -> str:
     stopped = f"{run} was stopped at {place}{share}: {reason}"
     return {
         "done": f"{run} is done: {place}{last}.",
-        "running": f"{run} is still running: {place}{share}{last}. Repeat the command to bring "
-        "this page up to date.",
+        "running": f"{run} is still running: {place}{share}{last}. Repeat the command to update "
+        "this page.",
         "starting": f"{run} is starting; this page shows what it did before.",
         "gone": f"{run} was killed or lost its machine after {place}: {reason}.",
         "stopped": stopped,
@@ -126,8 +118,9 @@ def details(record: Record) -> Iterator[str]:
     if record.status:
         status = {key: text_of(record.status.get(key)) for key in ("state", "time", "host", "pid")}
         rows["last status"] = "{state} at {time} on {host}, process {pid}".format_map(status)
-    if record.kind == "pretrain":
+    if record.kind:
         rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
+    if record.kind == "pretrain":
         rows["encoder"] = (
             f"{value('encoder.backbone')}, width {value('encoder.width')}, {value('encoder.stem')} "
             f"stem, {value('encoder.head')} head to {value('encoder.dim')}"
@@ -136,8 +129,7 @@ def details(record: Record) -> Iterator[str]:
             f"queue {value('moco.queue_size')}, temperature {value('moco.temperature')}, "
             f"momentum {value('moco.momentum')}, {value('bn_groups')} BatchNorm groups"
         )
-    elif record.kind == "probe":
-        rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
+    if record.kind == "probe":
         rows["encoder"] = value("encoder")
     if record.kind:
         rows["training"] = (
@@ -154,7 +146,7 @@ def details(record: Record) -> Iterator[str]:
 
 
 def key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
-    """Yield title, value and explanation of what a reader of a run looks for first."""
+    """Yield title, value and explanation of a run's most important figures."""
     if found := results(record):
         for name in [name for name in found.names if name.startswith("top")][:2]:
             trained, control = (found.value(encoder, found.part, name) for encoder in TITLES)
@@ -178,5 +170,5 @@ def key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
 
 
 def percent(share: float | None) -> str:
-    """Return a share as a percentage without its sign, NONE for None."""
+    """Return a share as a percentage without the sign, NONE for None."""
     return NONE if share is None else f"{100 * share:.2f}"

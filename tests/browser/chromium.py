@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe by the DevTools protocol: no server, no other library."""
+"""A headless Chromium, driven over a pipe by the DevTools protocol without another library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 FLAGS = (
@@ -22,15 +21,15 @@ SECONDS = 120.0
 
 
 class Chromium:
-    """One page of a browser; `events` holds all that it has told unasked, in its order."""
+    """One page of a browser; `events` holds the browser's messages that are no answers."""
 
     def __init__(self, profile: Path) -> None:
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
 
         def as_3_and_4() -> None:
-            # The numbers that the browser reads from and writes to; both ends are duplicated
-            # first, as they may be 3 and 4 themselves.
+            # The browser reads from 3 and writes to 4. Both ends are duplicated first, because
+            # they may themselves be 3 or 4.
             copies = os.dup(theirs_in), os.dup(theirs_out)
             os.dup2(copies[0], 3)
             os.dup2(copies[1], 4)
@@ -56,12 +55,7 @@ class Chromium:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait(30)
         os.close(self._in)
@@ -95,7 +89,7 @@ class Chromium:
                 self._rest += read
 
     def open(self, url: str) -> None:
-        """Go to a page and wait until it and its pictures are there."""
+        """Go to a page and wait until it and its pictures are loaded."""
         self.ask("Page.navigate", url=url)
         for event in self._messages():
             self.events.append(event)
@@ -111,7 +105,7 @@ class Chromium:
         return found["result"].get("value")
 
     def show_as(self, width: int, height: int, scheme: str, phone: bool = False) -> None:
-        """Show the page in a window of so many CSS pixels, light or dark."""
+        """Show the page light or dark in a window with these sizes in CSS pixels."""
         size: dict[str, Any] = {"width": width, "height": height}
         size["deviceScaleFactor"] = 2 if phone else 1
         self.ask("Emulation.setDeviceMetricsOverride", **size, mobile=phone)
@@ -124,5 +118,5 @@ class Chromium:
         path.write_bytes(base64.b64decode(found["data"]))
 
     def told(self, method: str) -> list[dict[str, Any]]:
-        """Return what the browser has told by that name."""
+        """Return the parameters of all events of this name."""
         return [event["params"] for event in self.events if event.get("method") == method]

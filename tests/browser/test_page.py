@@ -8,24 +8,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moco_dist.report import run
+from moco_dist.report.run import run
 from tests.browser.chromium import Chromium
 from tests.report_pages import hostile
-from tests.test_report import runs
+from tests.test_report import page, runs
 
-__all__ = ["runs"]
+__all__ = ["page", "runs"]
 
 pytestmark = pytest.mark.browser
 
 SCREENS = {"desk": (1200, 800, False), "phone": (360, 780, True)}
-
-
-@pytest.fixture(scope="module")
-def page(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a real pretraining and its probe."""
-    place = tmp_path_factory.mktemp("page")
-    assert run.run([str(runs / "real"), "--output", str(place)]) == 0
-    return place / "report.html"
 
 
 @pytest.fixture
@@ -35,11 +27,10 @@ def chromium(tmp_path: Path) -> Iterator[Chromium]:
 
 
 def check_quiet(chromium: Chromium, page: Path) -> None:
-    """Check that the browser has nothing to complain of and has asked for nothing but the page."""
-    assert chromium.told("Log.entryAdded") == []
-    assert chromium.told("Runtime.consoleAPICalled") == []
-    assert chromium.told("Runtime.exceptionThrown") == []
-    assert chromium.told("Page.javascriptDialogOpening") == []
+    """Check that the browser complains of nothing and asks for nothing but the page."""
+    events = "Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"
+    for event in (*events, "Page.javascriptDialogOpening"):
+        assert chromium.told(event) == [], event
     asked = [request["request"]["url"] for request in chromium.told("Network.requestWillBeSent")]
     assert asked[0] == page.as_uri()
     assert all(url == page.as_uri() or url.startswith("data:image/png;base64,") for url in asked)
@@ -82,7 +73,7 @@ def test_a_dark_page_shows_dark_figures(chromium: Chromium, page: Path) -> None:
 
 def test_texts_of_a_stranger_do_nothing_in_a_browser(chromium: Chromium, tmp_path: Path) -> None:
     probe = hostile(tmp_path / "runs")
-    assert run.run([str(probe), "--quick", "--output", str(tmp_path / "out")]) == 0
+    assert run([str(probe), "--quick", "--output", str(tmp_path / "out")]) == 0
     page = tmp_path / "out" / "report.html"
     chromium.show_as(360, 780, "light", phone=True)
     chromium.open(page.as_uri())
@@ -96,7 +87,7 @@ def test_texts_of_a_stranger_do_nothing_in_a_browser(chromium: Chromium, tmp_pat
 def test_the_page_would_be_stopped_from_loading_anything(
     chromium: Chromium, page: Path, tmp_path: Path
 ) -> None:
-    """The policy is a second lock: a foreign picture in the page is refused, with a complaint."""
+    """The policy is a second lock: the browser refuses a foreign picture and complains."""
     broken = tmp_path / "broken.html"
     source = page.read_text(encoding="utf-8")
     broken.write_text(source.replace("</main>", '<img src="http://127.0.0.1:9/x.png"></main>'))
