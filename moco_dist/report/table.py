@@ -40,9 +40,9 @@ def table(records: list[Record], width: int | None) -> Iterator[str]:
     notes = []
     for name, record in named:
         notes += [] if record.state in WELL else [standing(name, record)]
-        for line in record.alarms:
-            what = f"{text_of(line['alarm'])}: {text_of(line.get('text'))}"
-            notes.append(f"{name}: alarm at step {line['step']:,}, {what}")
+        for alarm in record.alarms:
+            what = f"{text_of(alarm['alarm'])}: {text_of(alarm.get('text'))}"
+            notes.append(f"{name}: alarm at step {alarm['step']:,}, {what}")
     if notes:
         yield ""
     for note in notes:
