@@ -297,10 +297,12 @@ def test_the_card_has_the_figures_of_this_checkpoint_alone(tmp_path: Path) -> No
     for which, shown in (("another", False), (fingerprint.of_module(backbone_of(run)), True)):
         saving.write(probed, 3, {"a": torch.zeros(1)}, {}, {"encoder": which})
         (probed / "DONE").write_text(json.dumps(results))
+        (probed / "results.json").write_text('{"selected": {"lr": 7.5}}')  # the grid's choice
         card = (export(run, "torchvision") / "README.md").read_text()
         assert "22.2%" in card
         assert "11.1%" not in card
-        assert ("43.21%" in card) == ("12.34%" in card) == shown
+        for words in ("43.21%", "12.34%", "learning rate 7.5"):
+            assert (words in card) == shown
 
 
 def test_the_command_exports_and_says_what_is_wrong(

@@ -12,7 +12,7 @@ from moco_dist.encoders.load import Found
 from moco_dist.errors import UserError
 from moco_dist.export.targets import expansion
 from moco_dist.runs.checkpoint import Checkpoint, newest
-from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric, read
+from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric, read, read_object
 
 # Keys of the pretraining that the card shows.
 _SETTINGS = (
@@ -122,11 +122,11 @@ def _probed(run: Path, found: Found) -> Iterator[str]:
     of_this = saved and saved.state.get("encoder") == fingerprint.of_module(found.backbone)
     if not of_this or not record.results:
         return
-    config = record.config
+    config, chosen = record.config, read_object(run / "results.json").get("selected")
+    rate = chosen.get("lr") if isinstance(chosen, dict) else config.get("optim.lr")
     way = (
         f"{config.get('epochs')} epochs, batch size {config.get('batch_size')}, learning rate "
-        f"{config.get('optim.lr')}, "
-        + ("random views" if config.get("augment") else "features computed once")
+        f"{rate}, " + ("random views" if config.get("augment") else "features computed once")
     )
     top_k = config.get("top_k", 5)
     for part in reversed(PARTS):
