@@ -110,7 +110,7 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_with_the_same_look(side: int
 def test_the_scale_is_the_same_whichever_views_are_wanted() -> None:
     content = image_sets.jpeg(image_sets.picture(4, 640, 480))
     numbers = WHOLE.clone()
-    numbers[0, :10] = 0.02  # a crop that is too small for any smaller scale, beside a large one
+    numbers[0, :10] = 0.02  # a crop that is too small for any smaller scale, next to a large one
     rows = numbers.tolist()
     both = image_file.crops(content, rows, Recipe(32, (0, 1), 0.75, 1.34))
     for view in (0, 1):
@@ -145,7 +145,7 @@ def test_memory_is_used_again(tmp_path: Path, pool: WorkerPool) -> None:
 
 def test_images_too_large_for_a_request_are_refused() -> None:
     assert images_of_request(Recipe(224, (0, 1))) == 2**21 // (2 * 3 * 224 * 224)
-    with pytest.raises(ConfigError, match=r"5000 pixels a side are too many to be streamed"):
+    with pytest.raises(ConfigError, match=r"5000 pixels a side are too many for streaming"):
         images_of_request(Recipe(5000, (0, 1)))
 
 
@@ -213,7 +213,7 @@ def test_a_worker_that_is_killed_is_named(tmp_path: Path, pool: WorkerPool) -> N
     with pytest.raises(DataError) as error:
         pool.fetch(ticket)
     assert str(error.value) == (
-        f"the data worker with pid {pid} was ended by SIGKILL (a lack of memory, most likely) at "
+        f"the data worker with pid {pid} was ended by SIGKILL (most likely for lack of memory) at "
         f"3 images from {places[0].path} on; the same command resumes from the last checkpoint; "
         "fewer data.workers need less memory"
     )

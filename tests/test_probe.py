@@ -219,7 +219,7 @@ def test_bad_inputs_have_their_sentences(pretrained: Path, tmp_path: Path) -> No
     ]
     assert refusal(output, f"encoder={pretrained}", *flat, kind=DataError) == (
         f"data.name=folder at data.root={root} has no labels, and a probe needs them; "
-        "sort the images into one folder for each class"
+        "sort the images into one folder per class"
     )
 
 
