@@ -1,7 +1,4 @@
-"""The bytes, centred square and random crops of one image file or tar member.
-
-It does without torch, so that workers are small and start quickly.
-"""
+"""One image file or tar member: its bytes, square and crops, without torch for small workers."""
 
 from __future__ import annotations
 

@@ -133,10 +133,7 @@ def _index(
 def _kept(
     root: Path, kind: object, cache: Path, make: Callable[[], tuple[ImageIndex, list[str]]]
 ) -> ImageIndex:
-    """Return the index that `make` returns, from the cache if what it read hasn't changed.
-
-    `make` also returns the paths that it read.
-    """
+    """Return the index that `make` returns, from the cache if the paths it read haven't changed."""
     key = json.dumps([str(root.resolve()), kind, VERSION])
     path = cache / f"list_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if os.path.isfile(path):
