@@ -1,9 +1,9 @@
-"""Print where the configurations, Accelerate files and job scripts of the package are.
+"""Print the paths of the package's configurations, Accelerate files and job scripts.
 
   python -m moco_dist.packaged                        all of them
   python -m moco_dist.packaged launch/two_cpus.yaml   one, as a path for other commands
 
-In a clone they are its folders configs, launch and slurm; `pip install` puts them into the package.
+In a clone they are in configs, launch and slurm; `pip install` copies them into the package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from moco_dist.errors import MissingError, UserError, shown
+from moco_dist.errors import MissingError, shown
 
 FOLDERS = ("configs", "launch", "slurm")
 
@@ -24,46 +24,33 @@ def root() -> Path:
 
 
 def config(name: str) -> Path | None:
-    """Return the project's own configuration that `name` means, None if there is none.
+    """Return the package's configuration `name`, None if there is none.
 
-    As pretrain/cifar10 or configs/pretrain/cifar10.yaml, from any folder.
+    The name is pretrain/cifar10 or configs/pretrain/cifar10.yaml, in any working directory.
     """
-    inside = name.removeprefix("configs/").removesuffix(".yaml")
-    kind, slash, stem = inside.partition("/")
-    if not slash or kind not in ("pretrain", "probe") or not stem or "/" in stem:
-        return None
-    path = root() / "configs" / kind / f"{stem}.yaml"
-    return path if path.is_file() else None
+    inside = f"configs/{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    return root() / inside if inside in files() else None
 
 
 def files() -> list[str]:
-    """Return the names of all of them, below `root`."""
+    """Return the names of all files, relative to `root`."""
     found = (path for folder in FOLDERS for path in (root() / folder).rglob("*"))
     return sorted(str(path.relative_to(root())) for path in found if path.is_file())
 
 
-def main(arguments: list[str]) -> int:
-    """Print what the arguments name, or everything; return the exit status."""
+def run(arguments: list[str]) -> int:
+    """Print the paths of the named files, or of all; return the exit status."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     known = files()
     for name in arguments or known:
         if name not in known:
-            raise MissingError(
-                f"{shown(name)}: no such file in the package; it has {', '.join(known)}"
-            )
+            error = MissingError(f"{shown(name)}: no such file; use one of {', '.join(known)}")
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_status
         print(root() / name)
     return 0
-
-
-def run(arguments: list[str]) -> int:
-    """Run the command; return its exit status, with a sentence on stderr for what went wrong."""
-    try:
-        return main(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
 
 
 if __name__ == "__main__":

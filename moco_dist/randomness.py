@@ -1,8 +1,7 @@
-"""Random numbers as a function: (seed, purpose, epoch, index, ...) to uniforms, permutations.
+"""Random numbers as pure functions of keys such as (seed, purpose, epoch, index).
 
-Nothing here has a state, so a number does not depend on the rank, the worker, the batch that it is
-computed in, or on what was drawn before it. That is what makes a run the same on any machine and a
-resume exact in mid-epoch.
+A number doesn't depend on the rank, the worker, the batch or what was drawn before it, so that a
+run is the same on any machine and can be resumed exactly in mid-epoch.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from torch import Tensor
 
 Key = int | Tensor
 
-# splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014):
-# the odd constant nearest 2^64 / golden ratio, and the two multipliers of its finalizer (variant 13
-# of Stafford), as signed 64-bit integers because torch has no unsigned shifts and products.
+# splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014): the
+# odd number nearest 2^64 / golden ratio, and the multipliers of its finalizer (Stafford's variant
+# 13), as signed integers because torch has no unsigned shifts and products.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for: equal keys with different purposes give unrelated numbers."""
+    """What a number is drawn for, as a key."""
 
     SPLIT = 1
     ORDER = 2
@@ -44,10 +43,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def hashed(*keys: Key, device: torch.device | str | None = None) -> Tensor:
-    """Return 64 random bits as int64, one number for each place of the broadcast `keys`.
+    """Return 64 random bits as int64 for each element of the broadcast `keys`.
 
-    Keys are integers or int64 tensors that broadcast against each other; their order matters.
-    The result lies on the device of the tensors among them, or on `device`.
+    Keys are ints or int64 tensors; their order matters. The result is on the tensors' device, or on
+    `device` without any.
     """
     for key in keys:
         if isinstance(key, Tensor):
@@ -60,11 +59,11 @@ def hashed(*keys: Key, device: torch.device | str | None = None) -> Tensor:
 
 
 def uniform(*keys: Key, device: torch.device | str | None = None) -> Tensor:
-    """Return float64 numbers in [0, 1), uniform with 53 bits, shaped as the broadcast `keys`."""
+    """Return uniform float64 numbers in [0, 1) with 53 bits, in the broadcast shape of `keys`."""
     return _shift_right(hashed(*keys, device=device), 11).to(torch.float64) * 2.0**-53
 
 
 def permutation(size: int, *keys: int, device: torch.device | str | None = None) -> Tensor:
-    """Return a permutation of range(`size`) as int64: the order of one hash for each index."""
+    """Return a permutation of range(`size`) as int64: the order of the indices' hashes."""
     index = torch.arange(size, dtype=torch.int64, device=device)
     return hashed(*keys, index).argsort(stable=True)

@@ -40,21 +40,25 @@ def write_folder(root: Path, images: int, side: int = 0) -> Path:
     return root
 
 
-def write_shards(folder: Path, root: Path, each: int = 10, labels: str = "cls") -> Path:
-    """Write the files of `write_folder` as tars of `each` samples, in the same order."""
+def write_shards(folder: Path, root: Path, labels: str = "cls") -> Path:
+    """Write the files of `write_folder` as tars of ten samples, in the same order."""
     for part in ("train", "test"):
-        (root / part).mkdir(parents=True)
-        files = sorted((folder / part).rglob("*.jpg"))
-        names = sorted({file.parent.name for file in files})
-        for first in range(0, len(files), each):
-            with tarfile.open(root / part / f"{first // each:06d}.tar", "w") as tar:
-                for file in files[first : first + each]:
-                    key = f"{file.parent.name}_{file.stem}"
-                    label = names.index(file.parent.name)
-                    other = f"{label}\n" if labels == "cls" else json.dumps({"label": label})
-                    add(tar, f"{key}.jpg", file.read_bytes())
-                    add(tar, f"{key}.{labels}", other.encode())
+        write_tars(folder / part, root / part, 10, labels)
     return root
+
+
+def write_tars(folder: Path, root: Path, each: int, labels: str = "cls") -> None:
+    """Write the images of FOLDER/CLASS/* as tars of `each` samples in WebDataset's layout."""
+    root.mkdir(parents=True)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = sorted({file.parent.name for file in files})
+    for first in range(0, len(files), each):
+        with tarfile.open(root / f"{first // each:06d}.tar", "w") as tar:
+            for file in files[first : first + each]:
+                key, label = f"{file.parent.name}_{file.stem}", names.index(file.parent.name)
+                other = f"{label}\n" if labels == "cls" else json.dumps({"label": label})
+                add(tar, f"{key}{file.suffix}", file.read_bytes())
+                add(tar, f"{key}.{labels}", other.encode())
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -1,12 +1,12 @@
-"""How near streaming comes to the decoder's own rate, and what memory it takes.
+"""Compare the speed of streaming with that of decoding alone, and measure memory.
 
   python -m tests.streaming_speed folder|shards DIR [key=value ...]
+  python -m tests.streaming_speed tar FOLDER DIR    make shards of a folder of class folders
 
-Takes turns: the workers' decoding alone (as many processes, no requests, nothing handed over), then
-the whole pipeline to batches at hand, over the same images; prints both medians and their ratio, by
-the clock and by the workers' CPU time, which other work on the machine disturbs less.
-With epochs=3 the pipeline then runs over all images, and the memory of all processes is printed.
-`python -m tests.streaming_speed tar FOLDER DIR` makes shards of a folder of class folders.
+Each turn measures decoding alone, in equally many processes without requests, and then the whole
+pipeline over the same images. Prints medians and their ratio, by the clock and by the workers' CPU
+time, which other work on the machine disturbs less. With epochs=3 the pipeline then runs over all
+images, and the memory of all processes is printed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import mmap
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -30,14 +29,13 @@ from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.view_source import StreamedSource
 from moco_dist.method import views
 from moco_dist.method.plan import Plan
-
-SHARD = 5000  # images in a tar
+from tests import image_sets
 
 
 def main(kind: str, place: str, *settings: str) -> None:
     """Measure, or make shards."""
     if kind == "tar":
-        return make_shards(Path(place), Path(settings[0]))
+        return image_sets.write_tars(Path(place), Path(settings[0]), 5000)
     given = {"size": 32, "batch": 256, "images": 4096, "workers": 1, "turns": 7, "epochs": 0}
     given |= {key: int(value) for key, value in (each.split("=") for each in settings)}
     config = DataConfig(
@@ -86,11 +84,8 @@ def main(kind: str, place: str, *settings: str) -> None:
         for number in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
             source.begin(number)
         resident = [psutil.Process(pid).memory_info().rss >> 20 for pid in images.pool.pids()]
-        print(
-            f"epoch {epoch + 1}: {psutil.Process().memory_info().rss >> 20} MB resident, "
-            f"workers {resident} MB",
-            flush=True,
-        )
+        own = psutil.Process().memory_info().rss >> 20
+        print(f"epoch {epoch + 1}: {own} MB resident, workers {resident} MB", flush=True)
     images.pool.close()
 
 
@@ -103,20 +98,14 @@ def cpu_seconds(images: StreamedImages) -> float:
 def decoder_alone(
     images: StreamedImages, config: ViewsConfig, samples: torch.Tensor, workers: int
 ) -> tuple[float, float]:
-    """Return images a second, and a CPU second, of as many processes that do the workers' work."""
+    """Return images per second, and per CPU second, of processes that do the workers' work."""
     drawn = torch.stack([views.crop_numbers(config, 0, 0, samples, v) for v in (0, 1)], dim=1)
     numbers = drawn.tolist()
     recipe = Recipe(config.size, (0, 1), config.ratio_min, config.ratio_max)
     each = worker_pool.images_of_request(recipe)
     places = images.catalogue.places(images.rows[samples].tolist())
-    requests = [
-        {
-            "recipe": recipe,
-            "places": places[n : n + each],
-            "numbers": numbers[n : n + each],
-        }
-        for n in range(0, len(places), each)
-    ]
+    parts = [slice(n, n + each) for n in range(0, len(places), each)]
+    requests = [{"recipe": recipe, "places": places[p], "numbers": numbers[p]} for p in parts]
     command = [sys.executable, "-m", "tests.streaming_speed", "alone"]
     started = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -129,19 +118,16 @@ def decoder_alone(
     for process in started:
         assert process.stdout
         process.stdout.readline()  # all are ready
-    rate = cpu_rate = 0.0
     for process in started:
         assert process.stdin
         process.stdin.write("\n")
         process.stdin.flush()
-    for process in started:
-        clock, cpu = process.communicate()[0].split()
-        rate, cpu_rate = rate + float(clock), cpu_rate + float(cpu)
-    return rate, cpu_rate
+    rates = [process.communicate()[0].split() for process in started]
+    return sum(float(clock) for clock, _ in rates), sum(float(cpu) for _, cpu in rates)
 
 
 def alone() -> None:
-    """Decode what standard input says; print images a second."""
+    """Decode the requests from standard input; print images per second and per CPU second."""
     requests = json.loads(sys.stdin.readline())
     work = [(each, torch.tensor(each["numbers"], dtype=torch.float64)) for each in requests]
     content = [(each, numbers.numpy().tobytes()) for each, numbers in work]
@@ -153,21 +139,6 @@ def alone() -> None:
         assert image_worker.answer(each, numbers, memory) == ""
     count = sum(len(each["places"]) for each in requests)
     print(count / (time.monotonic() - began), count / (time.process_time() - busy))
-
-
-def make_shards(folder: Path, root: Path) -> None:
-    """Write the images of FOLDER/CLASS/* as tars in the layout of WebDataset."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = sorted({file.parent.name for file in files})
-    root.mkdir(parents=True)
-    for first in range(0, len(files), SHARD):
-        with tarfile.open(root / f"{first // SHARD:06d}.tar", "w") as tar:
-            for number, file in enumerate(files[first : first + SHARD], start=first):
-                label = root / "label"
-                label.write_text(str(names.index(file.parent.name)))
-                tar.add(file, f"{number:08d}{file.suffix}")
-                tar.add(label, f"{number:08d}.cls")
-                label.unlink()
 
 
 if __name__ == "__main__":

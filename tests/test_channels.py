@@ -203,8 +203,8 @@ def test_gray_images_are_one_run_on_any_number_of_processes(tmp_path: Path) -> N
         (["encoder.channels=0"], "encoder.channels=0 is too small; it must be at least 1"),
         (GRAY[:1], "are for 3 channels and the encoder needs 1; give 1 number(s) each; for gray"),
         (GRAY[1:], "are for 1 channels and the encoder needs 3; give 3 number(s) each"),
-        (GRAY[:2], "are not one number each for every channel; give both as many"),
-        (["views.mean=[]", "views.std=[]"], "are not one number each for every channel"),
+        (GRAY[:2], "are not one number per channel; give both equally many"),
+        (["views.mean=[]", "views.std=[]"], "are not one number per channel"),
     ],
 )
 def test_channels_that_do_not_fit_have_a_sentence(arguments: list[str], sentence: str) -> None:

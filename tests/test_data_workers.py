@@ -1,4 +1,4 @@
-"""Data workers: what they decode, and what becomes of them, of bad files and of the trainer."""
+"""Data workers: what they decode, and what happens if one, a file or the trainer fails."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,13 @@ def formats(root: Path) -> list[Path]:
 def test_images_of_any_mode_are_cut_as_they_are_held_in_memory(
     tmp_path: Path, pool: WorkerPool
 ) -> None:
-    """The same colours, and no turn by EXIF, as a square of PIL has them."""
+    """The colours are those of PIL, and EXIF rotation is ignored."""
     for path in formats(tmp_path):
         with Image.open(path) as image:
-            expected = np.asarray(
-                ImageOps.fit(image.convert("RGB"), (16, 16), Image.Resampling.BICUBIC)
-            )
-            window = image.convert("RGB").crop((0, 0, 40, 40))
-            crop = np.asarray(window.resize((16, 16), Image.Resampling.BILINEAR))
+            rgb = image.convert("RGB")
+        expected = np.asarray(ImageOps.fit(rgb, (16, 16), Image.Resampling.BICUBIC))
+        window = rgb.crop((0, 0, 40, 40)).resize((16, 16), Image.Resampling.BILINEAR)
+        crop = np.asarray(window)
         place = [Place(str(path))]
         square = pool.fetch(pool.submit(place, CENTRED, None))[0, 0]
         assert np.array_equal(square.permute(1, 2, 0).numpy(), expected), path
@@ -110,7 +110,7 @@ def test_a_large_jpeg_is_decoded_at_a_smaller_scale_with_the_same_look(side: int
 def test_the_scale_is_the_same_whichever_views_are_wanted() -> None:
     content = image_sets.jpeg(image_sets.picture(4, 640, 480))
     numbers = WHOLE.clone()
-    numbers[0, :10] = 0.02  # a crop that is too small for any smaller scale, beside a large one
+    numbers[0, :10] = 0.02  # a crop that is too small for any smaller scale, next to a large one
     rows = numbers.tolist()
     both = image_file.crops(content, rows, Recipe(32, (0, 1), 0.75, 1.34))
     for view in (0, 1):
@@ -145,7 +145,7 @@ def test_memory_is_used_again(tmp_path: Path, pool: WorkerPool) -> None:
 
 def test_images_too_large_for_a_request_are_refused() -> None:
     assert images_of_request(Recipe(224, (0, 1))) == 2**21 // (2 * 3 * 224 * 224)
-    with pytest.raises(ConfigError, match=r"5000 pixels a side are too many to be streamed"):
+    with pytest.raises(ConfigError, match=r"5000 pixels a side are too many for streaming"):
         images_of_request(Recipe(5000, (0, 1)))
 
 
@@ -177,7 +177,7 @@ def test_a_file_that_goes_bad_is_named(
     pool.fetch(pool.submit(places[:1], CENTRED, None))  # the worker is as well as before
 
 
-def test_an_error_that_passes_is_tried_three_times(
+def test_a_passing_error_is_tried_three_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place,) = files(tmp_path, 1)
@@ -193,14 +193,11 @@ def test_an_error_that_passes_is_tried_three_times(
     monkeypatch.setattr(time, "sleep", slept.append)
     assert image_file.read(place) == Path(place.path).read_bytes()
     assert slept == [1.0, 2.0]
-    failures += [OSError(5, "I/O error")] * 3
-    with pytest.raises(OSError, match="I/O error"):
-        image_file.read(place)
-    assert not failures
-    failures += [OSError(2, "No such file")] * 2
-    with pytest.raises(OSError, match="No such file"):
-        image_file.read(place)
-    assert len(failures) == 1  # which is not tried again
+    for error, given, left in ((OSError(5, "I/O error"), 3, 0), (OSError(2, "No such file"), 2, 1)):
+        failures[:] = [error] * given
+        with pytest.raises(OSError, match=str(error.strerror)):
+            image_file.read(place)
+        assert len(failures) == left
 
 
 def test_a_worker_that_is_killed_is_named(tmp_path: Path, pool: WorkerPool) -> None:
@@ -213,7 +210,7 @@ def test_a_worker_that_is_killed_is_named(tmp_path: Path, pool: WorkerPool) -> N
     with pytest.raises(DataError) as error:
         pool.fetch(ticket)
     assert str(error.value) == (
-        f"the data worker with pid {pid} was ended by SIGKILL (a lack of memory, most likely) at "
+        f"the data worker with pid {pid} was ended by SIGKILL (most likely for lack of memory) at "
         f"3 images from {places[0].path} on; the same command resumes from the last checkpoint; "
         "fewer data.workers need less memory"
     )
@@ -236,13 +233,11 @@ def test_a_worker_that_hangs_is_named(
 def test_workers_ignore_the_signals_of_a_run(tmp_path: Path, pool: WorkerPool) -> None:
     places = files(tmp_path)
     pool.submit(places, CENTRED, None)
-    (pid,) = pool.pids()  # also before it has come to ignore them
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        os.kill(pid, number)
-    pool.fetch(pool.submit(places, CENTRED, None))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        os.kill(pid, number)
-    pool.fetch(pool.submit(places, CENTRED, None))
+    (pid,) = pool.pids()
+    for _ in ("before it ignores them", "after"):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            os.kill(pid, number)
+        pool.fetch(pool.submit(places, CENTRED, None))
     assert pool.pids() == [pid]
 
 
@@ -274,13 +269,12 @@ def test_workers_end_with_the_trainer_however_it_ends(tmp_path: Path, end: str) 
             trainer.kill()
         trainer.wait()
     deadline = time.monotonic() + 120
-    while any(psutil.pid_exists(pid) and alive(pid) for pid in pids):
+    while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker is left"
         time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:
-    try:
+    with suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return False

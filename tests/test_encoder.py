@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from typing import Any, Literal
 
@@ -29,10 +28,8 @@ def test_grouped_norm_is_a_norm_for_each_group(
 ) -> None:
     torch.manual_seed(0)
     rows, channels = 3, 5
-    grouped, separate = (
-        GroupedBatchNorm(channels, rows, groups).double(),
-        separate_norms(groups, channels),
-    )
+    grouped = GroupedBatchNorm(channels, rows, groups).double()
+    separate = separate_norms(groups, channels)
     for norm in (grouped, *separate):
         nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
         nn.init.normal_(norm.bias, generator=torch.Generator().manual_seed(2))
@@ -40,10 +37,8 @@ def test_grouped_norm_is_a_norm_for_each_group(
         x = torch.randn(rows * groups, channels, 4, 4, dtype=torch.float64) * 2 + 1
         x = x.to(memory_format=memory_format).requires_grad_()
         x_separate = x.detach().clone().requires_grad_()
-        y = grouped(x)
-        y_separate = torch.cat(
-            [n(p) for n, p in zip(separate, x_separate.split(rows), strict=True)]
-        )
+        y, parts = grouped(x), zip(separate, x_separate.split(rows), strict=True)
+        y_separate = torch.cat([norm(part) for norm, part in parts])
         weight = torch.randn_like(y)
         (y * weight).sum().backward()
         (y_separate * weight).sum().backward()
@@ -88,19 +83,15 @@ def test_a_batch_that_is_no_whole_groups_is_refused() -> None:
         GroupedBatchNorm(5, 3, 4)(torch.zeros(7, 5, 2, 2))
 
 
-@pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("resnet50", 2048)])
+@pytest.mark.parametrize(
+    ("name", "features"), [("resnet18", 512), ("resnet50", 2048), ("resnext50_32x4d", 2048)]
+)
 def test_backbone_at_published_width_is_torchvisions(name: str, features: int) -> None:
-    config = dataclasses.replace(EncoderConfig(), backbone=name, stem="imagenet")
-    encoder = build_encoder(config, seed=0).eval().double()
+    encoder = build_encoder(EncoderConfig(backbone=name, stem="imagenet"), seed=0).eval().double()
     theirs = torchvision.models.get_model(name, weights=None)
     theirs.fc = nn.Identity()
-    theirs.double()
-    ours = encoder.backbone.state_dict()
-    assert [(k, v.shape) for k, v in ours.items()] == [
-        (k, v.shape) for k, v in theirs.state_dict().items()
-    ]
-    theirs.load_state_dict(ours)
-    # float64, as sums are made in another order in another memory format.
+    theirs.double().load_state_dict(encoder.backbone.state_dict())
+    # float64, because the memory format changes the order of sums.
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(encoder.backbone(x), theirs.eval()(x))
     assert encoder.num_features == features
@@ -108,7 +99,7 @@ def test_backbone_at_published_width_is_torchvisions(name: str, features: int) -
 
 @pytest.mark.parametrize("width", [4, 16])
 def test_width_scales_every_stage(width: int) -> None:
-    encoder = build_encoder(dataclasses.replace(EncoderConfig(), width=width), seed=0)
+    encoder = build_encoder(EncoderConfig(width=width), seed=0)
     convolutions = {m.out_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)}
     assert convolutions == {width, 2 * width, 4 * width, 8 * width}
     features = encoder.eval().backbone(torch.zeros(1, 3, 32, 32))
@@ -151,16 +142,6 @@ def test_every_backbone_has_the_tensors_of_torchvisions_model(name: str) -> None
     assert [m.stride for m in ours.modules() if isinstance(m, nn.Conv2d)] == strides
 
 
-def test_grouped_convolutions_are_torchvisions() -> None:
-    config = EncoderConfig(backbone="resnext50_32x4d", stem="imagenet")
-    ours = build_encoder(config, seed=0).backbone.eval()
-    theirs = torchvision.models.resnext50_32x4d().eval()
-    theirs.fc = nn.Identity()
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(ours(x), theirs(x))
-
-
 @pytest.mark.parametrize("size", [16, 512])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 def test_images_of_any_size_have_features(size: int, stem: Literal["cifar", "imagenet"]) -> None:
@@ -197,7 +178,7 @@ def test_a_model_of_timm_without_batchnorm_has_no_statistics() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"backbone": "resnet19"}, "resnet19 is not one of resnet18, resnet34"),
+        ({"backbone": "resnet19"}, "resnet19 is unknown; use one of resnet18, resnet34"),
         ({"backbone": "timm/regnety_002"}, "has the width and stem that timm gives it"),
         ({"backbone": "resnext50_32x4d", "width": 8}, "use 16 or more"),
         ({"backbone": "timm/none_such", "stem": "imagenet"}, "timm has no such model"),

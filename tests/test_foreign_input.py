@@ -249,8 +249,8 @@ def test_a_file_as_root_is_refused_unless_it_is_an_archive_of_images(tmp_path: P
         with pytest.raises(DataError) as error:
             datasets.load(config)
         assert str(error.value) == (
-            f"data.root={tmp_path / name}: a file, and data.root needs a folder, or with "
-            "data.name=folder a tar or zip file of images"
+            f"data.root={tmp_path / name}: is a file; give a folder or, with data.name=folder, a "
+            "tar or zip file of images"
         )
 
 

@@ -1,9 +1,12 @@
-"""Lists of images that are kept, and tar shards: what is in them, when they are made anew."""
+"""Cached lists of images, and tar shards: their content, and when a list is made again."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tarfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +39,15 @@ def config(root: Path, cache: Path, **values: Any) -> DataConfig:
 
 @pytest.fixture
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders whose images, or tars, were listed."""
     made: list[Path] = []
-    real = image_folder.scan
 
-    def scan(root: Path, *rest: Any) -> image_folder.Listing:
+    def counted(real: Callable[..., Any], root: Path, *rest: Any) -> Any:
         made.append(root)
         return real(root, *rest)
 
-    monkeypatch.setattr(image_folder, "scan", scan)
+    monkeypatch.setattr(image_folder, "scan", partial(counted, image_folder.scan))
+    monkeypatch.setattr(tar_shards, "read", partial(counted, tar_shards.read))
     return made
 
 
@@ -100,7 +104,7 @@ def test_a_fingerprint_knows_names_sizes_and_classes_but_not_the_place(
     assert now(moved) != first
 
 
-def test_a_damaged_list_is_named_and_made_anew(
+def test_a_damaged_list_is_named_and_made_again(
     folder: Path, tmp_path: Path, walks: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     settle(folder)
@@ -124,10 +128,9 @@ def test_shards_hold_the_images_of_the_folder_they_were_made_of(
 ) -> None:
     shards = image_sets.write_shards(folder, tmp_path / "tars", labels=labels)
     plain = datasets.load(config(folder, tmp_path / "c", validation=0.0))
-    held = datasets.load(config(shards, tmp_path / "c", name="shards", validation=0.0))
-    streamed = datasets.load(
-        config(shards, tmp_path / "c", name="shards", validation=0.0, memory_gb=0, workers=1)
-    )
+    settings = config(shards, tmp_path / "c", name="shards", validation=0.0, workers=1)
+    held = datasets.load(settings)
+    streamed = datasets.load(dataclasses.replace(settings, memory_gb=0))
     assert held.train.classes == ("0", "1", "2")
     for part in ("train", "test"):
         expected = getattr(plain, part)
@@ -139,26 +142,18 @@ def test_shards_hold_the_images_of_the_folder_they_were_made_of(
 
 
 def test_a_list_of_shards_is_made_once_and_again_when_a_tar_changes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, walks: list[Path]
 ) -> None:
     shards = image_sets.write_shards(folder, tmp_path / "tars") / "train"
     settle(shards)
-    reads: list[list[str]] = []
-    real = tar_shards.read
-
-    def read(root: Path, tars: list[str], *rest: Any) -> tar_shards.Found:
-        reads.append(tars)
-        return real(root, tars, *rest)
-
-    monkeypatch.setattr(tar_shards, "read", read)
     tars = ["000000.tar", "000001.tar", "000002.tar"]
     for _ in range(2):
         assert len(image_index.of_shards(shards, tars, True, tmp_path / "cache")) == 24
-    assert len(reads) == 1
+    assert walks == [shards]
     with tarfile.open(shards / tars[2], "a") as tar:
         image_sets.add(tar, "new.jpg", b"x")
     assert len(image_index.of_shards(shards, tars, True, tmp_path / "cache")) == 25
-    assert len(reads) == 2
+    assert walks == [shards] * 2
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -254,9 +249,7 @@ def test_a_tar_that_cant_be_read_at_any_place_is_named(tmp_path: Path, damage: s
     with pytest.raises(DataError) as error:
         datasets.load(config(tmp_path / "set", tmp_path / "cache", name="shards"))
     assert str(error.value).startswith(f"{path}: not a readable tar (")
-    assert str(error.value).endswith(
-        "data.name=shards needs whole tar files that are not compressed"
-    )
+    assert str(error.value).endswith("needs complete tar files that are not compressed")
 
 
 def test_a_member_that_goes_bad_is_named_with_its_tar(folder: Path, tmp_path: Path) -> None:
@@ -288,15 +281,15 @@ def test_memory_or_streaming_is_a_matter_of_the_configuration_alone(
     )
     assert isinstance(above.train, StreamedImages)
     assert above.held == (
-        "streamed by 3 workers for each process: squares of 16 x 16 need 2.3e-05 GB, more than "
+        "streamed by 3 workers per process: squares of 16 x 16 need 2.3e-05 GB, more than "
         "data.memory_gb=2.3039e-05"
     )
     assert above.train.pool.pids() == []  # they start when they are needed
     drawn = datasets.load(DataConfig(shapes_train=10, shapes_test=10, memory_gb=0))
-    assert drawn.held == "in memory: squares of 32 x 32 need 6.14e-05 GB, as shapes is"
+    assert drawn.held == "in memory: squares of 32 x 32 need 6.14e-05 GB, shapes always is"
 
 
-def test_a_run_does_not_go_on_with_views_of_another_kind(folder: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_views_of_another_kind(folder: Path, tmp_path: Path) -> None:
     held = datasets.load(config(folder, tmp_path / "cache"))
     streamed = datasets.load(config(folder, tmp_path / "cache", memory_gb=0))
     datasets.require_same(held.fingerprint, held, tmp_path)

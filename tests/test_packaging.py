@@ -96,16 +96,10 @@ def plain() -> dict[str, str]:
 
 
 def started(programs: Path, folder: Path, command: str) -> str:
-    """Return what a console command prints, started in `folder`."""
+    """Return what a console command prints, launched in `folder`."""
     name, *arguments = command.split()
-    done = subprocess.run(
-        [str(programs / name), *arguments],
-        cwd=folder,
-        env=plain(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words, piped = [str(programs / name), *arguments], subprocess.PIPE
+    done = subprocess.run(words, cwd=folder, env=plain(), stdout=piped, stderr=piped, text=True)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 

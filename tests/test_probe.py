@@ -205,7 +205,7 @@ def test_bad_inputs_have_their_sentences(pretrained: Path, tmp_path: Path) -> No
     flat = ["data.name=folder", f"data.root={root}", f"data.cache={tmp_path}/cache", "name=flat"]
     assert refusal(output, f"encoder={pretrained}", *flat, kind=DataError) == (
         f"data.name=folder at data.root={root} has no labels, and a probe needs them; "
-        "sort the images into one folder for each class"
+        "sort the images into one folder per class"
     )
 
 

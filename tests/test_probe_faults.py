@@ -228,6 +228,7 @@ def test_test_images_among_the_training_images_are_counted_and_named(
 
 def test_a_class_without_images_is_named(many: datasets.Splits) -> None:
     train = many.train
+    assert isinstance(train, datasets.Images)
     ghost = dataclasses.replace(train, classes=(*train.classes, "ghost"))
     with pytest.raises(DataError) as error:
         require_classes(ghost)
@@ -261,8 +262,8 @@ def test_what_can_not_be_chosen_fairly_is_refused(pretrained: Path, tmp_path: Pa
         return str(error.value)
 
     assert message("grid.lr=[1,2]", "data.validation=0").startswith(
-        "data.validation=0 leaves no images by which to choose from the grid, and the test images "
-        "must not choose"
+        "data.validation=0 leaves no images for choosing from the grid, and the test images "
+        "must not be used for that"
     )
     assert "protocol=finetune trains one" in message("protocol=finetune", "seeds=2")
     assert "grid.lr=[1.0, 0.0] has a rate that is not above 0" in message("grid.lr=[1,0]")

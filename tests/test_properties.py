@@ -29,7 +29,7 @@ many = settings(max_examples=500, deadline=None, derandomize=True, database=None
 # Two schemas, and what other tests cover in part.
 some = settings(many, max_examples=250)
 
-# What YAML may take for something else, beside any text that a file can hold.
+# What YAML may misread, in addition to any text that a file can hold.
 PLAIN = st.text(st.characters(codec="utf-8"), max_size=20)
 TRAPS = st.sampled_from(
     [

@@ -54,9 +54,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def streamed(root: Path, cache: Path, **values: Any) -> DataConfig:
-    name = values.pop("name", "folder")
     values = {"size": 32, "memory_gb": 0.0, "workers": 2} | values
-    return DataConfig(name=name, root=str(root), cache=str(cache), **values)
+    return DataConfig(name="folder", root=str(root), cache=str(cache), **values)
 
 
 def close(splits: datasets.Splits) -> None:
@@ -78,13 +77,13 @@ def test_a_crop_box_is_that_of_the_views_for_any_size(scale_min: float, ratio_ma
         assert expected.equal(torch.tensor(found))
         centred = (height - draws.height) // 2 == draws.top
         without += int((centred & ((draws.width == width) | (draws.height == height))).sum())
-    assert without > 500  # so that the crop for want of one that fits is among them
+    assert without > 500  # so that crops of attempts that all failed are among them
 
 
 def test_streamed_squares_give_the_views_of_memory_up_to_eight_bits(
     squares: Path, tmp_path: Path
 ) -> None:
-    """The crop is rounded to 256 levels where it is handed over, in two passes, and only there."""
+    """Only the crop is rounded to 256 levels, in each of its two passes."""
     config = ViewsConfig(size=24, jitter=0.0, grayscale=0.0, mean=[0, 0, 0], std=[1, 1, 1])
     held = datasets.load(streamed(squares, tmp_path, memory_gb=1.0))
     from_disk = datasets.load(streamed(squares, tmp_path))
@@ -106,25 +105,11 @@ def test_streamed_squares_give_the_views_of_memory_up_to_eight_bits(
 
 
 def test_a_whole_crop_is_changed_by_its_flip_alone(squares: Path, tmp_path: Path) -> None:
-    """What the trainer makes of a crop: all stages but the crop, against the views of memory."""
-    trainer = build(
-        tmp_path,
-        squares,
-        "views.size=32",
-        "views.scale_min=1",
-        "views.ratio_min=1",
-        "views.ratio_max=1",
-        "data.validation=0",
-    )
-    memory = build(
-        tmp_path,
-        squares,
-        "views.size=32",
-        "views.scale_min=1",
-        "views.ratio_min=1",
-        "views.ratio_max=1",
-        "data.validation=0",
-        "data.memory_gb=1",
+    """The trainer applies all stages but the crop, as for images in memory."""
+    whole = ["views.size=32", "views.scale_min=1", "views.ratio_min=1", "views.ratio_max=1"]
+    trainer, memory = (
+        build(tmp_path, squares, *whole, "data.validation=0", f"data.memory_gb={limit}")
+        for limit in (0, 1)
     )
     samples = torch.arange(60)
     for view in (0, 1):
@@ -135,8 +120,7 @@ def test_a_whole_crop_is_changed_by_its_flip_alone(squares: Path, tmp_path: Path
 
 def start(output: Path | str, root: Path | str, *overrides: str) -> tuple[Trainer, Session]:
     place = [f"output={output}", f"data.root={root}", f"data.cache={output}/cache"]
-    name = [] if any(o.startswith("data.name") for o in overrides) else ["data.name=folder"]
-    config = load(PretrainConfig, [*RUN, *name, *place, *overrides])
+    config = load(PretrainConfig, [*RUN, "data.name=folder", *place, *overrides])
     opened = session.start(config)
     return run.build(config, opened), opened
 
@@ -153,7 +137,7 @@ def followed(output: str, root: str, until: int, overrides: list[str]) -> dict[s
         step, rows = trainer.step, trainer.plan.step(trainer.step, len(trainer.passes))
         trainer.train_step()
         assert isinstance(trainer.source, StreamedSource)
-        found[step] = crops_hash(trainer.source, rows)
+        found[step] = step_hash(trainer.source, rows)
     loop.save(trainer, opened, wait=True)
     opened.close()
     close(trainer.splits)
@@ -183,21 +167,19 @@ def hashes(root: str, cache: str) -> list[list[str]]:
     for symmetric, way in WAYS:
         passes = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
         source = StreamedSource(splits.train, config, torch.float64, plan, passes, way)
-        found.append([step_hash(source, plan.step(n, len(passes)), n) for n in range(4)])
-        again = step_hash(source, plan.step(1, len(passes)), 1)
-        assert again == found[-1][1]  # also out of turn
+        made = []
+        for step in (0, 1, 2, 3, 1):
+            source.begin(step)
+            made.append(step_hash(source, plan.step(step, len(passes))))
+        assert made.pop() == made[1]  # also out of order
+        found.append(made)
         source.forget()
     splits.train.pool.close()
     return found
 
 
-def step_hash(source: StreamedSource, rows: Step, step: int) -> str:
-    """Return a hash of what the queries and keys of all processes get in a step."""
-    source.begin(step)
-    return crops_hash(source, rows)
-
-
-def crops_hash(source: StreamedSource, rows: Step) -> str:
+def step_hash(source: StreamedSource, rows: Step) -> str:
+    """Return a hash of the views of queries and keys of all processes in the current step."""
     digest = hashlib.sha256(rows.samples.numpy().tobytes())
     for number, (view, key_view) in enumerate(source.passes):
         assert key_view is not None

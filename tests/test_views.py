@@ -1,4 +1,4 @@
-"""Views: each operation against torchvision's, sample by sample; draws against its laws."""
+"""Views: each operation against torchvision's, per sample; draws against their distributions."""
 
 from __future__ import annotations
 
@@ -79,17 +79,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def torchvision_jitter(
-    image: Tensor, order: list[int], factors: tuple[float, float, float, float]
-) -> Tensor:
-    operations: Any = (
-        tv.adjust_brightness,
-        tv.adjust_contrast,
-        tv.adjust_saturation,
-        tv.adjust_hue,
-    )
-    for operation in order:
-        image = operations[operation](image, factors[operation])
+def torchvision_jitter(image: Tensor, draws: views.Draws, row: int) -> Tensor:
+    for operation in draws.order[row].tolist():
+        name = ("brightness", "contrast", "saturation", "hue")[operation]
+        image = getattr(tv, f"adjust_{name}")(image, getattr(draws, name)[row].item())
     return image
 
 
@@ -168,13 +161,10 @@ def test_hue_is_turned_as_in_torchvision_and_colorsys(hue: float) -> None:
     corners = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 8, 8)
     images = torch.cat([make_pixels(2, 8), corners[None]])
     turns = torch.full((3,), hue, dtype=torch.float64)
+    single = images.float()
+    close(view_colors.adjust_hue_(single.clone(), turns), tv.adjust_hue(single, hue), HUE_TOLERANCE)
     adjusted = view_colors.adjust_hue_(images.clone(), turns)
     close(adjusted, tv.adjust_hue(images, hue), HUE_TOLERANCE)
-    close(
-        view_colors.adjust_hue_(images.float(), turns),
-        tv.adjust_hue(images.float(), hue),
-        HUE_TOLERANCE,
-    )
     for row, place in itertools.product(range(3), range(64)):
         h, s, v = colorsys.rgb_to_hsv(*images[row].flatten(1)[:, place].tolist())
         expected = torch.tensor(colorsys.hsv_to_rgb((h + hue) % 1, s, v), dtype=torch.float64)
@@ -192,14 +182,7 @@ def test_jitter_in_each_of_the_24_orders_is_torchvisions_chain(dtype: torch.dtyp
     draws = jitter_draws(torch.tensor(ORDERS).repeat(2, 1), torch.ones(48, dtype=torch.bool))
     jittered = views.color_jitter(images.clone(), draws)
     for row in range(48):
-        factors = (
-            draws.brightness[row].item(),
-            draws.contrast[row].item(),
-            draws.saturation[row].item(),
-            draws.hue[row].item(),
-        )
-        expected = torchvision_jitter(images[row], list(ORDERS[row % 24]), factors)
-        close(jittered[row], expected, 2 * HUE_TOLERANCE)
+        close(jittered[row], torchvision_jitter(images[row], draws, row), 2 * HUE_TOLERANCE)
 
 
 @DTYPES
@@ -252,8 +235,7 @@ def torchvision_view(image: Tensor, draws: views.Draws, row: int, config: ViewsC
     if one["grayscale"] and config.grayscale_before_jitter:
         view = tv.rgb_to_grayscale(view, num_output_channels=3)
     if one["jitter"]:
-        factors = (one["brightness"], one["contrast"], one["saturation"], one["hue"])
-        view = torchvision_jitter(view, one["order"], factors)
+        view = torchvision_jitter(view, draws, row)
     if one["grayscale"] and not config.grayscale_before_jitter:
         view = tv.rgb_to_grayscale(view, num_output_channels=3)
     if one["blur"]:
@@ -298,11 +280,9 @@ def test_views_of_a_batch_are_those_of_its_samples_alone() -> None:
     config = ViewsConfig(blur=0.5)
     images, index = make_images(7, 40, 36), torch.tensor([9, 3, 2**40, 0, 77, 5, 6])
     batch = views.make(images, config, 1, 2, index, 1, torch.float64)
-    for row in range(7):
-        alone = views.make(
-            images[row : row + 1], config, 1, 2, index[row : row + 1], 1, torch.float64
-        )
-        close(batch[row], alone[0], 1e-12)
+    for row in torch.arange(7).split(1):
+        alone = views.make(images[row], config, 1, 2, index[row], 1, torch.float64)
+        close(batch[row], alone, 1e-12)
 
 
 @DTYPES

@@ -1,4 +1,4 @@
-"""The configuration of a probe: every key, its default and its rules."""
+"""The configuration of a probe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from moco_dist.config.recipe import DataConfig, OptimConfig, Precision, ViewsConfig
-from moco_dist.config.rules import check, check_name, require
+from moco_dist.config.rules import check, check_name, check_positive, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
 # Files that hold an encoder.
@@ -16,7 +16,7 @@ FOREIGN = (".safetensors", ".pth", ".pt", ".ckpt")
 
 @dataclass(frozen=True)
 class GridConfig:
-    """Learning rates and weight decays that are tried side by side; empty takes that of optim."""
+    """Learning rates and weight decays to try in parallel; empty means that of optim."""
 
     lr: list[float] = field(default_factory=list)
     weight_decay: list[float] = field(default_factory=list)
@@ -28,7 +28,7 @@ class GridConfig:
         )
         require(
             all(decay >= 0 for decay in self.weight_decay),
-            f"grid.weight_decay={self.weight_decay} has a negative one; give 0 or more",
+            f"grid.weight_decay={self.weight_decay} has a negative value; give 0 or more",
         )
 
 
@@ -36,7 +36,7 @@ class GridConfig:
 class ProbeConfig:
     """Everything that defines a probe of an encoder."""
 
-    # Empty means the name of the encoder's run with "-probe" behind it.
+    # Empty means NAME-probe, where NAME is the encoder's run.
     name: str = ""
     output: str = "runs"
     # A run directory (its newest checkpoint), a checkpoint folder, an exported folder, or a file:
@@ -45,11 +45,11 @@ class ProbeConfig:
     encoder: str = ""
     # linear: the encoder is frozen; finetune: it is trained too, with encoder_lr.
     protocol: Literal["linear", "finetune"] = "linear"
-    # Draws the labelled images, the heads' first weights, the order of images, and their views.
+    # Draws the labelled images, the heads' initial weights, the order of images and their views.
     seed: int = 0
-    # So many probes side by side, with the seeds seed, seed + 1, and so on.
+    # Number of probes in parallel, with seeds seed, seed + 1 and so on.
     seeds: int = 1
-    # Share of the training images whose labels are used, equally many of each class; 1 is all.
+    # Share of the training images whose labels are used, equally many of each class.
     label_fraction: float = 1.0
     # Learning rate of the encoder with protocol=finetune, on the schedule of optim.
     encoder_lr: float = 0.01
@@ -61,7 +61,7 @@ class ProbeConfig:
     augment: bool = True
     # Also probe a randomly initialised encoder.
     control: bool = True
-    # probe/topK counts an image as right if its class is among the K most likely.
+    # probe/topK counts an image as correct if its class is among the K most likely.
     top_k: int = 5
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(
@@ -81,28 +81,28 @@ class ProbeConfig:
         check("", self, label_fraction=(0, 1))
         require(
             not self.runtime.compile,
-            "runtime.compile=true compiles a pretraining, and nothing of a probe; leave it out",
+            "runtime.compile=true is for pretraining only; leave it out for a probe",
         )
         require(
             self.runtime.micro_batches == 1,
-            f"runtime.micro_batches={self.runtime.micro_batches} is of a pretraining, a probe's "
-            "batches are whole; leave it out, or give a smaller batch_size",
+            f"runtime.micro_batches={self.runtime.micro_batches} is for pretraining only; leave it "
+            "out for a probe, or give a smaller batch_size",
         )
-        require(self.encoder_lr > 0, f"encoder_lr={self.encoder_lr} is not above 0; 0.01 is usual")
+        check_positive("", self, encoder_lr="0.01 is usual")
         chosen = len(self.grid.lr) > 1 or len(self.grid.weight_decay) > 1
         require(
             self.protocol == "linear" or (self.seeds == 1 and not chosen),
-            "protocol=finetune trains one encoder for each setting and seed; give seeds=1 and no "
-            "grid, and start it once for each",
+            "protocol=finetune trains one encoder per launch; give seeds=1 and no grid, and launch "
+            "it once for each setting and seed",
         )
         require(
             self.data.validation > 0 or not chosen,
-            "data.validation=0 leaves no images by which to choose from the grid, and the test "
-            "images must not choose; give data.validation=0.1",
+            "data.validation=0 leaves no images for choosing from the grid, and the test images "
+            "must not be used for that; give data.validation=0.1",
         )
 
     def pretraining(self) -> str:
-        """Return the name of the run or file that the encoder is from."""
+        """Return the name of the encoder's run or file."""
         source = Path(self.encoder).expanduser()
         if source.suffix in FOREIGN:
             return source.stem
@@ -110,5 +110,5 @@ class ProbeConfig:
         return source.parent.parent.name if in_run else source.resolve().name
 
     def run_name(self) -> str:
-        """Return the name of the run: the one given, or that of the encoder's run and -probe."""
+        """Return the name of this run."""
         return self.name or f"{self.pretraining()}-probe"

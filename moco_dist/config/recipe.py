@@ -1,51 +1,47 @@
-"""The configuration of pretraining as frozen dataclasses: every key, its default and its rules.
-
-How a run is watched, saved and carried out is in `running.py`, and a probe's own keys are in
-`probe.py`. `yaml_files.load` fills them; nothing edits a configuration after that.
-"""
+"""The configuration of pretraining as frozen dataclasses: every key, its default and its rules."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moco_dist.config.rules import check, check_name, require
+from moco_dist.config.rules import check, check_momentum, check_name, check_positive, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 from moco_dist.errors import shown
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from, and how they are split."""
+    """The source of the images, and their split."""
 
     name: Literal["cifar10", "cifar100", "stl10", "folder", "shards", "shapes"] = "shapes"
-    # Folder of the data set; cifar10, cifar100 and stl10 are downloaded into it on the first use.
-    # With `folder` also a tar or zip file of one, which each machine unpacks into the cache.
-    # With `shards` a folder of tar files in the layout of WebDataset: KEY.jpg and KEY.cls or .json.
+    # Folder of the data set; cifar10, cifar100 and stl10 are downloaded to it on first use.
+    # folder: also a tar or zip file of a folder, which each machine unpacks into the cache.
+    # shards: a folder of tar files in WebDataset's layout, KEY.jpg and KEY.cls or KEY.json.
     root: str = "data"
-    # Pixels a side of squares (shorter side resized, centre cut): those held in memory, and those
-    # that features are taken of. Training views of streamed images are cut from the whole image.
+    # Side in pixels of squares (shorter side resized, centre cropped), which are held in memory and
+    # used for features. Training views of streamed images are cut from the whole image.
     size: int = 32
-    # A folder or shards whose squares need more than so many GB (10^9 bytes) are streamed: decoded
-    # by workers each time they are needed. 0 streams all of them. Streaming changes the views.
+    # A folder or shards whose squares need more than this many GB (10^9 bytes) are streamed, i.e.
+    # decoded whenever they are needed; 0 always streams. Streaming changes the views.
     memory_gb: float = 16.0
-    # Leave out images that can't be read, with one warning; else they are an error.
+    # Skip unreadable images, with one warning, instead of stopping.
     skip_unreadable: bool = False
-    # Processes that decode streamed images for each process of the run; 0 is one for each core.
+    # Workers that decode streamed images, per process of the run; 0 means one per core.
     workers: int = 0
-    # How streamed keys get to their process: its crops are sent, or it decodes them a second time.
+    # exchange: processes send each other the crops of streamed keys; plan: each decodes its own.
     keys_by: Literal["exchange", "plan"] = "exchange"
-    # Class of an image: its first-level folder (in `shards` its .cls or .json), or none.
+    # folders: an image's class is its first-level folder (in shards its .cls or .json).
     labels: Literal["folders", "none"] = "folders"
-    # Share of the training images that is held out for validation, drawn by split_seed.
+    # Share of the training images held out for validation, drawn by split_seed.
     validation: float = 0.1
     split_seed: int = 0
-    # Use only so many training images (drawn by split_seed after validation is); 0 means all.
+    # Number of training images to use, drawn by split_seed after the validation; 0 means all.
     limit: int = 0
-    # Folder for decoded and unpacked images and for lists of files; empty means moco_dist under the
-    # user's cache folder.
+    # Folder for decoded and unpacked images and lists of files; empty means moco_dist in the user's
+    # cache folder.
     cache: str = ""
-    # Images that `shapes` draws for training and for testing.
+    # Images that `shapes` draws for training and testing.
     shapes_train: int = 10000
     shapes_test: int = 2000
 
@@ -59,9 +55,9 @@ class DataConfig:
 class ViewsConfig:
     """The random views of an image: crop, flip, colour jitter, grayscale, blur."""
 
-    # Pixels of a view's side.
+    # Side in pixels.
     size: int = 32
-    # Share of the image's area that a crop covers, and its width to height ratio.
+    # A crop's share of the image's area, and its ratio of width to height.
     scale_min: float = 0.2
     scale_max: float = 1.0
     ratio_min: float = 0.75
@@ -71,18 +67,18 @@ class ViewsConfig:
     jitter: float = 0.8
     grayscale: float = 0.2
     blur: float = 0.0
-    # Strength of the jitter: factors from [1 - x, 1 + x]; hue in turns from [-x, x].
+    # Strength of the jitter: factors in [1 - x, 1 + x]; hue in turns in [-x, x].
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
     hue: float = 0.1
-    # MoCo v1 turns to gray before it jitters, MoCo v2 after.
+    # true: MoCo v1; false: MoCo v2.
     grayscale_before_jitter: bool = False
     # Standard deviation of the blur, in pixels.
     blur_sigma_min: float = 0.1
     blur_sigma_max: float = 2.0
-    # Mean and standard deviation of the channels, with pixels in [0, 1] (CIFAR-10's; in gray
-    # [0.4807] and [0.2392]).
+    # Mean and standard deviation of the channels for pixels in [0, 1] (CIFAR-10's; in gray [0.4807]
+    # and [0.2392]).
     mean: list[float] = field(default_factory=lambda: [0.4914, 0.4822, 0.4465])
     std: list[float] = field(default_factory=lambda: [0.2023, 0.1994, 0.2010])
 
@@ -96,13 +92,13 @@ class ViewsConfig:
         check("views.", self, blur_sigma_max=(0.001, None), blur_sigma_min=(0.001, sigma_max))
         require(
             0 < len(self.mean) == len(self.std),
-            f"views.mean={self.mean} and views.std={self.std} are not one number each for every "
-            "channel; give both as many",
+            f"views.mean={self.mean} and views.std={self.std} are not one number per channel; give "
+            "both equally many",
         )
         require(min(self.std) > 0, f"views.std={self.std} is not positive; give numbers above 0")
 
     def check_channels(self, channels: int) -> None:
-        """Raise ConfigError unless mean and standard deviation are those of so many channels."""
+        """Raise ConfigError unless mean and standard deviation have so many channels."""
         example = "; for gray images try views.mean=[0.48] views.std=[0.24]"
         require(
             len(self.mean) == channels,
@@ -124,17 +120,16 @@ BACKBONES = (
 class EncoderConfig:
     """A backbone with a projection head."""
 
-    # resnet18, 34, 50, 101, 152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
-    # wide_resnet50_2, wide_resnet101_2, or a model of timm, as timm/regnety_002 (needs timm).
+    # One of BACKBONES, or a model of timm such as timm/regnety_002 (needs timm).
     backbone: str = "resnet18"
-    # Channels of an image: 3 (RGB), or 1 (gray, to which images in colour are turned; saturation,
-    # hue and grayscale then change nothing). Others only where an encoder is built in Python.
+    # 3 (RGB) or 1 (gray: colour images are converted, and saturation, hue and grayscale have no
+    # effect). Other numbers only for encoders that are built in Python.
     channels: int = 3
     # Channels of the first stage; 64 is the published width.
     width: int = 64
     # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
     stem: Literal["cifar", "imagenet"] = "cifar"
-    # linear: MoCo v1; mlp: MoCo v2, one hidden layer as wide as the features.
+    # linear: MoCo v1; mlp: MoCo v2, with a hidden layer as wide as the features.
     head: Literal["linear", "mlp"] = "linear"
     # Length of a key.
     dim: int = 128
@@ -144,19 +139,18 @@ class EncoderConfig:
         name = shown(self.backbone)
         require(
             self.is_timm or self.backbone in BACKBONES,
-            f"encoder.backbone={name} is not one of {', '.join(BACKBONES)}, or timm/ and a name",
+            f"encoder.backbone={name} is unknown; use one of {', '.join(BACKBONES)}, or timm/NAME",
         )
         require(
             not self.is_timm or (self.width, self.stem) == (64, "imagenet"),
             f"encoder.backbone={name} has the width and stem that timm gives it; "
-            "use encoder.width=64 encoder.stem=imagenet, or another name of timm",
+            "use encoder.width=64 encoder.stem=imagenet, or another model of timm",
         )
-        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}
-        lowest = least.get(self.backbone, 1)
+        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}.get(name, 1)
         require(
-            self.width >= lowest,
+            self.width >= least,
             f"encoder.width={self.width} leaves the groups of {name} without a channel; "
-            f"use {lowest} or more",
+            f"use {least} or more",
         )
 
     @property
@@ -169,29 +163,22 @@ class EncoderConfig:
 class MocoConfig:
     """Momentum Contrast: queue, momentum and loss."""
 
-    # Keys in the queue, the newest ones, whatever the batch size.
+    # Keys in the queue, independent of the batch size.
     queue_size: int = 4096
     temperature: float = 0.1
-    # Share of the key encoder that stays at each step.
+    # Share of the key encoder that each step keeps.
     momentum: float = 0.99
     # cosine raises the momentum to 1 at the end of the run.
     momentum_schedule: Literal["constant", "cosine"] = "constant"
-    # Each view is query once and key once; the two losses are added.
+    # Use each view once as query and once as key, and add the two losses.
     symmetric: bool = False
-    # An image's own older keys don't count as its negatives.
+    # Don't count an image's own older keys as its negatives.
     mask_own_keys: bool = True
 
     def __post_init__(self) -> None:
         check("moco.", self, queue_size=(1, None))
-        require(
-            self.temperature > 0,
-            f"moco.temperature={self.temperature} is not above 0; 0.1 or 0.2 is usual",
-        )
-        valid = 0 <= self.momentum < 1
-        require(
-            valid,
-            f"moco.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.99 is usual",
-        )
+        check_positive("moco.", self, temperature="0.1 or 0.2 is usual")
+        check_momentum("moco.", self.momentum, 0.99)
 
 
 @dataclass(frozen=True)
@@ -201,24 +188,19 @@ class OptimConfig:
     lr: float = 0.03
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    # step multiplies the rate by gamma at each of the milestones (epochs).
+    # step multiplies the rate by gamma at each of the milestones, in epochs.
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
-    # The rate climbs from 0 in a straight line over so many epochs.
+    # Epochs over which the rate rises linearly from 0.
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr={self.lr} is not above 0; give a positive learning rate")
-        valid = 0 <= self.momentum < 1
-        require(
-            valid,
-            f"optim.momentum={self.momentum} is out of range; it must lie in [0, 1), 0.9 is usual",
-        )
+        check_positive("optim.", self, lr="give a positive learning rate")
+        check_momentum("optim.", self.momentum, 0.9)
         check("optim.", self, weight_decay=(0, None), warmup_epochs=(0, None), gamma=(0, 1))
-        stepped = self.schedule != "step" or self.milestones
         require(
-            bool(stepped),
+            self.schedule != "step" or bool(self.milestones),
             "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
         )
 
@@ -235,15 +217,15 @@ class PretrainConfig:
     output: str = "runs"
     seed: int = 0
     epochs: int = 200
-    # Images of a step over all processes.
+    # Images per step over all processes.
     batch_size: int = 512
-    # Consecutive blocks of the global batch that BatchNorm sees apart, on any number of processes.
+    # Blocks of the global batch that BatchNorm normalises separately, on any number of processes.
     bn_groups: int = 8
-    # bf16 is mixed precision; the queue, the loss and the weights stay fp32.
+    # bf16 is mixed precision: queue, loss and weights stay fp32.
     precision: Precision = "fp32"
-    # End after this step, to be resumed later; 0 means at the end. Schedules don't change.
+    # Stop after this step, to be resumed later, with the same schedules; 0 means at the end.
     stop_at_step: int = 0
-    # Start with the backbone of this run, checkpoint, export or state dict; empty: with a new one.
+    # Start from the backbone of this run, checkpoint, export or state dict; empty: from a new one.
     init_from: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -285,8 +267,8 @@ class PretrainConfig:
         )
 
 
-# Keys, and groups (with a dot), that may differ when a run is resumed: its length, what is logged,
-# the machine, and the probe's path to its encoder. What other keys say has gone into the numbers.
+# Keys, and groups (with a dot), that may change when a run is resumed: the run's length, its
+# logging, the machine, and the probe's path to its encoder. All others affect the numbers.
 FREE_ON_RESUME = (
     *("name", "output", "encoder", "epochs", "stop_at_step", "data.root", "data.cache"),
     *("data.memory_gb", "data.workers", "data.keys_by"),

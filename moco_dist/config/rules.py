@@ -1,4 +1,4 @@
-"""Rules that values of the configuration must keep."""
+"""Rules for values of the configuration."""
 
 from __future__ import annotations
 
@@ -14,13 +14,26 @@ def require(holds: bool, message: str) -> None:
 
 
 def check(group: str, config: Any, **ranges: tuple[float, float | None]) -> None:
-    """Raise ConfigError unless each named value lies in its range; None is no upper limit."""
+    """Raise ConfigError unless each value lies in its range, where None is no upper limit."""
     for name, (low, high) in ranges.items():
         key, value = group + name, getattr(config, name)
         if high is None:
             require(value >= low, f"{key}={value} is too small; it must be at least {low}")
         rule = f"it must lie between {low} and {high}"
         require(high is None or low <= value <= high, f"{key}={value} is out of range; {rule}")
+
+
+def check_positive(group: str, config: Any, **hints: str) -> None:
+    """Raise ConfigError, with the hint, unless each value is above 0."""
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        require(value > 0, f"{group}{name}={value} is not above 0; {hint}")
+
+
+def check_momentum(group: str, momentum: float, usual: float) -> None:
+    """Raise ConfigError unless a momentum lies in [0, 1)."""
+    rule = f"it must lie in [0, 1), {usual} is usual"
+    require(0 <= momentum < 1, f"{group}momentum={momentum} is out of range; {rule}")
 
 
 def check_name(name: str) -> None:

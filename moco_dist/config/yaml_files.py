@@ -1,4 +1,4 @@
-"""Configurations from and to YAML files and key=value arguments; only this file knows YAML."""
+"""Reads and writes configurations as YAML files and key=value arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moco_dist.errors import ConfigError, shown
 
 Schema = TypeVar("Schema")
 
-# OmegaConf's choice, so that the text is parsed the same way in the check and in the load.
+# OmegaConf's choice, so that checking and loading parse a text the same way.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -35,13 +35,10 @@ def to_yaml(config: Any) -> str:
 
 
 def stored(path: Path) -> dict[str, Any]:
-    """Return the leaves of a file that `to_yaml` wrote, under their dotted keys.
-
-    For a look at a run of any version: nothing is checked, and what can't be read gives nothing.
-    """
+    """Return the leaves of a file that any version of `to_yaml` wrote, {} if it can't be read."""
     try:
         text = path.read_bytes().decode()
-        # `to_yaml` writes no alias; in a stranger's file a few of them could stand for terabytes.
+        # `to_yaml` writes no aliases, and a few of them could expand to terabytes.
         events = yaml.parse(text, Loader=_Loader)
         strange = any(isinstance(event, yaml.AliasEvent) for event in events)
         return {} if strange else flat(yaml.safe_load(text))
@@ -50,7 +47,7 @@ def stored(path: Path) -> dict[str, Any]:
 
 
 def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
-    """Return the configuration that `to_dict` made `values` of; unknown keys are errors."""
+    """Return the configuration that `to_dict` turned into `values`; ConfigError for other keys."""
     try:
         for key, value in flat(values).items():
             for item in value if isinstance(value, list) else [value]:
@@ -66,18 +63,16 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the leaves of nested dicts under their dotted keys."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        is_group = isinstance(value, dict)
+        leaves |= flat(value, f"{prefix}{key}.") if is_group else {prefix + key: value}
     return leaves
 
 
 def changed_keys(old: dict[str, Any], new: Any) -> list[str]:
     """Return 'key: old -> new' for each dotted key that differs and a resumed run must keep.
 
-    `old` is what `to_dict` made of a configuration, possibly in an older version: a key that it
-    lacks has its default, which is how runs behaved before the key existed. `new` is a
-    configuration.
+    `old` is from `to_dict`, possibly of an older version: a key that it lacks has its default,
+    which is how runs behaved before the key existed. `new` is a configuration.
     """
     before, after = flat(to_dict(type(new)())) | flat(old), flat(to_dict(new))
     return [
@@ -85,15 +80,14 @@ def changed_keys(old: dict[str, Any], new: Any) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and key not in FREE_ON_RESUME
-        and not key.startswith(tuple(free for free in FREE_ON_RESUME if free.endswith(".")))
+        and not key.startswith(tuple(group for group in FREE_ON_RESUME if group.endswith(".")))
     ]
 
 
 def load(schema: type[Schema], arguments: list[str]) -> Schema:
-    """Return the configuration that the arguments give, applied left to right onto the defaults.
+    """Return the defaults with the arguments, YAML files or overrides `a.b=c`, applied in order.
 
-    An argument is a YAML file or an override `a.b=c`. Raises ConfigError, with one sentence, for an
-    unknown key, a wrong type, a value out of range or a missing file.
+    Raises ConfigError for an unknown key, a wrong type, a value out of range or a missing file.
     """
     config: Any = OmegaConf.structured(schema)
     for argument in arguments:
@@ -102,21 +96,19 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
         override = bool(equals) and not os.path.isfile(argument)
         text = value if override else _read(argument, schema)
         try:
-            if override:
-                _check_key(name, key, schema)
+            known = _keys(schema)
+            if override and not any(f"{full}.".startswith(f"{key}.") for full in known):
+                raise ConfigError(f"{name}: {_no_key(key, known)}")
             _check_texts(name, text, mapping=not override)
-            layer: Any = (
-                OmegaConf.from_dotlist([argument])
-                if override
-                else OmegaConf.load(io.StringIO(text))
-            )
-            # Where a text belongs, no is not false, and 007 not 7.
-            if (
-                override
-                and isinstance(OmegaConf.select(config, key), str)
-                and isinstance(OmegaConf.select(layer, key), bool | int | float)
-            ):
-                OmegaConf.update(layer, key, value)
+            layer: Any
+            if override:
+                layer = OmegaConf.from_dotlist([argument])
+                now, found = (OmegaConf.select(each, key) for each in (config, layer))
+                # For a text key, no is not false, and 007 is not 7.
+                if isinstance(now, str) and isinstance(found, int | float):
+                    OmegaConf.update(layer, key, value)
+            else:
+                layer = OmegaConf.load(io.StringIO(text))
         except (yaml.YAMLError, OmegaConfBaseException, *_BROKEN) as error:
             raise ConfigError(
                 f"{name}: not valid YAML ({_one_line(error)}); correct its syntax"
@@ -131,7 +123,7 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
         raise ConfigError(f"{_one_line(error)}; see --help for the keys") from error
 
 
-# What OmegaConf and the YAML library let through for text that is no configuration.
+# What OmegaConf and PyYAML raise for some texts that are no configuration.
 _BROKEN = (OSError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, KeyError)
 
 
@@ -142,7 +134,7 @@ def _to_object(schema: type[Schema], config: Any) -> Schema:
 
 
 def _read(argument: str, schema: type[Any]) -> str:
-    """Return the text of a YAML file; `os.path`, because a name may be too long to ask for."""
+    """Return the text of a YAML file; os.path returns False for a name that is too long."""
     name = shown(argument)
     if not os.path.isfile(argument) and (own := packaged.config(argument)):
         argument = str(own)
@@ -152,7 +144,7 @@ def _read(argument: str, schema: type[Any]) -> str:
         raise ConfigError(f"{name}: neither a YAML file nor a key=value; {hint}")
     if not os.path.isfile(argument):
         raise ConfigError(
-            f"{name}: no such file; the project's own are listed by python -m moco_dist.packaged"
+            f"{name}: no such file; list the project's own with python -m moco_dist.packaged"
         )
     try:
         return Path(argument).read_bytes().decode()
@@ -165,9 +157,9 @@ def _read(argument: str, schema: type[Any]) -> str:
 
 
 def _check_texts(name: str, text: str, mapping: bool) -> None:
-    """Raise ConfigError for a text in the YAML that OmegaConf would not take as it stands.
+    """Raise ConfigError for a text in the YAML that OmegaConf would replace.
 
-    With `mapping`, what is not empty must be a mapping: OmegaConf parses a lone text as YAML again.
+    With `mapping`, YAML must be empty or a mapping: OmegaConf would parse a lone text again.
     """
     nodes = (e for e in yaml.parse(text, Loader=_Loader) if isinstance(e, yaml.NodeEvent))
     for number, node in enumerate(nodes):
@@ -178,7 +170,6 @@ def _check_texts(name: str, text: str, mapping: bool) -> None:
 
 
 def _check_text(name: str, value: Any) -> None:
-    """Raise ConfigError for a text that OmegaConf would replace, with the environment's values."""
     if isinstance(value, str) and "${" in value:
         raise ConfigError(
             f"{name}: '{shown(value)}' has a '${{', which is not replaced here; let the shell do "
@@ -186,12 +177,6 @@ def _check_text(name: str, value: Any) -> None:
         )
     if value == "???":
         raise ConfigError(f"{name}: '???' is no value; give one")
-
-
-def _check_key(name: str, key: str, schema: type[Any]) -> None:
-    known = _keys(schema)
-    if key not in known and not any(full.startswith(key + ".") for full in known):
-        raise ConfigError(f"{name}: {_no_key(key, known)}")
 
 
 def _keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
@@ -214,13 +199,13 @@ def _nearest(key: str, keys: dict[str, Any]) -> str | None:
 def _no_key(key: str, keys: dict[str, Any]) -> str:
     near = _nearest(key, keys)
     siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
-    hint = f"did you mean '{near}'?" if near else f"known there: {', '.join(siblings or keys)}"
+    hint = f"did you mean '{near}'?" if near else f"use one of {', '.join(siblings or keys)}"
     return f"there is no key '{shown(key)}'; {hint}"
 
 
 def _explain(error: Exception, schema: type[Any], layer: Any, key: str) -> str:
     keys = _keys(schema)
-    if not isinstance(error, OmegaConfBaseException):  # a mapping for a list, which has no key
+    if not isinstance(error, OmegaConfBaseException):  # a mapping in place of a list: no full_key
         lists = (k for k, kind in keys.items() if typing.get_origin(kind) is list)
         key = next((k for k in lists if OmegaConf.is_dict(OmegaConf.select(layer, k))), key)
     else:
@@ -240,7 +225,7 @@ def _kind(annotation: Any) -> str:
         return "one of " + ", ".join(typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
         (item,) = typing.get_args(annotation)
-        return f"a list of {'whole numbers' if item is int else 'numbers'}, as [1,2,3]"
+        return f"a list of {'whole numbers' if item is int else 'numbers'} such as [1,2,3]"
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return kinds[annotation]
 

@@ -1,1 +1,1 @@
-"""Which images there are, and the views of each step."""
+"""The images, and the views of each step."""

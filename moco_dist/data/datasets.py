@@ -1,4 +1,4 @@
-"""Data sets by name, in memory as uint8 or streamed, and their split into three parts."""
+"""Data sets by name, in memory or streamed, split into three parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Data sets that may be streamed.
 ON_DISK = ("folder", "shards")
-# What fingerprints of streamed data sets begin with.
+# Prefix of the fingerprints of streamed data sets.
 STREAMED = "streamed-"
 
 
@@ -45,7 +45,7 @@ class Images:
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-    # Files that could not be read, of the whole list that these images are from.
+    # Unreadable files in the list that these images are from.
     left_out: int = 0
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class Images:
         return self.pixels[rows]
 
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Give the pixels of each part in turn."""
+        """Yield the pixels of each part."""
         return (self.pixels[part] for part in parts)
 
     def to(self, device: torch.device) -> Images:
@@ -79,33 +79,28 @@ Loaded = tuple[AnyImages, AnyImages]
 
 @dataclass(frozen=True)
 class Splits:
-    """The three parts of a data set; `test` is empty where it has none."""
+    """The three parts of a data set; `test` may be empty."""
 
     train: AnyImages
     validation: AnyImages
     test: AnyImages
-    # Of the whole content before it was split; of names and sizes where images are streamed.
+    # Of the whole content before the split; of names and sizes if images are streamed.
     fingerprint: str
-    # Where the images are, and why, for the banner.
+    # Where the images are held, and why, for the banner.
     held: str
 
     def to(self, device: torch.device) -> Splits:
         """Return the same splits on `device`."""
-        return replace(
-            self,
-            train=self.train.to(device),
-            validation=self.validation.to(device),
-            test=self.test.to(device),
-        )
+        train, validation, test = (p.to(device) for p in (self.train, self.validation, self.test))
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def load(config: DataConfig, channels: int = 3) -> Splits:
-    """Return the data set that `config` names, split; call it on all processes.
+    """Return the data set that `config` names, split, in RGB or gray; call it on all processes.
 
-    Images are in RGB or, with one channel, in gray. One process of each machine downloads, unpacks
-    or decodes while the others wait for it; the first one downloads before those of other machines,
-    which may share its folder.
-    Raises MissingError or DataError, on all processes alike.
+    One process of each machine downloads, unpacks or decodes while the others wait; rank 0
+    downloads before other machines, which may share its folder. Raises MissingError or DataError on
+    all processes.
     """
     loaded: Loaded | None = None
     downloads = config.name not in ("shapes", "folder", "shards")
@@ -126,15 +121,14 @@ def _once(loaded: Loaded | None, config: DataConfig, channels: int, my_turn: boo
 def _fingerprint(train: AnyImages, test: AnyImages) -> str:
     if isinstance(train, Images) and isinstance(test, Images):
         return fingerprint.of_tensors(train.pixels, train.labels, test.pixels, test.labels)
-    assert isinstance(train, StreamedImages), "all parts are streamed or none is"
-    assert isinstance(test, StreamedImages), "all parts are streamed or none is"
-    lists = [part.catalogue.fingerprint() for part in (train, test)]
-    # Streamed images have other views, so that such a run can't resume in memory, or vice versa.
-    return STREAMED + hashlib.sha256(" ".join(lists).encode()).hexdigest()[:16]
+    parts = [part for part in (train, test) if isinstance(part, StreamedImages)]
+    lists = " ".join(part.catalogue.fingerprint() for part in parts)
+    # The prefix keeps a run from resuming with the other kind of images, whose views differ.
+    return STREAMED + hashlib.sha256(lists.encode()).hexdigest()[:16]
 
 
 def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
-    """Return where the images are, and why."""
+    """Return where the images are held, and why."""
     train, test = loaded
     size, need = config.size, _gigabytes(len(train) + len(test), config.size, channels)
     kind = "gray squares" if channels == 1 else "squares"
@@ -142,17 +136,14 @@ def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
     if isinstance(train, StreamedImages):
         workers = train.pool.size
         return (
-            f"streamed by {workers} worker{'s' * (workers > 1)} for each process: {squares}, more "
-            f"than data.memory_gb={limit}"
+            f"streamed by {workers} worker{'s' * (workers > 1)} per process: {squares}, more than "
+            f"data.memory_gb={limit}"
         )
-    rule = f"data.memory_gb={limit} allows it" if config.name in ON_DISK else f"as {config.name} is"
-    assert isinstance(test, Images), "all parts are streamed or none is"
-    left_out = (
-        f"; {count} unreadable left out"
-        if (count := train.left_out + (test.left_out if len(test) else 0))
-        else ""
-    )
-    return f"in memory: {squares}, {rule}{left_out}"
+    on_disk = config.name in ON_DISK
+    rule = f"data.memory_gb={limit} allows it" if on_disk else f"{config.name} always is"
+    parts = [part for part in loaded if isinstance(part, Images) and len(part)]
+    count = sum(part.left_out for part in parts)
+    return f"in memory: {squares}, {rule}{f'; {count} unreadable left out' if count else ''}"
 
 
 def _gigabytes(count: int, size: int, channels: int) -> float:
@@ -173,7 +164,7 @@ def _read(config: DataConfig, channels: int) -> Loaded:
 
 
 def _gray(images: Images) -> Images:
-    """Return images in colour as gray ones, of the same bits as those that PIL turns to gray."""
+    """Return colour images in gray, with the same bits as PIL's conversion."""
     red, green, blue = images.pixels.int().chunk(3, dim=1)
     luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
     return replace(images, pixels=luma.to(torch.uint8))
@@ -186,48 +177,40 @@ def _root(config: DataConfig) -> Path:
     if config.name == "folder" and image_archive.is_archive(root):
         unpacked = image_archive.unpack(root, _cache(config))
         inside = list(unpacked.iterdir())
-        # Packed with the folder around it, as is usual, or without.
+        # An archive usually contains the folder itself, but may contain its content only.
         bare = image_folder.parts(unpacked)[0] != unpacked
         return inside[0] if len(inside) == 1 and inside[0].is_dir() and not bare else unpacked
     raise DataError(
-        f"data.root={shown(root)}: a file, and data.root needs a folder, or with data.name=folder "
-        "a tar or zip file of images"
+        f"data.root={shown(root)}: is a file; give a folder or, with data.name=folder, a tar or "
+        "zip file of images"
     )
 
 
 def _read_files(config: DataConfig, channels: int) -> Loaded:
     """Read a folder or shards; stream them if their squares need more than data.memory_gb."""
-    cache, labelled = _cache(config), config.labels == "folders"
-    train, test = (_shards if config.name == "shards" else _folders)(config, cache, labelled)
+    train, test = _indices(config, _cache(config))
     parts = [part for part in (train, test) if part]
     if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
         if config.skip_unreadable:
             raise ConfigError(
                 "data.skip_unreadable=true needs images that are decoded in advance, and these are "
-                "streamed; raise data.memory_gb, or leave it out and replace what is named"
+                "streamed; raise data.memory_gb, or leave it out and replace the files that are "
+                "named"
             )
         pool = WorkerPool(config.workers)
-        streamed = [
-            StreamedImages(
-                part,
-                pool,
-                torch.arange(len(part)),
-                part.labels,
-                part.classes,
-                config.size,
-                channels,
-            )
+        held: list[Any] = [
+            StreamedImages(part, pool, torch.arange(len(part)), part.labels, config.size, channels)
             for part in parts
         ]
-        return streamed[0], streamed[1] if test else streamed[0][torch.arange(0)]
-    held = [_held_in_memory(part, config, channels, cache) for part in parts]
+    else:
+        held = [_in_memory(part, config, channels) for part in parts]
     return held[0], held[1] if test else held[0][torch.arange(0)]
 
 
-def _held_in_memory(part: ImageIndex, config: DataConfig, channels: int, cache: Path) -> Images:
-    """Return the images of a list; those that can't be read are left out if the config says so."""
+def _in_memory(part: ImageIndex, config: DataConfig, channels: int) -> Images:
+    """Return the images of a list, without unreadable ones if `config` allows that."""
     unreadable: list[image_folder.Unreadable] | None = [] if config.skip_unreadable else None
-    pixels = image_folder.load(part, config.size, cache, unreadable, channels)
+    pixels = image_folder.load(part, config.size, _cache(config), unreadable, channels)
     images = _images(pixels, part.labels, part.classes)
     if not unreadable:
         return images
@@ -239,26 +222,20 @@ def _held_in_memory(part: ImageIndex, config: DataConfig, channels: int, cache: 
     return replace(images[good], left_out=len(unreadable))
 
 
-def _folders(
-    config: DataConfig, cache: Path, labelled: bool
-) -> tuple[ImageIndex, ImageIndex | None]:
+def _indices(config: DataConfig, cache: Path) -> tuple[ImageIndex, ImageIndex | None]:
     """Return the images for training and, if they have classes, those for testing."""
-    train_folder, test_folder = image_folder.parts(_root(config))
-    train = image_index.of_folder(train_folder, labelled, cache)
-    if not test_folder or not train.classes:
-        return train, None
-    return train, image_index.of_folder(test_folder, True, cache, train.classes)
-
-
-def _shards(
-    config: DataConfig, cache: Path, labelled: bool
-) -> tuple[ImageIndex, ImageIndex | None]:
-    """Return the images of the tars for training and for testing."""
-    folder, tars, test_folder, tests = tar_shards.parts(_root(config))
-    train = image_index.of_shards(folder, tars, labelled, cache)
-    if not tests or not train.classes:
-        return train, None
-    return train, image_index.of_shards(test_folder, tests, True, cache, train.classes)
+    root, labelled = _root(config), config.labels == "folders"
+    if config.name == "shards":
+        folder, tars, tests_folder, tests = tar_shards.parts(root)
+        train = image_index.of_shards(folder, tars, labelled, cache)
+        if tests and train.classes:
+            return train, image_index.of_shards(tests_folder, tests, True, cache, train.classes)
+    else:
+        folder, test_folder = image_folder.parts(root)
+        train = image_index.of_folder(folder, labelled, cache)
+        if test_folder and train.classes:
+            return train, image_index.of_folder(test_folder, True, cache, train.classes)
+    return train, None
 
 
 def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
@@ -292,23 +269,22 @@ def require_labels(splits: Splits, config: DataConfig) -> None:
     if not splits.train.classes:
         raise DataError(
             f"data.name={config.name} at data.root={config.root} has no labels, and a probe needs "
-            "them; sort the images into one folder for each class"
+            "them; sort the images into one folder per class"
         )
 
 
 def require_same(trained_on: object, splits: Splits, checkpoint: Path) -> None:
-    """Raise ConfigError unless `trained_on`, a checkpoint's fingerprint, is that of `splits`."""
+    """Raise ConfigError unless the checkpoint was `trained_on` the fingerprint of `splits`."""
     ours = splits.fingerprint
     if trained_on == ours:
         return
     if str(trained_on).startswith(STREAMED) != ours.startswith(STREAMED):
-        ways = ("streamed", "in memory")
-        then, now = ways if str(trained_on).startswith(STREAMED) else ways[::-1]
+        now, then = ("streamed", "in memory")[:: 1 if ours.startswith(STREAMED) else -1]
         raise ConfigError(
             f"{checkpoint}: was trained on images that were {then}, and now they are {now}, which "
-            "gives other views; give data.memory_gb as it was, or name=... for a new run"
+            "changes the views; restore data.memory_gb, or give name=... for a new run"
         )
     raise ConfigError(
-        f"{checkpoint}: was trained on other images (fingerprint {trained_on}, now {ours}); give "
-        "the same data, or name=... for a new run"
+        f"{checkpoint}: was trained on other images (fingerprint {trained_on}, now {ours}); use "
+        "the same data, or give name=... for a new run"
     )

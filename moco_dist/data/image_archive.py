@@ -18,19 +18,19 @@ logger = logging.getLogger(__name__)
 
 
 def is_archive(path: Path) -> bool:
-    """Return whether a file is a tar (compressed or not) or a zip, by its content."""
+    """Return whether a file's content is a tar (compressed or not) or a zip."""
     try:
         return tarfile.is_tarfile(path) or zipfile.is_zipfile(path)
     except (EOFError, OSError, zlib.error):
-        return True  # compressed and damaged: `unpack` says so
+        return True  # compressed and damaged, which `unpack` reports
 
 
 def _extract(tar: tarfile.TarFile, folder: Path) -> None:
-    """Unpack what stays within `folder`; TarError for an entry that would leave it."""
+    """Unpack a tar into `folder`; TarError for an entry that would leave it."""
     if hasattr(tarfile, "data_filter"):
         tar.extractall(folder, filter="data")
         return
-    # Before Python 3.11.4 tarfile has no filters: files and folders alone, and no links.
+    # Before Python 3.11.4 tarfile has no filters, so links are refused.
     for entry in tar:
         place = Path(os.path.normpath(folder / entry.name))
         if not place.is_relative_to(folder) or not (entry.isfile() or entry.isdir()):
@@ -42,14 +42,14 @@ def _extract(tar: tarfile.TarFile, folder: Path) -> None:
 
 
 def unpack(archive: Path, cache: Path) -> Path:
-    """Return the folder below `cache` that holds the content of `archive`, unpacked if need be.
+    """Return the folder below `cache` with the content of `archive`, unpacking it if necessary.
 
-    An entry that would leave the folder, or is neither file nor folder nor a link within it, ends
-    the unpacking. Raises DataError for such an archive or a damaged one, OutputError without space.
+    Raises DataError for an archive that is damaged or has an entry other than files, folders and
+    links within it, and OutputError if it can't be written.
     """
     stat = archive.stat()
-    told_apart = f"{archive.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    folder = cache / f"unpacked_{hashlib.sha256(told_apart.encode()).hexdigest()[:32]}"
+    identity = f"{archive.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    folder = cache / f"unpacked_{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
     if folder.is_dir():
         return folder
     part = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -62,9 +62,9 @@ def unpack(archive: Path, cache: Path) -> Path:
             with zipfile.ZipFile(archive) as unzipped:
                 unzipped.extractall(part)  # which leaves out drives, roots and ".."
         try:
-            part.rename(folder)  # whole or not at all
+            part.rename(folder)  # completely or not at all
         except OSError:
-            if not folder.is_dir():  # another machine that shares the cache was faster
+            if not folder.is_dir():  # or else another machine that shares the cache was faster
                 raise
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
         raise DataError(

@@ -1,7 +1,4 @@
-"""One image file, or one member of a tar: its bytes, its centred square, its random crops.
-
-Without torch, so that a worker that decodes is small and starts quickly.
-"""
+"""One image file or tar member: its bytes, square and crops, without torch for small workers."""
 
 from __future__ import annotations
 
@@ -25,38 +22,37 @@ Pixels = NDArray[np.uint8]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
-# What may lie behind those names, told by content: PIL would also call Ghostscript for an EPS.
+# Accepted contents, whatever the name: for an EPS, PIL would call Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
-# What images become, by their channels.
+# PIL's mode for a number of channels.
 MODES = {1: "L", 3: "RGB"}
 
 # Above the 151 million of the largest cameras; an image needs 3 or 4 bytes a pixel, twice.
 MAX_PIXELS = 160_000_000
-# PIL warns above its limit without the path, and from half of ours on if it is left as it is.
+# PIL's default would warn from half of that on, without the path.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
-# Images from this size on are decoded one at a time, since each thread would hold one.
+# Images from this size on are decoded one at a time, to limit the threads' memory.
 LARGE_PIXELS = 2**26
 _one_large = threading.Lock()
 
-# What a network file system answers for a while when a server of it is exchanged.
+# Errors of a network file system while one of its servers is replaced.
 PASSING = (errno.EIO, errno.ESTALE)
 ATTEMPTS = 3
 PAUSE_SECONDS = 1.0
 
-# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if a crop keeps so many times the view's pixels.
+# A JPEG is decoded at 1/2, 1/4 or 1/8 scale if every crop keeps so many times the view's side.
 SPARE = 2
 
 
 class Place(NamedTuple):
-    """Where the bytes of an image lie: a file, or `size` bytes from `offset` on in a tar."""
+    """The location of an image: a file, or `size` bytes from `offset` in a tar."""
 
     path: str
     name: str = ""
     offset: int = 0
-    # -1 is all of it.
-    size: int = -1
+    size: int = -1  # the whole file
 
     def __str__(self) -> str:
         return f"{self.path}: {self.name}" if self.name else self.path
@@ -72,29 +68,28 @@ class Box(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What is cut out of each image of a request."""
+    """What to cut out of each image of a request."""
 
-    # Pixels a side.
+    # Side in pixels.
     size: int
-    # The views that are wanted; none is the centred square.
+    # Numbers of the views; without any, the centred square.
     views: Sequence[int] = ()
-    # Width to height of a crop.
+    # Ratio of a crop's width to its height.
     ratio_min: float = 1.0
     ratio_max: float = 1.0
-    # 3 for RGB, 1 for gray.
     channels: int = 3
 
 
 def read(place: Place) -> bytes:
-    """Return the bytes of an image; OSError if they can't be had, also after a pause."""
-    for attempt in range(1, ATTEMPTS + 1):
+    """Return the bytes of an image, after a pause if the file system recovers; OSError if not."""
+    for attempt in range(1, ATTEMPTS):
         try:
             return _read(place)
         except OSError as error:
-            if error.errno not in PASSING or attempt == ATTEMPTS:
+            if error.errno not in PASSING:
                 raise
             time.sleep(PAUSE_SECONDS * attempt)
-    raise AssertionError("the last attempt returns or raises")
+    return _read(place)
 
 
 def _read(place: Place) -> bytes:
@@ -114,12 +109,12 @@ def _read(place: Place) -> bytes:
 
 
 def opened(content: bytes) -> Image.Image:
-    """Return an image of which only the header has been read; ValueError if it is too large."""
+    """Return an image with only its header read; ValueError if it is too large or not 8-bit."""
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        if image.mode[0] in "IF":  # PIL would cut them off at 255: all white
+        if image.mode[0] in "IF":  # PIL would clip them at 255, which is all white
             raise ValueError(
                 f"its pixels have more than 8 bits (mode {image.mode}); scale them to 0 to 255"
             )
@@ -137,10 +132,7 @@ def _turn(image: Image.Image) -> Any:
 
 
 def square(content: bytes, size: int, channels: int = 3) -> Pixels:
-    """Return the image (size, size, channels): shorter side resized to `size`, centre cut out.
-
-    In RGB or, with one channel, in gray, by PIL's digits of BT.601.
-    """
+    """Return the image (size, size, channels): shorter side resized to `size`, centre cropped."""
     with opened(content) as image, _turn(image):
         converted = image.convert(MODES[channels])
         if converted.size != (size, size):
@@ -149,10 +141,10 @@ def square(content: bytes, size: int, channels: int = 3) -> Pixels:
 
 
 def box(numbers: Sequence[float], height: int, width: int, recipe: Recipe) -> Box:
-    """Return the crop that `views.draw` gives to an image of this size, to the bit.
+    """Return exactly the crop that `views.draw` gives to an image of this size.
 
-    `numbers` are a row of `views.crop_numbers`. What is left to do is correctly rounded by IEEE 754
-    (product, quotient, root), so that it has the same result in every library.
+    `numbers` are a row of `views.crop_numbers`. The operations left are correctly rounded by IEEE
+    754 (product, quotient, root), so that every library has the same result.
     """
     ratios, place = numbers[CROP_ATTEMPTS:-2], numbers[-2:]
     for share, ratio in zip(numbers[:CROP_ATTEMPTS], ratios, strict=True):
@@ -167,11 +159,11 @@ def box(numbers: Sequence[float], height: int, width: int, recipe: Recipe) -> Bo
 
 
 def crops(content: bytes, numbers: Sequence[Sequence[float]], recipe: Recipe) -> list[Pixels]:
-    """Return the wanted views' crops, (size, size, channels) each, of one decoding of the image.
+    """Return the crops of `recipe.views`, (size, size, channels) each, decoding the image once.
 
-    `numbers` has a row for each view, wanted or not: together they decide at which scale a JPEG is
-    decoded, so that a crop is the same whichever views it comes with. The resize is antialiased
-    bilinear on the window alone, as in `views.crop_and_resize`, and rounds to 8 bits.
+    `numbers` has a row for each view, wanted or not: together they determine the scale at which a
+    JPEG is decoded, so that a crop doesn't depend on the views wanted with it. The resize is
+    antialiased bilinear on the window only, as in `views.crop_and_resize`, rounded to 8 bits.
     """
     with opened(content) as image, _turn(image):
         size, full_width, full_height = recipe.size, image.width, image.height
@@ -179,15 +171,11 @@ def crops(content: bytes, numbers: Sequence[Sequence[float]], recipe: Recipe) ->
         smallest = min(min(each.height, each.width) for each in boxes)
         if image.format == "JPEG" and smallest >= 2 * SPARE * size:
             factor = next(f for f in (8, 4, 2) if smallest >= f * SPARE * size)
-            # PIL takes the smallest scale that is not below this size.
+            # PIL chooses the smallest scale that is not below this size.
             image.draft(None, (full_width // factor, full_height // factor))
         image.load()
-        return [
-            np.asarray(_cut(image, boxes[v], full_height, full_width, recipe)).reshape(
-                size, size, recipe.channels
-            )
-            for v in recipe.views
-        ]
+        cut = (_cut(image, boxes[v], full_height, full_width, recipe) for v in recipe.views)
+        return [np.asarray(each).reshape(size, size, recipe.channels) for each in cut]
 
 
 def _cut(
@@ -196,7 +184,7 @@ def _cut(
     top, left, bottom, right = box.top, box.left, box.top + box.height, box.left + box.width
     if image.size != (full_width, full_height):
         across, down = image.width / full_width, image.height / full_height
-        # Whole pixels of the scaled image, which has at least twice as many as the view.
+        # Rounding is harmless, because the window has at least twice the view's pixels a side.
         top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
         left, right = round(left * across), max(round(right * across), round(left * across) + 1)
     window = image.crop((left, top, right, bottom)).convert(MODES[recipe.channels])

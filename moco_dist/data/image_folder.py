@@ -1,4 +1,4 @@
-"""Image folders: their files, the class of each, and the pixels, decoded once, cached on disk."""
+"""Image folders: their files, classes, and pixels, which are cached once they are decoded."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,40 +25,39 @@ from moco_dist.errors import ConfigError, DataError, MissingError, shown
 from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
+AnyPath = TypeVar("AnyPath", str, Path)
 
-# Unreadable images after which the rest is not tried.
+# Unreadable images after which decoding stops.
 MAX_BAD = 100
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images below a folder in a fixed order, and their classes; no labels, no `classes`."""
+    """The images below a folder in a fixed order; without labels, `classes` is empty."""
 
     root: Path
     files: list[Path]
     labels: list[int]
     classes: tuple[str, ...]
-    # The folders that were read for it.
+    # All folders that were read.
     folders: tuple[str, ...] = ()
 
     def all_places(self) -> list[Place]:
-        """Return where the images lie."""
+        """Return the locations of the images."""
         return [Place(str(file)) for file in self.files]
 
 
 class Located(Protocol):
-    """Images whose places are known: a `Listing`, or an index."""
+    """A `Listing` or an `ImageIndex`."""
 
     @property
-    def root(self) -> Path:
-        """Return the folder that they are below."""
+    def root(self) -> Path: ...
 
-    def all_places(self) -> list[Place]:
-        """Return where the images lie."""
+    def all_places(self) -> list[Place]: ...
 
 
 def parts(root: Path) -> tuple[Path, Path | None]:
-    """Return the folder of the training images, and that of the test images if there is one.
+    """Return the folders of the training images and, if there is one, of the test images.
 
     They are DIR/train and DIR/test (or DIR/val); without DIR/train all of DIR is for training.
     """
@@ -70,10 +70,9 @@ def parts(root: Path) -> tuple[Path, Path | None]:
 def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> Listing:
     """Return the images below `root`, at any depth, in the order of their names.
 
-    Hidden folders are left out. The class is the name of the first-level folder. With an image
-    directly in `root`, or only one such folder, there are no classes. `classes`, if given, are the
-    only ones allowed.
-    Raises MissingError for a folder that is absent or holds no image.
+    An image's class is its first-level folder. There are no classes if an image is in `root`
+    itself, or if there is only one such folder. `classes`, if given, are the only ones allowed.
+    Raises MissingError if there is no folder or no image, DataError for another class.
     """
     if not os.path.isdir(root):
         raise MissingError(
@@ -103,12 +102,10 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
 
 
 def _walk(root: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """Return the images below `root`: in each folder first its own by name, then its subfolders'.
+    """Return the images below `root`, each folder's before its subfolders', and the folders read.
 
-    And the folders that were read.
-
-    Links are followed once the real folders are known, and only to folders not yet read: loops end,
-    and no image counts twice. What is left out is warned of, one line for each reason.
+    Links are followed after all real folders, and only to folders not yet read, so that loops end
+    and no image counts twice. A warning for each reason says what is left out.
     """
     files: list[Path] = []
     read: list[str] = []
@@ -133,7 +130,7 @@ def _walk(root: Path) -> tuple[list[Path], tuple[str, ...]]:
             if entry.name.startswith("."):
                 continue
             is_image = entry.name.lower().endswith(EXTENSIONS)
-            # os.path for links, as an entry raises for one in a loop; no stat for all the others.
+            # An entry raises for a link in a loop, so links use os.path; others need no stat.
             is_link = entry.is_symlink()
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
                 (links if is_link else folders).append(entry.path)
@@ -144,13 +141,8 @@ def _walk(root: Path) -> tuple[list[Path], tuple[str, ...]]:
             elif is_image:
                 left_out.setdefault("special files, as pipes or devices", []).append(entry.path)
     for reason, paths in left_out.items():
-        logger.warning(
-            "%s: left out %d %s; the first is %s",
-            shown(root),
-            len(paths),
-            reason,
-            shown(min(paths), 4096),
-        )
+        facts = shown(root), len(paths), reason, shown(min(paths), 4096)
+        logger.warning("%s: left out %d %s; the first is %s", *facts)
     files.sort(key=lambda f: [(True, part) for part in f.parts[:-1]] + [(False, f.name)])
     return files, tuple(read)
 
@@ -165,12 +157,10 @@ def decode(
     unreadable: list[Unreadable] | None = None,
     channels: int = 3,
 ) -> Tensor:
-    """Return the pixels, uint8 (n, channels, size, size).
-
-    The shorter side is resized to `size`, and the centre cut out.
+    """Return the pixels, uint8 (n, channels, size, size): shorter side resized, centre cropped.
 
     Raises DataError, naming the first files, if some can't be decoded; with a list `unreadable`
-    they are added to it instead, and are black.
+    they are added to it and are black.
     """
     places = images.all_places()
     needed = len(places) * channels * size * size
@@ -179,7 +169,7 @@ def decode(
         raise ConfigError(
             f"{shown(images.root)}: {len(places)} images of data.size={size} need "
             f"{needed / 1e9:.0f} GB of memory and {free / 1e9:.0f} GB are free; lower "
-            "data.memory_gb to stream them from the disk, or lower data.size"
+            "data.memory_gb to stream them from disk, or lower data.size"
         )
     pixels = np.zeros((len(places), size, size, channels), dtype=np.uint8)
 
@@ -187,7 +177,7 @@ def decode(
         try:
             pixels[number] = image_file.square(image_file.read(places[number]), size, channels)
         except Exception as error:
-            # Any kind: decoders raise many for bytes that are no image, all of them the file's.
+            # Decoders raise errors of many kinds for bytes that are no image.
             return shown(str(error) or type(error).__name__)
         return None
 
@@ -200,21 +190,18 @@ def decode(
                 break
     if unreadable is not None and len(bad) < len(places):
         unreadable += bad
-    elif len(bad) == 1:
-        raise DataError(
-            f"{shown(places[bad[0][0]], 4096)}: not a readable image ({bad[0][1]}); replace or "
-            "remove this file, or give data.skip_unreadable=true"
-        )
     elif bad:
-        raise DataError(
-            f"{shown(images.root)}: {counted(images, bad)}; replace or remove these files, or give "
-            "data.skip_unreadable=true"
-        )
+        row, reason = bad[0]
+        found = f"{shown(images.root)}: {counted(images, bad)}; replace or remove these files"
+        if len(bad) == 1:
+            found = f"{shown(places[row], 4096)}: not a readable image ({reason}); replace or "
+            found += "remove this file"
+        raise DataError(f"{found}, or give data.skip_unreadable=true")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def counted(images: Located, unreadable: list[Unreadable]) -> str:
-    """Return how many images can't be read, the first of them, and why, in words."""
+    """Return a text: how many images can't be read, the first ones, and why."""
     places = images.all_places()
     first = ", ".join(f"{shown(places[row], 4096)} ({reason})" for row, reason in unreadable[:5])
     more = ", ..." if len(unreadable) > 5 else ""
@@ -229,10 +216,9 @@ def load(
     unreadable: list[Unreadable] | None = None,
     channels: int = 3,
 ) -> Tensor:
-    """Return what `decode` returns, from `cache` if these very files were decoded before.
+    """Return what `decode` returns, from `cache` if it has files of equal path, size and time.
 
-    Files are told apart by path, size and modification time. If the cache is damaged, the images
-    are decoded again, with a warning.
+    If the cache is damaged, the images are decoded again, with a warning.
     """
     path = cache / f"{_key(images, size, channels)}.safetensors"
     count = len(images.all_places())
@@ -243,12 +229,10 @@ def load(
                 metadata = file.metadata() or {}
                 fits = (pixels.dtype, pixels.shape) == (torch.uint8, (count, channels, size, size))
                 whole = fits and fingerprint.of_tensors(pixels) == metadata["fingerprint"]
-                bad = [
-                    (int(row), str(why))
-                    for row, why in json.loads(metadata.get("unreadable", "[]"))
-                ]
+                noted = json.loads(metadata.get("unreadable", "[]"))
+                bad = [(int(row), str(why)) for row, why in noted]
             if whole and unreadable is None and bad:
-                return decode(images, size, channels=channels)  # which says what is wrong
+                return decode(images, size, channels=channels)  # it raises the error
             if whole:
                 if unreadable is not None:
                     unreadable += bad
@@ -257,36 +241,42 @@ def load(
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s: can't be read (%s); decoding the images again", path, error)
     pixels = decode(images, size, unreadable, channels)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        noted = {"fingerprint": fingerprint.of_tensors(pixels)}
-        noted["unreadable"] = json.dumps(unreadable or [])
-        with written_whole(path) as temporary:
-            save_file({"pixels": pixels}, temporary, noted)
-    except (OSError, SafetensorError) as error:
-        logger.warning(
-            "%s: can't keep the decoded images (%s); the next start decodes again",
-            shown(cache),
-            getattr(error, "strerror", None) or error,
-        )
+    notes = {"fingerprint": fingerprint.of_tensors(pixels)}
+    notes["unreadable"] = json.dumps(unreadable or [])
+    keep(path, {"pixels": pixels}, notes, "the decoded images")
     return pixels
+
+
+def keep(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], what: str) -> None:
+    """Write tensors to the cache, with a warning if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, notes)
+    except (OSError, SafetensorError) as error:
+        reason, text = getattr(error, "strerror", None) or error, "%s: can't keep %s (%s)"
+        logger.warning(f"{text}; choose data.cache=FOLDER", shown(path.parent), what, reason)
+
+
+def states(paths: Iterable[AnyPath]) -> dict[AnyPath, os.stat_result]:
+    """Return the state of each file; DataError if one has disappeared."""
+    try:
+        return {path: os.stat(path) for path in paths}
+    except OSError as error:
+        raise DataError(
+            f"{shown(error.filename, 4096)}: gone since the folder was read ({error.strerror}); "
+            "launch again when the folder no longer changes"
+        ) from error
 
 
 def _key(images: Located, size: int, channels: int) -> str:
     places, root = images.all_places(), str(images.root)
-    try:
-        states = {path: os.stat(path) for path in {place.path for place in places}}
-    except OSError as error:
-        raise DataError(
-            f"{shown(error.filename, 4096)}: gone since the folder was read ({error.strerror}); "
-            "start again when nothing changes the folder"
-        ) from error
+    found = states({place.path for place in places})
     rows = [
-        (os.path.relpath(path, root), states[path].st_size, states[path].st_mtime_ns, *member)
+        (os.path.relpath(path, root), found[path].st_size, found[path].st_mtime_ns, *member)
         for path, *member in places
     ]
-    # Images in colour have the key that they had when there were no others.
+    # Colour images keep the key that they had before there were others.
     kind = [] if channels == 3 else [channels]
-    return hashlib.sha256(
-        json.dumps([str(images.root.resolve()), size, rows, *kind]).encode()
-    ).hexdigest()[:32]
+    content = json.dumps([str(images.root.resolve()), size, rows, *kind])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""Lists of the images of a folder or of tar shards: made once, kept in the cache, a few bytes each.
+"""Lists of the images of a folder or of tar shards, cached, with a few bytes per image.
 
-A list is kept until the modification time of one of its folders changes, or the size or time of one
-of its tars. A file that is overwritten in place goes unnoticed.
+A list is valid until the modification time of a folder, or the size or time of a tar, changes. A
+file that is overwritten in place goes unnoticed.
 """
 
 from __future__ import annotations
@@ -19,37 +19,36 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moco_dist.data import image_folder, tar_shards
 from moco_dist.data.image_file import Place
+from moco_dist.data.tar_shards import Member
 from moco_dist.distributed import fingerprint
-from moco_dist.errors import DataError, shown
-from moco_dist.runs.status import written_whole
+from moco_dist.errors import shown
 
 logger = logging.getLogger(__name__)
 
-# Of the layout of a kept list.
+# Version of a cached list's layout.
 VERSION = 1
-# A folder that was changed so shortly before it was read may change again at the same time.
+# A folder that changed so recently may change again without another modification time.
 SETTLED_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Images in a fixed order: where the bytes of each lie, and its class."""
+    """Images in a fixed order: the location and class of each."""
 
     root: Path
-    # All names one after the other, uint8, and where each ends, int64 (n,).
+    # All names concatenated, uint8, and the end of each, int64 (n,).
     names: Tensor
     ends: Tensor
     # Bytes of each image, and its class, -1 if unknown: int64 (n,).
     sizes: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-    # Tar files below the root, none where each image is a file of its own; which of them holds
-    # each image, and from which byte on: int64 (n,).
+    # Tar files below the root, empty for a folder; and the tar and first byte of each image, int64
+    # (n,), also empty for a folder.
     tars: tuple[str, ...]
     tar: Tensor
     offsets: Tensor
@@ -58,34 +57,26 @@ class ImageIndex:
         return len(self.ends)
 
     def name(self, row: int) -> str:
-        """Return the name of an image, below the root or in its tar."""
+        """Return the name of an image relative to the root, or in its tar."""
         start = int(self.ends[row - 1]) if row else 0
         return os.fsdecode(self.names[start : int(self.ends[row])].numpy().tobytes())
 
     def places(self, rows: Sequence[int]) -> list[Place]:
-        """Return where the bytes of the images `rows` lie."""
+        """Return the locations of the images `rows`."""
         root = str(self.root)
         if not self.tars:
             return [Place(os.path.join(root, self.name(row))) for row in rows]
-        return [
-            Place(
-                os.path.join(root, self.tars[int(self.tar[row])]),
-                self.name(row),
-                int(self.offsets[row]),
-                int(self.sizes[row]),
-            )
-            for row in rows
-        ]
+        tars = [os.path.join(root, tar) for tar in self.tars]
+        spans = [(int(self.offsets[row]), int(self.sizes[row])) for row in rows]
+        found = zip(rows, spans, strict=True)
+        return [Place(tars[int(self.tar[row])], self.name(row), *span) for row, span in found]
 
     def all_places(self) -> list[Place]:
-        """Return where the bytes of all images lie."""
+        """Return the locations of all images."""
         return self.places(range(len(self)))
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits of names, sizes and classes, in order; not of the images' content.
-
-        They don't depend on where the root is, nor on the names of the tars.
-        """
+        """Return 16 hex digits of names, sizes and classes in order, without content and root."""
         classes = np.frombuffer(json.dumps(self.classes).encode(), np.uint8)
         content = self.names, self.ends, self.sizes, self.labels, torch.from_numpy(classes.copy())
         return fingerprint.of_tensors(*content)
@@ -98,16 +89,9 @@ def of_folder(
 
     def make() -> tuple[ImageIndex, list[str]]:
         listing = image_folder.scan(root, labelled, classes)
-        try:
-            sizes = [os.stat(file).st_size for file in listing.files]
-        except OSError as error:
-            raise DataError(
-                f"{shown(error.filename, 4096)}: gone since the folder was read "
-                f"({error.strerror}); start again when nothing changes the folder"
-            ) from error
-        names = [str(file.relative_to(root)) for file in listing.files]
-        index = _index(root, names, sizes, listing.labels, listing.classes)
-        return index, list(listing.folders)
+        states = image_folder.states(listing.files)
+        members = [Member(0, str(f.relative_to(root)), 0, states[f].st_size) for f in listing.files]
+        return _index(root, members, listing.labels, listing.classes), list(listing.folders)
 
     return _kept(root, ["folder", labelled, classes], cache, make)
 
@@ -123,18 +107,7 @@ def of_shards(
 
     def make() -> tuple[ImageIndex, list[str]]:
         found = tar_shards.read(root, tars, labelled, classes)
-        members = found.members
-        names, sizes = [m.name for m in members], [m.size for m in members]
-        index = _index(
-            root,
-            names,
-            sizes,
-            found.labels,
-            found.classes,
-            tuple(tars),
-            [m.tar for m in members],
-            [m.offset for m in members],
-        )
+        index = _index(root, found.members, found.labels, found.classes, tuple(tars))
         return index, [str(root / tar) for tar in tars]
 
     return _kept(root, ["shards", tars, labelled, classes], cache, make)
@@ -142,37 +115,25 @@ def of_shards(
 
 def _index(
     root: Path,
-    names: Iterable[str],
-    sizes: list[int],
+    members: list[Member],
     labels: list[int],
     classes: tuple[str, ...],
     tars: tuple[str, ...] = (),
-    tar: Sequence[int] = (),
-    offsets: Sequence[int] = (),
 ) -> ImageIndex:
-    encoded = [os.fsencode(name) for name in names]
-    blob = np.frombuffer(b"".join(encoded), np.uint8).copy()
-    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-    size, label, which, offset = (
-        torch.tensor(each, dtype=torch.int64) for each in (sizes, labels, tar, offsets)
-    )
-    return ImageIndex(
-        root,
-        torch.from_numpy(blob),
-        torch.from_numpy(ends),
-        size,
-        label,
-        classes,
-        tars,
-        which,
-        offset,
-    )
+    names = [os.fsencode(member.name) for member in members]
+    blob = torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy())
+    ends = torch.from_numpy(np.cumsum([len(name) for name in names], dtype=np.int64))
+    in_tars = members if tars else []
+    where = [m.tar for m in in_tars], [m.offset for m in in_tars]
+    columns = [m.size for m in members], labels, *where
+    sizes, label, tar, offsets = (torch.tensor(each, dtype=torch.int64) for each in columns)
+    return ImageIndex(root, blob, ends, sizes, label, classes, tars, tar, offsets)
 
 
 def _kept(
     root: Path, kind: object, cache: Path, make: Callable[[], tuple[ImageIndex, list[str]]]
 ) -> ImageIndex:
-    """Return what `make` gives, from the cache if what it has read is as it was."""
+    """Return the index that `make` returns, from the cache if the paths it read haven't changed."""
     key = json.dumps([str(root.resolve()), kind, VERSION])
     path = cache / f"list_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if os.path.isfile(path):
@@ -192,12 +153,16 @@ def _kept(
     index, seen = make()
     states = _states(seen)
     if len(states) == len(seen) and all(t + SETTLED_SECONDS < began for _, t in states.values()):
-        _keep(index, states, path)
+        noted = {"seen": states, "classes": index.classes, "tars": index.tars}
+        texts = {name: json.dumps(note) for name, note in noted.items()}
+        tensors = {name: part for name, part in vars(index).items() if isinstance(part, Tensor)}
+        texts["fingerprint"] = index.fingerprint()
+        image_folder.keep(path, tensors, texts, "the list of the images")
     return index
 
 
 def _states(paths: Iterable[str]) -> dict[str, list[float]]:
-    """Return size and time of change of folders and files; those that are gone are left out."""
+    """Return size and modification time of the folders and files that exist."""
     states = {}
     for path in paths:
         with suppress(OSError):
@@ -205,23 +170,3 @@ def _states(paths: Iterable[str]) -> dict[str, list[float]]:
             size = 0 if os.path.isdir(path) else stat.st_size
             states[path] = [size, stat.st_mtime_ns / 1e9]
     return states
-
-
-def _keep(index: ImageIndex, states: dict[str, list[float]], path: Path) -> None:
-    notes = {
-        "seen": json.dumps(states),
-        "classes": json.dumps(index.classes),
-        "tars": json.dumps(index.tars),
-        "fingerprint": index.fingerprint(),
-    }
-    names = ("names", "ends", "sizes", "labels", "tar", "offsets")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            save_file({name: getattr(index, name) for name in names}, temporary, notes)
-    except (OSError, SafetensorError) as error:
-        logger.warning(
-            "%s: can't keep the list of the images (%s); the next start lists them again",
-            shown(path.parent),
-            getattr(error, "strerror", None) or error,
-        )

@@ -1,8 +1,8 @@
-"""A process that decodes images for a trainer: it reads requests, and writes pixels where told.
+"""A process that decodes images for a trainer.
 
-A request on its standard input is a line of JSON and then numbers; the pixels go into memory that
-it shares with the trainer, and a line of JSON goes back. It ends when its input ends, which is when
-the trainer does, however that ends.
+It reads requests, each a line of JSON followed by numbers, from standard input, writes pixels to
+memory shared with the trainer, and answers with a line of JSON. It ends when its input ends, and so
+with the trainer, however that ends.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from moco_dist.data.image_file import Place, Recipe
 from moco_dist.errors import shown
 from moco_dist.method.slots import CROP_NUMBERS
 
-# Signals that Slurm, a terminal or a launcher sends to every process of a run.
+# Signals that Slurm, a terminal or a launcher send to every process of a run.
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> str:
-    """Do a request; return what is wrong with an image of it, nothing if all is well."""
+    """Fulfil a request; return what is wrong with one of its images, or an empty text."""
     recipe = Recipe(*request["recipe"])
     places = [Place(*place) for place in request["places"]]
     shape = len(places), max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
@@ -46,7 +46,7 @@ def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> str:
             else:
                 found = [image_file.square(content, recipe.size, recipe.channels)]
         except Exception as error:
-            # Any kind: decoders raise many for bytes that are no image, all of them the file's.
+            # Decoders raise errors of many kinds for bytes that are no image.
             reason = shown(str(error) or type(error).__name__)
             return (
                 f"{shown(place, 4096)}: not a readable image ({reason}); "
@@ -58,7 +58,7 @@ def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> str:
 
 
 def serve(requests: BinaryIO, replies: BinaryIO, file: int, slot_bytes: int) -> None:
-    """Do what is asked for until the input ends; `file` is the shared memory, in slots."""
+    """Fulfil requests until the input ends; `file` is the shared memory, divided into slots."""
     slots: dict[int, mmap.mmap] = {}
     while line := requests.readline():
         request = json.loads(line)
@@ -74,13 +74,13 @@ def serve(requests: BinaryIO, replies: BinaryIO, file: int, slot_bytes: int) -> 
 
 
 def main() -> None:
-    """Serve the process that started this one, which has blocked the signals until now."""
+    """Serve the trainer, which started this process with the signals blocked."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
-    warnings.simplefilter("ignore")  # of PIL, on odd files that it reads all the same
+    warnings.simplefilter("ignore")  # PIL's, about odd files that it reads nevertheless
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # so that nothing else gets in between
+    os.dup2(2, 1)  # so that nothing else is printed between replies
     try:
         serve(sys.stdin.buffer, replies, int(sys.argv[1]), int(sys.argv[2]))
     except BrokenPipeError:

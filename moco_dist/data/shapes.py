@@ -1,14 +1,13 @@
-"""The embedded data set: ten classes of shapes, drawn by code, with nothing to download.
+"""The built-in data set: ten classes of shapes drawn by code, with nothing to download.
 
-An image holds nine copies of one shape, and the shape is all that its class says anything about:
-the copies' colours, places, sizes and turns, and the background, are drawn for all classes alike,
-and all shapes cover the same area. So neither colour, nor brightness, nor place gives the class
-away, and an encoder with random weights does badly. Two crops of an image show different copies,
-and what they have in common is the shape; that is what contrastive learning finds.
+An image shows nine copies of one shape, its class. Colours, places, sizes and turns of the copies
+and the background have the same distribution in all classes, and all shapes cover the same area, so
+that only the shape gives the class away and random encoders do badly. Two crops of an image show
+different copies; what they share is the shape, which contrastive learning finds.
 
-Image number i is a function of (seed, i, size). Only operations that IEEE 754 rounds exactly are
-used, one at a time (no sine, no fused product, no sum whose order is free), so that the images, and
-with them the data set's fingerprint, are the same bits on any machine and in chunks of any size.
+Image i is a function of (seed, i, size). It uses only operations that IEEE 754 rounds exactly, one
+at a time (no sine, no fused product, no sum of free order), so that the bits, and the data set's
+fingerprint, are the same on any machine and in chunks of any size.
 """
 
 from __future__ import annotations
@@ -21,22 +20,21 @@ from torch import Tensor
 
 from moco_dist.randomness import Purpose, uniform
 
-# The copies lie on a grid of _SIDE x _SIDE cells, each moved by up to _JITTER cells either way.
+# Copies lie on a grid of _SIDE x _SIDE cells, each moved by up to _JITTER cells either way.
 _SIDE = 3
 _COPIES = _SIDE * _SIDE
 _JITTER = 0.25
 # Share of the image that a copy covers, and the tangent of half the largest turn (11 degrees).
 _AREA_MIN, _AREA_MAX = 0.035, 0.05
 _HALF_TURN = 0.1
-# Channels of the background lie so far from gray at most, those of a dark or light copy so far
-# from black or white.
+# Largest distance of the background's channels from gray, of a copy's from black or white.
 _BACKGROUND = 0.1
 _INK = 0.45
-# Colours of the background are drawn at _KNOTS x _KNOTS places and blended between them.
+# The background is blended between colours drawn at _KNOTS x _KNOTS places.
 _KNOTS = 3
 # Half the width of a soft edge, in pixels.
 _EDGE = 0.7
-# Rounds of one image of each class that are drawn at once: bounds the memory and fits a cache.
+# Images of each class that are drawn at once, so that they fit a cache.
 _ROUNDS = 10
 
 _ROOT_HALF = math.sqrt(0.5)
@@ -51,25 +49,13 @@ def _box(x: Tensor, y: Tensor, centre_y: float, width: float, height: float) -> 
     return torch.maximum(x.abs() - width, (y - centre_y).abs() - height)
 
 
-def _disc(x: Tensor, y: Tensor) -> Tensor:
-    return _circle(x, y, 0, 0, 1)
-
-
-def _ring(x: Tensor, y: Tensor) -> Tensor:
-    return _circle(x, y, 0, 0, 1).abs() - 0.28
-
-
-def _square(x: Tensor, y: Tensor) -> Tensor:
-    return _box(x, y, 0, 1, 1)
-
-
 def _triangle(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(-y, x.abs() * math.sqrt(0.75) + y * 0.5) - 0.5
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    # Inside a pentagram is what four of its five lines have on their inner side: take the second
-    # largest distance.
+    # A point is inside a pentagram if it is inside four of the five lines: the second largest
+    # distance decides.
     largest = second = x.new_tensor(-math.inf)
     for tip in range(5):
         angle = 2 * math.pi * tip / 5
@@ -101,12 +87,12 @@ def _hourglass(x: Tensor, y: Tensor) -> Tensor:
     return torch.maximum(y.abs() - 0.9, (x.abs() - y.abs()) * _ROOT_HALF - 0.08)
 
 
-# For each class: about the distance to the edge of a shape, negative inside, at points x to the
-# right and y upwards; and the shape's area in the same units.
+# For each class: the approximate distance of points (x to the right, y upwards) from the edge,
+# negative inside; and the shape's area in the same units.
 _SHAPES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
-    "disc": (_disc, math.pi),
-    "ring": (_ring, math.pi * 1.12),
-    "square": (_square, 4.0),
+    "disc": (lambda x, y: _circle(x, y, 0, 0, 1), math.pi),
+    "ring": (lambda x, y: _circle(x, y, 0, 0, 1).abs() - 0.28, math.pi * 1.12),
+    "square": (lambda x, y: _box(x, y, 0, 1, 1), 4.0),
     "triangle": (_triangle, 1.299),
     "star": (_star, 1.5235),
     "cross": (_cross, 1.92),
@@ -119,11 +105,9 @@ CLASSES: tuple[str, ...] = tuple(_SHAPES)
 
 
 def draw(count: int, size: int, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Return uint8 images (count, 3, size, size) and their classes, int64 (count,).
+    """Return uint8 images (count, 3, size, size), from number `first` on, and their classes.
 
-    They are the images number `first` to `first + count - 1`; an image depends on (seed, its
-    number, size) and on nothing else. Class c, its place in `CLASSES`, has the numbers c, c + 10,
-    c + 20 and so on.
+    The class, int64 (count,), of an image is its number modulo 10, the place in `CLASSES`.
     """
     start, classes = first // len(CLASSES) * len(CLASSES), len(CLASSES)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
@@ -136,7 +120,7 @@ def draw(count: int, size: int, seed: int, first: int = 0) -> tuple[Tensor, Tens
 
 
 def _draw_rounds(index: Tensor, size: int, seed: int) -> Tensor:
-    """Return the images `index`, int64 (n,), whole rounds of classes: uint8 (n, 3, size, size)."""
+    """Return the images `index`, int64 (n,), starting with class 0: uint8 (n, 3, size, size)."""
     slots = torch.arange(8 * _COPIES + 2 + 3 * _KNOTS**2)
     numbers = uniform(seed, Purpose.SHAPES, index[:, None], slots).to(torch.float32)
     copies, shift, knots = numbers.split([8 * _COPIES, 2, 3 * _KNOTS**2], dim=1)
@@ -169,8 +153,7 @@ def _background(knots: Tensor, size: int) -> Tensor:
 def _distances(centres: Tensor, sides: Tensor, turn: Tensor, size: int) -> Tensor:
     """Return the signed distances (n, copies, size, size) of pixels to copies, in image widths.
 
-    `centres` (n, copies, 2), `sides` and `turn` (n, copies, 1). What leaves the image comes in on
-    the other side.
+    `centres` (n, copies, 2), `sides` and `turn` (n, copies, 1). The image wraps around.
     """
     pixel = (torch.arange(size) + 0.5) * (1 / size)
     across, down = (pixel - centres.unsqueeze(3)).unbind(2)

@@ -1,35 +1,25 @@
-"""Images that stay on disk: decoded by workers each time they are needed."""
+"""Images that stay on disk and are decoded by workers whenever they are needed."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moco_dist.config.recipe import ViewsConfig
 from moco_dist.data import worker_pool
-from moco_dist.data.image_file import Place, Recipe
+from moco_dist.data.image_file import Recipe
+from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.worker_pool import Ticket, WorkerPool
 from moco_dist.method import views
 
 
-class Catalogue(Protocol):
-    """A list of images."""
-
-    def fingerprint(self) -> str:
-        """Return a text that another list of images doesn't have."""
-
-    def places(self, rows: Sequence[int]) -> list[Place]:
-        """Return where the images `rows` lie."""
-
-
 @dataclass(frozen=True)
 class Order:
-    """Images that the workers were asked for, in requests."""
+    """Requests for images that are on their way."""
 
     pool: WorkerPool
     tickets: list[Ticket]
@@ -47,25 +37,29 @@ class Order:
         return pixels.to(device, non_blocking=True)
 
     def abandon(self) -> None:
-        """Give back the memory of what was not collected."""
+        """Release the memory of what was not collected."""
         while self.tickets:
             self.pool.release(self.tickets.pop())
 
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """Images and classes, as `data.Images`, whose pixels are on disk."""
+    """Images and classes like `datasets.Images`, with the pixels on disk."""
 
-    catalogue: Catalogue
+    catalogue: ImageIndex
     pool: WorkerPool
-    # Which images of the catalogue, int64 (n,), on the CPU.
+    # The images' rows in the catalogue, int64 (n,), on the CPU.
     rows: Tensor
     # int64 (n,), -1 if unknown.
     labels: Tensor
-    classes: tuple[str, ...]
-    # Pixels a side of `squares`.
+    # Side in pixels of `squares`.
     size: int
     channels: int = 3
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.catalogue.classes
 
     @property
     def squared(self) -> Recipe:
@@ -79,7 +73,7 @@ class StreamedImages:
         return replace(self, rows=self.rows[rows.cpu()], labels=self.labels[rows])
 
     def to(self, device: torch.device) -> StreamedImages:
-        """Return the same images, which come to `device` when they are needed."""
+        """Return the same images, to be moved to `device` when they are needed."""
         return replace(self, labels=self.labels.to(device))
 
     def labelled(self) -> StreamedImages:
@@ -93,7 +87,7 @@ class StreamedImages:
         return pixels.reshape(*rows.shape, *pixels.shape[2:])
 
     def batches(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Give the squares of each part in turn; those after it are decoded meanwhile."""
+        """Yield the squares of each part, while later ones are decoded."""
         ahead = deque[Order]()
         try:
             for place in range(len(parts)):
@@ -106,7 +100,7 @@ class StreamedImages:
                 order.abandon()
 
     def order(self, rows: Tensor, recipe: Recipe, numbers: Tensor | None = None) -> Order:
-        """Ask the workers for images `rows`, int64 (n,); `numbers` are as `WorkerPool.submit`'s."""
+        """Order images `rows`, int64 (n,), from the workers, with the numbers for `submit`."""
         most = worker_pool.images_of_request(recipe)
         places = self.catalogue.places(self.rows[rows.cpu()].tolist())
         tickets = []
@@ -119,10 +113,8 @@ class StreamedImages:
     def order_crops(
         self, config: ViewsConfig, seed: int, epoch: int, samples: Tensor, wanted: tuple[int, ...]
     ) -> Order:
-        """Ask for the crops of views `wanted` of the images `samples`, int64 (n,)."""
+        """Order the crops of views `wanted` of the images `samples`, int64 (n,)."""
         samples = samples.cpu()
-        numbers = torch.stack(
-            [views.crop_numbers(config, seed, epoch, samples, view) for view in (0, 1)], dim=1
-        )
+        numbers = [views.crop_numbers(config, seed, epoch, samples, view) for view in (0, 1)]
         recipe = Recipe(config.size, wanted, config.ratio_min, config.ratio_max, self.channels)
-        return self.order(samples, recipe, numbers)
+        return self.order(samples, recipe, torch.stack(numbers, dim=1))

@@ -1,7 +1,7 @@
-"""Tar files of images in the layout of WebDataset: KEY.jpg with KEY.cls or KEY.json.
+"""Tar files of images in WebDataset's layout: KEY.jpg with KEY.cls or KEY.json.
 
-github.com/webdataset/webdataset describes the layout. Only headers are read here, and labels; the
-images are read by their place in the file, so that any of them can be had in any order.
+github.com/webdataset/webdataset describes it. Only headers and labels are read here; images are
+read later by their position in the file, in any order.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from moco_dist.data import image_folder
 from moco_dist.data.image_file import EXTENSIONS
 from moco_dist.errors import DataError, MissingError, shown
 
-# Names of a sample's class in its .json, the first of them that is there.
+# Keys of a sample's class in its .json, in order of preference.
 JSON_KEYS = ("cls", "label", "class")
-# A label is a number or a name; what is longer is none.
+# Files that are longer hold no label.
 MAX_LABEL_BYTES = 2**20
 
 
 class Member(NamedTuple):
-    """An image in a tar: the number of the tar, its name there, its first byte, its bytes."""
+    """An image in a tar: the number of the tar, its name there, its first byte and its size."""
 
     tar: int
     name: str
@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The images of some tars in their order, with their classes; no labels, no `classes`."""
+    """The images of some tars in order; without labels, `classes` is empty."""
 
     members: list[Member]
     labels: list[int]
@@ -44,9 +44,9 @@ class Found(NamedTuple):
 def parts(root: Path) -> tuple[Path, list[str], Path, list[str]]:
     """Return the folder and the names of the tars for training, and the same for testing.
 
-    They are in the folders of `image_folder.parts`. Without DIR/train, the tars of DIR with test,
-    val or validation as a word of their names, such as imagenet-val-000000.tar, are for testing.
-    Raises MissingError without a tar.
+    They are in the folders of `image_folder.parts`. Without DIR/train, tars of DIR are for testing
+    if a word of the name is test, val or validation, as in imagenet-val-000000.tar. Raises
+    MissingError if there is no tar for training.
     """
     if not os.path.isdir(root):
         raise MissingError(
@@ -74,18 +74,16 @@ def _tars(folder: Path) -> list[str]:
 
 
 def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] | None) -> Found:
-    """Return the images in the tar files `tars` of `root`, in their order there.
+    """Return the images in the tar files `tars` of `root`, in order.
 
-    The class of an image is in KEY.cls (a number or a name), or in KEY.json under "cls", "label" or
+    An image's class is in KEY.cls (a number or a name), or in KEY.json under "cls", "label" or
     "class"; without either it is the first folder of KEY. `classes`, if given, are the only ones
     allowed. Raises DataError for a damaged tar and MissingError for tars without images.
     """
-    members: list[Member] = []
-    given: list[str | None] = []
-    for number, tar in enumerate(tars):
-        for member, label in _images(root / tar, number, labelled):
-            members.append(member)
-            given.append(label)
+    found = [
+        image for number, tar in enumerate(tars) for image in _images(root / tar, number, labelled)
+    ]
+    members, given = [member for member, _ in found], [label for _, label in found]
     if not members:
         raise MissingError(
             f"{shown(root)}: no images in {len(tars)} tar files; data.name=shards needs members "
@@ -96,7 +94,7 @@ def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] |
         return Found(members, [-1] * len(members), ())
     if classes is None:
         numbers = all(re.fullmatch(r"\d{1,6}", label) for label in known)
-        # Numbers count from 0, also where one of them has no image.
+        # Numbered classes start at 0, and some may have no image.
         classes = tuple(map(str, range(max(map(int, known)) + 1)) if numbers else sorted(known))
     unknown = sorted(known - set(classes))
     if unknown:
@@ -110,7 +108,7 @@ def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] |
 
 
 def _images(path: Path, number: int, labelled: bool) -> Iterator[tuple[Member, str | None]]:
-    """Give the images of a tar and their labels; of two images with one key, the first."""
+    """Yield the images of a tar with their labels; of images with the same key, the first."""
     images: dict[str, Member] = {}
     labels: dict[str, str] = {}
     try:
@@ -123,26 +121,25 @@ def _images(path: Path, number: int, labelled: bool) -> Iterator[tuple[Member, s
                 if member.offset_data + member.size > end:
                     raise tarfile.ReadError(f"it ends within {shown(member.name)}")
                 if extension in EXTENSIONS and key not in images:
-                    place = Member(number, member.name, member.offset_data, member.size)
-                    images[key] = place
+                    images[key] = Member(number, member.name, member.offset_data, member.size)
                 elif labelled and extension in (".cls", ".json") and member.size < MAX_LABEL_BYTES:
                     file = tar.extractfile(member)
                     label = _label(extension, file.read() if file else b"", path, member.name)
                     if label is not None and (extension == ".cls" or key not in labels):
                         labels[key] = label
-                tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
+                tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{shown(path, 4096)}: not a readable tar ({shown(error)}); data.name=shards needs "
-            "whole tar files that are not compressed"
+            "complete tar files that are not compressed"
         ) from error
-    for key, place in images.items():
+    for key, image in images.items():
         folder = key.partition("/")[0] if "/" in key else None
-        yield place, labels.get(key, folder) if labelled else None
+        yield image, labels.get(key, folder) if labelled else None
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return key and extension: as in WebDataset, the extension begins at the first dot."""
+    """Return key and extension, which starts at the first dot as in WebDataset."""
     folder, slash, file = name.removeprefix("./").rpartition("/")
     key, dot, extension = file.partition(".")
     return folder + slash + key, (dot + extension).lower()
@@ -159,5 +156,6 @@ def _label(extension: str, content: bytes, path: Path, name: str) -> str | None:
             f"{shown(path, 4096)}: {shown(name)} is no label ({shown(error)}); make the tar again, "
             "or give data.labels=none"
         ) from error
-    fields = [found[key] for key in JSON_KEYS if key in found] if isinstance(found, dict) else []
-    return str(fields[0]) if fields and isinstance(fields[0], int | str) else None
+    fields = found if isinstance(found, dict) else {}
+    label = next((fields[key] for key in JSON_KEYS if key in fields), None)
+    return str(label) if isinstance(label, int | str) else None

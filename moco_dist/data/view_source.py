@@ -1,8 +1,8 @@
-"""Where the views of a step come from: images in memory, or crops that workers cut from files.
+"""The views of a step, made from images in memory or from crops that workers cut from files.
 
-Streamed keys reach their process in one of two ways, equal in result. By exchange: each process
-decodes the images of its queries once, cuts both crops, and an all-to-all sends the keys' crops to
-where the permutation has them. By plan: each decodes the images of its keys as well.
+Streamed keys reach their process in two ways with the same result. By exchange, a process decodes
+the images of its queries once, cuts both crops and sends the keys' crops where the permutation
+assigns them. By plan, it also decodes the images of its own keys.
 """
 
 from __future__ import annotations
@@ -25,64 +25,63 @@ from moco_dist.method import views
 from moco_dist.method.compilation import compiled
 from moco_dist.method.plan import Plan, Step
 
-# Steps, and images for each worker, that are decoded ahead.
+# Steps, and images per worker, to decode ahead.
 STEPS_AHEAD = 2
 IMAGES_AHEAD = 32
 
-
 # Samples, int64 (n,), and the number of their view.
 Wanted = tuple[Tensor, int]
-# Each gives the views of one micro-batch.
+# Each returns the views of one micro-batch.
 Pieces = list[Callable[[], Tensor]]
 
 
 class Maker:
-    """Makes views of uint8 images by `work`, which is `views.make` or `views.finish`."""
+    """Makes views of uint8 images, which may be `cropped` already."""
 
     def __init__(
-        self, work: Callable[..., Tensor], config: ViewsConfig, seed: int, dtype: torch.dtype
+        self, config: ViewsConfig, seed: int, dtype: torch.dtype, cropped: bool = False
     ) -> None:
         def make(images: Tensor, epoch: Tensor, samples: Tensor, numbers: Tensor) -> Tensor:
-            return work(images, config, seed, epoch, samples, numbers, dtype)
+            return views.make(images, config, seed, epoch, samples, numbers, dtype, cropped)
 
         self._make = self._make_step = make
 
     def compile_step(self) -> None:
-        """Have `of_step` compiled, for each number of images that it is called with."""
+        """Compile `of_step`, once for each number of images."""
         self._make_step = compiled(self._make)
 
     def of_step(self, images: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
         """Return the views of each of `wanted`, (n, c, size, size), made in one pass.
 
-        `images` (n, c, H, W) are those of all of `wanted`, one after the other.
+        `images` (n, c, H, W) are those of all of `wanted` in order.
         """
         return self._split(self._make_step, images, wanted, epoch)
 
     def of_any(self, images: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
-        """Return what `of_step` does, of any number of images."""
+        """Return what `of_step` does, for any number of images without compiling."""
         return self._split(self._make, images, wanted, epoch)
 
-    @torch.no_grad()  # in a step some are asked for with gradients on, which is another graph
+    @torch.no_grad()  # gradients are on for some passes of a step, and would need another graph
     def _split(
         self, make: Callable[..., Tensor], images: Tensor, wanted: Sequence[Wanted], epoch: int
     ) -> list[Tensor]:
         samples = torch.cat([samples for samples, _ in wanted])
         numbers = torch.cat([torch.full_like(samples, view) for samples, view in wanted])
-        # A tensor: what is compiled would be so for each epoch.
+        # The epoch is a tensor, because each int would need a graph.
         made = make(images, torch.full_like(samples[0], epoch), samples, numbers)
         return list(made.split([len(samples) for samples, _ in wanted]))
 
 
 class MemorySource:
-    """Views of images in memory, made when they are asked for."""
+    """Views of images in memory."""
 
     def __init__(self, images: Images, config: ViewsConfig, seed: int, dtype: torch.dtype) -> None:
-        self.images, self.maker = images, Maker(views.make, config, seed, dtype)
-        # What views are made of: channels and sides.
+        self.images, self.maker = images, Maker(config, seed, dtype)
+        # Shape of an image that views are made from.
         self.shape = images.pixels.shape[1:]
 
     def begin(self, step: int) -> None:
-        """Get ready for step `step`: nothing is to be done."""
+        """Prepare a step, which images in memory don't need."""
 
     @record_function("views")
     def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
@@ -90,7 +89,7 @@ class MemorySource:
         return self.maker.of_step(self._pixels(wanted), wanted, epoch)
 
     def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
-        """Return what `views` does, of any number of images."""
+        """Return what `views` does, for any number of images without compiling."""
         return self.maker.of_any(self._pixels(wanted), wanted, epoch)
 
     def _pixels(self, wanted: Sequence[Wanted]) -> Tensor:
@@ -98,7 +97,7 @@ class MemorySource:
 
 
 class StreamedSource:
-    """Views of the crops of a step, which workers have cut some steps before."""
+    """Views of the crops of a step, which workers cut some steps ahead."""
 
     def __init__(
         self,
@@ -110,36 +109,31 @@ class StreamedSource:
         keys_by: Literal["exchange", "plan"],
     ) -> None:
         self.images, self.config, self.seed = images, config, plan.seed
-        self.maker = Maker(views.finish, config, plan.seed, dtype)
-        # What views are made of: channels and sides.
+        self.maker = Maker(config, plan.seed, dtype, cropped=True)
         self.shape = torch.Size([images.channels, config.size, config.size])
         self.device = plan.device
         self.plan = replace(plan, device=torch.device("cpu"))
-        # The views of queries and keys of each pass over the batch; None where there are no keys.
         self.passes, self.keys_by = passes, keys_by
         self.steps_ahead = max(
             STEPS_AHEAD, -(-IMAGES_AHEAD * images.pool.size * plan.world_size // plan.batch_size)
         )
         self._next = 0
         self._ahead = deque[tuple[Step, list[Order]]]()
-        # For each view that the step takes: its samples, ascending, and their crops.
+        # For each view of the step: its samples, ascending, and their crops.
         self._crops: dict[int, tuple[Tensor, Tensor]] = {}
 
     def begin(self, step: int) -> None:
-        """Have the crops of step `step` at hand, and those after it under way; a collective.
+        """Collect the crops of a step and order those of later ones; a collective.
 
-        Raises DataError for an image that can't be read and for a worker that died.
+        Raises DataError for an unreadable image or a dead worker.
         """
         if step != self._next:
             self.forget()
             self._next = step
         while len(self._ahead) <= self.steps_ahead:
             rows = self.plan.step(self._next + len(self._ahead), len(self.passes))
-            orders = [
-                self.images.order_crops(self.config, self.seed, rows.epoch, samples, wanted)
-                for samples, wanted in self._parts(rows)
-            ]
-            self._ahead.append((rows, orders))
+            parts = self._parts(rows)
+            self._ahead.append((rows, [self._order(rows.epoch, *part) for part in parts]))
         rows, orders = self._ahead.popleft()
         self._next = step + 1
         peers.me.mark(step, "waiting for data")
@@ -165,7 +159,7 @@ class StreamedSource:
                 self._crops[view] = known, crops[order]
 
     def _parts(self, rows: Step) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """Return the samples that this process decodes for a step, and which views of each."""
+        """Return the samples that this process decodes for a step, and the views of each."""
         mine = rows.samples[rows.query_rows]
         keys = [
             (rows.samples[places], (view,))
@@ -176,18 +170,18 @@ class StreamedSource:
             return [(mine, (0, 1))]
         return [(mine, tuple(sorted(view for view, _ in self.passes))), *keys]
 
+    def _order(self, epoch: int, samples: Tensor, wanted: tuple[int, ...]) -> Order:
+        return self.images.order_crops(self.config, self.seed, epoch, samples, wanted)
+
     def forget(self) -> None:
-        """Give up what was asked for ahead."""
+        """Abandon everything that was ordered ahead."""
         while self._ahead:
             for order in self._ahead.pop()[1]:
                 order.abandon()
 
     @record_function("views")
     def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
-        """Return the views of each of `wanted`, queries or keys of the step that was begun.
-
-        float (n, c, size, size), made in one pass.
-        """
+        """Return the views of each of `wanted`, which are queries or keys of the current step."""
         crops = []
         for samples, view in wanted:
             known, of_view = self._crops[view]
@@ -195,11 +189,8 @@ class StreamedSource:
         return self.maker.of_step(torch.cat(crops), wanted, epoch)
 
     def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
-        """Return what `views` does, of any images, which are decoded for it."""
-        orders = [
-            self.images.order_crops(self.config, self.seed, epoch, samples, (view,))
-            for samples, view in wanted
-        ]
+        """Return what `views` does, for any images, decoding them now."""
+        orders = [self._order(epoch, samples, (view,)) for samples, view in wanted]
         crops = [order.collect(self.device)[:, 0] for order in orders]
         return self.maker.of_any(torch.cat(crops), wanted, epoch)
 
@@ -210,35 +201,27 @@ ViewSource = MemorySource | StreamedSource
 def views_of(
     rows: Step, passes: Sequence[tuple[int, int]], source: ViewSource, micro_batches: int
 ) -> tuple[list[Pieces], list[Pieces]]:
-    """Return what gives the views of keys and of queries of a step, for each pass over the batch.
+    """Return functions that return the views of keys and of queries, for each pass over the batch.
 
-    One call of the source makes all of them. Each micro-batch is made when it is needed, so
-    that there is never more than that in memory.
+    Whole batches are made in one call of the source. Micro-batches are made one by one, when they
+    are needed, to save memory.
     """
-    wanted = [
-        *(
-            (rows.samples[keys], view)
-            for keys, (_, view) in zip(rows.key_rows, passes, strict=True)
-        ),
-        *((rows.samples[rows.query_rows], view) for view, _ in passes),
-    ]
+    keys = zip(rows.key_rows, passes, strict=True)
+    wanted = [(rows.samples[places], view) for places, (_, view) in keys]
+    wanted += [(rows.samples[rows.query_rows], view) for view, _ in passes]
     found: list[Pieces]
     if micro_batches == 1:
         found = [[partial(_same, made)] for made in source.views(wanted, rows.epoch)]
     else:
         found = [
-            [
-                partial(_one, source, (piece, view), rows.epoch)
-                for piece in samples.chunk(micro_batches)
-            ]
-            for samples, view in wanted
+            [partial(_one, source, (part, view), rows.epoch) for part in each.chunk(micro_batches)]
+            for each, view in wanted
         ]
     return found[: len(passes)], found[len(passes) :]
 
 
 def _one(source: ViewSource, wanted: Wanted, epoch: int) -> Tensor:
-    (views,) = source.views([wanted], epoch)
-    return views
+    return source.views([wanted], epoch)[0]
 
 
 def _same(views: Tensor) -> Tensor:
@@ -253,9 +236,9 @@ def view_source(
     dtype: torch.dtype,
     keys_by: Literal["exchange", "plan"],
 ) -> ViewSource:
-    """Return where the views of the training images come from, step by step.
+    """Return the source of the views of training images.
 
-    `passes` are the views of the queries and of their keys, for each pass over the batch.
+    `passes` are the views of queries and of keys in each pass over the batch, None without keys.
     """
     if isinstance(images, Images):
         return MemorySource(images, config, plan.seed, dtype)

@@ -1,4 +1,4 @@
-"""Processes that decode images for the training, and the memory they share with it."""
+"""Worker processes that decode images for training, and the memory they share with it."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ from moco_dist.data.image_worker import IGNORED
 from moco_dist.distributed import peers
 from moco_dist.errors import ConfigError, DataError, shown
 
-# Bytes of a piece of shared memory; only what is written to needs memory.
+# Bytes of a piece of shared memory, which occupies only what is written.
 SLOT_BYTES = 2**24
-# Bytes of pixels, and images, that make a request: one that is short is a small loss to wait for.
+# Bytes of pixels, and images, of a request, so small that waiting for one costs little.
 REQUEST_BYTES, REQUEST_IMAGES = 2**21, 64
-# Share of runtime.timeout_seconds that an image may take: it is named before the others give up.
+# Share of runtime.timeout_seconds after which an image is named, before other processes time out.
 SHARE_OF_TIMEOUT = 0.8
-# Bytes of requests that a worker has before it (Linux gives a pipe no more); else a write waits.
+# Bytes of requests that can queue for a worker, Linux's limit for a pipe; beyond it a write waits.
 PIPE_BYTES = 2**20
 
 
 @dataclass
 class Ticket:
-    """A request on its way, and where its pixels will lie."""
+    """A request, and the slot of its pixels: uint8 (images, views, channels, size, size)."""
 
     places: Sequence[Place]
-    # (images, views, channels, size, size)
     shape: tuple[int, ...]
     worker: int
     slot: int
     done: bool = False
-    # What is wrong with an image of it.
+    # What is wrong with one of its images.
     wrong: str = ""
     abandoned: bool = False
 
@@ -57,31 +56,31 @@ class Ticket:
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
-    # In the order in which they are done.
+    # In the order of their completion.
     tickets: deque[Ticket] = field(default_factory=deque)
     received: bytes = b""
 
 
 def default_workers() -> int:
-    """Return how many cores there are for each process of a run on this machine, at least one."""
+    """Return the number of this machine's cores per process of the run, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def images_of_request(recipe: Recipe) -> int:
-    """Return how many images a request holds; ConfigError for those too large for one."""
+    """Return how many images a request holds; ConfigError if one image is too large."""
     each = max(1, len(recipe.views)) * recipe.channels * recipe.size**2
     if each > SLOT_BYTES:
         limit = int((SLOT_BYTES / 6) ** 0.5)
         raise ConfigError(
-            f"{recipe.size} pixels a side are too many to be streamed; use data.size and "
+            f"{recipe.size} pixels a side are too many for streaming; use data.size and "
             f"views.size of {limit} or less"
         )
     return min(REQUEST_IMAGES, max(1, REQUEST_BYTES // each))
 
 
 class WorkerPool:
-    """The workers of one process of a run; they start with the first request."""
+    """The workers of one process of a run, which start with the first request."""
 
     def __init__(self, workers: int) -> None:
         self.size = workers or default_workers()
@@ -92,10 +91,9 @@ class WorkerPool:
         self._free: list[int] = []
 
     def submit(self, places: Sequence[Place], recipe: Recipe, numbers: Tensor | None) -> Ticket:
-        """Ask for what `recipe` says of the images at `places`; return at once.
+        """Request what `recipe` cuts from the images at `places`, without waiting.
 
-        `numbers` are rows of `views.crop_numbers`, float64 (images, views, CROP_NUMBERS), if crops
-        are cut.
+        Crops need `numbers`, rows of `views.crop_numbers`: float64 (images, views, CROP_NUMBERS).
         """
         self._start()
         self._receive(0.0)
@@ -117,10 +115,9 @@ class WorkerPool:
         return ticket
 
     def fetch(self, ticket: Ticket) -> Tensor:
-        """Wait for a request, return its pixels, uint8 `ticket.shape`, not copied.
+        """Wait for a request; return its pixels, which are valid until `release`.
 
-        They are there until `release`. DataError names an image that can't be read, a worker that
-        died, and an image that takes too long.
+        Raises DataError for an unreadable image, a dead worker or an image that takes too long.
         """
         began, most = time.monotonic(), SHARE_OF_TIMEOUT * peers.me.timeout
         while not ticket.done:
@@ -129,7 +126,7 @@ class WorkerPool:
                 process = self._workers[ticket.worker].process
                 raise _passing(
                     f"no data for {most:g} s: the data worker with pid {process.pid} is "
-                    f"still at {_range(self._workers[ticket.worker].tickets[0])}; check the "
+                    f"still decoding {_range(self._workers[ticket.worker].tickets[0])}; check the "
                     "disk or file system (df, dmesg), or raise runtime.timeout_seconds"
                 )
         if ticket.wrong:
@@ -139,7 +136,7 @@ class WorkerPool:
         return memory.view(ticket.shape)
 
     def release(self, ticket: Ticket) -> None:
-        """Give back a request's memory, at once or when its worker has done with it."""
+        """Release a request's memory, at once or when its worker is done with it."""
         if ticket.done:
             self._free.append(ticket.slot)
         ticket.abandoned = not ticket.done
@@ -171,7 +168,7 @@ class WorkerPool:
     def _start(self) -> None:
         if self._workers:
             return
-        if hasattr(os, "memfd_create"):  # memory that belongs to no file system with a limit
+        if hasattr(os, "memfd_create"):  # memory outside any file system's limit
             self._memory = os.memfd_create("moco_dist")
         else:
             with tempfile.TemporaryFile() as file:
@@ -179,7 +176,7 @@ class WorkerPool:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "moco_dist.data.image_worker"]
-        # They start with the signals blocked, and ignore them from then on.
+        # Workers start with the signals blocked until they ignore them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             for _ in range(self.size):
@@ -206,7 +203,7 @@ class WorkerPool:
         self._slots.append(slot)
 
     def _receive(self, seconds: float) -> None:
-        """Note which requests are done; wait for one up to `seconds`."""
+        """Mark requests that are done, waiting up to `seconds` for one."""
         for key, _ in self._replies.select(seconds):
             worker: _Worker = key.data
             received = os.read(key.fd, 2**16)
@@ -220,11 +217,11 @@ class WorkerPool:
                     self._free.append(ticket.slot)
 
     def _lost(self, worker: _Worker) -> None:
-        """Raise DataError: a worker has ended."""
+        """Raise DataError for a worker that has ended."""
         status = worker.process.wait()
         by = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
         where = f" at {_range(worker.tickets[0])}" if worker.tickets else ""
-        memory = " (a lack of memory, most likely)" if status == -signal.SIGKILL else ""
+        memory = " (most likely for lack of memory)" if status == -signal.SIGKILL else ""
         raise _passing(
             f"the data worker with pid {worker.process.pid} was ended {by}{memory}{where}; the "
             "same command resumes from the last checkpoint; fewer data.workers need less memory"
@@ -232,7 +229,7 @@ class WorkerPool:
 
 
 def _passing(sentence: str) -> DataError:
-    """Return an error of the machine, not of the data: the same command may well succeed."""
+    """Return an error of the machine, not of the data, after which a new launch may succeed."""
     error = DataError(sentence)
     error.again = True
     return error

@@ -1,1 +1,1 @@
-"""The method of the paper: encoders, queue, loss, views. It knows no file and no run."""
+"""The method of the paper: encoders, queue, loss and views; it reads no file and knows no run."""

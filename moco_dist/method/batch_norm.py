@@ -1,4 +1,4 @@
-"""Grouped BatchNorm: the layer, its statistics over groups and processes, and their undo."""
+"""Grouped BatchNorm: the layer, its statistics over groups and processes, and how to undo them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from moco_dist.distributed import comms
 
 
 class Undo:
-    """The BatchNorm statistics of encoders before a step, which a forward pass changes.
-
-    It moves them into one tensor, of which the layers then hold views: one copy keeps them all.
-    """
+    """Keeps BatchNorm statistics, moved into one tensor, so that a forward pass can be undone."""
 
     @torch.no_grad()
     def __init__(self, *encoders: nn.Module) -> None:
         norms = [norm for encoder in encoders for norm in batch_norms(encoder)]
         owned = [(norm, name) for norm in norms for name in ("group_mean", "group_var")]
         each = [getattr(norm, name).flatten() for norm, name in owned]
-        # A backbone without BatchNorm has none.
-        self._live = torch.cat(each) if each else torch.empty(0)
+        self._live = torch.cat(each) if each else torch.empty(0)  # no BatchNorm, no statistics
         self._kept = self._live.clone()
         offset = 0
         for norm, name in owned:
@@ -39,31 +35,29 @@ class Undo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back the statistics as `keep` saw them."""
+        """Put back the statistics that `keep` saw."""
         self._live.copy_(self._kept)
 
 
 class GroupedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm that normalises each block of `rows_per_group` rows of the batch by itself.
+    """BatchNorm that normalises each block of `rows_per_group` rows of the batch separately.
 
-    It is what `groups` processes with ordinary BatchNorm would compute, on any number of processes
+    The result is that of one process per group with ordinary BatchNorm, on any number of processes
     (He et al. 2020, section 3.3, and the "split" BatchNorm of its authors' CIFAR demo).
 
-    A process holds `groups` of them. A forward pass in training takes whole groups, in order;
-    several passes (micro-batches) go round them. Each group keeps running statistics of its own in
-    `group_mean` and `group_var`, float (groups, channels): no process needs another's, and what a
-    group has seen doesn't depend on who computed it. Evaluation uses `running_mean` and
-    `running_var`, which hold the mean over all groups of all processes once
-    `moco.average_statistics` has been called.
+    A training pass covers whole groups, in order; micro-batches cycle through the `groups` of this
+    process. Each group has running statistics, `group_mean` and `group_var`, float (groups,
+    channels), which don't depend on the process that computes them. Evaluation uses their mean over
+    all processes, which `average_statistics` writes to `running_mean` and `running_var`.
     """
 
     running_mean: Tensor
     running_var: Tensor
     group_mean: Tensor
     group_var: Tensor
-    # Whether someone calls `take_in` after each compiled pass.
+    # Whether `take_in` is called after each compiled pass.
     leaves_seen = False
-    # Mean and variance that a compiled pass has seen and `take_in` hasn't, (its groups, channels).
+    # Mean and variance, (groups, channels), that a compiled pass leaves for `take_in`.
     seen: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, channels: int, rows_per_group: int, groups: int) -> None:
@@ -86,21 +80,17 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         places = [(first + place) % groups for place in range(count)]
         means, variances = self.group_mean.unbind(), self.group_var.unbind()
         mean, var = [means[place] for place in places], [variances[place] for place in places]
-        momentum = self.momentum or 0.1
+        affine, rates = (self.weight, self.bias), (self.momentum or 0.1, self.eps)
         if count == 1:
-            return F.batch_norm(
-                x, mean[0], var[0], self.weight, self.bias, True, momentum, self.eps
-            )
-        normalized: Tensor = _NormalizeGroups.apply(
-            x, self.weight, self.bias, mean, var, momentum, self.eps
-        )
+            return F.batch_norm(x, mean[0], var[0], *affine, True, *rates)
+        normalized: Tensor = _NormalizeGroups.apply(x, *affine, mean, var, *rates)
         return normalized
 
     def _by_formula(self, x: Tensor) -> Tensor:
-        """Return `x` normalised, by operations that a compiler fuses with those around them.
+        """Return `x` normalised by operations that a compiler can fuse with their neighbours.
 
-        Its statistics are left in `seen`, for `take_in`: with that in the graph each of the places
-        in the turn of the groups would be compiled.
+        `take_in` updates the statistics outside the graph, which would otherwise be compiled once
+        for each value of `next_group`.
         """
         groups, channels = len(x) // self.rows_per_group, x.shape[1]
         pixels = x.permute(0, 2, 3, 1).reshape(groups, -1, channels)
@@ -112,7 +102,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 
 @torch.no_grad()
 def take_in(norms: list[GroupedBatchNorm]) -> None:
-    """Have running statistics take in what a compiled pass has seen, and groups their turn."""
+    """Update the running statistics and `next_group` after a compiled pass."""
     running, new, momenta = list[Tensor](), list[Tensor](), list[float]()
     for norm in norms:
         if norm.seen:
@@ -128,10 +118,9 @@ def take_in(norms: list[GroupedBatchNorm]) -> None:
 
 
 class _NormalizeGroups(torch.autograd.Function):
-    """BatchNorm of each group of rows, into one tensor: no groups are joined, no format changes.
+    """BatchNorm of each group of rows, written to one tensor without a copy or change of format.
 
-    Groups are blocks of the first dimension, which are as dense as the whole in either format. The
-    kernels, and the order in which sums are made, are those of a `batch_norm` for each group.
+    Kernels and the order of sums are those of one `batch_norm` per group.
     """
 
     @staticmethod
@@ -160,7 +149,7 @@ class _NormalizeGroups(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of `x`, `weight` and `bias`; sums go from the last group down."""
+        """Return the gradients of `x`, `weight` and `bias`, summed from the last group down."""
         x, weight, used = ctx.saved_tensors
         count = used.shape[1]
         dx, wanted = torch.empty_like(x), [True, True, True]
@@ -220,15 +209,8 @@ def average_statistics(encoder: nn.Module) -> None:
 
 @torch.no_grad()
 def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of all groups by name, float (bn_groups, channels).
-
-    One gather brings them all.
-    """
-    local = {
-        f"{number}.{name}": getattr(norm, name)
-        for number, norm in enumerate(batch_norms(encoder))
-        for name in ("group_mean", "group_var")
-    }
+    """Return the running statistics of all groups of all processes, float (bn_groups, channels)."""
+    local = _local_statistics(encoder)
     if not local:  # a backbone without BatchNorm
         return {}
     gathered = comms.all_gather(torch.cat([each.flatten() for each in local.values()])[None])
@@ -239,20 +221,22 @@ def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def statistics_shapes(encoder: nn.Module, groups: int) -> dict[str, torch.Size]:
-    """Return the shapes of what `group_statistics` returns for `groups` groups in all."""
+def _local_statistics(encoder: nn.Module) -> dict[str, Tensor]:
     return {
-        f"{number}.{name}": torch.Size([groups, norm.num_features])
+        f"{number}.{name}": getattr(norm, name)
         for number, norm in enumerate(batch_norms(encoder))
         for name in ("group_mean", "group_var")
     }
 
 
+def statistics_shapes(encoder: nn.Module, groups: int) -> dict[str, torch.Size]:
+    """Return the shapes of what `group_statistics` returns for `groups` groups in all."""
+    local = _local_statistics(encoder)
+    return {name: torch.Size([groups, mine.shape[1]]) for name, mine in local.items()}
+
+
 @torch.no_grad()
 def restore_group_statistics(encoder: nn.Module, statistics: dict[str, Tensor]) -> None:
-    """Take this process's share of what `group_statistics` returned, on any number of processes."""
-    for number, norm in enumerate(batch_norms(encoder)):
-        for name in ("group_mean", "group_var"):
-            mine = getattr(norm, name)
-            first = comms.rank() * len(mine)
-            mine.copy_(statistics[f"{number}.{name}"][first : first + len(mine)])
+    """Restore this process's share of what any number of processes saved."""
+    for name, mine in _local_statistics(encoder).items():
+        mine.copy_(statistics[name][comms.rank() * len(mine) :][: len(mine)])

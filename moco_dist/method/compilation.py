@@ -1,4 +1,4 @@
-"""Compiling: views and encoders by torch.compile, ahead of the first step."""
+"""Compiles views and encoders with torch.compile, before the first step."""
 
 from __future__ import annotations
 
@@ -17,28 +17,25 @@ from moco_dist.errors import ConfigError, UserError, shown
 def compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return `work` compiled as one graph, again for each new shape.
 
-    Raises ConfigError where PyTorch can't compile, or was told not to.
+    Raises ConfigError if PyTorch can't compile or the environment forbids it.
     """
     for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
         if os.environ.get(name) == "1":
             raise ConfigError(
                 f"runtime.compile=true and the environment's {name}=1, which switches compiling "
-                "off; take one of them away"
+                "off; remove one of them"
             )
-    # On a machine without a GPU it warns that there is none.
+    # It warns on every machine without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         return torch.compile(work, fullgraph=True, dynamic=False)
-    except RuntimeError as error:  # a Python that it doesn't know
+    except RuntimeError as error:  # an unsupported version of Python
         raise _failed(error) from error
 
 
 @contextmanager
 def compile_errors() -> Iterator[None]:
-    """Turn what a compiler fails at into ConfigError, one sentence.
-
-    A UserError that a signal raised while the compiler ran comes out as that UserError.
-    """
+    """Raise a compiler's failure as ConfigError, but a UserError that a signal raised as it is."""
     try:
         yield
     except TorchDynamoException as error:
@@ -47,14 +44,13 @@ def compile_errors() -> Iterator[None]:
             if isinstance(cause, UserError):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
-        # Of the compiler behind it, if that failed: the first line would name no more than that.
+        # The inner exception has the reason; the outer one only names the compiler that failed.
         raise _failed(getattr(error, "inner_exception", error)) from error
 
 
 def _failed(cause: Exception) -> ConfigError:
     first = next(filter(None, str(cause).splitlines()), type(cause).__name__)
     return ConfigError(
-        f"runtime.compile=true and PyTorch can't compile here ({shown(first)}); it takes a C++ "
-        "compiler, Triton on a GPU, and room for what it writes: see to them, or give "
-        "runtime.compile=false"
+        f"runtime.compile=true and PyTorch can't compile here ({shown(first)}); provide a C++ "
+        "compiler, disk space and, on a GPU, Triton, or use runtime.compile=false"
     )

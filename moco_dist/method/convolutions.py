@@ -1,4 +1,4 @@
-"""Convolutions that a CPU does faster, or without a fault, in another way than the library's."""
+"""Convolutions for CPUs that are faster than the library's, or avoid a fault in it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Channels of the widest registers of a CPU, in single precision.
+# Single-precision channels in a CPU's widest register.
 _REGISTER = 16
-# Channels from which the weights don't fit a core's cache, and pixels of a map that is small.
+# From so many channels the weights outgrow a core's cache; up to so many pixels a map is small.
 _MANY_CHANNELS, _FEW_PIXELS = 256, 16
 
 
 def suit(model: nn.Module) -> None:
-    """Have the convolutions of `model` that have another way here go that way, with their weights.
-
-    Only a CPU goes it. Names and weights stay as they are.
-    """
+    """Replace convolutions of `model` by those below where they apply; names and weights stay."""
     for path, module in list(model.named_modules()):
         if type(module) is nn.Conv2d and (kind := _kind(module)):
             sizes = module.in_channels, module.out_channels, module.kernel_size, module.stride
-            # Not initialised: the weights drawn after it would be others.
+            # Initialising would draw random numbers and change all later weights.
             other = nn.utils.skip_init(kind, *sizes, module.padding, bias=False)
             other.weight = module.weight
             other.training = module.training
@@ -43,11 +40,10 @@ def _kind(conv: nn.Conv2d) -> type[nn.Conv2d] | None:
 
 
 class PointwiseShortcut(nn.Conv2d):
-    """A 1x1 convolution with a stride, of the pixels that the stride leaves.
+    """A strided 1x1 convolution, computed without stride on the pixels that the stride selects.
 
-    The same sums; but oneDNN's own way, in channels_last, writes beyond its memory for the gradient
-    of the weights if there are fewer channels than a register holds
-    (github.com/uxlfoundation/oneDNN/issues/6035, seen with PyTorch 2.15).
+    With fewer channels than a register holds, oneDNN's channels_last weight gradient writes beyond
+    its memory (github.com/uxlfoundation/oneDNN/issues/6035, seen with PyTorch 2.15).
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -59,10 +55,9 @@ class PointwiseShortcut(nn.Conv2d):
 
 
 class SmallMapConv(nn.Conv2d):
-    """A 3x3 convolution of many channels, in training on small maps a sum of matrix products.
+    """A 3x3 convolution of many channels: in training, on small maps, a sum of matrix products.
 
-    Of the 144 products that a map of 4 x 4 pixels takes, 44 are with its padding: they are left
-    out, and the library's own way has half the speed there that it has on larger maps.
+    It omits products with padding, 44 of 144 on a 4 x 4 map, where the library runs at half speed.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -75,10 +70,9 @@ class SmallMapConv(nn.Conv2d):
 
 
 def _products(height: int, width: int) -> Iterator[tuple[int, int, Any, Any]]:
-    """Yield, of the 3 x 3 weights, row and column, and the pixels between which they stand.
+    """Yield row and column of each of the 3 x 3 weights, and the output and input pixels it links.
 
-    Those of the output, (row, columns), and of the input: what reaches into the padding is not
-    among them.
+    Pixels are (row, columns). Pairs that reach into the padding are omitted.
     """
     for down in range(3):
         for across in range(3):
@@ -89,13 +83,11 @@ def _products(height: int, width: int) -> Iterator[tuple[int, int, Any, Any]]:
                     yield down, across, (row, slice(left, right)), (row + down - 1, columns)
 
 
-# An operator of its own, which torch.compile leaves as it is: in pieces it would be slower.
+# A custom operator, because torch.compile would make it slower by taking it apart.
 @torch.library.custom_op("moco_dist::sum_of_products", mutates_args=(), device_types="cpu")
 def sum_of_products(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the convolution of `x` (rows, c, height, width) with `weight` (out, c, 3, 3), padded.
-
-    With the pixels in front, (height, width, rows, c), a run of pixels is one matrix.
-    """
+    """Return the padded convolution of `x` (rows, c, height, width) by `weight` (out, c, 3, 3)."""
+    # With pixels first, (height, width, rows, c), a run of pixels is one matrix.
     pixels = x.permute(2, 3, 0, 1).contiguous()
     out = x.new_zeros(*pixels.shape[:3], len(weight))
     for down, across, here, there in _products(*pixels.shape[:2]):

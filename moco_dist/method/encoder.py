@@ -1,4 +1,4 @@
-"""The encoder: a torchvision ResNet and a projection head, two named parts; grouped BatchNorm."""
+"""The encoder: a backbone with grouped BatchNorm, and a projection head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moco_dist.method import convolutions, timm_backbone
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
 from moco_dist.method.compilation import compiled
 
-# Block, blocks of each stage, groups and channels of a group's 3x3 convolution in stage 1 (at the
+# Block, blocks per stage, groups, and channels per group of the 3x3 convolutions in stage 1 (at the
 # published width): He et al. 2016, table 1; Xie et al. 2017, table 1; Zagoruyko et al. 2016.
 _STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], int, int]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2], 1, 64),
@@ -66,21 +66,20 @@ class Backbone(ResNet):
 
 
 def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
-    """Return a backbone with new weights; its `num_features` is the length of its features.
+    """Return a backbone with new weights; `num_features` is the length of its features.
 
-    Raises ConfigError for a model that this project can't train, or that is not there.
+    Raises ConfigError for a model that doesn't exist or can't be trained here.
     """
     if config.is_timm:
-        return timm_backbone.build(
-            config.backbone.removeprefix("timm/"), config.channels, norm_layer
-        )
+        name = config.backbone.removeprefix("timm/")
+        return timm_backbone.build(name, config.channels, norm_layer)
     backbone = Backbone(config, norm_layer)
     convolutions.suit(backbone)
     return backbone
 
 
 class Encoder(nn.Module):
-    """Backbone and head; `forward` returns keys or queries, the backbone alone features."""
+    """Backbone and head; `forward` returns keys or queries, `backbone` features."""
 
     def __init__(self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -88,18 +87,17 @@ class Encoder(nn.Module):
         norm_layer = partial(GroupedBatchNorm, rows_per_group=rows_per_group, groups=groups)
         self.backbone = build_backbone(config, norm_layer)
         features = self.num_features
-        last = nn.Linear(features, config.dim)
-        hidden = (
-            [nn.Linear(features, features), nn.ReLU(inplace=True)] if config.head == "mlp" else []
-        )
-        self.head = nn.Sequential(*hidden, last)
-        # Convolutions are 1.3 times as fast with the channels of a pixel side by side, also on a
-        # CPU; what comes out of one stays so.
+        layers: list[nn.Module] = [nn.Linear(features, config.dim)]
+        if config.head == "mlp":
+            layers += [nn.Linear(features, features), nn.ReLU(inplace=True)]
+        # The last layer draws its weights first.
+        self.head = nn.Sequential(*layers[1:], layers[0])
+        # It makes convolutions 1.3 times as fast, also on a CPU.
         self.to(memory_format=torch.channels_last)
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
     def compile_training(self) -> None:
-        """Have `forward` compiled, in training, at its first call."""
+        """Compile `forward` for training, at its first call."""
         for norm in batch_norms(self):
             norm.leaves_seen = True
         self._compiled = compiled(self._vectors)
@@ -119,7 +117,7 @@ class Encoder(nn.Module):
     @property
     def num_features(self) -> int:
         """Length of the backbone's features."""
-        # Of timm's models some have a last layer behind what they call their features.
+        # Some of timm's models have a last layer behind what they call their features.
         found = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         assert isinstance(found, int), f"a backbone with {found!r} features"
         return found
@@ -128,7 +126,7 @@ class Encoder(nn.Module):
 def build_encoder(
     config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1
 ) -> Encoder:
-    """Return a new float32 encoder on the CPU; its weights depend on `config` and `seed` alone."""
+    """Return a new float32 encoder on the CPU; its weights depend on `config` and `seed` only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(config, rows_per_group, groups)

@@ -1,4 +1,4 @@
-"""The queue of keys: the newest keys of all samples, as a ring buffer."""
+"""The queue of keys."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from torch.profiler import record_function
 
 
 class KeyQueue(nn.Module):
-    """A ring of the newest `size` keys, each with its sample number (He et al. 2020, section 3.2).
+    """A ring buffer of the newest `size` keys and their samples (He et al. 2020, section 3.2).
 
-    Takes any number of keys up to `size` at a time. Slots that were never filled are not given out,
-    so random keys never stand among the negatives.
+    Only filled slots are returned, so that negatives are never random vectors.
     """
 
     keys: Tensor
@@ -19,20 +18,19 @@ class KeyQueue(nn.Module):
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        # float (size, dim), and int64 (size,) with -1 where no key is yet
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("samples", torch.full((size,), -1, dtype=torch.int64))
-        # A number of this process, not a tensor: reading it never waits for the device.
+        # An int, because reading a tensor would wait for the device.
         self.enqueued = 0
 
     @property
     def size(self) -> int:
-        """Slots of the ring."""
+        """Number of slots."""
         return len(self.keys)
 
     @property
     def filled(self) -> int:
-        """Slots that hold a key; they are the first ones."""
+        """Number of slots that hold a key, the first ones."""
         return min(self.enqueued, self.size)
 
     @record_function("queue")
@@ -42,9 +40,9 @@ class KeyQueue(nn.Module):
 
     @record_function("queue")
     def owners(self, samples: Tensor) -> Tensor:
-        """Return for each filled slot the row of `samples` that its key is of, -1 if of none.
+        """Return for each filled slot the row of `samples` that its key belongs to, -1 for none.
 
-        int64 (filled,); `samples`, int64 (rows,), are all different. No matrix of rows by slots.
+        int64 (filled,); `samples`, int64 (rows,), are distinct. Builds no matrix of rows by slots.
         """
         theirs = self.samples[: self.filled]
         ordered, rows = samples.sort()
@@ -54,7 +52,7 @@ class KeyQueue(nn.Module):
     @record_function("queue")
     @torch.no_grad()
     def enqueue(self, keys: Tensor, samples: Tensor) -> None:
-        """Write `keys` (n, dim), of the samples `samples` (n,), over the oldest ones."""
+        """Replace the oldest keys by `keys` (n, dim) of `samples` (n,); n is at most `size`."""
         assert len(keys) <= self.size, f"{len(keys)} keys don't fit into a queue of {self.size}"
         start = self.enqueued % self.size
         tail = min(len(keys), self.size - start)

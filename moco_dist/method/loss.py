@@ -19,15 +19,15 @@ def info_nce(
     """Return the mean InfoNCE loss (equation 1) and the logits, (rows, 1 + filled), positive first.
 
     `queries` and `positives` are unit vectors (rows, dim), `negatives` (filled, dim). `owners`,
-    int64 (filled,), is the row whose image a negative is an older key of, which doesn't count for
-    it; -1 where there is none. The loss alone has a gradient, that of the queries.
+    int64 (filled,), is the row whose own image a negative shows, so that it doesn't count in that
+    row; -1 for none. Only the loss has a gradient, and only for the queries.
     """
     loss, logits = _InfoNCE.apply(queries, positives, negatives, temperature, owners)
     return loss, logits
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The loss in one tensor of logits, written once: nothing of the queue's size is copied."""
+    """The loss with a single tensor of logits, so that nothing of the queue's size is copied."""
 
     @staticmethod
     def forward(
@@ -57,7 +57,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the queries: softmax less one at the positive, times the keys."""
+        """Return the gradient of the queries: (softmax - one-hot positive) times the keys."""
         positives, negatives, logits, total = ctx.saved_tensors
         shares = (logits - total[:, None]).exp_()
         shares[:, 0] -= 1

@@ -1,8 +1,4 @@
-"""Momentum Contrast: query encoder, key encoder and queue; shuffled keys; the momentum update.
-
-He, Fan, Wu, Xie, Girshick: Momentum Contrast for Unsupervised Visual Representation Learning,
-CVPR 2020.
-"""
+"""Momentum Contrast (He, Fan, Wu, Xie, Girshick, CVPR 2020): encoders, queue, shuffled keys."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from moco_dist.method.key_queue import KeyQueue
 
 
 class MoCo(nn.Module):
-    """The two encoders and the queue: all state of the method besides the optimizer's."""
+    """The two encoders and the queue: all state of the method except the optimizer's."""
 
     def __init__(self, encoder: Encoder, queue_size: int, dim: int) -> None:
         super().__init__()
@@ -43,11 +39,10 @@ def shuffled_keys(
     unshuffle: Tensor,
     gather: Callable[[Tensor], Tensor] = comms.all_gather,
 ) -> Tensor:
-    """Return on every process the keys of the global batch in its order, float (batch_size, dim).
+    """Return the keys of the global batch on every process, in its order, float (batch_size, dim).
 
-    `pieces` give the views of this process's share of the permuted batch, piece by piece. `gather`
-    joins the keys of all processes in the order of ranks, and `unshuffle`, int64 (batch_size,),
-    undoes the permutation (section 3.3).
+    `pieces` return the views of this process's share of the permuted batch. `gather` joins the keys
+    of all ranks, and `unshuffle`, int64 (batch_size,), undoes the permutation (section 3.3).
     """
     mine = torch.cat([encoder(piece()) for piece in pieces])
     return gather(mine)[unshuffle]

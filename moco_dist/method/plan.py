@@ -1,11 +1,9 @@
-"""Which rows of the data each step takes, and which of them are this process's queries and keys.
+"""The rows of the data in each step, and those that are this process's queries and keys.
 
-A global batch is `batch_size` samples. Process r of N owns its rows [r B/N, (r + 1) B/N) as
-queries. ShuffleBN (He et al. 2020, section 3.3): the keys are encoded in a permuted order, so that
-a key shares its BatchNorm group with other samples than its query does. Every process draws the
-same permutation from (seed, step), so it simply takes the rows that the permutation gives it, and
-no image crosses the network. Of streamed data, the crops for `Step.key_rows` may come from the
-processes that have decoded them for their queries, by an all-to-all (`view_source.py`).
+Process r of N owns rows [r B/N, (r + 1) B/N) of a global batch of B samples as queries. With
+ShuffleBN (He et al. 2020, section 3.3) the keys are encoded in a permuted order, so that a key and
+its query meet different samples in their BatchNorm groups. Every process draws the permutation from
+(seed, step) and makes the keys that it assigns to it, so that no image crosses the network.
 """
 
 from __future__ import annotations
@@ -29,9 +27,9 @@ class Step:
     epoch: int
     # Sample numbers of the global batch, int64 (batch_size,), the same on every process.
     samples: Tensor
-    # Places in the global batch of this process's queries, int64 (local,), ascending.
+    # This process's queries, as ascending places in the global batch, int64 (local,).
     query_rows: Tensor
-    # Places in the global batch of this process's keys, int64 (local,), for each view with keys.
+    # This process's keys for each view, as places in the global batch, int64 (local,).
     key_rows: tuple[Tensor, ...]
     # For each of those views, int64 (batch_size,): keys[unshuffle] puts gathered keys in order.
     unshuffle: tuple[Tensor, ...]
@@ -57,7 +55,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; the samples left over are others in each epoch."""
+        """Whole batches in an epoch; each epoch leaves out different samples."""
         return self.num_samples // self.batch_size
 
     @property
@@ -71,7 +69,7 @@ class Plan:
         return _order(self.num_samples, self.seed, epoch, self.device)
 
     def step(self, step: int, key_views: int = 1) -> Step:
-        """Return the rows of step `step`, counted from 0 over the whole run."""
+        """Return the rows of a step, counted from 0 over the whole run."""
         epoch, place = divmod(step, self.steps_per_epoch)
         samples = self.order(epoch)[place * self.batch_size :][: self.batch_size]
         shuffles = [
@@ -87,13 +85,13 @@ class Plan:
         )
 
 
-@lru_cache(maxsize=4)  # two epochs at the turn of one, on two devices where data is streamed
+@lru_cache(maxsize=4)  # two epochs where one ends, on two devices if data is streamed
 def _order(num_samples: int, seed: int, epoch: int, device: torch.device) -> Tensor:
     return permutation(num_samples, seed, Purpose.ORDER, epoch, device=device)
 
 
 def check_batch(batch_size: int, world_size: int) -> None:
-    """Raise ConfigError unless a global batch can be shared out evenly, naming sizes that can."""
+    """Raise ConfigError, naming sizes that work, unless processes get equal parts of a batch."""
     if batch_size % world_size:
         lower = max(world_size, batch_size // world_size * world_size)
         raise ConfigError(
@@ -103,22 +101,21 @@ def check_batch(batch_size: int, world_size: int) -> None:
 
 
 def check_groups(bn_groups: int, world_size: int, micro_batches: int) -> None:
-    """Raise ConfigError unless BatchNorm groups can be shared whole, naming numbers that can."""
+    """Raise ConfigError, naming numbers that work, unless each pass gets whole BatchNorm groups."""
     if bn_groups % world_size:
-        fitting = [n for n in range(1, bn_groups + 1) if bn_groups % n == 0]
         raise ConfigError(
             f"bn_groups={bn_groups} can't be shared by {world_size} processes; "
-            f"the number of processes may be {_listed(fitting)}, "
+            f"the number of processes may be {_divisors(bn_groups)}, "
             f"or set bn_groups to a multiple of {world_size}"
         )
     local = bn_groups // world_size
     if local % micro_batches:
-        fitting = [n for n in range(1, local + 1) if local % n == 0]
         raise ConfigError(
             f"runtime.micro_batches={micro_batches} can't share the {local} BatchNorm groups of a "
-            f"process; use {_listed(fitting)}"
+            f"process; use {_divisors(local)}"
         )
 
 
-def _listed(numbers: list[int]) -> str:
-    return " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))
+def _divisors(number: int) -> str:
+    *lower, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return " or ".join(filter(None, [", ".join(lower), last]))

@@ -1,4 +1,4 @@
-"""Learning rate, momentum and what is due, as functions of the step: no state to save."""
+"""Learning rate, momentum and what is due, as functions of the step, without state."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from moco_dist.config.recipe import MocoConfig, OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """Return the learning rate of step `step`, counted from 0.
+    """Return the learning rate of a step, counted from 0.
 
-    cosine: half a cosine from optim.lr at step 0 to 0 at total_steps (Loshchilov and Hutter 2017,
-    equation 5, without restarts); step: times optim.gamma at each milestone.
+    The cosine falls from optim.lr at step 0 to 0 at total_steps (Loshchilov and Hutter 2017,
+    equation 5, without restarts).
     """
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -25,12 +25,12 @@ def learning_rate(optim: OptimConfig, step: int, steps_per_epoch: int, total_ste
 
 
 def key_momentum(moco: MocoConfig, step: int, total_steps: int) -> float:
-    """Return the share of the key encoder that stays; cosine ends at 1 (Grill et al. 2020)."""
+    """Return the key encoder's momentum; the cosine rises to 1 (Grill et al. 2020)."""
     if moco.momentum_schedule == "constant":
         return moco.momentum
     return 1 - (1 - moco.momentum) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 def due(every: int, number: int, always: bool = False) -> bool:
-    """Return whether something is due at `number`, from 1, if it is every `every`; 0 is never."""
+    """Return whether something is due at `number`, counted from 1; an `every` of 0 means never."""
     return every > 0 and (always or (number > 0 and number % every == 0))

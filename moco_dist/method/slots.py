@@ -1,4 +1,4 @@
-"""The place of each random number of a view, without torch: data workers read them too."""
+"""The place of each random number of a view; without torch, because data workers read it too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CROP_ATTEMPTS = 10
 
 
 class Slot(IntEnum):
-    """The index of each number that a view is drawn from; those of a range are its first."""
+    """The index of each random number of a view; for a range of numbers, of its first."""
 
     SHARE = 0  # CROP_ATTEMPTS numbers: the crop's share of the image's area
     RATIO = SHARE + CROP_ATTEMPTS  # CROP_ATTEMPTS numbers: its width over its height

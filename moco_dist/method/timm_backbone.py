@@ -1,4 +1,4 @@
-"""A model of timm as a backbone, its BatchNorm layers in groups; loads timm to build one."""
+"""timm models as backbones, with grouped BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from torch import Tensor, nn
 
 from moco_dist.errors import ConfigError, shown
 
-# Layers that draw from a random state in training, by the name of their class and their rate.
-_RANDOM = {"p", "prob", "drop_prob"}
+# Attributes that hold the rate of a dropout layer.
+_RATES = ("p", "prob", "drop_prob")
 
 
 def build(name: str, channels: int, norm_layer: Callable[[int], nn.BatchNorm2d]) -> nn.Module:
-    """Return the model `name` of timm for images of so many channels, without its classifier.
+    """Return timm's model `name` with new weights and `norm_layer`s, without its classifier.
 
-    Its weights are new. Each of its BatchNorm layers is one that `norm_layer` made, under the same
-    name. Raises ConfigError if timm or the model is not there, or if the model can't be trained the
-    same on any machine: it draws random numbers of its own, or normalises over the batch in another
-    way.
+    Raises ConfigError if timm or the model is missing, or if training would depend on the machine:
+    the model draws random numbers, or normalises over the batch in another way.
     """
     try:
         import timm
@@ -32,7 +30,7 @@ def build(name: str, channels: int, norm_layer: Callable[[int], nn.BatchNorm2d])
         near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:3] if name else []
         hint = f"near it are {', '.join(near)}" if near else "timm.list_models() has all names"
         raise ConfigError(f"encoder.backbone=timm/{shown(name)}: timm has no such model; {hint}")
-    try:  # what has position embeddings then takes any size of image
+    try:  # models with position embeddings then accept any image size
         model: nn.Module = timm.create_model(
             name, num_classes=0, in_chans=channels, dynamic_img_size=True
         )
@@ -46,17 +44,17 @@ def build(name: str, channels: int, norm_layer: Callable[[int], nn.BatchNorm2d])
                 f"encoder.backbone=timm/{name}: its layer {path} is a {type(module).__name__}, "
                 "which is not computed in groups here; choose another model"
             )
-        rate = max((getattr(module, key, 0) or 0 for key in _RANDOM), default=0)
+        rate = max(getattr(module, key, 0) or 0 for key in _RATES)
         if "Drop" in type(module).__name__ and rate:
             raise ConfigError(
                 f"encoder.backbone=timm/{name}: its layer {path} drops at random (rate {rate}), "
-                "which no other number of processes would repeat; choose another model"
+                "so its result would depend on the number of processes; choose another model"
             )
     return model
 
 
 def _grouped(norm: nn.BatchNorm2d, norm_layer: Callable[[int], nn.BatchNorm2d]) -> nn.BatchNorm2d:
-    """Return a layer of `norm_layer` in the place of `norm`, with the activation that it had."""
+    """Return a `norm_layer` with the settings, weights and activation of `norm`."""
     grouped = norm_layer(norm.num_features)
     grouped.eps, grouped.momentum = norm.eps, norm.momentum
     # A new model may start a residual branch at zero.

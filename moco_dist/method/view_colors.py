@@ -1,39 +1,37 @@
-"""Operations on the colours of a batch of images, each image with its own strength.
-
-Formulas are those of torchvision's transforms on float tensors, written for whole batches.
-"""
+"""torchvision's colour operations on float images, for batches with a strength per image."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-# Of red, green and blue, as torchvision rounds those of BT.601.
+# Shares of red, green and blue: BT.601 as torchvision rounds it.
 LUMA = 0.2989, 0.587, 0.114
 
 
-def column(values: Tensor) -> Tensor:
-    return values.reshape(-1, 1, 1, 1)
+def filled(values: Iterable[float], like: Tensor) -> Tensor:
+    """Return the vector of `values` on the device of `like`, filled there, without a copy."""
+    return torch.cat([like.new_full((1,), value) for value in values])
 
 
 def select(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    """Return where(condition, chosen, other), exactly, for finite numbers.
+    """Return where(condition, chosen, other) for finite images (n, c, H, W), condition bool (n,).
 
-    `lerp` returns its end points as they are; on a CPU `where` takes 4 to 30 times as long.
+    `lerp` returns its end points exactly; on a CPU `where` takes 4 to 30 times as long.
     """
-    return torch.lerp(other, chosen, column(condition).to(other.dtype))
+    return torch.lerp(other, chosen, condition.reshape(-1, 1, 1, 1).to(other.dtype))
 
 
 def change_some(
     images: Tensor, which: Tensor, change: Callable[[Tensor, Tensor | slice], Tensor]
 ) -> Tensor:
-    """Return images (n, c, H, W), those of `which`, bool (n,), as `change` returns them.
+    """Return images (n, c, H, W) with those of `which`, bool (n,), replaced by `change` of them.
 
-    It is called with images and their rows. A CPU changes no others, in place; a GPU would have to
-    wait to learn which they are, and changes all.
+    `change` is called with images and their rows. A CPU changes those rows only, in place; a GPU
+    would have to wait for `which`, so it computes all and selects.
     """
     if images.device.type != "cpu" or torch.compiler.is_compiling():
         return select(which, change(images, slice(None)), images)
@@ -41,15 +39,8 @@ def change_some(
     return images.index_copy_(0, rows, change(images.index_select(0, rows), rows))
 
 
-def _luma(channels: int, like: Tensor) -> Tensor:
-    """Return the shares of the channels in the luma, (channels,)."""
-    shares = LUMA if channels == 3 else (1.0,)
-    # Filled on the device: a tensor made of a list would be copied there, and waited for.
-    return torch.cat([like.new_full((1,), share) for share in shares])
-
-
 def to_grayscale(images: Tensor) -> Tensor:
-    """Return the luma (n, 1, H, W) of images (n, 1 or 3, H, W); one channel is gray as it is."""
+    """Return the luma (n, 1, H, W) of images (n, 1 or 3, H, W)."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.chunk(3, dim=1)
@@ -57,19 +48,19 @@ def to_grayscale(images: Tensor) -> Tensor:
 
 
 def make_gray(images: Tensor, which: Tensor) -> Tensor:
-    """Return images (n, 3, H, W), those of `which`, bool (n,), gray; on a CPU in place."""
+    """Return images (n, c, H, W) with those of `which`, bool (n,), gray; on a CPU in place."""
     return change_some(images, which, lambda some, _: to_grayscale(some).expand_as(some))
 
 
 def tones(operation: Tensor, factor: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `adjust_tone` takes: matrices (..., n, c, c) and weights (..., n, c) of means.
+    """Return what `adjust_tone` needs: matrices (..., n, c, c) and weights of means (..., n, c).
 
     `operation`, int64 (..., n), is BRIGHTNESS, CONTRAST or SATURATION; `factor`, float64 (..., n).
-    `images` say how many channels there are, 1 or 3, and in which dtype.
+    `images` give the number of channels, 1 or 3, and the dtype.
     """
     rest = 1 - factor
     channels = images.shape[1]
-    luma = _luma(channels, factor)
+    luma = filled(LUMA if channels == 3 else (1.0,), factor)
     of_gray, of_mean = (
         (rest * (operation == which))[..., None] * luma for which in (SATURATION, CONTRAST)
     )
@@ -78,17 +69,16 @@ def tones(operation: Tensor, factor: Tensor, images: Tensor) -> tuple[Tensor, Te
 
 
 def adjust_tone(images: Tensor, matrix: Tensor, of_mean: Tensor) -> Tensor:
-    """Return images (n, 1 or 3, H, W) changed by one of three operations each, from `tones`.
+    """Return images (n, 1 or 3, H, W) after one operation each, given by `tones`.
 
     factor * image + (1 - factor) * reference, clamped to [0, 1]: BRIGHTNESS blends with black,
-    CONTRAST with the mean of the gray image, SATURATION with the gray image (torchvision's
-    formulas), which leaves one channel as it is. Each is a matrix (c, c) for the colours of all
-    pixels, and one number to add. A factor of 1 changes no bit of images in [0, 1].
+    CONTRAST with the mean of the gray image, SATURATION with the gray image. Each is a matrix
+    (c, c) on colours and one number to add. A factor of 1 changes no bit of images in [0, 1].
     """
-    # A sum over one large image in one step would depend on the number of threads, and baddbmm has
-    # other bits for one image than for several.
+    # Summing an image in one step would depend on the number of threads, and the bits of baddbmm
+    # depend on the number of images.
     offset = (images.mean(3).mean(2) * of_mean).sum(1).reshape(-1, 1, 1)
-    if torch.compiler.is_compiling():  # which fuses sums of few terms, and no products of matrices
+    if torch.compiler.is_compiling():  # it fuses short sums, but not products of matrices
         own = images.unbind(1)
         rows = [row.reshape(-1, len(own), 1, 1).unbind(1) for row in matrix.unbind(1)]
         mixed = [sum(map(torch.mul, row, own), offset) for row in rows]
@@ -99,11 +89,10 @@ def adjust_tone(images: Tensor, matrix: Tensor, of_mean: Tensor) -> Tensor:
 def adjust_hue_(images: Tensor, hue: Tensor) -> Tensor:
     """Turn the hue of images (n, 3, H, W) in [0, 1], in place, by `hue` (n,), in turns.
 
-    HSV after Smith, Color gamut transform pairs, SIGGRAPH 1978. Turning leaves the largest and the
-    smallest channel values as they are, so value and saturation are never computed. With channels
-    scaled to smallest 0 and largest 1 the hue, in sixths of a turn, is 1 + green + blue - red where
-    green is more than blue, and the negative of that where it is less: the six cases as one.
-    One channel has no hue: it is returned as it is.
+    HSV after Smith, Color gamut transform pairs, SIGGRAPH 1978. The largest and smallest channel
+    stay, so value and saturation are never computed. With channels scaled to smallest 0 and largest
+    1, the hue in sixths of a turn is 1 + green + blue - red where green exceeds blue, and the
+    negative of that elsewhere, which covers all six cases. One channel has no hue and stays.
     """
     if images.shape[1] == 1:
         return images
@@ -112,7 +101,7 @@ def adjust_hue_(images: Tensor, hue: Tensor) -> Tensor:
     torch.minimum(smallest, red, out=smallest)
     chroma = torch.maximum(largest, red, out=largest).sub_(smallest)
     sector = (green + blue).sub_(red).sub_(smallest)
-    # One tensor serves all that is needed for a moment: a core's cache holds few.
+    # One tensor for all intermediate values, because a core's cache holds few.
     spare = chroma.clamp(min=torch.finfo(images.dtype).tiny)
     sector.div_(spare).add_(1).copysign_(torch.sub(green, blue, out=spare))
     sector.add_((6 * hue).to(images.dtype)[:, None, None])
@@ -120,7 +109,7 @@ def adjust_hue_(images: Tensor, hue: Tensor) -> Tensor:
     for channel, at, slope, offset in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
         share = torch.sub(sector, at, out=spare).abs_().mul_(slope).add_(offset)
         share.clamp_(0, 1)
-        if torch.compiler.is_compiling():  # which does not write into a part of a tensor
+        if torch.compiler.is_compiling():  # it can't write into a part of a tensor
             channel.copy_(torch.addcmul(smallest, chroma, share))
         else:
             torch.addcmul(smallest, chroma, share, out=channel)

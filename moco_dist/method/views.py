@@ -1,11 +1,10 @@
-"""The random views of a batch of images, on their device, with own parameters for every sample.
+"""The random views of a batch of images, computed on their device, drawn for each sample.
 
-`draw` says what happens to each sample, as a pure function of (seed, epoch, sample index, view);
-`apply` does it. The recipe is MoCo v2's (Chen et al. 2020, arXiv:2003.04297, footnote 1: SimCLR's
-views with a weaker jitter); `grayscale_before_jitter` gives MoCo v1's (He et al. 2020,
-arXiv:1911.05722, section 3.3). Laws and arithmetic are those of torchvision's transforms on float
-tensors. On a GPU shapes depend on no value and nothing is read back or copied from the host, so
-that a step can be captured as a graph.
+`draw` returns the parameters as a pure function of (seed, epoch, sample index, view); `apply` makes
+the views. The recipe is MoCo v2's (Chen et al. 2020, arXiv:2003.04297, footnote 1: SimCLR's views
+with a weaker jitter); `grayscale_before_jitter` gives MoCo v1's (He et al. 2020, arXiv:1911.05722,
+section 3.3). Distributions and arithmetic are those of torchvision's transforms on float tensors.
+On a GPU no shape depends on a value and the host never waits, so that a step can be a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,19 +23,20 @@ from moco_dist.method.view_colors import (
     adjust_hue_,
     adjust_tone,
     change_some,
+    filled,
     make_gray,
     select,
     tones,
 )
 from moco_dist.randomness import Key, Purpose, uniform
 
-# Numbers of images of which an operation keeps all that it needs in a core's cache.
+# Pixel values that an operation can keep in a core's cache with all that it needs.
 _IN_CACHE = 2**18
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The parameters of a batch of n views; every field has one row for each sample."""
+    """The parameters of n views: each field has one row per sample."""
 
     # The crop, in pixels of the source image: int64.
     top: Tensor
@@ -45,19 +45,18 @@ class Draws:
     width: Tensor
     flip: Tensor  # bool
     jitter: Tensor  # bool
-    # Factors of brightness, contrast and saturation, and the shift of the hue in turns: float64.
+    # Factors of brightness, contrast and saturation, and shift of the hue in turns: float64.
     brightness: Tensor
     contrast: Tensor
     saturation: Tensor
     hue: Tensor
-    order: Tensor  # int64 (n, 4): the operation at each place, by the numbers BRIGHTNESS to HUE
+    order: Tensor  # int64 (n, 4): the operation at each place, BRIGHTNESS to HUE
     grayscale: Tensor  # bool
     blur: Tensor  # bool
     sigma: Tensor  # float64, pixels of the view
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the numbers of the jitter at each of its places, float64 (4, n), and the hue's
-        place, int64 (n,)."""
+        """Return the jitter's numbers in order, float64 (4, n), and the hue's place, int64 (n,)."""
         factors = torch.stack([self.brightness, self.contrast, self.saturation, self.hue])
         return factors.gather(0, self.order.T), (self.order == HUE).long().argmax(dim=1)
 
@@ -73,14 +72,14 @@ def _factor(number: Tensor, strength: float) -> Tensor:
 def _crop_sides(
     config: ViewsConfig, numbers: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return height and width of the first of ten attempts that fits, and whether one does."""
+    """Return height and width of the first attempt that fits, and whether one does."""
     shares, ratio = _attempts(config, numbers)
     area = height * width * shares
     heights = (area / ratio).sqrt().round().long()
     widths = (area * ratio).sqrt().round().long()
     fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
     first = fits.long().argmax(dim=1, keepdim=True)
-    # Where none fits: the largest crop with the image's own ratio, clamped to the range.
+    # If none fits: the largest crop with the image's ratio, clamped to the range.
     largest_height = min(height, round(width / config.ratio_min))
     largest_width = min(width, round(height * config.ratio_max))
     heights = torch.where(fits, heights, largest_height).gather(1, first)
@@ -89,16 +88,16 @@ def _crop_sides(
 
 
 def _attempts(config: ViewsConfig, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return share of the area and ratio of the attempts (n, 10) at a crop."""
+    """Return each attempt's share of the area and ratio, (n, CROP_ATTEMPTS)."""
     shares, ratios = numbers.chunk(2, dim=1)
     ratio = _between(ratios, math.log(config.ratio_min), math.log(config.ratio_max)).exp()
     return _between(shares, config.scale_min, config.scale_max), ratio
 
 
 def crop_numbers(config: ViewsConfig, seed: int, epoch: Key, index: Tensor, view: int) -> Tensor:
-    """Return what `draw` makes the crop from, for any size of image: float64 (n, CROP_NUMBERS).
+    """Return what a crop is made from, for any image size: float64 (n, CROP_NUMBERS).
 
-    Shares of the area and ratios of the attempts, and the place of the one that fits, in [0, 1).
+    These are the attempts' shares and ratios, then the crop's place in [0, 1), down and across.
     """
     slots = torch.arange(Slot.LEFT + 1, device=index.device)
     numbers = uniform(seed, Purpose.VIEW, epoch, view, index[:, None], slots)
@@ -115,12 +114,11 @@ def draw(
     image_height: int,
     image_width: int,
 ) -> Draws:
-    """Return the parameters of view number `view` of the samples `index` (int64, (n,)).
+    """Return the parameters of view number `view` of the samples `index`, int64 (n,).
 
-    `view` is a number, or int64 (n,); `epoch` a number, or an int64 tensor without dimensions. The
-    crop is that of Inception (Szegedy et al. 2015, arXiv:1409.4842, section 6) with torchvision's
-    ten attempts, the other laws are those of SimCLR's appendix A (Chen et al. 2020,
-    arXiv:2002.05709) in torchvision.
+    `view` is an int or int64 (n,); `epoch` an int or a scalar int64 tensor. The crop is Inception's
+    (Szegedy et al. 2015, arXiv:1409.4842, section 6) with torchvision's ten attempts; the rest
+    follows SimCLR's appendix A (Chen et al. 2020, arXiv:2002.05709) as in torchvision.
     """
     slots = torch.arange(SLOTS, device=index.device)
     view = view[:, None] if isinstance(view, Tensor) else view
@@ -149,15 +147,15 @@ def draw(
 def _resize_weights(
     start: Tensor, length: Tensor, flip: Tensor, source: int, size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Return matrices (n, size, source) that cut [start, start + length), resize and mirror it.
+    """Return matrices (n, size, source) that cut out [start, start + length), resize and flip it.
 
-    Antialiased bilinear: a triangle as wide as a target pixel, and at least as a source pixel.
+    The antialiased bilinear filter is a triangle as wide as the larger of the two pixels.
     """
     target = torch.arange(size, dtype=torch.float64, device=start.device)
     target = torch.where(flip[:, None], size - 1 - target, target)
     scale = length[:, None].to(torch.float64) / size
     center = start[:, None] + scale * (target + 0.5) - 0.5
-    # The whole part is taken off first: a float32 has the bits for the rest, not for the sum.
+    # The whole part is subtracted first, because float32 lacks the bits for the sum.
     whole = center.floor()
     pixel = torch.arange(source, dtype=dtype, device=start.device)
     offset = pixel - whole[:, :, None].to(dtype)
@@ -170,10 +168,9 @@ def _resize_weights(
 
 
 def crop_and_resize(images: Tensor, draws: Draws, size: int) -> Tensor:
-    """Return each one's window of images (n, c, H, W), resized to (n, c, size, size) and mirrored.
+    """Return the crops of images (n, c, H, W), resized to (n, c, size, size) and flipped.
 
-    Agrees with interpolate(antialias=True) of the window alone: nothing beyond its edge is read.
-    Two small products a sample, with the flip in the second's weights: no gather, no grid.
+    Agrees with interpolate(antialias=True) of the cut-out window: nothing beyond its edge is read.
     """
     channels, height, width = images.shape[1:]
     upright = torch.zeros_like(draws.flip)
@@ -184,21 +181,19 @@ def crop_and_resize(images: Tensor, draws: Draws, size: int) -> Tensor:
 
 
 def color_jitter(images: Tensor, draws: Draws) -> Tensor:
-    """Return images (n, 1 or 3, H, W) with the four operations in each one's own order, in [0, 1].
+    """Return images (n, 1 or 3, H, W) after each one's four operations in order, in [0, 1].
 
-    On a CPU it changes `images` themselves. The same bits from both ways: a CPU takes the samples
-    by the place of their hue, and a GPU all of them alike, since it would have to wait to learn
-    which are which.
+    A CPU works in place on samples with equal places of the hue. A GPU would have to wait for those
+    places, so it treats all samples alike; the bits are the same.
     """
     by_place = images.device.type == "cpu" and not torch.compiler.is_compiling()
     return (_jitter_by_place if by_place else _jitter_alike)(images, draws)
 
 
 def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
-    """Jitter by operations that are the same for all samples.
+    """Jitter by three blends, one turn of the hue and three blends, which cover all 24 orders.
 
-    Three blends, one turn of the hue and three blends do for all 24 orders: a blend is made before
-    or after the hue, and on the other side it has the factor 1. No jitter is the exact identity.
+    A blend is made on one side of the hue and has the factor 1, the exact identity, on the other.
     """
     factors, place_of_hue = draws.factors()
     place = torch.arange(4, device=images.device)[:, None]
@@ -217,9 +212,9 @@ def _jitter_alike(images: Tensor, draws: Draws) -> Tensor:
 
 
 def _jitter_by_place(images: Tensor, draws: Draws) -> Tensor:
-    """Jitter those that are jittered, in place, by the place of their hue.
+    """Jitter in place, by the place of the hue, as many samples at a time as fit in the caches.
 
-    As many at a time as stay in the caches. It clamps where the other way has blends of factor 1.
+    It clamps where `_jitter_alike` has blends of factor 1.
     """
     factors, place_of_hue = draws.factors()
     matrices, of_mean = tones(draws.order.T, factors, images)
@@ -242,9 +237,9 @@ def _jitter_by_place(images: Tensor, draws: Draws) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Return images (n, c, H, W) blurred by a Gaussian of `sigma` (n,) pixels, edges reflected.
+    """Return images (n, c, H, W) blurred by Gaussians of `sigma` (n,) pixels, edges reflected.
 
-    The kernel is cut to `kernel_size` taps, an odd number, and normalised (SimCLR, appendix A).
+    The kernel has `kernel_size` taps, an odd number, and is normalised (SimCLR, appendix A).
     """
     radius = kernel_size // 2
     assert radius < min(images.shape[2:]), f"{kernel_size} taps can't be reflected in the image"
@@ -263,13 +258,11 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 def normalize_(images: Tensor, config: ViewsConfig) -> Tensor:
-    """Take the channel's mean off images (n, c, H, W), in place, and divide by its deviation."""
+    """Subtract the channel means from images (n, c, H, W), in place, and divide by the std."""
     assert images.shape[1] == len(config.mean), (
         f"images have {images.shape[1]} channels, and mean and std are of {len(config.mean)}"
     )
-    # Filled on the device: a tensor made of a list would be copied there, and waited for.
-    mean = torch.cat([images.new_full((1, 1, 1), value) for value in config.mean])
-    std = torch.cat([images.new_full((1, 1, 1), value) for value in config.std])
+    mean, std = (filled(each, images)[:, None, None] for each in (config.mean, config.std))
     return images.sub_(mean).div_(std)
 
 
@@ -278,8 +271,8 @@ def apply(
 ) -> Tensor:
     """Return the normalised views (n, c, size, size) of uint8 images (n, c, H, W).
 
-    All arithmetic is done in `dtype`, float32 or float64, also under autocast. The flip belongs to
-    the crop; it commutes with all that follows.
+    All arithmetic is in `dtype`, float32 or float64, even under autocast. The flip is part of the
+    crop, because it commutes with the rest.
     """
     assert images.dtype == torch.uint8, f"images are uint8, got {images.dtype}"
     with torch.autocast(images.device.type, enabled=False):
@@ -291,20 +284,20 @@ def apply(
         if not config.grayscale_before_jitter and config.grayscale > 0:
             views = make_gray(views, draws.grayscale)
         if config.blur > 0:
-            # The odd number nearest to a tenth of the side: 23 for 224, as SimCLR has it.
+            # The odd number nearest to a tenth of the side, 23 for 224 as in SimCLR.
             taps = max(3, config.size // 20 * 2 + 1)
-            views = change_some(
-                views,
-                draws.blur,
-                lambda some, rows: gaussian_blur(some, draws.sigma[rows], taps),
-            )
+
+            def blurred(some: Tensor, rows: Tensor | slice) -> Tensor:
+                return gaussian_blur(some, draws.sigma[rows], taps)
+
+            views = change_some(views, draws.blur, blurred)
         return normalize_(views, config)
 
 
 def center(images: Tensor, config: ViewsConfig, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the evaluation view: the normalised centre (n, c, size, size) of uint8 images.
 
-    Images whose shorter side is below `config.size` are enlarged until it is that long.
+    Smaller images are first enlarged until the shorter side is `config.size`.
     """
     size = config.size
     pixels = images.to(dtype).div_(255)
@@ -325,25 +318,14 @@ def make(
     index: Tensor,
     view: Key,
     dtype: torch.dtype = torch.float32,
+    cropped: bool = False,
 ) -> Tensor:
-    """Return view number `view` of uint8 images, (n, c, size, size): `apply` of `draw`."""
+    """Return view number `view` of uint8 images (n, c, H, W): `apply` of `draw`.
+
+    If they are `cropped`, (n, c, size, size), only the flip of that stage is applied.
+    """
     draws = draw(config, seed, epoch, index, view, *images.shape[2:])
+    if cropped:
+        zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, config.size)
+        draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
     return apply(images, draws, config, dtype)
-
-
-def finish(
-    crops: Tensor,
-    config: ViewsConfig,
-    seed: int,
-    epoch: Key,
-    index: Tensor,
-    view: Key,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return what `make` does, of crops that are cut and resized, uint8 (n, c, size, size)."""
-    size = config.size
-    draws = draw(config, seed, epoch, index, view, size, size)
-    zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, size)
-    # The window is the whole crop: what is left of that stage is its flip, exactly.
-    draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
-    return apply(crops, draws, config, dtype)
