@@ -1,4 +1,4 @@
-"""Which checkpoints stay, what a save in the background does, and what it refuses."""
+"""Which checkpoints are kept, and what a save in the background does and refuses."""
 
 from __future__ import annotations
 

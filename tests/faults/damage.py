@@ -1,4 +1,4 @@
-"""Damaged checkpoints: found, set aside, passed over; and pieces of state that are missing."""
+"""Damaged checkpoints are found, set aside and skipped; missing pieces of state are refused."""
 
 from __future__ import annotations
 
