@@ -1,4 +1,4 @@
-"""A command ends once, with its own exit state, also if a signal comes as it exits."""
+"""A command ends once, with its exit status, also if a signal comes as it exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One encoder by every name that it can have: five readers, one answer."""
+"""One encoder under every name that it can have: five readers, one answer."""
 
 from __future__ import annotations
 
@@ -205,9 +205,7 @@ def test_ten_ways_to_name_an_encoder_and_five_readers_have_one_answer(tmp_path: 
         rows[way] = list(answers(path, tmp_path / f"{number}", model))
     print(f"\n{'':24}" + "".join(f"{name:>14}" for name in READERS))
     for way, cells in rows.items():
-        words = [
-            cell if cell == "ok" or cell.startswith("differs") else "refused" for cell in cells
-        ]
+        words = (cell if cell.startswith(("ok", "differs")) else "refused" for cell in cells)
         print(f"{way:22}" + "".join(f"{word:>14}" for word in words))
     for target in ("detectron2", "onnx"):
         cells = rows.pop(f"export for {target}")
@@ -268,9 +266,8 @@ def test_no_reader_runs_code_or_takes_an_encoder_without_training(
     tmp_path: Path, reader: str
 ) -> None:
     read = READERS[reader]
-    torch.save(
-        {"state_dict": {}, "hyper_parameters": Planted(tmp_path / "ran")}, tmp_path / "a.ckpt"
-    )
+    content = {"state_dict": {}, "hyper_parameters": Planted(tmp_path / "ran")}
+    torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(DataError, match="can't be read as tensors alone"):
         read(tmp_path / "a.ckpt", tmp_path)
     assert not (tmp_path / "ran").exists()

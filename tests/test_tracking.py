@@ -16,8 +16,8 @@ from moco_dist.config.recipe import ViewsConfig
 from moco_dist.encoders import features
 from moco_dist.errors import StoppedError
 from moco_dist.tracking import feed
-from moco_dist.tracking import tracker as tracking_tracker
 from moco_dist.tracking.media import Album
+from moco_dist.tracking.tracker import Tracker, cut_media, json_lines
 from tests.test_launch import TINY, lines, python
 
 HEADER = '{"schema": "moco_dist.metrics", "version": 1}\n'
@@ -30,7 +30,7 @@ def steps(path: Path) -> list[int]:
 def test_the_first_line_names_the_schema_and_stands_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for kept, step in ((-1, 0), (0, 1), (1, 2)):
-        tracking_tracker.json_lines(path, kept)(step, {"loss": 1.0})
+        json_lines(path, kept)(step, {"loss": 1.0})
         assert path.read_text().startswith(HEADER)
         assert steps(path) == [-1, *range(step + 1)]
 
@@ -39,14 +39,14 @@ def test_the_first_line_names_the_schema_and_stands_once(tmp_path: Path) -> None
 def test_lines_after_the_checkpoint_and_torn_ones_are_cut_off(tmp_path: Path, header: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(header + "".join(f'{{"step": {step}}}\n' for step in range(5)) + '{"step": 5, ')
-    tracking_tracker.json_lines(path, 3)(4, {})
+    json_lines(path, 3)(4, {})
     assert steps(path) == [-1] * bool(header) + [0, 1, 2, 3, 4]
 
 
 def test_a_torn_header_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(HEADER[:20])
-    tracking_tracker.json_lines(path, 7)(8, {})
+    json_lines(path, 7)(8, {})
     assert path.read_text().startswith(HEADER)
     assert steps(path) == [-1, 8]
 
@@ -54,12 +54,12 @@ def test_a_torn_header_is_written_again(tmp_path: Path) -> None:
 def test_pictures_of_later_steps_are_removed(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         (tmp_path / f"step_{step:08d}").mkdir()
-    tracking_tracker.cut_media(tmp_path, 10)
+    cut_media(tmp_path, 10)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["step_00000005", "step_00000010"]
 
 
 class Book:
-    """A service that writes down what it is told."""
+    """A service that records its calls."""
 
     name = "book"
 
@@ -93,12 +93,12 @@ class Book:
 def write(book: Book, path: Path) -> None:
     """Resume at step 2 and log steps 2 and 3 through a tracker."""
     path.write_text(HEADER + '{"step": 1, "time": 0, "a": 1}\n{"step": 2, "time": 0, "a": 2}\n')
-    with tracking_tracker.Tracker([], feeds=[feed.Feed(book, path)]) as tracker:
+    with Tracker([], feeds=[feed.Feed(book, path)]) as tracker:
         tracker.log(2, {"knn": 0.5})
         tracker.log(3, {"a": 3.0})
 
 
-def stop_in_an_evaluation(tracker: tracking_tracker.Tracker) -> None:
+def stop_in_an_evaluation(tracker: Tracker) -> None:
     with tracker:
         tracker.log(2, {"a": 2.0})
         tracker.log(3, {"a": 3.0})
@@ -119,7 +119,7 @@ def test_a_row_that_is_not_complete_waits_for_the_next_start(tmp_path: Path) -> 
         book = Book(resends=resends)
         path = tmp_path / "metrics.jsonl"
         path.write_text(HEADER)
-        tracker = tracking_tracker.Tracker([], feeds=[feed.Feed(book, path)])
+        tracker = Tracker([], feeds=[feed.Feed(book, path)])
         with pytest.raises(StoppedError):
             stop_in_an_evaluation(tracker)
         assert book.rows[-1][0] == last

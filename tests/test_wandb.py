@@ -140,11 +140,9 @@ def test_pictures_and_histograms_stand_at_their_steps(trained: Path, probed: Pat
         assert names == (shown if row["_step"] in (5, 10) else set())
     row = folder.history[-1]
     for name in ("views", "neighbours"):
-        picture = folder.path / "files" / row[f"media/{name}"]["path"]
-        assert (
-            picture.read_bytes()
-            == (trained / "media" / "step_00000010" / f"{name}.png").read_bytes()
-        )
+        shown_there = folder.path / "files" / row[f"media/{name}"]["path"]
+        drawn = trained / "media" / "step_00000010" / f"{name}.png"
+        assert shown_there.read_bytes() == drawn.read_bytes()
     positive, negative = (row[f"media/similarity_{sign}"] for sign in ("positive", "negative"))
     assert sum(positive["values"]) == 16
     assert 0 < sum(negative["values"]) <= 16 * 40  # one's own older keys don't count
@@ -174,11 +172,9 @@ def test_the_configuration_is_complete_but_for_folders_above(
     run = request.getfixturevalue(job)
     (folder,) = folders(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["output"] = "runs"
+    config |= {"output": "runs"} | ({"encoder": "run"} if job == "probed" else {})
     if job == "trained":
         config["data"]["root"] = "pictures"
-    else:
-        config["encoder"] = "run"
     shared = {key: value for key, value in folder.config.items() if key in config}
     assert shared == config
     environment = json.loads((run / "environment.json").read_text())
@@ -193,7 +189,7 @@ def test_nothing_secret_is_in_what_would_be_uploaded(
         (folder,) = folders(run)
         uploaded = [folder.log, *(p for p in (folder.path / "files").rglob("*") if p.is_file())]
         content = b"".join(path.read_bytes() for path in uploaded)
-        # Where the artifact's files lie is a note for `wandb sync`, which doesn't send it.
+        # `wandb sync` needs the local paths of the artifact's files, but doesn't send them.
         for artifact in folder.artifacts:
             for entry in artifact.manifest.contents:
                 content = content.replace(entry.local_path.encode(), b"")
@@ -203,7 +199,7 @@ def test_nothing_secret_is_in_what_would_be_uploaded(
         assert not folder.run.HasField("git")
 
 
-def test_a_probe_stands_beside_its_pretraining(trained: Path, probed: Path) -> None:
+def test_a_probe_is_in_the_group_of_its_pretraining(trained: Path, probed: Path) -> None:
     (pretrain,), (probe,) = folders(trained), folders(probed)
     assert (pretrain.run.job_type, probe.run.job_type) == ("pretrain", "probe")
     assert pretrain.run.run_group == probe.run.run_group == f"run-{pretrain.run.run_id}"
@@ -244,11 +240,11 @@ def test_the_encoder_that_is_uploaded_is_a_checkpoint_without_paths(trained: Pat
         assert tensor.equal(alone.state_dict()[name])
 
 
-# Starts that are killed, and what is left of them.
+# Launches that are killed, and what is left of them.
 
 
 class Start:
-    """A start of a run in a process group of its own."""
+    """A launch of a run in its own process group."""
 
     def __init__(
         self,
@@ -311,7 +307,7 @@ LONG = ["epochs=6", "checkpoint.every_steps=4", "checkpoint.every_epochs=0", "kn
 
 
 @pytest.mark.parametrize("how", ["offline", "online"])
-def test_killed_twice_a_run_keeps_its_id_and_no_step_stands_twice_or_is_missing(
+def test_killed_twice_a_run_keeps_its_id_and_no_step_is_there_twice_or_missing(
     how: str, tmp_path: Path, server: WandbServer
 ) -> None:
     arguments = [*LONG, f"tracking.wandb={how}"]
@@ -335,20 +331,19 @@ def test_killed_twice_a_run_keeps_its_id_and_no_step_stands_twice_or_is_missing(
     else:
         assert list(server.runs) == ids[:1]
         history, summary = server.history(ids[0]), server.summary(ids[0])
-    # The last start repeats nothing: speed and memory are those of the start that logged them.
-    own = [(step, _untimed(row)) for step, row in scalars(history)]
-    assert own == [(step, _untimed(row)) for step, row in expected(start.run)]
+    # The last launch repeats nothing, but speed and memory differ between launches.
+    machine = {"train/images_per_second", "system/memory_gb"}
+    sent, wanted = (
+        [(step, {k: v for k, v in row.items() if k not in machine}) for step, row in each]
+        for each in (scalars(history), expected(start.run))
+    )
+    assert sent == wanted
     assert [row["_step"] for row in history if "media/views" in row] == [5, 10, 15, 20, 25, 30]
     accuracies = [row["knn/top1"] for row in rows(start.run).values() if "knn/top1" in row]
     assert summary["knn/top1"] == {"max": max(accuracies), "last": accuracies[-1]}
 
 
-def _untimed(row: dict[str, float]) -> dict[str, float]:
-    machine = {"train/images_per_second", "system/memory_gb"}
-    return {k: v for k, v in row.items() if k not in machine}
-
-
-def test_an_online_start_sends_what_an_offline_one_kept(
+def test_an_online_launch_sends_what_an_offline_one_kept(
     tmp_path: Path, server: WandbServer
 ) -> None:
     place = [*SMALL, f"output={tmp_path}", "name=run"]
@@ -364,7 +359,7 @@ def test_an_online_start_sends_what_an_offline_one_kept(
 def test_a_signal_to_the_whole_group_ends_the_run_as_preempted(
     how: str, tmp_path: Path, server: WandbServer
 ) -> None:
-    # In a kNN evaluation the newest row would not be complete, and be sent by the next start.
+    # In a kNN evaluation the newest row would be incomplete, and sent by the next launch.
     arguments = ["epochs=100", "knn.every_epochs=0", f"tracking.wandb={how}"]
     with Start(tmp_path, *arguments, environment=server.environment) as start:
         start.service()
@@ -385,7 +380,7 @@ def test_a_signal_to_the_whole_group_ends_the_run_as_preempted(
     assert "WARNING" not in start.log.read_text()
 
 
-# What fails, and how the run goes on.
+# What fails, and how the run continues.
 
 
 def warned(text: str) -> list[str]:
@@ -436,9 +431,8 @@ def test_training_does_not_wait_for_a_server_and_nor_does_its_end(
 ) -> None:
     # W&B still waits for the server when the run stops.
     limits = {"wandb_run.INIT_SECONDS": 3000.0, "feed.HURRY_SECONDS": 1.0}
-    with Start(
-        tmp_path, "epochs=100", "tracking.wandb=online", limits=limits, environment=silent
-    ) as start:
+    arguments = ["epochs=100", "tracking.wandb=online"]
+    with Start(tmp_path, *arguments, limits=limits, environment=silent) as start:
         start.until(8)
         os.kill(start.process.pid, signal.SIGTERM)
         assert start.wait() == 75, start.log.read_text()
@@ -531,13 +525,9 @@ def test_the_environment_decides_unless_the_configuration_does(
 
 
 def test_paths_are_shared_by_their_last_part_only() -> None:
-    config = {"a": {"root": "/home/alice/cats", "b": "~/dogs"}, "c": "data", "d": [0.5], "e": ""}
-    assert wandb_run.shareable(config) == {
-        "a": {"root": "cats", "b": "dogs"},
-        "c": "data",
-        "d": [0.5],
-        "e": "",
-    }
+    others = {"c": "data", "d": [0.5], "e": ""}
+    config = {"a": {"root": "/home/alice/cats", "b": "~/dogs"}, **others}
+    assert wandb_run.shareable(config) == {"a": {"root": "cats", "b": "dogs"}, **others}
 
 
 def test_the_variables_of_wandb_are_obeyed(tmp_path: Path) -> None:

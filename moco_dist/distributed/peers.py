@@ -24,8 +24,7 @@ from moco_dist.errors import PeerError, UserError
 Result = TypeVar("Result")
 
 BEAT_SECONDS = 0.5
-# A process without a heartbeat for so long, when a collective has failed, is gone.
-SILENT_SECONDS = 3.0
+SILENT_SECONDS = 3.0  # without a heartbeat, after which a process is gone if a collective failed
 
 
 class Peers:

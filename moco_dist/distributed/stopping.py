@@ -21,14 +21,10 @@ from moco_dist.errors import InterruptedRunError, PeerError, StoppedError, UserE
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Requests besides the numbers of signals. FAILED: a save in the background failed.
 STOP_FILE, TIME_LIMIT, FAILED = 1001, 1002, 1003
-# Launchers and Slurm may repeat a signal within so many seconds.
-ECHO_SECONDS = 2.0
-# Seconds that exiting needs besides a step and a save.
-MARGIN_SECONDS = 1.0
-# Seconds from a signal to the exit during startup, when there is nothing to save.
-START_SECONDS = 1.0
-# Seconds between two looks at the run directory.
-LOOK_SECONDS = 1.0
+ECHO_SECONDS = 2.0  # in which launchers and Slurm may repeat a signal
+MARGIN_SECONDS = 1.0  # that exiting needs besides a step and a save
+START_SECONDS = 1.0  # from a signal to the exit during startup, when there is nothing to save
+LOOK_SECONDS = 1.0  # between two looks at the run directory
 
 
 def reason(request: int) -> str:

@@ -33,8 +33,7 @@ Which = Literal["query", "key"]
 # The description in an exported folder, and the files that hold the encoder.
 DESCRIPTION = "moco_dist.json"
 _EXPORTED = ("model.safetensors", "model.pth.tar", "backbone.pkl", "model.onnx")
-# The weights that a run started from.
-STARTED = "init_from.json"
+STARTED = "init_from.json"  # lists the weights that a run started from
 _OURS = "query_encoder.backbone."
 
 

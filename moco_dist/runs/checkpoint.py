@@ -114,13 +114,10 @@ def check_tensors(
         )
 
 
-@torch.no_grad()
 def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy `tensors` to the module's own by name; DataError unless names and shapes agree."""
-    own = module.state_dict()
-    check_tensors(own, tensors, source)
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+    """Load `tensors` into the module; DataError unless names and shapes agree."""
+    check_tensors(module.state_dict(), tensors, source)
+    module.load_state_dict(tensors)
 
 
 def momentum_buffers(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:

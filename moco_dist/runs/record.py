@@ -221,7 +221,7 @@ def standing(directory: Path) -> tuple[str, str]:
     who = owner.name if owner else f"process {status.get('pid')} on {text_of(status.get('host'))}"
     saved = _checkpoints(directory).steps
     again = f"the same command resumes from step {max(saved):,}" if saved else "nothing was saved"
-    return "gone", f"{who} ended without a word; {again}"
+    return "gone", f"{who} ended without a reason; {again}"
 
 
 def _checkpoints(directory: Path) -> Checkpoints:

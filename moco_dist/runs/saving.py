@@ -68,11 +68,6 @@ class Saver:
         """Whether a save failed; `finish` raises why."""
         return self._error is not None
 
-    @property
-    def busy(self) -> bool:
-        """Whether a save is being written."""
-        return self._thread is not None and self._thread.is_alive()
-
     def start(
         self,
         step: int,
@@ -157,7 +152,9 @@ def write(
     files = {"model.safetensors": model, "optimizer.safetensors": optimizer}
     for tensors in files.values():
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not _finite(tensor):
+            # The sum is quick; if it overflows, each value is tested.
+            finite = not tensor.is_floating_point() or tensor.sum(dtype=torch.float64).isfinite()
+            if not (finite or tensor.isfinite().all()):
                 raise NumbersError(
                     f"{name} is not finite after step {step}: this state was not saved, and the "
                     "previous checkpoint stands; train again with a lower optim.lr and name=..."
@@ -221,11 +218,6 @@ def clean(run: Path) -> None:
     for pattern in (".step_*.tmp", ".step_*.old"):
         for left in (run / "checkpoints").glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _finite(tensor: Tensor) -> bool:
-    # The sum is quick; only if it is not finite, which may be an overflow, is each value tested.
-    return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

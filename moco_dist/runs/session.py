@@ -100,42 +100,11 @@ class Session:
 
 
 def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
-    """Return the Accelerator of this process once all processes have met.
+    """Return the Accelerator of this process, with PyTorch set up, once all processes have met.
 
     Raises ConfigError if the device or the number of processes is not that of `settings`, and
     UserError if `settings` differ between processes.
     """
-    accelerator = _accelerator(settings)
-    peers.me.join(settings.runtime.timeout_seconds)
-    wanted, got = settings.runtime.processes, comms.world_size()
-    if wanted not in (0, got):
-        raise ConfigError(
-            f"runtime.processes={wanted} and {got} took part; start that many (on CPUs: "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
-            f"{wanted} -m ...)"
-        )
-    peers.same_everywhere("the configuration", yaml_files.flat(yaml_files.to_dict(settings)))
-    return accelerator
-
-
-def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
-    """Join the processes, open the run directory and find its newest checkpoint; a collective."""
-    stop, machine, accelerator = stop or StopRequests(), settings.runtime, join(settings)
-    directory = Path(settings.output).expanduser() / settings.name
-    lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
-    stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
-    resumed = checkpoint.newest(directory, set_aside=True)
-    finished, run_id = peers.from_main(lambda: _require_same(directory, settings, resumed))
-    saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
-    if resumed:
-        saver.place = resumed.step, resumed.state.get("evaluated")
-    # When another process has failed, a save in flight can still be finished.
-    stop.flush = partial(saver.join, machine.grace_seconds)
-    return Session(accelerator, settings, directory, resumed, finished, stop, saver, run_id)
-
-
-def _accelerator(settings: PretrainConfig | ProbeConfig) -> Accelerator:
-    """Return an Accelerator for `settings`, and prepare PyTorch and the C library for it."""
     machine = settings.runtime
     if machine.device == "cuda" and not torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -170,7 +139,32 @@ def _accelerator(settings: PretrainConfig | ProbeConfig) -> Accelerator:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill every new tensor first; nothing here reads one unwritten.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    peers.me.join(machine.timeout_seconds)
+    wanted, got = machine.processes, comms.world_size()
+    if wanted not in (0, got):
+        raise ConfigError(
+            f"runtime.processes={wanted} and {got} took part; start that many (on CPUs: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+            f"{wanted} -m ...)"
+        )
+    peers.same_everywhere("the configuration", yaml_files.flat(yaml_files.to_dict(settings)))
     return accelerator
+
+
+def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
+    """Join the processes, open the run directory and find its newest checkpoint; a collective."""
+    stop, machine, accelerator = stop or StopRequests(), settings.runtime, join(settings)
+    directory = Path(settings.output).expanduser() / settings.name
+    lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
+    stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
+    resumed = checkpoint.newest(directory, set_aside=True)
+    finished, run_id = peers.from_main(lambda: _require_same(directory, settings, resumed))
+    saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
+    if resumed:
+        saver.place = resumed.step, resumed.state.get("evaluated")
+    # When another process has failed, a save in flight can still be finished.
+    stop.flush = partial(saver.join, machine.grace_seconds)
+    return Session(accelerator, settings, directory, resumed, finished, stop, saver, run_id)
 
 
 def _take(directory: Path, stop: StopRequests) -> RunLock:

@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -88,8 +88,11 @@ class Feed:
     def _run(self) -> None:
         try:
             self._first = self.service.begin()
-            for step, metrics in _lines(self.path, self._before):
-                self._add(step, metrics)
+            with self.path.open("rb") as file:
+                texts = file.read(self._before).splitlines()
+            for line in record.parse(texts):
+                line.pop("time", None)
+                self._add(line.pop("step"), line)
             while not self._ended:
                 self._work.get()()
         except BaseException as error:  # whatever a library raises, the training continues
@@ -124,10 +127,3 @@ def _exit(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _lines(path: Path, size: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield step and metrics of the lines in the first `size` bytes of metrics.jsonl."""
-    with path.open("rb") as file:
-        for line in record.parse(file.read(size).splitlines()):
-            yield line.pop("step"), {name: v for name, v in line.items() if name != "time"}

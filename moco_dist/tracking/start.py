@@ -44,7 +44,7 @@ def tracker(session: Session, total_steps: int, job: str, group: str | None = No
     services: list[Service] = []
     if wandb_run.mode(settings.tracking) != "disabled":
         group = group or f"{settings.name}-{session.run_id}"
-        identity = wandb_run.Identity(session.run_id, settings.name, group, job)
+        identity = {"id": session.run_id, "name": settings.name, "group": group, "job_type": job}
         machine = {key: value for key, value in environment().items() if key != "arguments"}
         content = yaml_files.to_dict(settings) | {"environment": machine}
         say = partial(console.print, soft_wrap=True, highlight=False, markup=False)

@@ -9,26 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from moco_dist.errors import StoppedError, UserError, output_errors
 from moco_dist.runs.record import number
 from moco_dist.tracking.feed import Feed
 from moco_dist.tracking.media import Album
+from moco_dist.tracking.terminal import Display
 
 Metrics = Mapping[str, float]
 Sink = Callable[[int, Metrics], None]
 
 # The first line of metrics.jsonl. Version 1: every other line has "step", "time" and metrics.
 HEADER = {"schema": "moco_dist.metrics", "version": 1}
-
-
-class Display(Protocol):
-    """What shows a run in progress."""
-
-    def start(self) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class Tracker:

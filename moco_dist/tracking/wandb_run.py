@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from moco_dist.config.running import TrackingConfig
 from moco_dist.errors import StoppedError
@@ -33,15 +33,6 @@ PRIVATE |= dict.fromkeys(["disable_code", "disable_git", "disable_job_creation"]
 PRIVATE |= dict.fromkeys(["label_disable", "x_disable_machine_info", "x_disable_meta"], True)
 # Metrics whose best value means something; the training loss is lowest while the queue is empty.
 EVALUATIONS = ("knn/", "probe/", "control/")
-
-
-class Identity(NamedTuple):
-    """What W&B calls the run, and the group that it is shown in."""
-
-    id: str
-    name: str
-    group: str
-    job: str
 
 
 def mode(settings: TrackingConfig) -> str:
@@ -64,7 +55,10 @@ def shareable(content: Any) -> Any:
 
 
 class WandbRun:
-    """A service for a feed (see `feed.py`), whose thread calls its methods."""
+    """A service for a feed (see `feed.py`), whose thread calls its methods.
+
+    `identity` is the run's id, name, group and job_type, as wandb.init names them.
+    """
 
     name = "W&B"
     resends = False
@@ -76,7 +70,7 @@ class WandbRun:
         self,
         settings: TrackingConfig,
         directory: Path,
-        identity: Identity,
+        identity: Mapping[str, str],
         content: Mapping[str, Any],
         say: Callable[[str], None],
     ) -> None:
@@ -143,10 +137,10 @@ class WandbRun:
         self.run = self.wandb.init(
             project=self.settings.project or environ.get("WANDB_PROJECT") or "moco_dist",
             entity=self.settings.entity or environ.get("WANDB_ENTITY"),
-            id=identity.id,
-            name=environ.get("WANDB_NAME") or identity.name,
-            group=environ.get("WANDB_RUN_GROUP") or identity.group,
-            job_type=environ.get("WANDB_JOB_TYPE") or identity.job,
+            id=identity["id"],
+            name=environ.get("WANDB_NAME") or identity["name"],
+            group=environ.get("WANDB_RUN_GROUP") or identity["group"],
+            job_type=environ.get("WANDB_JOB_TYPE") or identity["job_type"],
             resume="allow",
             config=self.content,
             settings=self.wandb.Settings(
@@ -168,7 +162,7 @@ class WandbRun:
     def _remove(self, kind: str, kept: Path | None = None) -> None:
         """Remove the folders of this run's other launches."""
         for ending in ("", "-*"):  # wandb adds -1 to equal names
-            for folder in (self.place / "wandb").glob(f"{kind}-*-{self.identity.id}{ending}"):
+            for folder in (self.place / "wandb").glob(f"{kind}-*-{self.identity['id']}{ending}"):
                 if folder != kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
@@ -205,7 +199,7 @@ class WandbRun:
         """Add the final figures to the summary, and upload the encoder."""
         self.run.summary.update(dict(results))
         if encoder:
-            artifact = self.wandb.Artifact(f"encoder-{self.identity.id}", type="model")
+            artifact = self.wandb.Artifact(f"encoder-{self.identity['id']}", type="model")
             for path in sorted(encoder.iterdir()):
                 artifact.add_file(str(path), policy="immutable")
             self.run.log_artifact(artifact)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: found, set aside, passed over; and pieces of state that are missing."""
+"""Damaged checkpoints are found, set aside and skipped; missing pieces of state are refused."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def edit(key: str, value: Any, folder: Path) -> None:
 
 
 def others(folder: Path, times: int, random: Random) -> Outcome:
-    """Damage the newest checkpoint in every other way; then go on from the older one for real."""
+    """Damage the newest checkpoint in every other way; then resume from the older one."""
     run = pretrained(folder)
     ways = wounds()
     slowest = max(found(run, folder / str(n), way) for n, way in enumerate(ways.values()))

@@ -58,8 +58,6 @@ def interrupt(
                 job.send(TERM)
             states = set(job.wait(120))
             assert states == ({75} if stop else {0}), f"{states}\n{job.text()}"
-        if not stop:
-            return used
     return used
 
 

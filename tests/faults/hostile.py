@@ -68,49 +68,40 @@ def resealed(folder: Path, **changes: Any) -> None:
     saving._write_state(folder / "state.json", state | changes)
 
 
-def with_model(content: bytes) -> Callable[[Path], None]:
-    """Return a way to put other bytes in the place of the model."""
-
-    def write(folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(content)
-        resealed(folder)
-
-    return write
+def with_model(content: bytes, folder: Path) -> None:
+    """Replace the model by other bytes."""
+    (folder / "model.safetensors").write_bytes(content)
+    resealed(folder)
 
 
-def with_encoder(**values: Any) -> Callable[[Path], None]:
-    """Return a way to put values into the encoder's configuration."""
-
-    def write(folder: Path) -> None:
-        config = json.loads((folder / "state.json").read_text())["config"]
-        config["encoder"] |= values
-        resealed(folder, config=config)
-
-    return write
+def with_encoder(folder: Path, **values: Any) -> None:
+    """Put values into the encoder's configuration."""
+    config = json.loads((folder / "state.json").read_text())["config"]
+    config["encoder"] |= values
+    resealed(folder, config=config)
 
 
 def ways(marker: Path) -> dict[str, Callable[[Path], Any]]:
     """Return ways to make a checkpoint hostile, by name."""
     huge = json.dumps({"x": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}})
     model = "model.safetensors"
+    elsewhere = {"../../../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}
     return {
-        "pickle": with_model(pickle.dumps(Evil(marker))),
-        "torch-save": lambda f: with_model(torch_saved(Evil(marker)))(f),
+        "pickle": partial(with_model, pickle.dumps(Evil(marker))),
+        "torch-save": partial(with_model, torch_saved(Evil(marker))),
         "pickle-state": lambda f: (f / "state.json").write_bytes(pickle.dumps(Evil(marker))),
-        "huge-header": with_model((2**60).to_bytes(8, "little") + b"{}"),
-        "huge-tensor": with_model(len(huge).to_bytes(8, "little") + huge.encode()),
-        "huge-width": with_encoder(width=10**7),
-        "overflowing-width": with_encoder(width=10**30),
-        "code-in-backbone": with_encoder(backbone=f"${{oc.env:HOME}};touch {marker}"),
-        "secret-in-config": with_encoder(head="${oc.env:PATH}"),
-        "other-file": lambda f: resealed(
-            f, files={"../../../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}
-        ),
+        "huge-header": partial(with_model, (2**60).to_bytes(8, "little") + b"{}"),
+        "huge-tensor": partial(with_model, len(huge).to_bytes(8, "little") + huge.encode()),
+        "huge-width": partial(with_encoder, width=10**7),
+        "overflowing-width": partial(with_encoder, width=10**30),
+        "code-in-backbone": partial(with_encoder, backbone=f"${{oc.env:HOME}};touch {marker}"),
+        "secret-in-config": partial(with_encoder, head="${oc.env:PATH}"),
+        "other-file": partial(resealed, files=elsewhere),
         "device": partial(put, model, lambda path: path.symlink_to("/dev/zero")),
         "pipe": partial(put, model, os.mkfifo),
         "pipe-state": partial(put, "state.json", os.mkfifo),
         "sparse-state": lambda f: os.truncate(f / "state.json", 10**12),
-        "deep-state": lambda f: resealed_deep(f),
+        "deep-state": resealed_deep,
     }
 
 

@@ -42,7 +42,7 @@ def storm(folder: Path, times: int, random: Random) -> Outcome:
                         in_saves += in_save(job.run)
                         done, kept = last_step(job.run), saved(job.run)
                         lost = done - kept
-                        # Training goes on while a save is being written: one interval, and the
+                        # Training continues while a save is being written: one interval, and the
                         # steps that were done in the meantime.
                         assert lost <= INTERVAL + 2, f"{lost} steps lost at {done}\n{job.text()}"
                         worst = max(worst, lost)
