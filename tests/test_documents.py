@@ -27,7 +27,8 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "slurm/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = (ROOT / "configs", ROOT / "launch", ROOT / "slurm")
 SCRIPTS = sorted(path for folder in FOLDERS for path in folder.rglob("*.*") if path.is_file())
-TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *SCRIPTS]
+PACKAGE = [*(ROOT / "moco_dist").rglob("*.py"), *(ROOT / "moco_dist").rglob("*.jinja")]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *SCRIPTS, *sorted(PACKAGE)]
 SCHEMAS: dict[str, Any] = {"pretrain": PretrainConfig, "probe": ProbeConfig}
 SCHEMAS |= {"doctor": PretrainConfig, "bench": PretrainConfig}
 # Words that are never right here, where others are.

@@ -50,7 +50,7 @@ class Plan:
         if self.batch_size > self.num_samples:
             raise ConfigError(
                 f"batch_size={self.batch_size} is more than the {self.num_samples} training "
-                f"images; use batch_size={self.num_samples} or less"
+                f"images; use {self.num_samples} or less, in whole BatchNorm groups (bn_groups)"
             )
 
     @property
