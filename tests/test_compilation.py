@@ -130,7 +130,7 @@ def test_without_a_compiler_there_is_a_sentence(tmp_path: Path) -> None:
     )
     assert ended.returncode == 78
     assert "can't compile here (No working C++ compiler found" in ended.stderr
-    assert "give runtime.compile=false" in ended.stderr
+    assert "use runtime.compile=false" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

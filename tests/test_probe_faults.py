@@ -111,7 +111,7 @@ def test_an_encoder_without_training_is_no_trained_one(pretrained: Path, tmp_pat
     path = tmp_path / "encoder.safetensors"
     save_file(build_encoder(TINY, seed=5).backbone.state_dict(), path)
     assert refusal(path).startswith(
-        f"{path}: is a random encoder and no trained one: the weights of all its 20 normalising "
+        f"{path}: is a random encoder and no trained one: the weights of all its 20 normalisation "
         "layers (bn1.weight and so on) are 1 and the biases 0, as before the first step"
     )
     found = checkpoint_of(pretrained)

@@ -89,8 +89,8 @@ def _colours(view: Tensor, config: ViewsConfig) -> Tensor:
 
 
 def _tile(image: Tensor, frame: tuple[int, int, int] = WHITE) -> Pixels:
-    """Return a uint8 image (3, height, width) as (height, width, 3), enlarged, with a frame."""
-    pixels: Pixels = image.permute(1, 2, 0).cpu().numpy()
+    """Return a uint8 image (1 or 3, height, width) as (height, width, 3), enlarged and framed."""
+    pixels: Pixels = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
     factor = max(1, TILE // min(pixels.shape[:2]))
     large = Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1))
     return np.asarray(ImageOps.expand(large, FRAME, frame))
