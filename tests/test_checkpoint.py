@@ -19,6 +19,7 @@ from moco_dist.config.yaml_files import load
 from moco_dist.distributed import comms, peers
 from moco_dist.encoders import load as encoders_load
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError
+from moco_dist.notebook import run_pretrain
 from moco_dist.pretrain import loop, run
 from moco_dist.runs import checkpoint, saving
 from moco_dist.runs import session as runs_session
@@ -227,3 +228,13 @@ def test_a_run_of_a_version_with_fewer_keys_is_resumed_with_their_defaults(
     given = dataclasses.replace(config.data, skip_unreadable=True)
     with pytest.raises(ConfigError, match=r"\(data\.skip_unreadable: False -> True\)"):
         runs_session.start(dataclasses.replace(config, data=given))
+
+
+def test_a_refused_launch_leaves_the_status_of_a_finished_run(tmp_path: Path) -> None:
+    words = [*TINY, f"output={tmp_path}", "epochs=1", "tracking.wandb=disabled"]
+    done = run_pretrain(load(PretrainConfig, [*words, "name=done"]))
+    before = (done / "status.json").read_text()
+    assert json.loads(before)["state"] == "done"
+    with pytest.raises(ConfigError, match="another configuration"):
+        run_pretrain(load(PretrainConfig, [*words, "name=done", "optim.lr=0.5"]))
+    assert (done / "status.json").read_text() == before

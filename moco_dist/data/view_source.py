@@ -36,13 +36,13 @@ Pieces = list[Callable[[], Tensor]]
 
 
 class Maker:
-    """Makes views of uint8 images, which may be `cropped` already."""
+    """Makes views of uint8 images by `work`, which is `views.make` or `views.finish`."""
 
     def __init__(
-        self, config: ViewsConfig, seed: int, dtype: torch.dtype, cropped: bool = False
+        self, work: Callable[..., Tensor], config: ViewsConfig, seed: int, dtype: torch.dtype
     ) -> None:
         def make(images: Tensor, epoch: Tensor, samples: Tensor, numbers: Tensor) -> Tensor:
-            return views.make(images, config, seed, epoch, samples, numbers, dtype, cropped)
+            return work(images, config, seed, epoch, samples, numbers, dtype)
 
         self._make = self._make_step = make
 
@@ -76,7 +76,7 @@ class MemorySource:
     """Views of images in memory."""
 
     def __init__(self, images: Images, config: ViewsConfig, seed: int, dtype: torch.dtype) -> None:
-        self.images, self.maker = images, Maker(config, seed, dtype)
+        self.images, self.maker = images, Maker(views.make, config, seed, dtype)
         # Shape of an image that views are made from.
         self.shape = images.pixels.shape[1:]
 
@@ -109,7 +109,7 @@ class StreamedSource:
         keys_by: Literal["exchange", "plan"],
     ) -> None:
         self.images, self.config, self.seed = images, config, plan.seed
-        self.maker = Maker(config, plan.seed, dtype, cropped=True)
+        self.maker = Maker(views.finish, config, plan.seed, dtype)
         self.shape = torch.Size([images.channels, config.size, config.size])
         self.device = plan.device
         self.plan = replace(plan, device=torch.device("cpu"))

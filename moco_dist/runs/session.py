@@ -177,8 +177,9 @@ def _take(directory: Path, stop: StopRequests) -> RunLock:
     lock = _held[directory.resolve()] = RunLock(directory)
 
     def end(status: int, text: str, again: bool) -> None:
-        with suppress(OSError):
-            write_status(directory, status, peers.me.step, text, again)
+        if status == 0 or not (directory / "DONE").exists():  # refusing a finished run leaves it so
+            with suppress(OSError):
+                write_status(directory, status, peers.me.step, text, again)
         note_outcome(status, peers.me.step, text, again)
         lock.release()
 
