@@ -62,9 +62,9 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
     clocks: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             began = time.thread_time()
-            result = function(*arguments)
+            result = function(*arguments, **named)
             clocks.append(time.thread_time() - began)
             return result
 
