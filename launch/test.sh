@@ -12,4 +12,4 @@ find . -name .venv -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print0 | xa
 some="not slow and not slurm and not browser"
 if (($#)); then exec pytest -m "$some" "$@"; fi
 pytest -m "$some" tests/test_faults.py
-pytest -m "$some" --ignore tests/test_faults.py -n 2 --dist loadfile
+pytest -m "$some" --ignore tests/test_faults.py -n 3 --dist loadfile

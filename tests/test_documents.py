@@ -175,6 +175,7 @@ def run_python(code: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_quickstart_learns(tmp_path: Path) -> None:
     printed = run_python(["-W", "error", str(ROOT / "docs/quickstart.py")], tmp_path)
     before, after = (

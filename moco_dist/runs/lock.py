@@ -6,6 +6,7 @@ heartbeat. `.owner` describes the owner in JSON, under the claim's token.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -81,6 +82,8 @@ class RunLock:
     def _acquire(self) -> None:
         first, end = None, time.monotonic() + STALE
         while True:
+            if self._path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             claim, found = _identity(self._path), owner(self._directory)
             first, here = first or claim, found is not None and found.here
             if claim and (claim != first or (found and here and found.alive)):
