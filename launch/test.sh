@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and syntax of the shell scripts, then the tests, two files at a time. The tests that cause
+# Lint, types and syntax of the shell scripts, then the tests, three files at a time. The tests that cause
 # faults run alone, because they depend on time. Arguments go to pytest, which then runs alone.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
