@@ -5,10 +5,15 @@ are those of all its images. Sums over pixels are split over blocks, and the blo
 combined in order, without atomics: the same input gives the same bits.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
+import os
 from typing import Any
 
+# Triton 3.9 warns until one of the two is chosen.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch
 import triton
 import triton.language as tl
@@ -25,16 +30,16 @@ _PROGRAMS = 1024
 
 @triton.jit
 def _moments(
-    x: Any,
-    means: Any,
-    squares: Any,
-    pixels: Any,
-    channels: Any,
-    each: Any,
+    x,
+    means,
+    squares,
+    pixels,
+    channels,
+    each,
     wide: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
-) -> None:
+):
     """Write the mean and the sum of squared deviations of each block of `each` pixels."""
     group, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(2) * columns + tl.arange(0, columns)
@@ -61,27 +66,27 @@ def _moments(
 
 @triton.jit
 def _normalize(
-    x: Any,
-    y: Any,
-    means: Any,
-    squares: Any,
-    weight: Any,
-    bias: Any,
-    used: Any,
-    running_mean: Any,
-    running_var: Any,
-    pixels: Any,
-    channels: Any,
-    blocks: Any,
-    each: Any,
-    mine: Any,
+    x,
+    y,
+    means,
+    squares,
+    weight,
+    bias,
+    used,
+    running_mean,
+    running_var,
+    pixels,
+    channels,
+    blocks,
+    each,
+    mine,
     momentum: tl.constexpr,
     eps: tl.constexpr,
     wide: tl.constexpr,
     most: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
-) -> None:
+):
     """Combine the moments of all blocks and write `mine` pixels of `y`.
 
     The first program of a group also writes its mean and inverse deviation to `used`, and moves
@@ -92,21 +97,23 @@ def _normalize(
     known = c < channels
     other = tl.arange(0, most)
     there = (other < blocks)[:, None] & known[None, :]
-    at = (group * blocks + other)[:, None] * channels + c[None, :]
+    theirs = (group * blocks + other)[:, None] * channels + c[None, :]
     count = tl.maximum(tl.minimum(pixels - other * each, each), 0).to(wide)[:, None]
-    part = tl.load(means + at, there, 0.0)
-    mean = tl.sum(part * count, 0) / pixels
-    apart = part - mean[None, :]
-    square = tl.sum(tl.load(squares + at, there, 0.0) + apart * apart * count, 0)
+    their_means = tl.load(means + theirs, there, 0.0)
+    mean = tl.sum(their_means * count, 0) / pixels
+    their_change = their_means - mean[None, :]
+    their_squares = tl.load(squares + theirs, there, 0.0)
+    square = tl.sum(their_squares + their_change * their_change * count, 0)
     inverse = 1.0 / tl.sqrt(square / pixels + eps)
+    own = group * channels + c
     if block == 0:
-        at = group * channels + c
-        tl.store(used + at, mean, known)
-        tl.store(used + tl.num_programs(0) * channels + at, inverse, known)
-        old = tl.load(running_mean + at, known)
-        tl.store(running_mean + at, old + (mean - old) * momentum, known)
-        old = tl.load(running_var + at, known)
-        tl.store(running_var + at, old + (square / (pixels - 1) - old) * momentum, known)
+        tl.store(used + own, mean, known)
+        tl.store(used + tl.num_programs(0) * channels + own, inverse, known)
+        old = tl.load(running_mean + own, known)
+        tl.store(running_mean + own, old + (mean - old) * momentum, known)
+        spread = tl.load(running_var + own, known)
+        unbiased = square / (pixels - 1)
+        tl.store(running_var + own, spread + (unbiased - spread) * momentum, known)
     scale, shift = inverse * tl.load(weight + c, known), tl.load(bias + c, known)
     start = group.to(tl.int64) * pixels * channels
     last = tl.minimum((block + 1) * mine, pixels)
@@ -120,17 +127,17 @@ def _normalize(
 
 @triton.jit
 def _gradient_sums(
-    dy: Any,
-    x: Any,
-    used: Any,
-    sums: Any,
-    pixels: Any,
-    channels: Any,
-    each: Any,
+    dy,
+    x,
+    used,
+    sums,
+    pixels,
+    channels,
+    each,
     wide: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
-) -> None:
+):
     """Write each block's sums of `dy` and of `dy` times the normalised `x`."""
     group, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     groups = tl.num_programs(0)
@@ -156,22 +163,22 @@ def _gradient_sums(
 
 @triton.jit
 def _gradient(
-    dy: Any,
-    x: Any,
-    dx: Any,
-    used: Any,
-    sums: Any,
-    weight: Any,
-    of_groups: Any,
-    pixels: Any,
-    channels: Any,
-    blocks: Any,
-    mine: Any,
+    dy,
+    x,
+    dx,
+    used,
+    sums,
+    weight,
+    of_groups,
+    pixels,
+    channels,
+    blocks,
+    mine,
     wide: tl.constexpr,
     most: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
-) -> None:
+):
     """Combine the sums of all blocks and write `mine` pixels of `dx`.
 
     The first program of a group also writes its share of the gradients of bias and weight.
@@ -181,9 +188,9 @@ def _gradient(
     known = c < channels
     other = tl.arange(0, most)
     there = (other < blocks)[:, None] & known[None, :]
-    at = (group * blocks + other)[:, None] * channels + c[None, :]
-    plain = tl.sum(tl.load(sums + at, there, 0.0), 0)
-    unit = tl.sum(tl.load(sums + groups * blocks * channels + at, there, 0.0), 0)
+    theirs = (group * blocks + other)[:, None] * channels + c[None, :]
+    plain = tl.sum(tl.load(sums + theirs, there, 0.0), 0)
+    unit = tl.sum(tl.load(sums + groups * blocks * channels + theirs, there, 0.0), 0)
     if block == 0:
         tl.store(of_groups + group * channels + c, plain, known)
         tl.store(of_groups + (groups + group) * channels + c, unit, known)
