@@ -76,7 +76,7 @@ def uniform(*keys: Key, device: torch.device | str | None = None) -> Tensor:
     return _shift_right(hashed(*keys, device=device), 11).to(torch.float64) * 2.0**-53
 
 
-def permutation(size: int, *keys: int, device: torch.device | str | None = None) -> Tensor:
+def permutation(size: int, *keys: Key, device: torch.device | str | None = None) -> Tensor:
     """Return a permutation of range(`size`) as int64: the order of the indices' hashes."""
     index = torch.arange(size, dtype=torch.int64, device=device)
     return hashed(*keys, index).argsort(stable=True)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import agreement
 from moco_dist.pretrain import loop
+from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from tests.test_trainer import build
 
@@ -111,8 +112,8 @@ def test_a_step_of_one_process_waits_for_its_device_once(
         assert {loss.device, logits.device, hooks.gradient_norm.device} == {DEVICE}
         assert {p.device for p in trainer.moco.state_dict().values()} == {DEVICE}
         # Figures, health and neighbours, once in many steps, are computed there as well.
-        loss, logits_of = trainer.train_step(hooks)
-        figures = loop.figures_of(trainer, hooks, loss, logits_of, 1.0)
+        taken = Stepper(trainer, hooks)()
+        figures = loop.figures_of(trainer, 3, taken, hooks.health, 1.0)
         assert figures.keys() >= {"train/loss", "health/rankme", "queue/own_images"}
         found.clear()
         trainer.knn_top1()

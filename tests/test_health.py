@@ -17,6 +17,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.pretrain import figures, loop
+from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
@@ -88,11 +89,12 @@ def followed(folder: str, overrides: list[str], until: int) -> list[dict[str, An
     session = runs_session.start(config)
     trainer = Trainer(config, session.accelerator, datasets.load(config.data))
     hooks = loop.run_hooks(trainer, session)
+    take = Stepper(trainer, hooks)
     steps = []
     while trainer.step < until:
         samples = trainer.plan.step(trainer.step).samples
         older = trainer.moco.queue.negatives()[1].clone()
-        loss, logits = trainer.train_step(hooks)
+        taken = take()
         network = trainer.moco
         key, query = (
             np.concatenate([p.detach().numpy().ravel() for p in encoder.parameters()])
@@ -100,7 +102,7 @@ def followed(folder: str, overrides: list[str], until: int) -> list[dict[str, An
         )
         own = (samples[:, None] == older).sum(1).double().mean()
         apart = np.linalg.norm(key - query) / np.linalg.norm(query)
-        logged = loop.figures_of(trainer, hooks, loss, logits, 1.0)
+        logged = loop.figures_of(trainer, trainer.step, taken, hooks.health, 1.0)
         steps.append({"health": hooks.health, "logged": logged, "own": own, "apart": apart})
     session.close()
     return steps

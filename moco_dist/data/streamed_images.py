@@ -15,6 +15,7 @@ from moco_dist.data.image_file import Recipe
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.worker_pool import Ticket, WorkerPool
 from moco_dist.method import views
+from moco_dist.randomness import Key
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class StreamedImages:
         return Order(self.pool, tickets)
 
     def order_crops(
-        self, config: ViewsConfig, seed: int, epoch: int, samples: Tensor, wanted: tuple[int, ...]
+        self, config: ViewsConfig, seed: int, epoch: Key, samples: Tensor, wanted: tuple[int, ...]
     ) -> Order:
         """Order the crops of views `wanted` of the images `samples`, int64 (n,)."""
         samples = samples.cpu()

@@ -43,6 +43,11 @@ class Undo:
         """Put back the statistics that `keep` saw."""
         self._live.copy_(self._kept)
 
+    @torch.no_grad()
+    def restore_unless(self, good: Tensor) -> None:
+        """Do what `restore` does unless `good`, bool (), which only the device knows."""
+        torch.where(good, self._live, self._kept, out=self._live)
+
 
 class GroupedBatchNorm(nn.BatchNorm2d):
     """BatchNorm that normalises each block of `rows_per_group` rows of the batch separately.
@@ -82,21 +87,18 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             return self._by_formula(x)
         first, count = self.next_group, len(x) // rows
         self.next_group = (first + count) % groups
-        if x.is_cuda and NormalizeGroups:
-            places = slice(first, first + count)
-            statistics = self.group_mean[places], self.group_var[places]
-            rates = self.momentum or 0.1, self.eps
-            normalized: Tensor = NormalizeGroups.apply(
-                x, self.weight, self.bias, *statistics, *rates
-            )
+        affine, rates = (self.weight, self.bias), (self.momentum or 0.1, self.eps)
+        normalized: Tensor
+        if x.is_cuda and NormalizeGroups is not None:
+            running = (each[first : first + count] for each in (self.group_mean, self.group_var))
+            normalized = NormalizeGroups.apply(x, *affine, *running, *rates)
             return normalized
         places = [(first + place) % groups for place in range(count)]
         means, variances = self.group_mean.unbind(), self.group_var.unbind()
         mean, var = [means[place] for place in places], [variances[place] for place in places]
-        affine, rates = (self.weight, self.bias), (self.momentum or 0.1, self.eps)
         if count == 1:
             return F.batch_norm(x, mean[0], var[0], *affine, True, *rates)
-        normalized: Tensor = _NormalizeGroups.apply(x, *affine, mean, var, *rates)
+        normalized = _NormalizeGroups.apply(x, *affine, mean, var, *rates)
         return normalized
 
     def _by_formula(self, x: Tensor) -> Tensor:
@@ -115,7 +117,8 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             seen = mean.detach(), var.detach() * (pixels / (pixels - 1))
             self.seen = seen[0].flatten(1), seen[1].flatten(1)
-        return y.to(x.dtype).flatten(0, 1)
+        normalized: Tensor = y.to(x.dtype).flatten(0, 1)
+        return normalized
 
 
 @torch.no_grad()
