@@ -27,8 +27,11 @@ _MOST = 32
 # Programs that keep a GPU busy.
 _PROGRAMS = 1024
 
+# One compilation for all sizes; only the number of channels decides how wide a load may be.
+_kernel = triton.jit(do_not_specialize=["pixels", "each", "blocks", "mine"])
 
-@triton.jit
+
+@_kernel
 def _moments(
     x,
     means,
@@ -64,7 +67,7 @@ def _moments(
     tl.store(squares + to, square, c < channels)
 
 
-@triton.jit
+@_kernel
 def _normalize(
     x,
     y,
@@ -125,7 +128,7 @@ def _normalize(
         tl.store(y + at, (part + shift[None, :]).to(y.dtype.element_ty), inside)
 
 
-@triton.jit
+@_kernel
 def _gradient_sums(
     dy,
     x,
@@ -161,7 +164,7 @@ def _gradient_sums(
     tl.store(sums + groups * blocks * channels + to, unit * inverse, known)
 
 
-@triton.jit
+@_kernel
 def _gradient(
     dy,
     x,
