@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 # Pixels and channels that a program holds at once.
 _ROWS, _COLUMNS = 64, 64
 # Blocks of a group whose sums are combined, at most: every program reads them all.
-_MOST = 32
+_MOST = 64
 # Programs that keep a GPU busy.
 _PROGRAMS = 1024
 
@@ -48,20 +48,23 @@ def _moments(
     c = tl.program_id(2) * columns + tl.arange(0, columns)
     last = tl.minimum((block + 1) * each, pixels)
     start = group.to(tl.int64) * pixels * channels
-    count = tl.zeros([1], wide)
-    mean, square = tl.zeros([columns], wide), tl.zeros([columns], wide)
+    # Sums of what is left of each value once about the mean is gone, which loses no digits.
+    row = tl.minimum(block * each + tl.arange(0, rows), last - 1)
+    known = (c < channels)[None, :]
+    near = tl.load(x + start + row[:, None] * channels + c[None, :], known, 0.0).to(wide)
+    near = tl.sum(near, 0)[None, :] / rows
+    sums, squared = tl.zeros([rows, columns], wide), tl.zeros([rows, columns], wide)
     for first in range(block * each, last, rows):
         row = first + tl.arange(0, rows)
-        inside = (row < last)[:, None] & (c < channels)[None, :]
+        inside = (row < last)[:, None] & known
         part = tl.load(x + start + row[:, None] * channels + c[None, :], inside, 0.0).to(wide)
-        # The moments of two sets from those of each (Chan, Golub and LeVeque 1983).
-        more = tl.zeros([1], wide) + tl.minimum(last - first, rows)
-        its_mean = tl.sum(part, 0) / more
-        apart = tl.where(inside, part - its_mean[None, :], 0.0)
-        change = its_mean - mean
-        mean += change * (more / (count + more))
-        square += tl.sum(apart * apart, 0) + change * change * (count * more / (count + more))
-        count += more
+        apart = tl.where(inside, part - near, 0.0)
+        sums += apart
+        squared += apart * apart
+    count = tl.zeros([1], wide) + (last - block * each)
+    whole = tl.sum(sums, 0)
+    mean = tl.sum(near, 0) + whole / count
+    square = tl.sum(squared, 0) - whole * whole / count
     to = (group * blocks + block) * channels + c
     tl.store(means + to, mean, c < channels)
     tl.store(squares + to, square, c < channels)
@@ -150,18 +153,18 @@ def _gradient_sums(
     inverse = tl.load(used + (groups + group) * channels + c, known)
     last = tl.minimum((block + 1) * each, pixels)
     start = group.to(tl.int64) * pixels * channels
-    plain, unit = tl.zeros([columns], wide), tl.zeros([columns], wide)
+    plain, unit = tl.zeros([rows, columns], wide), tl.zeros([rows, columns], wide)
     for first in range(block * each, last, rows):
         row = first + tl.arange(0, rows)
         inside = (row < last)[:, None] & known[None, :]
         at = start + row[:, None] * channels + c[None, :]
         of_y = tl.load(dy + at, inside, 0.0).to(wide)
         apart = tl.load(x + at, inside, 0.0).to(wide) - mean[None, :]
-        plain += tl.sum(of_y, 0)
-        unit += tl.sum(of_y * apart, 0)
+        plain += of_y
+        unit += of_y * apart
     to = (group * blocks + block) * channels + c
-    tl.store(sums + to, plain, known)
-    tl.store(sums + groups * blocks * channels + to, unit * inverse, known)
+    tl.store(sums + to, tl.sum(plain, 0), known)
+    tl.store(sums + groups * blocks * channels + to, tl.sum(unit, 0) * inverse, known)
 
 
 @_kernel

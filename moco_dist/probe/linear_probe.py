@@ -16,12 +16,14 @@ from moco_dist.encoders import features
 from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, NumbersError
 from moco_dist.method import views
+from moco_dist.method.cuda_graph import Replayed
 from moco_dist.method.encoder import Backbone, build_encoder
 from moco_dist.method.plan import Plan, check_batch
 from moco_dist.probe import heads
 from moco_dist.probe.finetune import FineTuning, calibrate
 from moco_dist.probe.frozen import Frozen
 from moco_dist.probe.label_fraction import draw
+from moco_dist.randomness import Key
 from moco_dist.runs import checkpoint
 from moco_dist.runs.record import CONTROL, TRAINED
 from moco_dist.runs.session import Session
@@ -98,6 +100,8 @@ class LinearProbe:
             optim = dataclasses.replace(config.optim, lr=config.encoder_lr)
             example = self._center(torch.arange(1))
             self.tuning = FineTuning(self.backbones, optim, self.accelerator, example)
+        # By seed, what makes and encodes the views of a batch.
+        self._graphs: dict[int, Replayed] = {}
         self.step = 0
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
@@ -150,18 +154,30 @@ class LinearProbe:
         mine, found = batch[:, local], []
         for number, (step, samples) in enumerate(zip(steps, mine, strict=True)):
             if self.config.augment:
-                source = self.sources[number]
-                source.begin(self.step)
-                (made,) = source.views([(step.samples[local], 0)], step.epoch)
+                self.sources[number].begin(self.step)
+                found.append(self._encoded(number, step.samples[local], step.epoch))
             else:
-                made = self._center(samples)
-            found.append(self.encode(made))
+                found.append(self.encode(self._center(samples)))
         encoded = torch.stack(found, dim=1)
         if self.tunes:
             return encoded, labels[mine], batch
         # Rows first: processes hold consecutive rows of each seed's batch.
         whole = comms.all_gather(encoded.permute(2, 0, 1, 3))
         return whole.permute(1, 2, 0, 3), labels[batch], batch
+
+    def _encoded(self, number: int, samples: Tensor, epoch: Key) -> Tensor:
+        """Return `encode` of the views of these images of a seed; on a GPU by a CUDA graph."""
+
+        def work(samples: Tensor, epoch: Key) -> Tensor:
+            return self.encode(self.sources[number].views([(samples, 0)], epoch)[0])
+
+        graphs = self.config.runtime.cuda_graph and not self.tunes
+        if not (graphs and samples.is_cuda):
+            return work(samples, epoch)
+        if number not in self._graphs:
+            self.sources[number].stay()
+            self._graphs[number] = Replayed(work, samples, torch.zeros_like(samples[0]))
+        return self._graphs[number](samples, epoch)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return each encoder's features of views, (encoders, rows, features)."""
