@@ -43,7 +43,7 @@ def extract(
     parts, pixels = [], images.batches(batches)
     for _ in batches:
         pause()
-        parts.append(backbone(views.center(next(pixels), config, dtype)))
+        parts.append(backbone(views.center(next(pixels), config, dtype)).to(dtype))
     gathered = comms.all_gather(torch.cat(parts))
     return gathered.reshape(processes, each, -1).transpose(0, 1).flatten(0, 1)[:size]
 
