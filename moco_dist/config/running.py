@@ -86,7 +86,8 @@ class RuntimeConfig:
     compile: bool = False
     # On one GPU, let it repeat the whole step as a CUDA graph once the queue is full.
     cuda_graph: bool = True
-    # Choose deterministic kernels, so that the same machine gives the same bits.
+    # Choose deterministic kernels, so that the same machine gives the same bits. Without it, cuDNN
+    # measures which kernels are fastest.
     deterministic: bool = True
     # Save and stop within this time; 0 means no limit. Slurm's time limit counts too.
     max_hours: float = 0.0

@@ -160,7 +160,8 @@ class StreamedSource:
         for view in (0, 1):
             samples = [samples for each, samples, _ in found if each == view]
             if samples:
-                known, order = torch.cat(samples).to(self.device).sort()
+                ascending = torch.cat(samples).sort()
+                known, order = (comms.without_waiting(x, self.device) for x in ascending)
                 crops = torch.cat([crops for each, _, crops in found if each == view])
                 if self._stays:
                     self._crops[view][0].copy_(known)

@@ -32,6 +32,9 @@ from moco_dist.runs.status import note_outcome, replace, write_status
 
 logger = logging.getLogger(__name__)
 
+# By which NCCL's watchdog, which aborts a process without a word, comes later than our own.
+WATCHDOG = timedelta(seconds=60)
+
 # The locks that this process holds.
 _held: dict[Path, RunLock] = {}
 
@@ -113,13 +116,17 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
             f"(CUDA_VISIBLE_DEVICES={visible}); check its driver with nvidia-smi, use another "
             "machine, or give runtime.device=cpu"
         )
+    cpu, patience = machine.device == "cpu", timedelta(seconds=machine.timeout_seconds)
+    if comms.uses_gpus(cpu):
+        comms.require_own_gpu(patience)
+        patience += WATCHDOG
     accelerator = Accelerator(
-        cpu=machine.device == "cpu",
+        cpu=cpu,
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
         dynamo_backend="no",  # it would compile the query encoder alone
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
+            InitProcessGroupKwargs(timeout=patience),
         ],
     )
     if accelerator.device.type == "cpu":
@@ -133,9 +140,12 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
     if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
         ignored = "the launcher's dynamo backend %s is ignored; runtime.compile=true compiles"
         logger.warning(ignored, asked)
+    # PyTorch's own choice for convolutions would be TF32.
+    torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = settings.precision == "tf32"
+    torch.backends.cudnn.benchmark = not machine.deterministic
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill every new tensor first; nothing here reads one unwritten.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
