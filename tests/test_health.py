@@ -22,6 +22,7 @@ from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
 from tests.test_one_run_any_machine import SMALL, distance, train
+from tests.test_trainer import build
 
 
 def sphere(rows: int, dim: int, seed: int, spread: float = 1.0) -> Tensor:
@@ -135,6 +136,24 @@ def test_every_number_of_processes_measures_the_same_and_what_is_so(
             assert steps[number]["health"] == ranks[0][number]["health"]
             for name, value in alone[number]["health"].items():
                 assert steps[number]["health"][name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_a_solver_that_fails_costs_its_figure_and_no_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    points, network = sphere(16, 8, 0), build().moco
+    network.queue.enqueue(points.float(), torch.arange(16))
+    arguments = network, points.float(), [points.float()], torch.arange(16)
+    whole = figures.health(*arguments)
+    assert whole["health/rankme"] > 1
+
+    def fails(_: Tensor) -> Tensor:
+        raise torch.linalg.LinAlgError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    found = figures.health(*arguments)
+    assert found == {name: value for name, value in whole.items() if name != "health/rankme"}
+    assert "health/rankme can't be computed (cusolver error" in caplog.text
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -6,6 +6,7 @@ tensors that a step has anyway, change none of them, and are the same on any num
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from moco_dist.distributed import comms
 from moco_dist.method.moco import MoCo
 from moco_dist.runs.record import Metric
+
+logger = logging.getLogger(__name__)
 
 # What `progress` returns, in order.
 PROGRESS = (
@@ -123,7 +126,11 @@ def health(network: MoCo, queries: Tensor, keys: list[Tensor], samples: Tensor) 
         Metric.OWN_IMAGES: own_images(samples, their_samples),
     }
     if len(older):
-        figures[Metric.RANKME] = rankme(older.double())
+        try:
+            figures[Metric.RANKME] = rankme(older.double())
+        except RuntimeError as error:  # of a solver that does not converge or has no memory
+            why = " ".join(str(error).split())
+            logger.warning("%s can't be computed (%s); the run continues", Metric.RANKME, why)
     values = torch.stack([figure.double() for figure in figures.values()]).tolist()
     age = age_steps(len(older), len(keys) * len(samples))
     return dict(zip(figures, values, strict=True)) | {Metric.QUEUE_AGE: age}

@@ -14,7 +14,7 @@ from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features
 from moco_dist.encoders.load import Found
-from moco_dist.errors import ConfigError, NumbersError
+from moco_dist.errors import ConfigError, NumbersError, StoppedError
 from moco_dist.method import views
 from moco_dist.method.cuda_graph import Replayed
 from moco_dist.method.encoder import Backbone, build_encoder
@@ -103,6 +103,12 @@ class LinearProbe:
         # By seed, what makes and encodes the views of a batch.
         self._graphs: dict[int, Replayed] = {}
         self.step = 0
+        # A GPU is not waited for in each step: whether all steps since `settled` were good, and how
+        # many were before the first that wasn't, is known there and read from time to time.
+        self.settles = device.type == "cuda" and not self.tunes
+        self.settled = 0
+        self.good = torch.ones((), dtype=torch.bool, device=device)
+        self.kept = torch.zeros((), dtype=torch.int64, device=device)
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
 
@@ -190,8 +196,33 @@ class LinearProbe:
         """Train every head for one step; return the mean losses (encoders, seeds, points)."""
         place = self.step, self.steps_per_epoch, self.total_steps
         # Steps on cached features are too short to check for a stop request each time.
-        if self.config.augment or self.tunes or self.step % 20 == 0:
-            self.session.pause("training")
+        often = self.step % 20 == 0
+        if often:
+            self.settle()
+        if self.config.augment or self.tunes or often:
+            try:
+                self.session.pause("training")
+            except StoppedError:
+                self.settle()
+                raise
+        losses, batch = self.add_gradients()
+        good = None
+        if self.settles:
+            self.good &= self.norms()[1].isfinite()
+            self.kept += self.good
+            good = self.good
+        else:
+            self.require_finite(batch)
+        self.session.saver.copied()
+        self.optimizer.step(self.optimizer.rates(*place), good)
+        if self.tuning:
+            self.tuning.step(*place)
+        self.step += 1
+        peers.me.mark(self.step, "training")
+        return losses
+
+    def add_gradients(self) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a step; return the mean losses of the heads and the batch."""
         encoded, labels, batch = self.inputs()
         losses = heads.losses(self.heads(encoded), labels).mean(-1)
         self.accelerator.backward(losses.sum())
@@ -199,17 +230,29 @@ class LinearProbe:
             for parameter in self.heads.parameters():
                 assert parameter.grad is not None, "there was a backward pass"
                 parameter.grad = comms.mean(parameter.grad)
-        self.require_finite(batch)
-        self.session.saver.copied()
-        self.optimizer.step(self.optimizer.rates(*place))
-        if self.tuning:
-            self.tuning.step(*place)
-        self.step += 1
-        peers.me.mark(self.step, "training")
-        return losses.detach()
+        return losses.detach(), batch
 
-    def require_finite(self, batch: Tensor) -> None:
-        """Raise NumbersError on all processes if a gradient of the step is not finite."""
+    def settle(self) -> None:
+        """Wait for the device; raise NumbersError if a step since the last time was not finite.
+
+        That step and those after it have changed nothing, and `step` is again what it was before.
+        """
+        if not self.settles or bool(self.good):
+            self.settled = self.step
+            self.kept.zero_()
+            return
+        self.step = self.settled + int(self.kept)
+        self.good.fill_(True)
+        self.kept.zero_()
+        self.require_finite(self.add_gradients()[1])  # the same step again, to name what it was
+        raise NumbersError(
+            f"a gradient was not finite in step {self.step}, but is when the step is repeated; the "
+            "step was discarded. A GPU has miscalculated: continue from the last checkpoint on "
+            "another one"
+        ).on_all()
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Return the norms of the heads' gradients, (encoders, seeds, points), and of all, ()."""
         weight = self.heads.weight.grad
         assert weight is not None, "there was a backward pass"
         norms = torch.linalg.vector_norm(weight, dim=(3, 4))
@@ -217,6 +260,11 @@ class LinearProbe:
         if self.tuning:
             others = [p.grad for p in self.tuning.encoders.parameters() if p.grad is not None]
             total = total + torch.stack(torch._foreach_norm(others)).sum()
+        return norms, total
+
+    def require_finite(self, batch: Tensor) -> None:
+        """Raise NumbersError on all processes if a gradient of the step is not finite."""
+        norms, total = self.norms()
         if total.isfinite():
             return
         bad = (~norms.isfinite()).nonzero().tolist()
@@ -236,6 +284,7 @@ class LinearProbe:
 
         `best` evaluates each head as it was after its best epoch.
         """
+        self.settle()
         mine = slice(comms.rank(), None, comms.world_size())
         inputs, labels = self.features[part][:, None, mine], self.parts[part].labels[None, mine]
         tensors = self.best.tensors if best else self.heads.state_dict()
@@ -250,6 +299,7 @@ class LinearProbe:
 
     def save(self, wait: bool = False) -> None:
         """Save the state in the background, or before returning if `wait`."""
+        self.settle()
         if wait or self.config.augment:
             self.frozen.check()
         model, momentum = self.tensors()
@@ -300,5 +350,5 @@ class LinearProbe:
             tensor.copy_(saved.optimizer[f"momentum.heads.{name}"])
         if self.tuning:
             checkpoint.restore_momentum(*trained, saved.optimizer)
-        self.step = saved.step
+        self.step = self.settled = saved.step
         peers.me.mark(self.step, "starting")

@@ -40,13 +40,12 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     opened = session.start(config, stop)
     # Each process has searched by itself, and a pretraining may still be writing checkpoints.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
-    channels = source.architecture.channels
     peers.together(lambda: require_channels(config, source))
-    splits = datasets.load(config.data, channels)
-    splits = peers.together(lambda: labelled(splits, config))
     warn_of_views(config, source)
+    splits = images_for(config, source)
     overlaps = find_overlaps(splits)
     probe = LinearProbe(config, opened, splits, source)
+    del splits  # whose images would stay in the host's memory when they are on a GPU
     announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
     session.begin(opened)
@@ -68,6 +67,12 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         peers.from_main(lambda: write(results_file, results))
         session.finish(opened, brief(results))
         summarize(probe, results)
+
+
+def images_for(config: ProbeConfig, source: Found) -> datasets.Splits:
+    """Return the labelled images for an encoder; a collective."""
+    found = datasets.load(config.data, source.architecture.channels)
+    return peers.together(lambda: labelled(found, config))
 
 
 def require_channels(config: ProbeConfig, source: Found) -> None:
