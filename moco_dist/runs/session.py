@@ -98,7 +98,7 @@ class Session:
         peers.me.mark(peers.me.step, doing)
         asked = self.request()
         if comms.world_size() > 1:  # a process alone has no reason to wait for its device
-            asked = int(comms.all_gather(torch.tensor([asked], device=self.device)).max())
+            asked = max(comms.all_gather(torch.tensor([asked], device=self.device)).tolist())
         self.stop_for(asked)
 
 

@@ -58,11 +58,13 @@ class Album:
         self._save(step, "neighbours.png", lambda path: _grid(rows).save(path))
 
     def histogram(self, step: int, name: str, similarities: Tensor) -> None:
-        """Save NAME.json: counts of cosine similarities, and the edges of their bins."""
+        """Save NAME.json: counts of cosine similarities, of finite ones, and the bins' edges."""
+        similarities = similarities.flatten().float()
         edges = torch.linspace(-1, 1, BINS + 1, device=similarities.device)
         # Rounding takes some beyond 1. torch.histc has no deterministic kernel on GPUs.
-        bins = torch.bucketize(similarities.float(), edges[1:-1], right=True)
-        counts = bins.bincount(minlength=BINS).tolist()
+        bins = torch.bucketize(similarities, edges[1:-1], right=True)
+        bins = torch.where(similarities.isfinite(), bins, BINS)
+        counts = bins.bincount(minlength=BINS + 1)[:BINS].tolist()
         text = json.dumps({"counts": counts, "edges": edges.tolist()})
         self._save(step, f"{name}.json", lambda path: path.write_text(text))
 

@@ -1,0 +1,77 @@
+"""A command of moco_dist on the stand-in: `python -m tests.stand_in.command MODULE ARGUMENTS...`.
+
+Where a number that a kernel makes would decide how the command goes on, another one is given here.
+KILL_AT=n kills process 1 in step n. HANG_AT=n lets the GPU of process 0 hang from step n on.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import os
+import pickle
+import runpy
+import signal
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moco_dist.data.datasets import Images
+from moco_dist.data.streamed_images import StreamedImages
+from moco_dist.distributed import comms
+from moco_dist.encoders import load
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.probe.frozen import Frozen
+from tests.stand_in import counters
+
+_turns = itertools.count()
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    """Gather by way of the store: their lengths would be made by a kernel."""
+    if comms.world_size() == 1:
+        return [value]
+    store, turn = dist.distributed_c10d._get_default_store(), next(_turns)
+    store.set(f"gather/{turn}/{comms.rank()}", base64.b64encode(pickle.dumps(value)))
+    keys = [f"gather/{turn}/{rank}" for rank in range(comms.world_size())]
+    return [pickle.loads(base64.b64decode(store.get(key))) for key in keys]
+
+
+def _eigenvalues(symmetric: Tensor) -> Tensor:
+    return symmetric.diagonal().clone()
+
+
+def help_out() -> None:
+    """Give the numbers that decide something."""
+    torch.linalg.eigvalsh = _eigenvalues
+    load.require_trained = lambda *_: None
+    Images.labelled = StreamedImages.labelled = lambda self: self
+    # The number of batches that BatchNorm has seen is read as 1, but for the first time.
+    Frozen.check = Frozen.check_modes  # type: ignore[method-assign]
+    comms.gather_objects = _gather_objects
+    dist._verify_params_across_processes = lambda *_: None  # type: ignore[attr-defined]
+
+
+def _in_step(step: int, act: Any) -> None:
+    train_step = Trainer.train_step
+
+    def patched(self: Trainer, *arguments: Any) -> Any:
+        if self.step == step:
+            act()
+        return train_step(self, *arguments)
+
+    Trainer.train_step = patched  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    help_out()
+    rank = os.environ.get("RANK", "0")
+    if (step := os.environ.get("KILL_AT")) and rank == "1":
+        _in_step(int(step), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if (step := os.environ.get("HANG_AT")) and rank == "0":
+        _in_step(int(step), counters.library.fake_hang)
+    sys.argv = sys.argv[1:]
+    runpy.run_module(f"moco_dist.{sys.argv[0]}", run_name="__main__", alter_sys=True)
