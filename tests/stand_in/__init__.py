@@ -92,10 +92,23 @@ def python(
     )
 
 
+def torchrun(
+    processes: int, module: str, *arguments: object, folder: Path, gpus: int = 0, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a module on several processes with a stand-in for NCCL, by torchrun on one machine.
+
+    They share a file in `folder`; `gpus` are as many as processes unless given.
+    """
+    (folder / "nccl").unlink(missing_ok=True)
+    launcher = ["--standalone", "--nproc_per_node", processes, "-m", module, *arguments]
+    own = {"FAKE_NCCL": str(folder / "nccl"), "FAKE_GPUS": str(gpus or processes), **more}
+    return python("torch.distributed.run", *launcher, **own)
+
+
 def measured(*requests: list[str], captured: bool = False) -> list[dict[str, Any]]:
     """Return what `measure.measure` counts of each configuration, all in one process.
 
-    A request is a configuration file and overrides. `captured` counts a replay of the step as a
+    A request is a configuration file and overrides. `captured` counts a step that is repeated as a
     CUDA graph.
     """
     ended = python("tests.stand_in.measure", json.dumps(requests), json.dumps(captured))

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
 
 from moco_dist.bench import speed
@@ -21,9 +20,10 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.pretrain.loop import run_hooks
+from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session
-from tests.stand_in import counters
+from tests.stand_in import command, counters
 
 SMALL = [
     *("data.name=shapes", "data.shapes_train=4000", "data.shapes_test=50", "runtime.device=cuda"),
@@ -37,7 +37,7 @@ def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
 
     `words` are a configuration file and overrides. `launches` are all that is put on a stream;
     `waits` the synchronisations, with `where` they come from; `cpu_ms` is process time. `captured`
-    counts a replay of the bare step, without what a run does between its lines, as a CUDA graph.
+    counts a step that is repeated as a CUDA graph, as `runtime.cuda_graph` says.
     """
     AcceleratorState._reset_state()
     config = load(PretrainConfig, [words[0], *SMALL, *words[1:]])
@@ -45,16 +45,18 @@ def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
     trainer = Trainer(config, accelerator, datasets.load(config.data, config.encoder.channels))
     speed.fill_queue(trainer)
     trainer.step = 1  # the first one measures health
-    if captured:
-        step = _captured(trainer)
-    else:
-        hooks = run_hooks(trainer)
+    hooks = run_hooks(trainer)
+    stepper = Stepper(trainer, hooks)
 
-        def step() -> None:
+    def step() -> None:
+        if captured:
+            stepper()
+        else:
             trainer.train_step(hooks)
 
-    for _ in range(3):
+    for _ in range(5):
         step()
+    assert stepper.captured == captured, "the step was not captured"
     found, times = [], []
     for _ in range(STEPS):
         counters.reset()
@@ -68,16 +70,6 @@ def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
     return middle | {"cpu_ms": statistics.median(times), "where": where, "step": trainer.step}
 
 
-def _captured(trainer: Trainer) -> Any:
-    """Return the replay of a step that was captured strictly, as CUDA does by default."""
-    for _ in range(3):
-        trainer.train_step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        trainer.train_step()
-    return graph.replay
-
-
 def table(words: list[str], found: dict[str, Any]) -> str:
     """Return a line of figures and the places of the waits."""
     names = ("launches", "memsets", "waits", "h2d", "nccl", "cpu_ms")
@@ -87,6 +79,7 @@ def table(words: list[str], found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    command.help_out()
     if sys.argv[1].startswith("["):
         requests, captured = (json.loads(argument) for argument in sys.argv[1:])
         print(json.dumps([measure(words, captured) for words in requests]), flush=True)
