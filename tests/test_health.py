@@ -148,7 +148,8 @@ def test_a_solver_that_fails_costs_its_figure_and_no_run(
     assert whole["health/rankme"] > 1
 
     def fails(_: Tensor) -> Tensor:
-        raise torch.linalg.LinAlgError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED")
+        text = "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"
+        raise torch.linalg.LinAlgError(text)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
     found = figures.health(*arguments)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.profiler import record_function
 
 from moco_dist.distributed.machine import BOOT
@@ -25,7 +27,7 @@ from moco_dist.errors import ConfigError
 calls = 0
 # Bytes of tensors that this process has sent in all-gathers, to N - 1 others; as many are received.
 sent_bytes = 0
-_rendezvous: dist.Store | None = None
+_rendezvous: Store | None = None
 
 
 def world_size() -> int:
@@ -70,8 +72,8 @@ def require_own_gpu(timeout: timedelta) -> None:
     number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
     torch.cuda.set_device(number)
     # Kept, because it may be the only one of its server, which the process group uses, too.
-    _rendezvous, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore("moco_dist/gpus", _rendezvous)
+    _rendezvous, rank, world = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore("moco_dist/gpus", _rendezvous)
     gpu = str(torch.cuda.get_device_properties(number).uuid)
     store.set(f"{rank}", json.dumps([socket.gethostname(), BOOT, gpu]))
     places = [tuple(json.loads(t)) for t in store.multi_get([f"{r}" for r in range(world)])]

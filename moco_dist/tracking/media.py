@@ -59,12 +59,12 @@ class Album:
 
     def histogram(self, step: int, name: str, similarities: Tensor) -> None:
         """Save NAME.json: counts of cosine similarities, of finite ones, and the bins' edges."""
-        similarities = similarities.flatten().float()
-        edges = torch.linspace(-1, 1, BINS + 1, device=similarities.device)
-        # Rounding takes some beyond 1. torch.histc has no deterministic kernel on GPUs.
-        bins = torch.bucketize(similarities, edges[1:-1], right=True)
-        bins = torch.where(similarities.isfinite(), bins, BINS)
-        counts = bins.bincount(minlength=BINS + 1)[:BINS].tolist()
+        x = similarities.float()
+        edges = torch.linspace(-1, 1, BINS + 1, device=x.device)
+        # torch.histc has no deterministic kernel on GPUs. Rounding takes some beyond 1.
+        below = [(x < edge).sum() for edge in edges[1:-1]]
+        totals = torch.stack([(x == -torch.inf).sum(), *below, (x < torch.inf).sum()])
+        counts = totals.diff().tolist()
         text = json.dumps({"counts": counts, "edges": edges.tolist()})
         self._save(step, f"{name}.json", lambda path: path.write_text(text))
 

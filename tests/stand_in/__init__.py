@@ -51,10 +51,10 @@ def built() -> Path:
         new = folder.with_name(f"{folder.name}.{os.getpid()}")
         new.mkdir(parents=True)
         includes = [f"-I{folder}" for folder in _includes()]
-        cuda = ["g++", *FLAGS, "-std=c++17", *includes, sources[0], "-lpthread"]
-        driver = ["gcc", *FLAGS, "-w", "-Wl,-soname,libcuda.so.1", sources[1], "-ldl"]
+        cuda = ["g++", *FLAGS, "-std=c++17", *includes, str(sources[0]), "-lpthread"]
+        driver = ["gcc", *FLAGS, "-w", "-Wl,-soname,libcuda.so.1", str(sources[1]), "-ldl"]
         for command, name in ((cuda, "libfakecuda.so"), (driver, "libcuda.so.1")):
-            subprocess.run([*command, "-o", new / name], check=True)
+            subprocess.run([*command, "-o", str(new / name)], check=True)
         (new / "libcuda.so").symlink_to("libcuda.so.1")  # by which Triton links to it
         try:
             new.rename(folder)
@@ -63,8 +63,8 @@ def built() -> Path:
     return folder
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a process with a stand-in for a GPU."""
+def surroundings(more: dict[str, str]) -> dict[str, str]:
+    """Return the environment of a process with a stand-in for a GPU, and `more` of it."""
     folder = built()
     return {
         **os.environ,
@@ -80,15 +80,17 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def python(
-    module: str, *arguments: object, timeout: float = 240, **more: str
+    module: str, *arguments: object, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module of the tests on the stand-in, with `more` environment, and return its end."""
+    """Run a module on the stand-in, with more `environment`, and return its end."""
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
-        **{"capture_output": True, "text": True, "check": False},
+        capture_output=True,
+        text=True,
+        check=False,
         cwd=ROOT,
-        env=environment(**more),
-        timeout=timeout,
+        env=surroundings(environment or {}),
+        timeout=240,
     )
 
 
@@ -101,8 +103,8 @@ def torchrun(
     """
     (folder / "nccl").unlink(missing_ok=True)
     launcher = ["--standalone", "--nproc_per_node", processes, "-m", module, *arguments]
-    own = {"FAKE_NCCL": str(folder / "nccl"), "FAKE_GPUS": str(gpus or processes), **more}
-    return python("torch.distributed.run", *launcher, **own)
+    more |= {"FAKE_NCCL": str(folder / "nccl"), "FAKE_GPUS": str(gpus or processes)}
+    return python("torch.distributed.run", *launcher, environment=more)
 
 
 def measured(*requests: list[str], captured: bool = False) -> list[dict[str, Any]]:

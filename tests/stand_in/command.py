@@ -1,13 +1,15 @@
 """A command of moco_dist on the stand-in: `python -m tests.stand_in.command MODULE ARGUMENTS...`.
 
 Where a number that a kernel makes would decide how the command goes on, another one is given here.
-KILL_AT=n kills process 1 in step n. HANG_AT=n lets the GPU of process 0 hang from step n on.
+KILL_AT=n kills process 1 in step n. HANG_AT=n lets the GPU of process 0 hang from step n on. A line
+for each step, with what it waits for in JSON, is added to WAITS=FILE: for process 0 to FILE0.
 """
 
 from __future__ import annotations
 
 import base64
 import itertools
+import json
 import os
 import pickle
 import runpy
@@ -27,6 +29,7 @@ from moco_dist.encoders import load
 from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.probe.frozen import Frozen
+from moco_dist.probe.linear_probe import LinearProbe
 from tests.stand_in import counters
 
 _turns = itertools.count()
@@ -37,7 +40,7 @@ def _gather_objects(value: Any) -> list[Any]:
     if comms.world_size() == 1:
         return [value]
     store, turn = dist.distributed_c10d._get_default_store(), next(_turns)
-    store.set(f"gather/{turn}/{comms.rank()}", base64.b64encode(pickle.dumps(value)))
+    store.set(f"gather/{turn}/{comms.rank()}", base64.b64encode(pickle.dumps(value)).decode())
     keys = [f"gather/{turn}/{rank}" for rank in range(comms.world_size())]
     return [pickle.loads(base64.b64decode(store.get(key))) for key in keys]
 
@@ -46,8 +49,16 @@ def _eigenvalues(symmetric: Tensor) -> Tensor:
     return symmetric.diagonal().clone()
 
 
+def _bincount(numbers: Tensor, weights: None = None, minlength: int = 0) -> Tensor:
+    """Return zeros on a GPU, where the greatest number would be made up."""
+    if numbers.is_cuda:
+        return numbers.new_zeros(max(minlength, 1))
+    return torch.bincount(numbers, weights, minlength)
+
+
 def _agree(notes: Tensor) -> Agreement:
-    assert notes.is_cuda, notes.device
+    alone = comms.world_size() == 1
+    assert (notes.device.type == "cpu") == alone, notes.device
     assert notes.shape == (comms.world_size(), 5), notes.shape
     notes.tolist()  # waits, as the real one does
     return Agreement(stop=0, save=False)
@@ -56,8 +67,10 @@ def _agree(notes: Tensor) -> Agreement:
 def help_out() -> None:
     """Give the numbers that decide something."""
     torch.linalg.eigvalsh = _eigenvalues
+    Tensor.bincount = _bincount  # type: ignore[assignment,method-assign]
     load.require_trained = lambda *_: None
-    Images.labelled = StreamedImages.labelled = lambda self: self
+    for images in (Images, StreamedImages):
+        images.labelled = lambda self: self  # type: ignore[method-assign]
     # The number of batches that BatchNorm has seen is read as 1, but for the first time.
     Frozen.check = Frozen.check_modes  # type: ignore[method-assign]
     Stepper._refuse = lambda *_: None  # type: ignore[method-assign]
@@ -67,14 +80,25 @@ def help_out() -> None:
 
 
 def _in_step(step: int, act: Any) -> None:
-    train_step = Trainer.train_step
-
     def patched(self: Trainer, *arguments: Any) -> Any:
         if self.step == step:
             act()
         return train_step(self, *arguments)
 
-    Trainer.train_step = patched  # type: ignore[method-assign]
+    train_step = Trainer.train_step
+    Trainer.train_step = patched  # type: ignore[assignment,method-assign]
+
+
+def _note_waits(kind: type[Trainer] | type[LinearProbe], path: str) -> None:
+    def patched(self: Any, *arguments: Any) -> Any:
+        with counters.watched() as found:
+            returned = train_step(self, *arguments)
+        with open(path, "a") as file:
+            file.write(json.dumps(found) + "\n")
+        return returned
+
+    train_step = kind.train_step
+    kind.train_step = patched  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
@@ -84,5 +108,8 @@ if __name__ == "__main__":
         _in_step(int(step), lambda: os.kill(os.getpid(), signal.SIGKILL))
     if (step := os.environ.get("HANG_AT")) and rank == "0":
         _in_step(int(step), counters.library.fake_hang)
+    if path := os.environ.get("WAITS"):
+        for kind in (Trainer, LinearProbe):
+            _note_waits(kind, f"{path}{rank}")
     sys.argv = sys.argv[1:]
     runpy.run_module(f"moco_dist.{sys.argv[0]}", run_name="__main__", alter_sys=True)

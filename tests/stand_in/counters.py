@@ -67,4 +67,4 @@ def watched() -> Iterator[Counter[str]]:
     try:
         yield found
     finally:
-        library.fake_callback(ctypes.cast(None, _CALLBACK), 0)
+        library.fake_callback(_CALLBACK(), 0)
