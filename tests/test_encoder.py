@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from typing import Any, Literal
 
@@ -49,6 +52,21 @@ def test_grouped_norm_is_a_norm_for_each_group(
     for number, norm in enumerate(separate):
         torch.testing.assert_close(grouped.group_mean[number], norm.running_mean)
         torch.testing.assert_close(grouped.group_var[number], norm.running_var)
+
+
+def test_the_kernels_of_a_gpu_normalise_each_group_as_one_batch_norm_for_each() -> None:
+    """Computed by Triton's interpreter, which needs no GPU."""
+    command = [sys.executable, "-m", "tests.interpreted_kernels"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    allowed = {"torch.float64": 1e-13, "torch.float32": 1e-5, "torch.bfloat16": 1e-2}
+    cases = json.loads(ended.stdout)
+    assert len(cases) == 12
+    for dtype, shape, found in cases:
+        assert found.keys() == {"y", "mean", "var", "dx", "dweight", "dbias"}
+        assert max(found.values()) < allowed[dtype], (dtype, shape, found)
+        # Sums are float32 at least, also for bfloat16 images.
+        assert max(found["mean"], found["var"], found["dbias"]) < 1e-5, (dtype, shape, found)
 
 
 def test_evaluation_uses_the_mean_of_the_groups_statistics() -> None:

@@ -7,6 +7,7 @@ import logging
 from moco_dist.distributed import comms
 from moco_dist.encoders import load
 from moco_dist.pretrain import alarms
+from moco_dist.pretrain.step_graph import why_not
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.session import Session
 from moco_dist.tracking import start, terminal
@@ -49,6 +50,9 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
+    if trainer.device.type == "cuda":
+        why = why_not(trainer)
+        rows["graph"] = f"none: {why}" if why else "each step is one once the queue is full"
     if config.runtime.compile:
         rows["compiled"] = "views and encoders, by torch.compile"
     if config.init_from and not session.resumed and comms.is_main():

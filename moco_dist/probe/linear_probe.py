@@ -130,11 +130,9 @@ class LinearProbe:
 
     def extract(self, part: str) -> Tensor:
         """Return each encoder's features of a part's unaugmented images, on every process."""
-        config, found = self.config, []
+        how = self.parts[part], self.config.views, self.config.batch_size
         with self.accelerator.autocast():
-            for each in self.backbones.values():
-                images = self.parts[part]
-                found.append(features.extract(each, images, config.views, config.batch_size))
+            found = [features.extract(each, *how) for each in self.backbones.values()]
         return torch.stack(found).to(self.dtype) * self.scale
 
     def refresh(self, *parts: str) -> None:
@@ -177,8 +175,7 @@ class LinearProbe:
         def work(samples: Tensor, epoch: Key) -> Tensor:
             return self.encode(self.sources[number].views([(samples, 0)], epoch)[0])
 
-        graphs = self.config.runtime.cuda_graph and not self.tunes
-        if not (graphs and samples.is_cuda):
+        if self.tunes or not (self.config.runtime.cuda_graph and samples.is_cuda):
             return work(samples, epoch)
         if number not in self._graphs:
             self.sources[number].stay()
@@ -206,11 +203,10 @@ class LinearProbe:
                 self.settle()
                 raise
         losses, batch = self.add_gradients()
-        good = None
+        good = self.good if self.settles else None
         if self.settles:
             self.good &= self.norms()[1].isfinite()
             self.kept += self.good
-            good = self.good
         else:
             self.require_finite(batch)
         self.session.saver.copied()
