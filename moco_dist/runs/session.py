@@ -149,8 +149,6 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill every new tensor first; nothing here reads one unwritten.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    else:
-        torch.backends.cudnn.benchmark = True  # choose its kernels by trying them
     peers.me.join(machine.timeout_seconds)
     wanted, got = machine.processes, comms.world_size()
     if wanted not in (0, got):

@@ -90,7 +90,8 @@ def test_whole_commands_run_on_a_gpu(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     first, *others = waits_of(tmp_path / "waits0")
     assert len(others) == 9
-    assert sum(first.values()) == 2  # whether the steps before it were good; a capture
+    # Whether the steps before it were good, and the capture of views and encoders.
+    assert sum(first.values()) == 2
     assert not any(others), others
 
 
