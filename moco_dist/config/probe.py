@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -112,7 +113,8 @@ class ProbeConfig:
 
     def pretraining(self) -> str:
         """Return the name of the encoder's run or file."""
-        source = Path(self.encoder).expanduser()
+        # Absolute, because the folder of a checkpoint has its run's name in the path only.
+        source = Path(os.path.abspath(Path(self.encoder).expanduser()))
         if source.suffix in FOREIGN:
             return source.stem
         in_run = source.name.startswith("step_")

@@ -15,7 +15,15 @@ from typing import NoReturn, TextIO, TypeVar
 from moco_dist.config import yaml_files
 from moco_dist.distributed import comms, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.errors import PeerError, StoppedError, UserError, output_errors
+from moco_dist.errors import (
+    PeerError,
+    StoppedError,
+    UnavailableError,
+    UserError,
+    machine_error,
+    output_errors,
+)
+from moco_dist.runs import launch
 from moco_dist.runs.status import note_outcome
 
 Schema = TypeVar("Schema")
@@ -55,6 +63,7 @@ def main(
         try:
             stop.listen()
             _redirect()
+            launch.check()
             run(yaml_files.load(schema, arguments), stop)
         except BaseException as error:
             _end(error, stop)
@@ -67,7 +76,7 @@ def main(
 
 
 def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return launch.number() == 0
 
 
 def _redirect() -> None:
@@ -76,7 +85,7 @@ def _redirect() -> None:
     if (folder := os.environ.get(LOGS)) and not _first():
         with output_errors(Path(folder)):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            path = Path(folder, f"process_{os.environ['RANK']}.log")
+            path = Path(folder, f"process_{launch.number()}.log")
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         _console = os.fdopen(os.dup(2), "w")
         for stream in (1, 2):
@@ -94,13 +103,18 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
         error = stopping.error(stop.request, "before the first step")
     elif comms.world_size() > 1 and comms.lost_connection(error):
         error = PeerError(me.blame())
+    elif not isinstance(error, UserError):
+        error = machine_error(error) or error
     status, text, again, speaks = UserError.exit_status, str(error), True, True
     if isinstance(error, UserError):
         status, again = error.exit_status, error.again
         lost = isinstance(error, PeerError) and not error.shared
         if lost:
             speaks = me.speaks()
-        # The first process reports signals, and errors before all have met, for all of them.
+        # The first process reports signals, and errors before all have met, for all of them; one
+        # that has not met the others speaks for itself.
+        elif isinstance(error, UnavailableError):
+            speaks = not error.shared or _first()
         elif error.shared or comms.world_size() == 1 or isinstance(error, StoppedError):
             speaks = _first()
         me.leave(None if lost or error.shared else text, speaks)

@@ -9,13 +9,12 @@ import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor
 
 from moco_dist.config import yaml_files
@@ -24,7 +23,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
-from moco_dist.runs import checkpoint, identity, saving
+from moco_dist.runs import checkpoint, identity, launch, saving
 from moco_dist.runs.environment import environment, keep_freed_memory
 from moco_dist.runs.lock import RunLock
 from moco_dist.runs.saving import Saver
@@ -113,26 +112,11 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
             f"(CUDA_VISIBLE_DEVICES={visible}); check its driver with nvidia-smi, use another "
             "machine, or give runtime.device=cpu"
         )
-    accelerator = Accelerator(
-        cpu=machine.device == "cpu",
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        dynamo_backend="no",  # it would compile the query encoder alone
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
-        ],
-    )
+    accelerator = launch.accelerator(machine.device, machine.timeout_seconds, settings.precision)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if not comms.is_main():
         logging.disable(logging.WARNING)
-    asked, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.mixed_precision
-    if asked not in ("no", ours):
-        ignored = "the launcher's mixed precision %s is ignored in favour of precision=%s"
-        logger.warning(ignored, asked, settings.precision)
-    if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
-        ignored = "the launcher's dynamo backend %s is ignored; runtime.compile=true compiles"
-        logger.warning(ignored, asked)
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
@@ -156,7 +140,8 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
     stop, machine, accelerator = stop or StopRequests(), settings.runtime, join(settings)
     directory = Path(settings.output).expanduser() / settings.name
     lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
-    stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
+    watched, end = (directory, launch.job_end()) if comms.is_main() else (None, None)
+    stop.limit(watched, machine.max_hours, machine.grace_seconds, end)
     resumed = checkpoint.newest(directory, set_aside=True)
     finished, run_id = peers.from_main(lambda: _require_same(directory, settings, resumed))
     saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
