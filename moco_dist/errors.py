@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import io
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,6 +161,16 @@ def shown(value: object, limit: int = 300) -> str:
     text = str(value)
     cut = f"{text[:60]}... ({len(text)} characters)" if len(text) > limit else text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def escape_output() -> None:
+    """Print what a console can't show as escapes: names in other scripts, and those of no script.
+
+    Python would end the command with an error at such a letter.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

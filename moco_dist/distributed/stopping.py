@@ -140,5 +140,5 @@ class StopRequests:
 
     def _leave(self, error: UserError, shown: str) -> None:
         self.on_end(error.exit_status, str(error), error.again)
-        os.write(2, f"{shown}\n".encode())
+        os.write(2, f"{shown}\n".encode(errors="backslashreplace"))
         os._exit(error.exit_status)

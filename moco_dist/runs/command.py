@@ -20,6 +20,7 @@ from moco_dist.errors import (
     StoppedError,
     UnavailableError,
     UserError,
+    escape_output,
     machine_error,
     output_errors,
 )
@@ -47,6 +48,7 @@ def main(
     arguments: list[str] | None = None,
 ) -> None:
     """Load the configuration from `arguments`, call `run`, and exit with its status."""
+    escape_output()
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(f"{purpose}\n\n{COMMANDS}\n{yaml_files.to_yaml(schema())}", end="")
@@ -87,7 +89,7 @@ def _redirect() -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             path = Path(folder, f"process_{launch.number()}.log")
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        _console = os.fdopen(os.dup(2), "w")
+        _console = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
         for stream in (1, 2):
             os.dup2(log, stream)
 
