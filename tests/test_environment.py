@@ -202,6 +202,10 @@ def test_a_port_in_use_and_missing_processes_are_unavailable(tmp_path: Path) -> 
     result = python("pretrain", *arguments, "runtime.timeout_seconds=1", **other)
     assert result.returncode == 69
     assert f"did not meet the others at 127.0.0.1:{port} within 1 s" in result.stderr
+    alone = JOB | {"MASTER_PORT": str(port), "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "eth77"}
+    result = python("pretrain", *arguments, **alone)
+    assert result.returncode == 69
+    assert "error: GLOO_SOCKET_IFNAME=eth77 in the environment is no network int" in result.stderr
 
 
 def test_the_limit_of_open_files_is_named(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def check(group: str, config: Any, **ranges: Range) -> None:
         for number in items:
             if isinstance(number, int):
                 fits = -(2**63) <= number < 2**63
-                require(fits, f"{given} does not fit into 64 bits; give a smaller number")
+                require(fits, f"{given} does not fit into 64 bits; give one from -2^63 to 2^63 - 1")
             else:
                 require(math.isfinite(number), f"{given} is not a finite number; give one")
     for name in [*ranges, *(numbers.keys() - ranges)]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ _ANSWERS = {
 }
 # Variables that switch the precision of products on GPUs, which the configuration decides.
 _TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 _SQUEUE_SECONDS = 10.0  # a busy Slurm controller may need long
 
 
@@ -189,6 +191,7 @@ def _say_ignored(mixed: str, precision: str) -> None:
 
 
 def _not_met(error: RuntimeError, seconds: float) -> UnavailableError:
+    """Return why the processes did not meet, in one sentence."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     host, port = (os.environ.get(name, "?") for name in MEETING)
     first = shown(str(error).strip().splitlines()[0]) if str(error).strip() else "no reason given"
@@ -196,6 +199,12 @@ def _not_met(error: RuntimeError, seconds: float) -> UnavailableError:
         return UnavailableError(
             f"port {port} of {host} is in use, most likely by another run; choose another one "
             "(accelerate launch --main_process_port 0 finds a free one), or end that run"
+        )
+    if "unable to find address" in str(error).lower() and (name := os.environ.get(_INTERFACE)):
+        there = ", ".join(name for _, name in socket.if_nameindex())
+        return UnavailableError(
+            f"{_INTERFACE}={shown(name)} in the environment is no network interface of "
+            f"{os.uname().nodename}, which has {there}; give one of them, or unset it"
         )
     return UnavailableError(
         f"process {rank} of {world} on {os.uname().nodename} did not meet the others at "

@@ -66,7 +66,8 @@ def _installed() -> Sequence[Path]:
     files = {
         file
         for folder in (*FOLDERS, own)
-        for file in Path(folder).expanduser().rglob("*")
+        # A user without a name, as in containers, has no home: Path.expanduser would end there.
+        for file in Path(os.path.expanduser(folder)).rglob("*")
         if file.suffix.lower() in (".ttf", ".otf", ".ttc")
     }
     # Regular before bold; those made for many scripts have such names.
