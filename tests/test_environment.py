@@ -281,6 +281,8 @@ def test_the_end_of_a_job_that_is_over_is_ignored(
     for answer, expected in (
         ("echo RUNNING", soon),
         ("echo COMPLETED", None),
+        ("echo CANCELLED; echo TIMEOUT", None),
+        ("echo COMPLETED; echo RUNNING", soon),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
         ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", soon),
     ):

@@ -41,6 +41,10 @@ _ANSWERS = {
 # Variables that switch the precision of products on GPUs, which the configuration decides.
 _TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 _INTERFACE = "GLOO_SOCKET_IFNAME"
+_OVER = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "TIMEOUT"),
+}
 _SQUEUE_SECONDS = 10.0  # a busy Slurm controller may need long
 
 
@@ -246,6 +250,6 @@ def _is_over(job: str) -> bool:
         )
         states = asked.stdout.split()
         if asked.returncode == 0 and states:
-            return not {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"} & set(states)
+            return _OVER.issuperset(states)  # several, if it is the first of an array
         return "invalid job id" in asked.stderr.lower()
     return False
