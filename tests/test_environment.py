@@ -104,6 +104,19 @@ def test_a_refusal_is_printed_whatever_rank_is_left_over() -> None:
     assert result.stderr.count("\n") == 1
 
 
+def test_a_refusal_is_never_lost_between_processes() -> None:
+    """Whichever ends first, the launcher ends the other one."""
+    command = [str(BIN / "accelerate"), "launch", "--use_fsdp", "--num_processes", "2"]
+    command += ["--main_process_port", "0", "-m", "moco_dist.pretrain"]
+    result = started(*command, ACCELERATE_USE_CPU="true")
+    assert result.stderr.count("error: ACCELERATE_USE_FSDP=true: FSDP, an answer of `acc") == 1
+    # A process that alone has the error says so itself.
+    other = JOB | {"RANK": "1", "LOCAL_RANK": "1"}
+    result = python("pretrain", "nonsense=1", **other)
+    assert result.returncode == 78
+    assert result.stderr.startswith("error: nonsense=1: there is no key 'nonsense'")
+
+
 def tiny(tmp_path: Path, *arguments: str) -> PretrainConfig:
     return load(PretrainConfig, [*BARE, f"output={tmp_path}", *arguments])
 

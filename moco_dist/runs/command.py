@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -36,6 +37,7 @@ One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerat
 --num_processes 2 -m. Files and overrides apply from left to right onto these defaults:
 """
 
+OTHERS_SECONDS = 5.0  # in which a launcher ends the others when the first process has failed
 # The environment variable with the folder for the output of all processes but the first.
 LOGS = "MOCO_DIST_LOGS"
 _console: TextIO | None = None
@@ -113,12 +115,13 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
         lost = isinstance(error, PeerError) and not error.shared
         if lost:
             speaks = me.speaks()
-        # The first process reports signals, and errors before all have met, for all of them; one
-        # that has not met the others speaks for itself.
-        elif isinstance(error, UnavailableError):
-            speaks = not error.shared or _first()
-        elif error.shared or comms.world_size() == 1 or isinstance(error, StoppedError):
+        # The first process reports signals, and errors on which all agree, for all of them.
+        elif error.shared or isinstance(error, StoppedError):
             speaks = _first()
+        elif comms.world_size() == 1 and not _first() and not isinstance(error, UnavailableError):
+            # The first one most likely fails alike, and its launcher then ends this process; one
+            # that is still here has an error of its own.
+            time.sleep(OTHERS_SECONDS)
         me.leave(None if lost or error.shared else text, speaks)
     else:
         text = f"{type(error).__name__}: {' '.join(text.split())}"
