@@ -33,6 +33,7 @@ from tests.test_launch import launch as started
 BARE = [*TINY, "epochs=1", "knn.every_epochs=0", "knn.at_start=false", "runtime.device=cpu"]
 JOB = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 JOB |= {"MASTER_PORT": "29500"}
+LEFT = "error: RANK=1 in the environment without WORLD_SIZE, LOCAL_RANK"
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_whole_launch_is_accepted(environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"RANK": "1"}, "RANK=1 in the environment without WORLD_SIZE, LOCAL_RANK"),
+        ({"RANK": "1"}, LEFT.removeprefix("error: ")),
         ({"RANK": ""}, "RANK='' in the environment is no whole number"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' in the environment is no whole number"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment is no whole number"),
@@ -97,11 +98,12 @@ def test_what_accelerate_config_cannot_mean_here_is_refused_by_name(name: str, a
         launch.check({name: "true"})
 
 
-def test_a_refusal_is_printed_whatever_rank_is_left_over() -> None:
-    result = python("pretrain", "nonsense=1", RANK="1")
-    assert result.returncode == 78
-    assert result.stderr.startswith("error: RANK=1 in the environment without WORLD_SIZE")
-    assert result.stderr.count("\n") == 1
+def test_a_refusal_is_printed_whatever_rank_is_left_over(tmp_path: Path) -> None:
+    for argument, said in (("nonsense=1", "error: nonsense=1: there is no key"), ("seed=1", LEFT)):
+        result = python("pretrain", *BARE, f"output={tmp_path}", argument, RANK="1")
+        assert result.returncode == 78
+        assert result.stderr.startswith(said)
+        assert result.stderr.count("\n") == 1
 
 
 def test_a_refusal_is_never_lost_between_processes() -> None:

@@ -67,7 +67,6 @@ def main(
         try:
             stop.listen()
             _redirect()
-            launch.check()
             run(yaml_files.load(schema, arguments), stop)
         except BaseException as error:
             _end(error, stop)
