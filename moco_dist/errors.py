@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +17,9 @@ STATES = {
     1: "faults found",
     65: "data",
     66: "missing",
+    69: "unavailable",
     70: "internal",
+    71: "machine",
     73: "in use",
     74: "output",
     75: "stopped",
@@ -61,6 +66,20 @@ class MissingError(UserError):
     exit_status = 66
 
 
+class UnavailableError(UserError):
+    """Another process, a port or a service that can't be reached (EX_UNAVAILABLE)."""
+
+    exit_status = 69
+    again = True
+
+
+class MachineError(UserError):
+    """A limit of the machine that is reached: open files, memory, processes (EX_OSERR)."""
+
+    exit_status = 71
+    again = True
+
+
 class OutputError(UserError):
     """A file or folder that can't be written (EX_IOERR)."""
 
@@ -100,11 +119,58 @@ class InterruptedRunError(StoppedError):
     again = False
 
 
+# Limits of a machine: error numbers, words, and the fix. PyTorch and safetensors pass the words of
+# the system on in errors of their own.
+_LIMITS = (
+    (
+        (errno.EMFILE, errno.ENFILE),
+        ("too many open files",),
+        "open files is reached; raise it with `ulimit -n 65536`, or lower data.workers",
+    ),
+    (
+        (errno.ENOMEM,),
+        ("out of memory", "can't allocate memory", "cannot allocate memory"),
+        "memory is reached; lower batch_size, data.size or data.memory_gb, raise "
+        "runtime.micro_batches, or use another machine",
+    ),
+    (
+        (errno.EAGAIN,),
+        ("can't start new thread", "resource temporarily unavailable"),
+        "processes and threads is reached; raise it with `ulimit -u`, or lower data.workers and "
+        "OMP_NUM_THREADS",
+    ),
+)
+
+
+def machine_error(error: BaseException | None) -> MachineError | None:
+    """Return what limit of the machine an error, or one of its causes, is about; None if none."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        number = errno.ENOMEM if isinstance(error, MemoryError) else number
+        text = str(error).lower() if isinstance(error, OSError | RuntimeError) else ""
+        for numbers, words, fix in _LIMITS:
+            if number in numbers or any(word in text for word in words):
+                reason = shown(" ".join(str(error).split()) or type(error).__name__)
+                return MachineError(f"this machine's limit of {fix} ({reason})")
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def shown(value: object, limit: int = 300) -> str:
     """Return `value` for a message: on one line, printable, cut to 60 characters above `limit`."""
     text = str(value)
     cut = f"{text[:60]}... ({len(text)} characters)" if len(text) > limit else text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+
+
+def escape_output() -> None:
+    """Print what a console can't show as escapes: names in other scripts, and those of no script.
+
+    Python would end the command with an error at such a letter.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

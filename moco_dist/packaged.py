@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from moco_dist.errors import MissingError, shown
+from moco_dist.errors import MissingError, escape_output, shown
 
 FOLDERS = ("configs", "launch", "slurm")
 
@@ -40,6 +40,7 @@ def files() -> list[str]:
 
 def run(arguments: list[str]) -> int:
     """Print the paths of the named files, or of all; return the exit status."""
+    escape_output()
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0

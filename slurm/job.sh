@@ -5,6 +5,8 @@ source slurm/setup.sh
 run_on_all_nodes() {
     local kind="$1" run device gpus="${SLURM_GPUS_ON_NODE:-0}" srun waits=0
     shift
+    [[ "${SLURM_JOB_ID:-}" ]] || fail 78 \
+        "this is no Slurm job; submit the script with sbatch slurm/$kind.sbatch, or without Slurm run python -m moco_dist.$kind"
     run="$(run_directory "$kind" "$@")" || exit
     PROCESSES="${SLURM_NTASKS_PER_NODE:-1}" device=cpu # on GPUs, one per GPU
     if ((gpus)); then

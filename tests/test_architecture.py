@@ -28,7 +28,7 @@ FLOORS = (
 )
 OWNERS = {  # the only files that import a library
     "torch.distributed": {"distributed/comms.py"},
-    "omegaconf": {"config/yaml_files.py"},
+    "yaml": {"config/yaml_files.py"},
     "wandb": {"tracking/wandb_run.py"},
     "matplotlib": {"report/figures.py", "report/pictures.py"},
 }

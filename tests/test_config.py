@@ -10,7 +10,7 @@ import pytest
 
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
-from moco_dist.config.yaml_files import changed_keys, load, to_dict
+from moco_dist.config.yaml_files import changed_keys, flat, load, to_dict, to_yaml
 from moco_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -188,11 +188,97 @@ def test_a_probe_refuses_what_would_have_no_effect() -> None:
         assert "for pretraining only" in sentence
 
 
-@pytest.mark.parametrize("text", ["no", "off", "007", "1e3", "1_000", "0x10", "true", "2026-11-24"])
-def test_a_text_is_taken_as_it_stands(text: str) -> None:
-    config = load(PretrainConfig, [f"name={text}", f"data.root={text}"])
-    assert (config.name, config.data.root) == (text, text)
-    assert load(PretrainConfig, [f"name='{text}'"]).name == text
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("no", "off", "007", "1e3", "1_000", "0x10", "true", "2026-11-24", "695e0514", "null"),
+        *(".inf", "1.", "0o17", "010", "+1"),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(text: str, tmp_path: Path) -> None:
+    config = load(PretrainConfig, [f"name={text}", f"data.root={text}"]) if text != ".inf" else None
+    assert config is None or (config.name, config.data.root) == (text, text)
+    file = tmp_path / "a.yaml"
+    for quote in ("", "'", '"'):
+        file.write_text(f"output: {quote}{text}{quote}\ndata: {{root: {quote}{text}{quote}}}\n")
+        config = load(PretrainConfig, [str(file)])
+        assert (config.output, config.data.root) == (text, text)
+        assert load(PretrainConfig, [f"data.root={quote}{text}{quote}"]).data.root == text
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            "set #2",
+            "#2",
+            "set: 3",
+            "a: b #c",
+            "[a]",
+            "{a: b}",
+            "- a",
+            "*a",
+            "&a b",
+            "!x",
+            "%",
+            "@a",
+        ),
+        *("'a' and 'b'", "'a", 'a"', "a, b", "a=b", " a ", "", "~", "12:30", "a\\tb", "set\udce9"),
+    ],
+)
+def test_a_path_is_taken_as_it_stands_and_kept_by_the_file_of_the_run(
+    path: str, tmp_path: Path
+) -> None:
+    config = load(PretrainConfig, [f"data.root={path}", f"output={path}"])
+    assert (config.data.root, config.output) == (path, path)
+    (tmp_path / "a.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load(PretrainConfig, [str(tmp_path / "a.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *(("seed=010", 10), ("seed=008", 8), ("epochs=0200", 200), ("batch_size=0128", 128)),
+        *(("seed=-07", -7), ("seed=1_000", 1000), ("optim.lr=010", 10.0), ("optim.lr=1e-3", 0.001)),
+        *(("optim.milestones=[010, 020]", [10, 20]), ("optim.milestones=[]", [])),
+        *(("grid.lr=[01.5]", [1.5]), ("data.skip_unreadable=No", False)),
+        ("data.skip_unreadable=on", True),
+    ],
+)
+def test_a_number_is_decimal(argument: str, value: Any, tmp_path: Path) -> None:
+    key, text = argument.split("=")
+    schema = ProbeConfig if key.startswith("grid") else PretrainConfig
+    assert flat(to_dict(load(schema, [argument])))[key] == value
+    (tmp_path / "a.yaml").write_text(f"{key}: {text}\n")
+    assert flat(to_dict(load(schema, [str(tmp_path / "a.yaml")])))[key] == value
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("epochs=1:30", "epochs=0x10", "epochs=0o17", "epochs=1e3", "epochs=", "epochs=٣"),
+        *("optim.lr=1:30", "optim.lr=0x1p-3", "optim.lr=no", "data.skip_unreadable=maybe"),
+        *("optim.milestones=[1:30]", "optim.milestones=[[1]]", "optim.milestones={1: 2}"),
+        *("views.mean=0.5", "views.mean=[a,0,0]", "precision=no", "optim.milestones=[010.5]"),
+    ],
+)
+def test_what_is_no_number_is_refused(argument: str, tmp_path: Path) -> None:
+    key, text = argument.split("=")
+    assert refusal(argument).startswith(f"{argument}: {argument} is not ")
+    (tmp_path / "a.yaml").write_text(f"{key}: {text}\n")
+    said = refusal(str(tmp_path / "a.yaml"))
+    assert said.startswith(f"{tmp_path / 'a.yaml'}: {argument} is not ")
+
+
+def test_a_dotted_key_in_a_file_is_that_key(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("optim.lr: 0.5\nviews.mean: [1, 1, 1]\noptim:\n  # lr: 3\n  momentum: 0.5\n")
+    config = load(PretrainConfig, [str(file)])
+    assert (config.optim.lr, config.optim.momentum, config.views.mean) == (0.5, 0.5, [1, 1, 1])
+    file.write_text("moco:\n  # all lines are comments\n")
+    assert load(PretrainConfig, [str(file)]) == PretrainConfig()
+    file.write_text("optim.lr: 0.5\noptim:\n  lr: 3\n")
+    assert "found duplicate key optim.lr in line 2" in refusal(str(file))
 
 
 @pytest.mark.parametrize("schema", [PretrainConfig, ProbeConfig])

@@ -85,8 +85,8 @@ def test_too_little_disk_and_memory_are_found(
     (finding,) = checks.disk(config)
     assert "has 0.0 GB free and the checkpoints need" in finding.fault
     cpu = torch.device("cpu")
-    for pages, fault in ((2 * needs, False), (needs // 2, True)):
-        monkeypatch.setattr(os, "sysconf", lambda name, n=pages: 1 if "SIZE" in name else n)
+    for there, fault in ((2 * needs, False), (needs // 2, True)):
+        monkeypatch.setattr(checks, "available", lambda n=there: n)
         (finding,) = checks.memory(config, cpu, 100)
         assert bool(finding.fault) == fault
 

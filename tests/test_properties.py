@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
+import threading
 import typing
 from collections import deque
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -116,6 +119,65 @@ def test_a_configuration_survives_its_file_and_its_dictionary(schema: Any, file:
     assert kept > 250
 
 
+def numbers_of(schema: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Return the types of the keys of a schema that hold numbers."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind):
+            found |= numbers_of(typing.cast(type[Any], kind), f"{prefix}{name}.")
+        elif kind in (int, float, list[int], list[float]):
+            found[prefix + name] = kind
+    return found
+
+
+NUMBERS = [
+    pytest.param(schema, key, kind, id=f"{schema.__name__}-{key}")
+    for schema in (PretrainConfig, ProbeConfig)
+    for key, kind in numbers_of(schema).items()
+]
+
+
+@pytest.mark.parametrize(("schema", "key", "kind"), NUMBERS)
+def test_no_number_is_infinite_or_beyond_64_bits(
+    schema: type[Any], key: str, kind: Any, file: Path
+) -> None:
+    whole = kind in (int, list[int])
+    held = [] if kind in (int, float) else [1, 1]
+    spelled: dict[float, list[str]] = {
+        math.inf: [".inf", "inf", "Infinity", "1e999", "9" * 400],
+        -math.inf: ["-.inf", "-inf"],
+        math.nan: [".nan", "nan", "NaN"],
+    }
+    if whole:
+        spelled = {sign * big: [str(sign * big)] for big in (2**63, 10**20) for sign in (1, -1)}
+        spelled.pop(-(2**63))
+    for number, texts in spelled.items():
+        with pytest.raises(ConfigError, match=rf"^{key}=.*(finite|64 bits|above 0|of range)"):
+            changed(schema(), key, [*held, number] if held else number)
+        for text in texts:
+            said = f"[1, 1, {text}]" if held else text
+            file.write_text(f"{key}: {said}\n")
+            for argument in (f"{key}={said}", str(file)):
+                with pytest.raises(ConfigError, match=f"{key}=") as error:
+                    load(schema, [argument])
+                assert str(error.value).isprintable()
+    # What is allowed has no surprise: it is finite, and what waits can wait.
+    for number in (0, 1, 1e-300, 1e300, 10**9, 2**62, -1):
+        value = int(number) if whole else float(number)
+        try:
+            config = changed(schema(), key, [*held, value] if held else value)
+        except ConfigError:
+            continue
+        for found in flat(to_dict(config)).values():
+            for each in found if isinstance(found, list) else [found]:
+                assert isinstance(each, str) or (math.isfinite(each) and abs(each) <= 1e300)
+                torch.tensor(0, dtype=torch.int64).add(each if isinstance(each, int) else 0)
+        waits = config.runtime
+        for seconds in (waits.timeout_seconds, waits.grace_seconds):
+            assert timedelta(seconds=seconds) < timedelta(days=365)
+            assert seconds < threading.TIMEOUT_MAX
+
+
 KEYS = sorted(flat(to_dict(PretrainConfig())))
 YAML_LIKE = st.recursive(
     PLAIN | TRAPS | st.sampled_from([*KEYS, "optim", "data", "views", "1", "[", "]", "{", "}"]),
@@ -129,6 +191,17 @@ YAML_LIKE = st.recursive(
     max_leaves=8,
 )
 ANY_TEXT = YAML_LIKE | PLAIN | st.text(max_size=30)
+
+
+@pytest.mark.parametrize("key", ["data.root", "output", "init_from"])
+def test_any_text_is_taken_as_it_stands(key: str) -> None:
+    @many
+    @given(TRAPS | PLAIN | ANY_TEXT)
+    def check(text: str) -> None:
+        assume("${" not in text and text != "???" and text[:1] not in ("'", '"'))
+        assert flat(to_dict(load(PretrainConfig, [f"{key}={text}"])))[key] == text
+
+    check()
 
 
 def loads_or_refuses(arguments: list[str]) -> bool:

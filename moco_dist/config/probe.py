@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from moco_dist.config.recipe import DataConfig, OptimConfig, Precision, ViewsConfig
-from moco_dist.config.rules import check, check_name, check_positive, require
+from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
 # Files that hold an encoder.
@@ -22,13 +23,10 @@ class GridConfig:
     weight_decay: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check("grid.", self, lr=OWN)
         require(
             all(lr > 0 for lr in self.lr),
             f"grid.lr={self.lr} has a rate that is not above 0; give positive learning rates",
-        )
-        require(
-            all(decay >= 0 for decay in self.weight_decay),
-            f"grid.weight_decay={self.weight_decay} has a negative value; give 0 or more",
         )
 
 
@@ -76,9 +74,21 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name or "probe")
-        check("", self, epochs=(1, None), stop_at_step=(0, None))
-        check("", self, batch_size=(1, None), top_k=(1, None), seeds=(1, None))
-        check("", self, label_fraction=(0, 1))
+        check(
+            "",
+            self,
+            seed=ANY,
+            encoder_lr=OWN,
+            seeds=(1, None),
+            label_fraction=(0, 1),
+            epochs=(1, None),
+            batch_size=(1, None),
+            top_k=(1, None),
+        )
+        require(
+            self.seed + self.seeds < 2**63,
+            f"seed={self.seed} with seeds={self.seeds} does not fit into 64 bits; give less",
+        )
         require(
             not self.runtime.compile,
             "runtime.compile=true is for pretraining only; leave it out for a probe",
@@ -103,7 +113,8 @@ class ProbeConfig:
 
     def pretraining(self) -> str:
         """Return the name of the encoder's run or file."""
-        source = Path(self.encoder).expanduser()
+        # Absolute, because the folder of a checkpoint has its run's name in the path only.
+        source = Path(os.path.abspath(Path(self.encoder).expanduser()))
         if source.suffix in FOREIGN:
             return source.stem
         in_run = source.name.startswith("step_")

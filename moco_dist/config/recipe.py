@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moco_dist.config.rules import check, check_momentum, check_name, check_positive, require
+from moco_dist.config.rules import (
+    ANY,
+    OWN,
+    check,
+    check_momentum,
+    check_name,
+    check_positive,
+    require,
+)
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 from moco_dist.errors import shown
 
@@ -46,9 +54,15 @@ class DataConfig:
     shapes_test: int = 2000
 
     def __post_init__(self) -> None:
-        check("data.", self, size=(8, None), validation=(0, 0.9), limit=(0, None))
-        check("data.", self, shapes_train=(10, None), shapes_test=(10, None))
-        check("data.", self, memory_gb=(0, None), workers=(0, None))
+        check(
+            "data.",
+            self,
+            size=(8, None),
+            split_seed=ANY,
+            validation=(0, 0.9),
+            shapes_train=(10, None),
+            shapes_test=(10, None),
+        )
 
 
 @dataclass(frozen=True)
@@ -83,13 +97,24 @@ class ViewsConfig:
     std: list[float] = field(default_factory=lambda: [0.2023, 0.1994, 0.2010])
 
     def __post_init__(self) -> None:
-        check("views.", self, size=(8, None), hue=(0, 0.5))
-        check("views.", self, flip=(0, 1), jitter=(0, 1), grayscale=(0, 1), blur=(0, 1))
-        check("views.", self, brightness=(0, None), contrast=(0, None), saturation=(0, None))
-        check("views.", self, scale_max=(0.001, 1), scale_min=(0.001, self.scale_max))
-        check("views.", self, ratio_max=(0.1, 10), ratio_min=(0.1, self.ratio_max))
-        sigma_max = self.blur_sigma_max
-        check("views.", self, blur_sigma_max=(0.001, None), blur_sigma_min=(0.001, sigma_max))
+        check(
+            "views.",
+            self,
+            size=(8, None),
+            hue=(0, 0.5),
+            flip=(0, 1),
+            jitter=(0, 1),
+            grayscale=(0, 1),
+            blur=(0, 1),
+            scale_max=(0.001, 1),
+            scale_min=(0.001, self.scale_max),
+            ratio_max=(0.1, 10),
+            ratio_min=(0.1, self.ratio_max),
+            blur_sigma_max=(0.001, None),
+            blur_sigma_min=(0.001, self.blur_sigma_max),
+            mean=ANY,
+            std=OWN,
+        )
         require(
             0 < len(self.mean) == len(self.std),
             f"views.mean={self.mean} and views.std={self.std} are not one number per channel; give "
@@ -176,7 +201,7 @@ class MocoConfig:
     mask_own_keys: bool = True
 
     def __post_init__(self) -> None:
-        check("moco.", self, queue_size=(1, None))
+        check("moco.", self, queue_size=(1, None), temperature=OWN, momentum=OWN)
         check_positive("moco.", self, temperature="0.1 or 0.2 is usual")
         check_momentum("moco.", self.momentum, 0.99)
 
@@ -196,9 +221,9 @@ class OptimConfig:
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
+        check("optim.", self, gamma=(0, 1), lr=OWN, momentum=OWN)
         check_positive("optim.", self, lr="give a positive learning rate")
         check_momentum("optim.", self.momentum, 0.9)
-        check("optim.", self, weight_decay=(0, None), warmup_epochs=(0, None), gamma=(0, 1))
         require(
             self.schedule != "step" or bool(self.milestones),
             "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
@@ -240,8 +265,14 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        check("", self, epochs=(1, None), stop_at_step=(0, None))
-        check("", self, batch_size=(2, None), bn_groups=(1, None))
+        check(
+            "",
+            self,
+            seed=ANY,
+            epochs=(1, None),
+            batch_size=(2, None),
+            bn_groups=(1, None),
+        )
         channels = self.encoder.channels
         require(
             channels in (1, 3),

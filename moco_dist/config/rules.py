@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
-from moco_dist.errors import ConfigError
+from moco_dist.errors import ConfigError, shown
 
 
 def require(holds: bool, message: str) -> None:
@@ -13,14 +15,42 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def check(group: str, config: Any, **ranges: tuple[float, float | None]) -> None:
-    """Raise ConfigError unless each value lies in its range, where None is no upper limit."""
-    for name, (low, high) in ranges.items():
-        key, value = group + name, getattr(config, name)
-        if high is None:
-            require(value >= low, f"{key}={value} is too small; it must be at least {low}")
-        rule = f"it must lie between {low} and {high}"
-        require(high is None or low <= value <= high, f"{key}={value} is out of range; {rule}")
+# From the first number to the second; None is no limit on that side.
+Range = tuple[float | None, float | None]
+# Negative numbers too; and a range that another rule of the key has.
+ANY = OWN = (None, None)
+# Seconds that clocks, sockets and threads can wait on any system: four months.
+LONGEST = 10_000_000
+
+
+def check(group: str, config: Any, **ranges: Range) -> None:
+    """Raise ConfigError unless every number of a group of the configuration is allowed.
+
+    A number is finite, a whole number fits into 64 bits, and both are at least 0, unless `ranges`
+    has another range for the key. The rule holds for each item of a list.
+    """
+    found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    numbers = {
+        name: [n for n in items if isinstance(n, int | float) and not isinstance(n, bool)]
+        for name, value in found.items()
+        for items in [value if isinstance(value, list) else [value]]
+    }
+    for name, items in numbers.items():
+        given = shown(f"{group}{name}={found[name]}", 100)
+        for number in items:
+            if isinstance(number, int):
+                fits = -(2**63) <= number < 2**63
+                require(fits, f"{given} does not fit into 64 bits; give one from -2^63 to 2^63 - 1")
+            else:
+                require(math.isfinite(number), f"{given} is not a finite number; give one")
+    for name in [*ranges, *(numbers.keys() - ranges)]:
+        given, (low, high) = f"{group}{name}={found[name]}", ranges.get(name, (0, None))
+        for number in numbers[name]:
+            if low is not None and high is None:
+                require(number >= low, f"{given} is too small; it must be at least {low}")
+            elif low is not None and high is not None:
+                rule = f"it must lie between {low} and {high}"
+                require(low <= number <= high, f"{given} is out of range; {rule}")
 
 
 def check_positive(group: str, config: Any, **hints: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moco_dist.config.rules import check, check_positive
+from moco_dist.config.rules import LONGEST, OWN, check, check_positive
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class KnnConfig:
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        check("knn.", self, every_epochs=(0, None), k=(1, None))
+        check("knn.", self, k=(1, None), temperature=OWN)
         check_positive("knn.", self, temperature="0.1 is usual")
 
 
@@ -40,8 +40,6 @@ class CheckpointConfig:
     keep_best: bool = True
 
     def __post_init__(self) -> None:
-        check("checkpoint.", self, every_epochs=(0, None), every_steps=(0, None))
-        check("checkpoint.", self, every_minutes=(0, None), keep_every=(0, None))
         # A second one must exist, because the newest may be damaged or incomplete.
         check("checkpoint.", self, keep_last=(2, None))
 
@@ -67,8 +65,7 @@ class TrackingConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        check("tracking.", self, every_steps=(1, None), media_every_epochs=(0, None))
-        check("tracking.", self, health_every_steps=(0, None))
+        check("tracking.", self, every_steps=(1, None))
 
 
 @dataclass(frozen=True)
@@ -97,5 +94,5 @@ class RuntimeConfig:
     grace_seconds: float = 25.0
 
     def __post_init__(self) -> None:
-        check("runtime.", self, micro_batches=(1, None), processes=(0, None), max_hours=(0, None))
-        check("runtime.", self, timeout_seconds=(1, None), grace_seconds=(1, None))
+        wait = (1, LONGEST)
+        check("runtime.", self, micro_batches=(1, None), timeout_seconds=wait, grace_seconds=wait)

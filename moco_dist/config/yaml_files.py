@@ -1,18 +1,21 @@
-"""Reads and writes configurations as YAML files and key=value arguments."""
+"""Reads and writes configurations as YAML files and key=value arguments.
+
+The type of a key decides how its value is read, never the look of the value: YAML would take 010
+for 8, 1:30 for 90 and no for false, and would cut a path at ' #'.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import io
 import os
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml.constructor import ConstructorError
 
 from moco_dist import packaged
 from moco_dist.config.recipe import FREE_ON_RESUME
@@ -20,8 +23,12 @@ from moco_dist.errors import ConfigError, shown
 
 Schema = TypeVar("Schema")
 
-# OmegaConf's choice, so that checking and loading parse a text the same way.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Python's, because libyaml refuses the escapes of a path that is not UTF-8.
+_Loader = yaml.SafeLoader
+_TAG = "tag:yaml.org,2002:"
+_TAGS = {*_Loader.yaml_constructors, f"{_TAG}merge", f"{_TAG}value"}
+# What PyYAML raises besides its own errors for some texts that are no configuration.
+_BROKEN = (OSError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, KeyError)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -31,7 +38,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """Return the whole configuration as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    text: str = yaml.safe_dump(
+        to_dict(config), default_flow_style=False, sort_keys=False, allow_unicode=True
+    )
+    return text
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -48,12 +58,15 @@ def stored(path: Path) -> dict[str, Any]:
 
 def from_dict(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Return the configuration that `to_dict` turned into `values`; ConfigError for other keys."""
+    keys = _keys(schema)
     try:
-        for key, value in flat(values).items():
-            for item in value if isinstance(value, list) else [value]:
-                _check_text(key, item)
-        return _to_object(schema, OmegaConf.merge(OmegaConf.structured(schema), values))
-    except (OmegaConfBaseException, *_BROKEN) as error:
+        found = flat(values)
+        for key, value in found.items():
+            if key not in keys:
+                raise ConfigError(_no_key(key, keys))
+            found[key] = _converted(keys[key], value, _same)
+        return _built(schema, flat(to_dict(schema())) | found)
+    except _BROKEN as error:
         raise ConfigError(
             f"the stored configuration can't be read ({_one_line(error)}); use another one"
         ) from error
@@ -89,94 +102,171 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
 
     Raises ConfigError for an unknown key, a wrong type, a value out of range or a missing file.
     """
-    config: Any = OmegaConf.structured(schema)
+    keys, values = _keys(schema), flat(to_dict(schema()))
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        name = shown(argument)
-        override = bool(equals) and not os.path.isfile(argument)
-        text = value if override else _read(argument, schema)
         try:
-            known = _keys(schema)
-            if override and not any(f"{full}.".startswith(f"{key}.") for full in known):
-                raise ConfigError(f"{name}: {_no_key(key, known)}")
-            _check_texts(name, text, mapping=not override)
-            layer: Any
-            if override:
-                layer = OmegaConf.from_dotlist([argument])
-                now, found = (OmegaConf.select(each, key) for each in (config, layer))
-                # For a text key, no is not false, and 007 is not 7.
-                if isinstance(now, str) and isinstance(found, int | float):
-                    OmegaConf.update(layer, key, value)
+            if equals and not os.path.isfile(argument):
+                values |= _override(key, value, keys)
             else:
-                layer = OmegaConf.load(io.StringIO(text))
-        except (yaml.YAMLError, OmegaConfBaseException, *_BROKEN) as error:
+                text = _read(argument, keys)
+                node = _composed(text)
+                if node and not isinstance(node, yaml.MappingNode):
+                    raise ConfigError("holds no 'key: value' lines; see --help for the keys")
+                values |= _leaves(node, "", keys, text) if node else {}
+        except ConfigError as error:
+            raise ConfigError(f"{shown(argument)}: {error}") from error
+        except (yaml.YAMLError, *_BROKEN) as error:
             raise ConfigError(
-                f"{name}: not valid YAML ({_one_line(error)}); correct its syntax"
+                f"{shown(argument)}: not valid YAML ({_one_line(error)}); correct its syntax"
             ) from error
-        try:
-            config = OmegaConf.merge(config, layer)
-        except (OmegaConfBaseException, *_BROKEN) as error:
-            raise ConfigError(f"{name}: {_explain(error, schema, layer, key)}") from error
+    return _built(schema, values)
+
+
+def _built(schema: type[Schema], values: dict[str, Any]) -> Schema:
+    """Return the configuration with `values` under all its dotted keys."""
+    parts: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        inside = {k.removeprefix(f"{name}."): values[k] for k in values if k.startswith(f"{name}.")}
+        parts[name] = _built(kind, inside) if inside else values[name]
+    return schema(**parts)
+
+
+def _override(key: str, value: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of 'key=value', which are several where the key is a group."""
+    if not any(f"{known}.".startswith(f"{key}.") for known in keys):
+        raise ConfigError(_no_key(key, keys))
+    quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
+    if key in keys and typing.get_origin(keys[key]) is not list:
+        if quoted:
+            try:
+                node = _composed(value)
+            except yaml.YAMLError:  # two quoted names, or the beginning of a longer one
+                node = None
+            value = node.value if isinstance(node, yaml.ScalarNode) else value
+        return {key: _value(key, keys[key], value, _parsed, value)}
+    return _leaves(_composed(value) or yaml.ScalarNode(f"{_TAG}str", ""), key, keys, value)
+
+
+def _composed(text: str) -> yaml.Node | None:
+    """Return the only document of a text as nodes, whose scalars are the texts that stand there."""
+    loader = _Loader(text)
     try:
-        return _to_object(schema, config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{_one_line(error)}; see --help for the keys") from error
+        return loader.get_single_node()
+    finally:
+        loader.dispose()
 
 
-# What OmegaConf and PyYAML raise for some texts that are no configuration.
-_BROKEN = (OSError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, KeyError)
-
-
-def _to_object(schema: type[Schema], config: Any) -> Schema:
-    found = OmegaConf.to_object(config)
-    assert isinstance(found, schema), f"{schema.__name__} became {type(found).__name__}"
+def _leaves(node: yaml.Node, key: str, keys: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return the values of a node of `text`, which stands at the dotted `key`, '' for all."""
+    if node.tag not in _TAGS:
+        problem = f"could not determine a constructor for the tag '{node.tag}'"
+        raise ConstructorError(None, None, problem, node.start_mark)
+    if key in keys:
+        here = text[node.start_mark.index : node.end_mark.index].strip() if node.start_mark else ""
+        return {key: _value(key, keys[key], node, _of_node, here)}
+    if key and not any(known.startswith(f"{key}.") for known in keys):
+        raise ConfigError(_no_key(key, keys))
+    if not isinstance(node, yaml.MappingNode):
+        if key and isinstance(node, yaml.ScalarNode) and node.start_mark and not node.value:
+            return {}  # a group of which all lines are comments
+        inside = ", ".join(known for known in keys if known.startswith(f"{key}."))
+        raise ConfigError(f"'{key}' is a group and takes no value; set one of {inside}")
+    found: dict[str, Any] = {}
+    for name, value in node.value:
+        if not isinstance(name, yaml.ScalarNode):
+            raise ConstructorError(None, None, "found a key that is no text", name.start_mark)
+        leaves = _leaves(value, f"{key}.{name.value}" if key else name.value, keys, text)
+        if twice := leaves.keys() & found.keys():
+            problem = f"found duplicate key {min(twice).removeprefix(f'{key}.')}"
+            raise ConstructorError(None, None, problem, name.start_mark)
+        found |= leaves
     return found
 
 
-def _read(argument: str, schema: type[Any]) -> str:
+def _read(argument: str, keys: dict[str, Any]) -> str:
     """Return the text of a YAML file; os.path returns False for a name that is too long."""
-    name = shown(argument)
     if not os.path.isfile(argument) and (own := packaged.config(argument)):
         argument = str(own)
     if not argument.endswith((".yaml", ".yml")) and not os.path.exists(argument):
-        near = _nearest(argument, _keys(schema))
+        near = _nearest(argument, keys)
         hint = f"did you mean '{near}=...'?" if near else "see --help for the keys"
-        raise ConfigError(f"{name}: neither a YAML file nor a key=value; {hint}")
+        raise ConfigError(f"neither a YAML file nor a key=value; {hint}")
     if not os.path.isfile(argument):
-        raise ConfigError(
-            f"{name}: no such file; list the project's own with python -m moco_dist.packaged"
-        )
+        raise ConfigError("no such file; list the project's own with python -m moco_dist.packaged")
     try:
         return Path(argument).read_bytes().decode()
     except OSError as error:
-        raise ConfigError(
-            f"{name}: can't be read ({error.strerror}); correct its permissions"
-        ) from error
+        raise ConfigError(f"can't be read ({error.strerror}); correct its permissions") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: not valid YAML ({error}); save it as UTF-8") from error
+        raise ConfigError(f"not valid YAML ({error}); save it as UTF-8") from error
 
 
-def _check_texts(name: str, text: str, mapping: bool) -> None:
-    """Raise ConfigError for a text in the YAML that OmegaConf would replace.
+def _value(key: str, kind: Any, given: Any, convert: Callable[[Any, Any], Any], text: str) -> Any:
+    """Return what is `given` for a key as its type; `text` is how it was written."""
+    try:
+        return _converted(kind, given, convert)
+    except _BROKEN as error:
+        raise ConfigError(f"{key}={shown(text)} is not {_kind(kind)}") from error
 
-    With `mapping`, YAML must be empty or a mapping: OmegaConf would parse a lone text again.
+
+def _converted(kind: Any, given: Any, convert: Callable[[Any, Any], Any]) -> Any:
+    """Return what is `given` as a value of a type; ValueError if it is none.
+
+    `convert` does so for all that are not lists.
     """
-    nodes = (e for e in yaml.parse(text, Loader=_Loader) if isinstance(e, yaml.NodeEvent))
-    for number, node in enumerate(nodes):
-        if mapping and number == 0 and not isinstance(node, yaml.MappingStartEvent):
-            raise ConfigError(f"{name}: holds no 'key: value' lines; see --help for the keys")
-        if isinstance(node, yaml.ScalarEvent):
-            _check_text(name, node.value)
-
-
-def _check_text(name: str, value: Any) -> None:
+    if typing.get_origin(kind) is list:
+        items = given.value if isinstance(given, yaml.SequenceNode) else given
+        if not isinstance(items, list) or isinstance(given, yaml.MappingNode):
+            raise ValueError("no list")
+        return [_converted(typing.get_args(kind)[0], item, convert) for item in items]
+    value = convert(kind, given)
     if isinstance(value, str) and "${" in value:
         raise ConfigError(
-            f"{name}: '{shown(value)}' has a '${{', which is not replaced here; let the shell do "
-            "it, or write the value out"
+            f"'{shown(value)}' has a '${{', which is not replaced here; let the shell do it, or "
+            "write the value out"
         )
     if value == "???":
-        raise ConfigError(f"{name}: '???' is no value; give one")
+        raise ConfigError("'???' is no value; give one")
+    return value
+
+
+def _of_node(kind: Any, node: yaml.Node) -> Any:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ValueError("no scalar")
+    return _parsed(kind, node.value)
+
+
+def _parsed(kind: Any, text: str) -> Any:
+    """Return a text as a value of a type: numbers are decimal, texts are as they stand."""
+    if "${" in text or text == "???":
+        return text  # refused with a sentence of its own
+    if typing.get_origin(kind) is Literal:
+        return _same(kind, text)
+    if kind is bool:
+        return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[text.strip().lower()]
+    if kind is str:
+        return text
+    if not text.isascii():
+        raise ValueError("digits of another script")
+    # YAML writes .inf and .nan, which the rule for numbers refuses with a sentence of its own.
+    special = text.strip().lower().replace(".inf", "inf").replace(".nan", "nan")
+    return int(text) if kind is int else float(special)
+
+
+_TRUE, _FALSE = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
+
+
+def _same(kind: Any, value: Any) -> Any:
+    """Return a value that has its type already; ValueError if it has not."""
+    if typing.get_origin(kind) is Literal:
+        fits = value in typing.get_args(kind)
+    else:
+        wanted = (int, float) if kind is float else kind
+        fits = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        raise ValueError(f"{shown(value)} is not {_kind(kind)}")
+    return float(value) if kind is float else value
 
 
 def _keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
@@ -201,23 +291,6 @@ def _no_key(key: str, keys: dict[str, Any]) -> str:
     siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
     hint = f"did you mean '{near}'?" if near else f"use one of {', '.join(siblings or keys)}"
     return f"there is no key '{shown(key)}'; {hint}"
-
-
-def _explain(error: Exception, schema: type[Any], layer: Any, key: str) -> str:
-    keys = _keys(schema)
-    if not isinstance(error, OmegaConfBaseException):  # a mapping in place of a list: no full_key
-        lists = (k for k, kind in keys.items() if typing.get_origin(kind) is list)
-        key = next((k for k in lists if OmegaConf.is_dict(OmegaConf.select(layer, k))), key)
-    else:
-        key = str(error.full_key or key)
-    name = key.partition("[")[0]
-    if isinstance(error, ConfigKeyError) or not any((k + ".").startswith(name + ".") for k in keys):
-        return _no_key(key, keys)
-    if name not in keys:
-        inside = ", ".join(k for k in keys if k.startswith(name + "."))
-        return f"'{name}' is a group and takes no value; set one of {inside or ', '.join(keys)}"
-    value = OmegaConf.select(layer, key if "[" not in key else name)
-    return f"{name}={shown(value)} is not {_kind(keys[name])}"
 
 
 def _kind(annotation: Any) -> str:

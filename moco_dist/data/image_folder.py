@@ -21,7 +21,8 @@ from torch import Tensor
 from moco_dist.data import image_file
 from moco_dist.data.image_file import EXTENSIONS, Place
 from moco_dist.distributed import fingerprint
-from moco_dist.errors import ConfigError, DataError, MissingError, shown
+from moco_dist.errors import ConfigError, DataError, MissingError, machine_error, shown
+from moco_dist.runs import memory
 from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
@@ -164,11 +165,11 @@ def decode(
     """
     places = images.all_places()
     needed = len(places) * channels * size * size
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = memory.available()
     if needed > free:
         raise ConfigError(
             f"{shown(images.root)}: {len(places)} images of data.size={size} need "
-            f"{needed / 1e9:.0f} GB of memory and {free / 1e9:.0f} GB are free; lower "
+            f"{needed / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are available; lower "
             "data.memory_gb to stream them from disk, or lower data.size"
         )
     pixels = np.zeros((len(places), size, size, channels), dtype=np.uint8)
@@ -178,6 +179,8 @@ def decode(
             pixels[number] = image_file.square(image_file.read(places[number]), size, channels)
         except Exception as error:
             # Decoders raise errors of many kinds for bytes that are no image.
+            if isinstance(error, OSError) and machine_error(error):
+                raise
             return shown(str(error) or type(error).__name__)
         return None
 

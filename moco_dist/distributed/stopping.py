@@ -74,12 +74,17 @@ class StopRequests:
             signal.signal(number, self._in_main_thread)
         threading.Thread(target=self._watch, args=[reader], daemon=True).start()
 
-    def limit(self, directory: Path | None, max_hours: float, grace: float) -> None:
-        """Set the grace period, in seconds; with a run directory, look there and at the clock."""
+    def limit(
+        self, directory: Path | None, max_hours: float, grace: float, job_end: float | None = None
+    ) -> None:
+        """Set the grace period, in seconds; with a run directory, look there and at the clock.
+
+        `job_end` is when the job around this process ends, in seconds since 1970.
+        """
         self.directory, self.grace = directory, grace
         ends = [self.began + 3600 * max_hours] if max_hours else []
-        if directory and (slurm := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
-            ends.append(time.monotonic() + int(slurm) - time.time())
+        if job_end is not None:
+            ends.append(time.monotonic() + job_end - time.time())
         self.end = min(ends, default=None) if directory else None
 
     def poll(self) -> int:
@@ -135,5 +140,5 @@ class StopRequests:
 
     def _leave(self, error: UserError, shown: str) -> None:
         self.on_end(error.exit_status, str(error), error.again)
-        os.write(2, f"{shown}\n".encode())
+        os.write(2, f"{shown}\n".encode(errors="backslashreplace"))
         os._exit(error.exit_status)

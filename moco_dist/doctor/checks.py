@@ -31,6 +31,7 @@ from moco_dist.method import plan
 from moco_dist.method.encoder import build_encoder
 from moco_dist.pretrain import alarms
 from moco_dist.randomness import Purpose, permutation
+from moco_dist.runs.memory import available
 from moco_dist.tracking import wandb_run
 
 # Files, drawn at random from the whole set, that are decoded as a sample.
@@ -113,7 +114,7 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
     yield _ruled(
         "steps",
         f"{steps:,} an epoch, {steps * config.epochs:,} in {config.epochs} epochs",
-        lambda: plan.Plan(num_samples=images, batch_size=rows, seed=0),
+        lambda: plan.check_images(rows, groups, world, images),
     )
     long = alarms.long_queue(config, images) or ""
     queue = config.moco.queue_size
@@ -194,7 +195,7 @@ def colors(squares: list[image_file.Pixels]) -> Finding:
 
 
 def memory(config: PretrainConfig, device: torch.device, images: int) -> Iterator[Finding]:
-    """Yield the free memory of a process and what the configuration needs; a collective.
+    """Yield the available memory of a process and what the configuration needs; a collective.
 
     The estimate counts weights, gradients, momentum, the key encoder, the queue, the images, and
     the outputs of all layers for one micro-batch.
@@ -203,7 +204,7 @@ def memory(config: PretrainConfig, device: torch.device, images: int) -> Iterato
     if device.type == "cuda":
         free, sharing = torch.cuda.mem_get_info(device)[0], 1
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = available()
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     everyone = comms.gather_objects((free // sharing, socket.gethostname()))
     least, host = min(everyone)
@@ -211,10 +212,10 @@ def memory(config: PretrainConfig, device: torch.device, images: int) -> Iterato
     if needed > least:
         fault = (
             f"about {needed / GB:.1f} GB a process are needed and {host} has {least / GB:.1f} GB "
-            f"free for one; raise runtime.micro_batches={config.runtime.micro_batches}, or lower "
+            f"for one; raise runtime.micro_batches={config.runtime.micro_batches}, or lower "
             "batch_size, views.size or data.limit"
         )
-    found = f"about {needed / GB:.2f} GB a process needed, {least / GB:.2f} GB free for each"
+    found = f"about {needed / GB:.2f} GB a process needed, {least / GB:.2f} GB available for each"
     yield Finding("memory", found, fault)
 
 

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.doctor import checks
 from moco_dist.doctor.bn_leak import bn_leak
-from moco_dist.errors import ConfigError, FaultsError, shown
-from moco_dist.runs import command
+from moco_dist.errors import ConfigError, FaultsError, UnavailableError
+from moco_dist.runs import command, launch
 from moco_dist.tracking import terminal
 from moco_dist.tracking.start import console
 
@@ -39,21 +36,10 @@ LEAK = "--bn-leak"
 def join(config: PretrainConfig) -> torch.device:
     """Return this process's device once it has met the others; FaultsError if it can't."""
     seconds = min(config.runtime.timeout_seconds, REACH)
-    cpu, patience = config.runtime.device == "cpu", timedelta(seconds=seconds)
     try:
-        if comms.uses_gpus(cpu):
-            comms.require_own_gpu(patience)
-        accelerator = Accelerator(
-            cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)]
-        )
-    except RuntimeError as error:
-        rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise FaultsError(
-            f"network: process {rank} of {world} on {platform.node()} did not meet the others at "
-            f"{place} within {seconds:.0f} s ({shown(str(error).splitlines()[0])}); start all of "
-            "them, and check the address, the port and the firewall between the machines"
-        ) from error
+        accelerator = launch.accelerator(config.runtime.device, seconds, config.precision)
+    except UnavailableError as error:
+        raise FaultsError(f"network: {error}") from error
     peers.me.join(seconds)
     if not comms.is_main():
         logging.disable(logging.WARNING)

@@ -35,7 +35,15 @@ from torch import Tensor
 from moco_dist.data import shapes
 from moco_dist.encoders import load
 from moco_dist.encoders.load import DESCRIPTION, Found
-from moco_dist.errors import ConfigError, DataError, OutputError, UserError, output_errors, shown
+from moco_dist.errors import (
+    ConfigError,
+    DataError,
+    OutputError,
+    UserError,
+    escape_output,
+    output_errors,
+    shown,
+)
 from moco_dist.export.card import description, run_directory, text
 from moco_dist.export.targets import TARGETS, run_lines, same
 from moco_dist.method import views
@@ -77,7 +85,8 @@ def export(
                     same(run_lines(lines, made, images), features, target)
             described = description(found, which, target)
             (made / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
-            (made / "README.md").write_text(text(found, which, target, lines, folder))
+            card = text(found, which, target, lines, folder)
+            (made / "README.md").write_bytes(card.encode(errors="backslashreplace"))
             if folder.exists():
                 shutil.rmtree(folder)
             made.rename(folder)
@@ -107,6 +116,7 @@ class _Parser(argparse.ArgumentParser):
 
 def run(arguments: list[str]) -> int:
     """Run the command, print a sentence if it fails, and return the exit status."""
+    escape_output()
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0

@@ -50,7 +50,8 @@ class Plan:
         if self.batch_size > self.num_samples:
             raise ConfigError(
                 f"batch_size={self.batch_size} is more than the {self.num_samples} training "
-                f"images; use {self.num_samples} or less, in whole BatchNorm groups (bn_groups)"
+                f"images; use {max(1, self.num_samples // self.world_size) * self.world_size} or "
+                "less"
             )
 
     @property
@@ -102,6 +103,20 @@ def check_batch(batch_size: int, world_size: int) -> None:
             f"batch_size={batch_size} can't be split over {world_size} processes; "
             f"use a multiple of {world_size}, as {lower} or {lower + world_size}"
         )
+
+
+def check_images(batch_size: int, bn_groups: int, world_size: int, images: int) -> None:
+    """Raise ConfigError, naming numbers that fit together, if the images are too few."""
+    if batch_size <= images:
+        return
+    rule = f"batch_size={batch_size} is more than the {images} training images"
+    groups = min(bn_groups, images // (2 * world_size) * world_size)
+    if groups == 0:
+        raise ConfigError(
+            f"{rule}, which are too few for {world_size} processes; each needs two of them"
+        )
+    use = "" if groups == bn_groups else f"bn_groups={groups} and "
+    raise ConfigError(f"{rule}; use {use}batch_size={images // groups * groups} or less")
 
 
 def check_groups(bn_groups: int, world_size: int, micro_batches: int) -> None:

@@ -24,7 +24,7 @@ from moco_dist.encoders import features, load
 from moco_dist.method import batch_norm, moco, schedule
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.loss import info_nce
-from moco_dist.method.plan import Plan, Step, check_batch, check_groups
+from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images
 from moco_dist.pretrain import rehearsal, state
 from moco_dist.pretrain.hooks import Hooks
 from moco_dist.randomness import Key
@@ -145,6 +145,7 @@ class Trainer:
         config, processes = self.config, comms.world_size()
         check_batch(config.batch_size, processes)
         check_groups(config.bn_groups, processes, config.runtime.micro_batches)
+        check_images(config.batch_size, config.bn_groups, processes, len(self.splits.train))
         return Plan(
             num_samples=len(self.splits.train),
             batch_size=config.batch_size,

@@ -4,6 +4,7 @@ and on a random encoder's."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from moco_dist.config.probe import ProbeConfig
@@ -96,10 +97,13 @@ def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
             f"use {classes} or less"
         )
     if not len(splits.validation) and not len(splits.test):
+        count = len(splits.train.labelled())
+        # The smallest share, in whole percent, that is one image.
+        fix = f"give data.validation={max(0.1, math.ceil(100 / count) / 100):g}"
         raise DataError(
             f"data.name={config.data.name} has no test images and data.validation="
-            f"{config.data.validation} holds none out, so there is nothing to evaluate on; "
-            "give data.validation=0.1"
+            f"{config.data.validation} holds none of {count} out, so there is nothing to evaluate "
+            f"on; {fix if count > 1 else 'give more images'}"
         )
     splits = dataclasses.replace(splits, train=splits.train.labelled())
     require_classes(splits.train)

@@ -9,7 +9,6 @@ from moco_dist.report.run import run
 
 def main() -> None:
     """Run the command with the arguments of this process."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(run(sys.argv[1:]))
 
 

@@ -23,6 +23,7 @@ from moco_dist.errors import MissingError, shown
 from moco_dist.method import views
 from moco_dist.randomness import Purpose, permutation
 from moco_dist.report.pictures import Tile
+from moco_dist.tracking import fonts
 
 # Images in the sample, images on the t-SNE map, images in a batch, and most seconds that extracting
 # the features may take.
@@ -218,5 +219,5 @@ def _pixels(image: Tensor) -> NDArray[np.uint8]:
 
 def _name(images: Images, row: int) -> str:
     label = int(images.labels[row])
-    name = shown(images.classes[label]) if 0 <= label < len(images.classes) else ""
+    name = fonts.drawable(images.classes)[0][label].text if 0 <= label < len(images.classes) else ""
     return name if len(name) <= 8 else f"{name[:7]}."

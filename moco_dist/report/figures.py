@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,7 +13,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager
+from matplotlib.text import Text
 from matplotlib.ticker import NullFormatter
+
+from moco_dist.tracking import fonts
 
 # Inches: one figure fills the screen of a phone, and two fill a line of text.
 WIDTH, HEIGHT = 3.6, 2.5
@@ -21,6 +25,7 @@ WIDTH, HEIGHT = 3.6, 2.5
 DPI, CSS = 220, 96
 # A curve of more than MANY points is drawn as BINS means over a band from lowest to highest value.
 MANY, BINS = 1000, 400
+PLAIN = "DejaVu Sans"
 # Place of a legend, and most entries in it.
 BELOW: Final = "outside lower left"
 ENTRIES = 8
@@ -115,7 +120,7 @@ def drawn(name: str, alt: str, draw: Callable[[Theme], Figure]) -> Picture:
 
 def _png(draw: Callable[[Theme], Figure], theme: Theme) -> tuple[bytes, tuple[float, float]]:
     settings: Any = {
-        "font.family": "DejaVu Sans",
+        "font.family": PLAIN,
         "font.size": 8.5,
         "axes.titlesize": 9.5,
         "axes.titlelocation": "left",
@@ -141,9 +146,7 @@ def _png(draw: Callable[[Theme], Figure], theme: Theme) -> tuple[bytes, tuple[fl
         "lines.markersize": 4,
     }
     file = io.BytesIO()
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # The font lacks some scripts; the page has such names as text too.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+    with matplotlib.rc_context(settings):
         figure = draw(theme)
         figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     width, height = figure.get_size_inches()
@@ -160,7 +163,8 @@ def draw_chart(content: Chart, theme: Theme) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     lines = [_curve(axes, each, theme) for each in content.series]
-    entries = [(line, cut(s.label, 28)) for line, s in zip(lines, content.series, strict=True)]
+    labels, note = fonts.drawable(each.label for each in content.series)
+    entries = [(line, cut(label.text, 28)) for line, label in zip(lines, labels, strict=True)]
     if content.reference:
         value, name = content.reference
         entries.append((axes.axhline(value, color=theme.quiet, linewidth=0.9, linestyle=":"), name))
@@ -181,8 +185,21 @@ def draw_chart(content: Chart, theme: Theme) -> Figure:
         handles, names = zip(*shown, strict=True)
         columns = 2 if max(map(len, names)) < 22 else 1
         figure.set_size_inches(WIDTH, HEIGHT + 0.17 * math.ceil(len(shown) / columns))
-        figure.legend(handles, names, loc=BELOW, ncols=columns, handlelength=1.8)
+        legend = figure.legend(
+            handles, names, loc=BELOW, ncols=columns, handlelength=1.8, title=note
+        )
+        set_fonts(legend.get_texts(), labels[: len(shown)])
     return figure
+
+
+def set_fonts(texts: Iterable[Text], names: Sequence[fonts.Drawn]) -> None:
+    """Give each text of a figure the font that has its letters."""
+    for text, name in zip(texts, names, strict=False):
+        if name.font != fonts.plain():
+            fontManager.addfont(name.font)
+            # The plain font still has the other letters, as those of an ellipsis or a number.
+            family = FontProperties(fname=name.font).get_name()
+            text.set_fontfamily([PLAIN, family])
 
 
 def _curve(axes: Axes, series: Series, theme: Theme) -> matplotlib.lines.Line2D:

@@ -15,7 +15,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moco_dist.report.figures import BELOW, WIDTH, Picture, Theme, cut, drawn
+from moco_dist.report.figures import BELOW, WIDTH, Picture, Theme, cut, drawn, set_fonts
+from moco_dist.tracking import fonts
 
 # Most classes that colours distinguish, and most whose names and numbers fit a matrix.
 COLOURED, READABLE = 20, 30
@@ -29,6 +30,7 @@ def matrix(
     shares = numbers / np.maximum(numbers.sum(1, keepdims=True), 1)
     readable = len(classes) <= READABLE
     side = min(7.6, 1.3 + 0.34 * len(classes)) if readable else 5.6
+    names, note = fonts.drawable(classes) if readable else ([], "")
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(max(3.4, side), max(3.2, side)))
@@ -41,9 +43,12 @@ def matrix(
         axes.set_ylabel("true class")
         if not readable:
             return figure
-        names = [cut(each, 14) for each in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90)
-        axes.set_yticks(range(len(classes)), names)
+        axes.set_xlabel(f"predicted class\n{note}" if note else "predicted class")
+        texts = [cut(each.text, 14) for each in names]
+        axes.set_xticks(range(len(classes)), texts, rotation=90)
+        axes.set_yticks(range(len(classes)), texts)
+        for axis in (axes.xaxis, axes.yaxis):
+            set_fonts(axis.get_ticklabels(), names)
         axes.tick_params(length=0)
         size = 8 if len(classes) <= 15 else 5
         for (row, column), share in np.ndenumerate(shares):
@@ -83,9 +88,11 @@ def scatter(
             handles = [
                 _points(axes, points[labels == i], map_of_colours(i)) for i in range(len(classes))
             ]
-            names = [cut(each, 12) for each in classes]
+            names, note = fonts.drawable(classes)
             style: Any = {"ncols": columns, "markerscale": 2.2, "handletextpad": 0.1}
-            figure.legend(handles, names, loc=BELOW, **style)
+            texts = [cut(each.text, 12) for each in names]
+            legend = figure.legend(handles, texts, loc=BELOW, title=note, **style)
+            set_fonts(legend.get_texts(), names)
         elif classes:
             many = matplotlib.colormaps["twilight_shifted"]
             _points(axes, points, many(labels / len(classes)))
@@ -125,7 +132,9 @@ def show_tile(axes: Axes, tile: Tile, theme: Theme) -> None:
     for spine in axes.spines.values():
         spine.set(visible=True, color=colour, linewidth=2)
     sign = {True: "✓ ", False: "✗ ", None: ""}[tile.good]
-    axes.set_xlabel(sign + tile.text, size=7.5, color=theme.ink, labelpad=2)
+    ((text, font),), _ = fonts.drawable([tile.text])
+    label = axes.set_xlabel(sign + text, size=7.5, color=theme.ink, labelpad=2)
+    set_fonts([label], [fonts.Drawn(text, font)])
 
 
 def tiles(name: str, rows: Sequence[Sequence[Tile]], alt: str, inches: float = 0.86) -> Picture:

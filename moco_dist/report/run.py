@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, shown
+from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, escape_output, shown
 from moco_dist.report.table import details, table
 from moco_dist.runs.partners import PAGE, is_report, with_partners
 from moco_dist.runs.record import Record, read
@@ -148,6 +148,7 @@ def look_at(runs: Sequence[Record]) -> dict[Path, Look | str]:
 
 def run(arguments: list[str]) -> int:
     """Run the command, print a sentence if it fails, and return the exit status."""
+    escape_output()
     try:
         status = main(arguments)
         sys.stdout.flush()

@@ -23,7 +23,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from moco_dist.distributed import peers
-from moco_dist.errors import DataError, MissingError, UserError, output_errors
+from moco_dist.errors import DataError, MissingError, UserError, machine_error, output_errors
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ def read(path: Path) -> Checkpoint:
     try:
         model, optimizer = (safetensors.load_file(path / name) for name in FILES)
     except (SafetensorError, OSError) as error:
+        if machine_error(error):  # the checkpoint is not to blame, nor to be set aside
+            raise
         raise DataError(f"{path}: damaged checkpoint ({error}); use another one") from error
     return Checkpoint(path, state["step"], model, optimizer, state)
 
@@ -214,6 +216,8 @@ def _verified_state(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if machine_error(error):
+            raise
         raise DataError(f"{path}: damaged checkpoint ({error!r}); use another one") from error
     return state
 

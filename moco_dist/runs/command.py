@@ -17,7 +17,16 @@ from typing import NoReturn, TextIO, TypeVar
 from moco_dist.config import yaml_files
 from moco_dist.distributed import comms, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.errors import PeerError, StoppedError, UserError, output_errors
+from moco_dist.errors import (
+    PeerError,
+    StoppedError,
+    UnavailableError,
+    UserError,
+    escape_output,
+    machine_error,
+    output_errors,
+)
+from moco_dist.runs import launch
 from moco_dist.runs.status import note_outcome
 
 Schema = TypeVar("Schema")
@@ -29,6 +38,7 @@ One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerat
 --num_processes 2 -m. Files and overrides apply from left to right onto these defaults:
 """
 
+OTHERS_SECONDS = 5.0  # in which a launcher ends the others when the first process has failed
 # The environment variable with the folder for the output of all processes but the first.
 LOGS = "MOCO_DIST_LOGS"
 _console: TextIO | None = None
@@ -41,6 +51,7 @@ def main(
     arguments: list[str] | None = None,
 ) -> None:
     """Load the configuration from `arguments`, call `run`, and exit with its status."""
+    escape_output()
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(f"{purpose}\n\n{COMMANDS}\n{yaml_files.to_yaml(schema())}", end="")
@@ -70,7 +81,7 @@ def main(
 
 
 def _first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return launch.number() == 0
 
 
 def _redirect() -> None:
@@ -79,9 +90,9 @@ def _redirect() -> None:
     if (folder := os.environ.get(LOGS)) and not _first():
         with output_errors(Path(folder)):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            path = Path(folder, f"process_{os.environ['RANK']}.log")
+            path = Path(folder, f"process_{launch.number()}.log")
             log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        _console = os.fdopen(os.dup(2), "w")
+        _console = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
         for stream in (1, 2):
             os.dup2(log, stream)
 
@@ -99,15 +110,21 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
         error = stopping.error(stop.request, "before the first step")
     elif comms.world_size() > 1 and comms.lost_connection(error):
         error = PeerError(me.blame())
+    elif not isinstance(error, UserError):
+        error = machine_error(error) or error
     status, text, again, speaks = UserError.exit_status, str(error), True, True
     if isinstance(error, UserError):
         status, again = error.exit_status, error.again
         lost = isinstance(error, PeerError) and not error.shared
         if lost:
             speaks = me.speaks()
-        # The first process reports signals, and errors before all have met, for all of them.
-        elif error.shared or comms.world_size() == 1 or isinstance(error, StoppedError):
+        # The first process reports signals, and errors on which all agree, for all of them.
+        elif error.shared or isinstance(error, StoppedError):
             speaks = _first()
+        elif comms.world_size() == 1 and not _first() and not isinstance(error, UnavailableError):
+            # The first one most likely fails alike, and its launcher then ends this process; one
+            # that is still here has an error of its own.
+            time.sleep(OTHERS_SECONDS)
         me.leave(None if lost or error.shared else text, speaks)
     else:
         text = f"{type(error).__name__}: {' '.join(text.split())}"

@@ -9,13 +9,12 @@ import platform
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor
 
 from moco_dist.config import yaml_files
@@ -24,7 +23,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
-from moco_dist.runs import checkpoint, identity, saving
+from moco_dist.runs import checkpoint, identity, launch, saving
 from moco_dist.runs.environment import environment, keep_freed_memory
 from moco_dist.runs.lock import RunLock
 from moco_dist.runs.saving import Saver
@@ -32,8 +31,8 @@ from moco_dist.runs.status import note_outcome, replace, write_status
 
 logger = logging.getLogger(__name__)
 
-# By which NCCL's watchdog, which aborts a process without a word, comes later than our own.
-WATCHDOG = timedelta(seconds=60)
+# Seconds by which NCCL's watchdog, which aborts a process without a word, comes later than our own.
+WATCHDOG = 60.0
 
 # The locks that this process holds.
 _held: dict[Path, RunLock] = {}
@@ -116,30 +115,14 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
             f"(CUDA_VISIBLE_DEVICES={visible}); check its driver with nvidia-smi, use another "
             "machine, or give runtime.device=cpu"
         )
-    cpu, patience = machine.device == "cpu", timedelta(seconds=machine.timeout_seconds)
-    if comms.uses_gpus(cpu):
-        comms.require_own_gpu(patience)
-        patience += WATCHDOG
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        dynamo_backend="no",  # it would compile the query encoder alone
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=patience),
-        ],
+    spare = WATCHDOG if comms.uses_gpus(machine.device == "cpu") else 0.0
+    accelerator = launch.accelerator(
+        machine.device, machine.timeout_seconds, settings.precision, spare
     )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if not comms.is_main():
         logging.disable(logging.WARNING)
-    asked, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.mixed_precision
-    if asked not in ("no", ours):
-        ignored = "the launcher's mixed precision %s is ignored in favour of precision=%s"
-        logger.warning(ignored, asked, settings.precision)
-    if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
-        ignored = "the launcher's dynamo backend %s is ignored; runtime.compile=true compiles"
-        logger.warning(ignored, asked)
     # PyTorch's own choice for convolutions would be TF32.
     torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = settings.precision == "tf32"
@@ -166,7 +149,8 @@ def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = No
     stop, machine, accelerator = stop or StopRequests(), settings.runtime, join(settings)
     directory = Path(settings.output).expanduser() / settings.name
     lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
-    stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
+    watched, end = (directory, launch.job_end()) if comms.is_main() else (None, None)
+    stop.limit(watched, machine.max_hours, machine.grace_seconds, end)
     resumed = checkpoint.newest(directory, set_aside=True)
     finished, run_id = peers.from_main(lambda: _require_same(directory, settings, resumed))
     saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)

@@ -18,7 +18,7 @@ from typing import Any
 from moco_dist.config import yaml_files
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
-from moco_dist.errors import ConfigError, UserError
+from moco_dist.errors import ConfigError, UserError, escape_output
 from moco_dist.runs.status import write_status
 
 REQUEUE = 200  # asks the job script to requeue the job
@@ -94,10 +94,12 @@ def _job() -> str:
 
 def main(arguments: list[str]) -> int:
     """Run a command line; return its exit status."""
+    escape_output()
     match arguments:
         case ["directory", ("pretrain" | "probe") as kind, *rest]:
             try:
-                print(directory(kind, rest))
+                # The bytes of the path, because the job script goes there.
+                sys.stdout.buffer.write(os.fsencode(directory(kind, rest)) + b"\n")
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return error.exit_status
@@ -105,7 +107,7 @@ def main(arguments: list[str]) -> int:
         case ["end", run, path, state]:
             outcome = None
             with suppress(OSError, ValueError):
-                outcome = json.loads(Path(path).read_text())
+                outcome = json.loads(Path(path).read_bytes())
             status, sentence = end(Path(run), outcome, state)
             print(f"job {_job()}: {sentence}", flush=True)
             return status

@@ -55,7 +55,9 @@ def _content(status: int | None, step: int, reason: str, again: bool) -> str:
 def replace(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see the old or the new content, whole."""
     with written_whole(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from moco_dist.config.recipe import ViewsConfig
+from moco_dist.tracking import fonts
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class Album:
         """Save confusion.png and .csv: `counts` is int64 (true class, predicted class)."""
         rows = [["", *classes], *([n, *c] for n, c in zip(classes, counts.tolist(), strict=True))]
         text = "".join(",".join(json.dumps(cell) for cell in row) + "\n" for row in rows)
-        self._save(step, "confusion.csv", lambda path: path.write_text(text))
+        self._save(step, "confusion.csv", lambda path: path.write_bytes(text.encode()))
         self._save(step, "confusion.png", lambda path: _matrix(counts, classes).save(path))
 
     def _save(self, step: int, name: str, write: Callable[[Path], object]) -> None:
@@ -91,6 +93,11 @@ def _colours(views: Tensor, config: ViewsConfig) -> Tensor:
     views = views.cpu()
     mean, std = (views.new_tensor(each)[:, None, None] for each in (config.mean, config.std))
     return ((views * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+@lru_cache
+def _font(file: Path) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(file, 10)
 
 
 def _tile(image: Tensor, frame: tuple[int, int, int] = WHITE) -> Pixels:
@@ -120,14 +127,17 @@ def _matrix(counts: Tensor, classes: Sequence[str]) -> Image.Image:
     readable = len(classes) <= READABLE
     cell, left = (44, 110) if readable else (max(1, 800 // len(classes)), 0)
     side = cell * len(classes)
-    picture = Image.new("RGB", (left + side, side + 20 * readable), WHITE)
+    names, note = fonts.drawable(classes) if readable else ([], "")
+    size = max(left + side, 260 if note else 0), side + 20 * readable + (30 if note else 0)
+    picture = Image.new("RGB", size, WHITE)
     matrix = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
     picture.paste(matrix, (left, 20 * readable))
     if readable:
-        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-        for y, name in enumerate(classes):
-            draw.text((4, 20 + cell * y + 15), name[:16], (0, 0, 0), font)
-            draw.text((left + cell * y + 2, 4), name[:6], (0, 0, 0), font)
+        draw, font = ImageDraw.Draw(picture), _font(fonts.plain())
+        draw.text((4, side + 22), note, (0, 0, 0), font)
+        for y, (name, own) in enumerate(names):
+            draw.text((4, 20 + cell * y + 15), name[:16], (0, 0, 0), _font(own))
+            draw.text((left + cell * y + 2, 4), name[:6], (0, 0, 0), _font(own))
             for x, count in enumerate(counts[y].tolist()):
                 ink = (255, 255, 255) if shares[y, x] > 0.6 else (0, 0, 0)
                 draw.text((left + cell * x + 4, 20 + cell * y + 15), str(count), ink, font)
