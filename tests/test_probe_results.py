@@ -17,7 +17,7 @@ from moco_dist.config.recipe import BACKBONES
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.encoders.load import checkpoint_of, find
-from moco_dist.encoders.state_dict import infer
+from moco_dist.encoders.recognise import infer
 from moco_dist.errors import DataError
 from moco_dist.probe import verdict
 from moco_dist.probe.label_fraction import draw

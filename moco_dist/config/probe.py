@@ -11,7 +11,7 @@ from moco_dist.config.rules import check, check_name, check_positive, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
 # Files that hold an encoder.
-FOREIGN = (".safetensors", ".pth", ".pt", ".ckpt")
+FOREIGN = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class ProbeConfig:
     # Empty means NAME-probe, where NAME is the encoder's run.
     name: str = ""
     output: str = "runs"
-    # A run directory (its newest checkpoint), a checkpoint folder, an exported folder, or a file:
-    # the state dict of a torchvision ResNet (NAME.safetensors, NAME.pth, NAME.pt), or a checkpoint
-    # of the original MoCo scripts (NAME.pth.tar), lightly or solo-learn (NAME.ckpt).
+    # A run directory (its newest checkpoint), a checkpoint folder, an exported folder, a folder of
+    # timm or transformers, or a file with a state dict as libraries and training scripts save it
+    # (.safetensors, .pth, .pt, .pth.tar, .ckpt, .bin); docs/export.md lists them.
     encoder: str = ""
+    # The architecture of that file, such as timm/regnety_002; empty if it is a ResNet or says it.
+    backbone: str = ""
     # linear: the encoder is frozen; finetune: it is trained too, with encoder_lr.
     protocol: Literal["linear", "finetune"] = "linear"
     # Draws the labelled images, the heads' initial weights, the order of images and their views.
