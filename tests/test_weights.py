@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +38,11 @@ from tests.probes import prepared
 from tests.test_encoder_reader import DATA, IMAGENET, SIZE, VIEWS, features
 from tests.test_init_from import started
 
-R18 = dict(hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic")
+R18: dict[str, Any] = {
+    "hidden_sizes": [64, 128, 256, 512],
+    "depths": [2, 2, 2, 2],
+    "layer_type": "basic",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def by_lightning(folder: Path, attribute: str, model: Any) -> Path:
         warnings.simplefilter("ignore")
         import pytorch_lightning as lightning
 
-        class Module(lightning.LightningModule):  # type: ignore[misc]
+        class Module(lightning.LightningModule):
             def __init__(self) -> None:
                 super().__init__()
                 self.save_hyperparameters({"lr": 0.1, "arch": "resnet18"})
@@ -81,7 +86,8 @@ def by_lightning(folder: Path, attribute: str, model: Any) -> Path:
                 self.projector = nn.Linear(1000, 4)
 
             def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-                return self.projector(getattr(self, attribute)(batch[0])).pow(2).mean()
+                outputs: Tensor = self.projector(getattr(self, attribute)(batch[0]))
+                return outputs.pow(2).mean()
 
             def configure_optimizers(self) -> Any:
                 return torch.optim.SGD(self.parameters(), lr=1e-4)
@@ -121,12 +127,13 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     own, other = model.state_dict(), torchvision.models.resnet18().state_dict()
     head = {"weight": torch.zeros(4, 512)}
     bare = {name: tensor for name, tensor in own.items() if not name.startswith("fc.")}
+    compiled: Any = torch.compile(model)
     arguments = argparse.Namespace(arch="resnet18", lr=0.1, output_dir="runs")
     trained_with = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
     files: dict[str, Any] = {
         "state dict": own,
         "DataParallel": nn.DataParallel(model).state_dict(),
-        "torch.compile": torch.compile(model).state_dict(),
+        "torch.compile": compiled.state_dict(),
         "state_dict": trained_with | {"arch": "resnet18", "best_acc1": torch.tensor(1.0)}
         | {"state_dict": behind("module.", own)},
         "model_state_dict": trained_with | {"model_state_dict": own},
@@ -157,19 +164,19 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     found = {}
     for number, (name, content) in enumerate(files.items()):
         torch.save(content, folder / f"{number}.pth")
-        found[name] = Kind(folder / f"{number}.pth", lambda images: features(model, images))
+        found[name] = Kind(folder / f"{number}.pth", partial(features, model))
     for attribute in ("backbone", "model"):
         lit = stirred(torchvision.models.resnet18())
         path = by_lightning(folder, attribute, lit)
-        found[f"Lightning, {attribute}"] = Kind(path, lambda images, lit=lit: features(lit, images))
+        found[f"Lightning, {attribute}"] = Kind(path, partial(features, lit))
     for name in ("resnext50_32x4d", "wide_resnet50_2"):
         large = stirred(getattr(torchvision.models, name)())
         save_file(large.state_dict(), folder / f"{name}.safetensors")
         path = folder / f"{name}.safetensors"
-        found[name] = Kind(path, lambda images, it=large: features(it, images), name)
+        found[name] = Kind(path, partial(features, large), name)
     for form, name in ((True, "resnet18"), (False, "resnetblur18")):
         theirs = of_timm(name)
-        save_for_hf(theirs, folder / f"timm_{name}", safe_serialization=form)
+        save_for_hf(theirs, str(folder / f"timm_{name}"), safe_serialization=form)
         backbone = name if name in BACKBONES else f"timm/{name}"
         found[f"timm {name}"] = Kind(folder / f"timm_{name}", pooled(theirs), backbone)
     regnet = of_timm("regnety_002")
@@ -302,8 +309,10 @@ class Refused:
             ("timm_stride", {"output_stride": 16}),
             ("timm_pool", {"global_pool": "max"}),
         ):
-            save_for_hf(of_timm("resnet18", **settings), folder / name, safe_serialization=True)
-        resnet = {"hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}
+            save_for_hf(
+                of_timm("resnet18", **settings), str(folder / name), safe_serialization=True
+            )
+        resnet: dict[str, Any] = {"hidden_sizes": [32, 64, 128, 256], "depths": [1, 1, 1, 1]}
         for name, changed in (
             ("hf_stride", {"layer_type": "bottleneck", "downsample_in_bottleneck": True}),
             ("hf_gelu", {"layer_type": "basic", "hidden_act": "gelu"}),

@@ -33,6 +33,8 @@ Which = Literal["query", "key"]
 # The description in an exported folder, and the files that hold the encoder.
 DESCRIPTION = "moco_dist.json"
 _EXPORTED = ("model.safetensors", "model.pth.tar", "backbone.pkl", "model.onnx")
+# What reading a description of another version, or of a stranger, raises.
+_BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
 STARTED = "init_from.json"  # lists the weights that a run started from
 _OURS = "query_encoder.backbone."
 
@@ -108,7 +110,7 @@ def _found(path: Path, which: Which, backbone: str) -> Found:
         found = replace(of_checkpoint(saved, which), place=f"{saved.path} (step {saved.step:,})")
     else:
         found = _file(file, which, backbone)
-    require_trained(found.backbone, found.checkpoint.path)
+    state_dict.require_trained(found.backbone, found.checkpoint.path)
     return found
 
 
@@ -176,10 +178,13 @@ def _export(folder: Path, which: Which, file: Path | None) -> Found:
         config = from_dict(EncoderConfig, described["encoder"])
         view = from_dict(ViewsConfig, described["views"]) if described["views"] else None
         resize = int(described["resize"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+        origin = {str(k): str(v) for k, v in described.get("origin", {}).items()}
+    except (OSError, *_BROKEN) as error:
         raise DataError(f"{source}: can't be read ({error!r}); export it again") from error
     if target == "moco":  # the file itself has no views
-        return replace(_file(file or folder / _EXPORTED[1], which), views=view, resize=resize)
+        found = _file(file or folder / _EXPORTED[1], which)
+        found.checkpoint.state["origin"] = origin
+        return replace(found, views=view, resize=resize)
     if target not in names.READABLE:
         raise DataError(
             f"{folder}: an export for {shown(target)} can't be read back; give its run, or an "
@@ -193,6 +198,7 @@ def _export(folder: Path, which: Which, file: Path | None) -> Found:
         raise DataError(f"{folder}: has other names than {target}'s; export it again")
     tensors = {ours[name]: each for name, each in content.items()}
     saved = _alone(folder, tensors, config, sha256)
+    saved.state["origin"] = origin
     backbone = state_dict.filled(config, tensors, folder)
     return Found(backbone, config, view, resize, f"{folder} (export for {target})", saved)
 
@@ -232,31 +238,6 @@ def _alone(
     model = {_OURS + name: each for name, each in tensors.items()}
     state = {"config": {"encoder": to_dict(config)}, "sha256": sha256}
     return Checkpoint(path, 0, model, {}, state)
-
-
-def require_trained(backbone: nn.Module, source: object) -> None:
-    """Raise DataError if a backbone is as initialised, or holds what is not finite.
-
-    Normalisation layers start with weights of 1 (or 0) and biases of 0, and the first step changes
-    them all. Without such layers an untrained backbone is not recognised.
-    """
-    kinds = nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm
-    norms = {
-        name: each
-        for name, each in backbone.named_modules()
-        if isinstance(each, kinds) and each.weight is not None and each.bias is not None
-    }
-    for name, tensor in backbone.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise DataError(f"{source}: {name} is not finite; use another checkpoint")
-    alike = ((n.weight == 1).all() or (n.weight == 0).all() for n in norms.values())
-    if norms and all(alike) and not any(norm.bias.any() for norm in norms.values()):
-        raise DataError(
-            f"{source}: is a random encoder and no trained one: the weights of all its "
-            f"{len(norms)} normalisation layers ({next(iter(norms))}.weight and so on) are 1 and "
-            "the biases 0, as before the first step; give the trained one (control=true probes a "
-            "random one)"
-        )
 
 
 class TrainedEncoder(nn.Module):

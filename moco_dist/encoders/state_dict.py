@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import torch as safetensors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from moco_dist.config.recipe import EncoderConfig
@@ -108,3 +108,28 @@ def described(architecture: EncoderConfig) -> str:
     """Return the architecture in words."""
     gray = ", gray images" if architecture.channels == 1 else ""
     return f"{architecture.backbone}, width {architecture.width}, {architecture.stem} stem{gray}"
+
+
+def require_trained(backbone: nn.Module, source: object) -> None:
+    """Raise DataError if a backbone is as initialised, or holds what is not finite.
+
+    Normalisation layers start with weights of 1 (or 0) and biases of 0, and the first step changes
+    them all. Without such layers an untrained backbone is not recognised.
+    """
+    kinds = nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm
+    norms = {
+        name: each
+        for name, each in backbone.named_modules()
+        if isinstance(each, kinds) and each.weight is not None and each.bias is not None
+    }
+    for name, tensor in backbone.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise DataError(f"{source}: {name} is not finite; use another checkpoint")
+    alike = ((n.weight == 1).all() or (n.weight == 0).all() for n in norms.values())
+    if norms and all(alike) and not any(norm.bias.any() for norm in norms.values()):
+        raise DataError(
+            f"{source}: is a random encoder and no trained one: the weights of all its "
+            f"{len(norms)} normalisation layers ({next(iter(norms))}.weight and so on) are 1 and "
+            "the biases 0, as before the first step; give the trained one (control=true probes a "
+            "random one)"
+        )
