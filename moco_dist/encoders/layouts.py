@@ -37,7 +37,7 @@ _KEY_WORDS = {"momentum_encoder", "momentum_backbone", "backbone_momentum", "enc
 HEADS = ("fc.", "head.", "classifier.", "projection_head.", "prototypes")
 # Heads of models for segmentation, which replace strides of their backbone by dilation.
 _DENSE = ("classifier.", "aux_classifier.", "decode_head.", "auxiliary_head.")
-# What solo-learn saves beside a backbone: solo/methods/{base,mocov2plus,simclr,byol}.py.
+# What solo-learn saves with a backbone: solo/methods/{base,mocov2plus,simclr,byol}.py.
 _SOLO_LEARN = (
     *("projector.", "momentum_projector.", "momentum_classifier."),
     *("momentum_backbone.", "momentum_encoder."),
@@ -82,14 +82,14 @@ NAMINGS = (
 
 
 def unwrapped(content: Any) -> tuple[Any, list[str], list[str]]:
-    """Return what the wrappers lead to, their keys, and the keys of other state dicts beside it."""
-    keys, beside = [], []
+    """Return what the wrappers lead to, their keys, and the keys of other state dicts next to it."""
+    keys, others = [], []
     while isinstance(content, Mapping):
         plain = Tensor | int | str | None
         inside = [key for key in WRAPPERS if not isinstance(content.get(key), plain)]
         if not inside:
             break
-        beside += [
+        others += [
             str(key)
             for key, each in content.items()
             if key != inside[0] and isinstance(each, Mapping) and each
@@ -97,7 +97,7 @@ def unwrapped(content: Any) -> tuple[Any, list[str], list[str]]:
         ]
         keys.append(inside[0])
         content = content[inside[0]]
-    return content, keys, beside
+    return content, keys, others
 
 
 def encoders(
@@ -120,7 +120,7 @@ def encoders(
 
 
 def other_features(content: Mapping[Any, Any], left: Mapping[str, Tensor], stem: str) -> str:
-    """Return why the backbone of a file, beside `left`, gives other features than ours, or ""."""
+    """Return why the backbone of a file, next to `left`, gives other features than ours, or ""."""
     if any(name.startswith(_DENSE) and each.dim() == 4 for name, each in left.items()):
         return "is a model for segmentation, whose backbone has dilation in place of strides"
     meta = content.get("meta")

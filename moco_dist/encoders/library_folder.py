@@ -58,7 +58,7 @@ def read(folder: Path) -> Folder:
         )
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
-        raise MissingError(f"{folder}: has {CONFIG} but none of {', '.join(WEIGHTS)}; save it anew")
+        raise MissingError(f"{folder}: has {CONFIG} but none of {', '.join(WEIGHTS)}; save it again")
     try:
         views = from_dict(ViewsConfig, fed[0]) if fed else None
     except ConfigError as error:
@@ -122,7 +122,7 @@ def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: can't be read ({shown(error, 200)}); save it anew") from error
+        raise DataError(f"{path}: can't be read ({shown(error, 200)}); save it again") from error
     if not isinstance(found, dict):
-        raise DataError(f"{path}: holds no settings; save it anew")
+        raise DataError(f"{path}: holds no settings; save it again")
     return found

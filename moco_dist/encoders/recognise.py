@@ -47,7 +47,7 @@ def backbone(
     if it is one of timm; else that of a ResNet with such tensors. Raises DataError for a file in
     which no encoder, or more than one, is recognised.
     """
-    inner, keys, beside = layouts.unwrapped(content)
+    inner, keys, others = layouts.unwrapped(content)
     tensors = _tensors(inner, path)
     name = said or _arch(content, path, asked) or asked * asked.startswith("timm/")
     own = _shapes(name, path) if name.startswith("timm/") else {}
@@ -78,10 +78,10 @@ def backbone(
     how = "by its config.json" if said else "by its name" if name else "by its tensors"
     parts = [described(config), how] + [naming.words] * bool(naming.words)
     parts += [f"in {'.'.join(keys)}"] * bool(keys) + [f"behind '{prefix}'"] * bool(prefix)
-    unused = [each.removeprefix(prefix.removeprefix("module.")) for each in left] + beside
+    unused = [each.removeprefix(prefix.removeprefix("module.")) for each in left] + others
     unused = sorted({each.partition(".")[0] for each in unused})
     words = ", ".join(parts) + f"; not used: {shown(', '.join(unused))}" * bool(unused) + note
-    return Recognised(kept, config, tuple(sorted([*left, *beside])), words)
+    return Recognised(kept, config, tuple(sorted([*left, *others])), words)
 
 
 def alike(one: str, other: str) -> bool:
