@@ -291,7 +291,7 @@ class Refused:
         "hf_stride": "config.json: downsample_in_bottleneck is True, with which the same tensors ",
         "hf_gelu": "config.json: hidden_act is gelu, with which the same tensors give other ",
         "hf_vit": "config.json: says 'model_type': vit, but encoders are read from folders of ",
-        "no_weights": "has config.json but none of model.safetensors, pytorch_model.bin",
+        "no_weights": "has config.json but no model.safetensors or pytorch_model.bin",
         "segmentation.pth": "is a model for segmentation, whose backbone has dilation in place of ",
         "caffe.pth": "its meta says style='caffe', whose blocks have their stride in another ",
         "whole.pth": r"can't be read as tensors alone (it also holds ",

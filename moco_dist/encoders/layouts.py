@@ -82,7 +82,7 @@ NAMINGS = (
 
 
 def unwrapped(content: Any) -> tuple[Any, list[str], list[str]]:
-    """Return what the wrappers lead to, their keys, and the keys of other state dicts next to it."""
+    """Return what the wrappers lead to, their keys, and the keys of the other state dicts."""
     keys, others = [], []
     while isinstance(content, Mapping):
         plain = Tensor | int | str | None

@@ -58,7 +58,7 @@ def read(folder: Path) -> Folder:
         )
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
-        raise MissingError(f"{folder}: has {CONFIG} but none of {', '.join(WEIGHTS)}; save it again")
+        raise MissingError(f"{folder}: has {CONFIG} but no {' or '.join(WEIGHTS)}; save it again")
     try:
         views = from_dict(ViewsConfig, fed[0]) if fed else None
     except ConfigError as error:

@@ -56,9 +56,9 @@ def read(path: Path) -> tuple[Mapping[Any, Any], str]:
 def _reason(path: Path, error: Exception) -> str:
     """Return why a file can't be read, without PyTorch's advice and its control characters."""
     try:
-        objects = get_unsafe_globals_in_checkpoint(path)
+        objects = set(get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}
     except Exception:  # it reads only whole files of the newer format
-        objects = []
+        objects = set()
     if objects:
         return f"it also holds {shown(', '.join(sorted(objects)[:3]), 200)}, which may run code"
     text = str(error).rpartition("WeightsUnpickler error: ")[2]
