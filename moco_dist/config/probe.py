@@ -19,12 +19,18 @@ class GridConfig:
     """Learning rates and weight decays to try in parallel; empty means that of optim."""
 
     lr: list[float] = field(default_factory=list)
+    # Multiples of optim.lr to try if grid.lr is empty and there are validation images to choose by.
+    around: list[float] = field(default_factory=list)
     weight_decay: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require(
             all(lr > 0 for lr in self.lr),
             f"grid.lr={self.lr} has a rate that is not above 0; give positive learning rates",
+        )
+        require(
+            all(factor > 0 for factor in self.around),
+            f"grid.around={self.around} has a multiple that is not above 0; give positive numbers",
         )
         require(
             all(decay >= 0 for decay in self.weight_decay),
@@ -102,6 +108,11 @@ class ProbeConfig:
             "data.validation=0 leaves no images for choosing from the grid, and the test images "
             "must not be used for that; give data.validation=0.1",
         )
+
+    def rates(self) -> list[float]:
+        """Return the learning rates to try, in order."""
+        near = self.grid.around if self.protocol == "linear" and self.data.validation else []
+        return self.grid.lr or [self.optim.lr * factor for factor in near] or [self.optim.lr]
 
     def pretraining(self) -> str:
         """Return the name of the encoder's run or file."""
