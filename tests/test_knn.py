@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
 from moco_dist.encoders import features
+from moco_dist.errors import ConfigError
+from moco_dist.method import views
+from tests.test_init_from import started
 
 
 def by_hand(
@@ -41,3 +48,23 @@ def test_a_low_temperature_does_not_overflow_float32() -> None:
     bank = torch.eye(4)
     predicted = features.predict(bank, bank, torch.tensor([3, 1, 0, 2]), 4, k=4, temperature=0.001)
     assert predicted.tolist() == [3, 1, 0, 2]
+
+
+def test_knn_of_the_head_is_that_of_the_vectors_behind_it(tmp_path: Path) -> None:
+    """The oracle: the brute-force loop on what the encoder returns, as the authors' notebook."""
+    trainer = started(tmp_path, "", "knn.features=head", "data.validation=0.5", "knn.k=5")
+    for _ in range(2):
+        trainer.train_step()
+    found, encoder = trainer.knn_top1(), trainer.moco.query_encoder
+    parts = trainer.splits.train, trainer.splits.validation
+    with torch.no_grad():
+        assert isinstance(parts[0], datasets.Images)
+        assert isinstance(parts[1], datasets.Images)
+        bank, queries = (encoder(views.center(part.pixels, trainer.config.views)) for part in parts)
+    assert bank.shape[1] == trainer.config.encoder.dim
+    labels = parts[0].labels
+    guessed = [by_hand(query, bank, labels, 5, 0.1) for query in queries]
+    right = sum(guess == label for guess, label in zip(guessed, parts[1].labels, strict=True))
+    assert found == pytest.approx(float(right) / len(queries))
+    with pytest.raises(ConfigError, match=r"knn\.features=head is for pretraining only"):
+        load(ProbeConfig, ["knn.features=head"])

@@ -96,6 +96,11 @@ class ProbeConfig:
             f"runtime.micro_batches={self.runtime.micro_batches} is for pretraining only; leave it "
             "out for a probe, or give a smaller batch_size",
         )
+        require(
+            self.knn.features == "backbone",
+            "knn.features=head is for pretraining only, because a probe reads the backbone alone; "
+            "leave it out",
+        )
         check_positive("", self, encoder_lr="0.01 is usual")
         chosen = len(self.grid.lr) > 1 or len(self.grid.weight_decay) > 1
         require(
