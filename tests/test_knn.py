@@ -56,15 +56,16 @@ def test_knn_of_the_head_is_that_of_the_vectors_behind_it(tmp_path: Path) -> Non
     for _ in range(2):
         trainer.train_step()
     found, encoder = trainer.knn_top1(), trainer.moco.query_encoder
-    parts = trainer.splits.train, trainer.splits.validation
+    train, validation = trainer.splits.train, trainer.splits.validation
+    assert isinstance(train, datasets.Images)
+    assert isinstance(validation, datasets.Images)
     with torch.no_grad():
-        assert isinstance(parts[0], datasets.Images)
-        assert isinstance(parts[1], datasets.Images)
-        bank, queries = (encoder(views.center(part.pixels, trainer.config.views)) for part in parts)
+        bank, queries = (
+            encoder(views.center(part.pixels, trainer.config.views)) for part in (train, validation)
+        )
     assert bank.shape[1] == trainer.config.encoder.dim
-    labels = parts[0].labels
-    guessed = [by_hand(query, bank, labels, 5, 0.1) for query in queries]
-    right = sum(guess == label for guess, label in zip(guessed, parts[1].labels, strict=True))
-    assert found == pytest.approx(float(right) / len(queries))
+    guessed = [by_hand(query, bank, train.labels, 5, 0.1) for query in queries]
+    right = int((torch.tensor(guessed) == validation.labels).sum())
+    assert found == pytest.approx(right / len(queries))
     with pytest.raises(ConfigError, match=r"knn\.features=head is for pretraining only"):
         load(ProbeConfig, ["knn.features=head"])
