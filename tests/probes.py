@@ -72,8 +72,9 @@ def prepared(
     """Return a probe before its first step, on `splits` if given."""
     arguments = [*PROBE, f"encoder={pretrained}", f"output={output}", "name=prepared", *overrides]
     config = load(ProbeConfig, arguments)
+    source = find(pretrained, backbone=config.backbone)
     splits = splits or datasets.load(config.data)
-    return LinearProbe(config, session.start(config), splits, find(pretrained))
+    return LinearProbe(config, session.start(config), splits, source)
 
 
 def run(pretrained: Path | str, output: Path | str, *overrides: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_resuming_may_change_the_length_the_logging_and_the_machine_only() -> No
         (
             ["knn.neighbours=1"],
             "knn.neighbours=1: there is no key 'knn.neighbours'; "
-            "use one of knn.every_epochs, knn.at_start, knn.k, knn.temperature",
+            "use one of knn.every_epochs, knn.at_start, knn.k, knn.temperature, knn.features",
         ),
         (["epochs=many"], "epochs=many: epochs=many is not a whole number"),
         (["epochs=2.5"], "epochs=2.5: epochs=2.5 is not a whole number"),
@@ -120,7 +120,7 @@ def test_resuming_may_change_the_length_the_logging_and_the_machine_only() -> No
         (
             ["knn=3"],
             "knn=3: 'knn' is a group and takes no value; "
-            "set one of knn.every_epochs, knn.at_start, knn.k, knn.temperature",
+            "set one of knn.every_epochs, knn.at_start, knn.k, knn.temperature, knn.features",
         ),
         (
             ["moco.momentum=1.5"],

@@ -226,20 +226,29 @@ def refusal(path: Path) -> str:
 
 def test_a_lightning_checkpoint_is_read_by_known_names_alone(tmp_path: Path) -> None:
     model, path = trained(), tmp_path / "last.ckpt"
-    found = load.find(of_lightly(path, model))
+    found = load.find(of_lightly(path, model, **{"decoder.weight": torch.ones(1)}))
     assert found.place == (
-        f"{path} (resnet18, width 64, imagenet stem, by its tensors, named by lightly; not used: "
-        "backbone_momentum, projection_head, projection_head_momentum)"
+        f"{path} (resnet18, width 64, imagenet stem, by its tensors, layers by number, in "
+        "state_dict, behind 'backbone.'; not used: backbone_momentum, decoder, projection_head, "
+        "projection_head_momentum; if it is timm's resnetblur18, which has the same tensors, "
+        "name it)"
     )
-    assert len(found.left) == 120 + 4 + 4
+    assert len(found.left) == 120 + 4 + 4 + 1
     one = torch.ones(64, 3, 7, 7)
-    for name in ("decoder.weight", "backbone.conv1.weight"):  # the latter is there by number
-        message = refusal(of_lightly(path, model, **{name: one}))
-        assert message.startswith(f"{path}: {name} is neither of the backbone nor known from ")
+    message = refusal(of_lightly(path, model, **{"backbone.conv1.weight": one}))
+    assert "holds 2 encoders, at backbone.conv1.weight, backbone.7.0.conv1.weight; " in message
+    message = refusal(of_lightly(path, model, **{"backbone.bn1.weight": one}))
+    assert "holds bn1.weight twice, once as backbone.bn1.weight; remove one" in message
     message = refusal(of_solo_learn(path, model, **{"backbone.layer1.0.bn9.bias": one}))
     assert "layer1.0.bn9.bias is not expected" in message
-    with pytest.raises(DataError, match="has no key encoder"):
-        load.find(of_solo_learn(path, model), "key")
+
+
+@pytest.mark.parametrize("save", [of_lightly, of_solo_learn])
+def test_the_momentum_encoder_is_the_key_encoder(tmp_path: Path, save: Any) -> None:
+    images = torch.randn(2, 3, SIZE, SIZE)
+    found = load.find(save(tmp_path / "last.ckpt", trained(conv1=nn.Conv2d(3, 64, 7, 2, 3))), "key")
+    expected = features(trained(), images)
+    assert float((found.backbone(images) - expected).abs().max()) < 1e-5 * float(expected.max())
 
 
 def test_the_resnet_of_lightly_itself_gives_its_features(tmp_path: Path) -> None:

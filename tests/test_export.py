@@ -13,6 +13,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 import moco_dist
 from moco_dist.config.recipe import EncoderConfig, PretrainConfig, ViewsConfig
@@ -32,7 +33,7 @@ from moco_dist.runs.record import CONTROL, TRAINED
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def written(run: Path, enqueued: int = 50, **encoder: Any) -> Path:
+def written(run: Path, enqueued: int = 50, init_from: str = "", **encoder: Any) -> Path:
     """Write a checkpoint with statistics as after training, and a queue of 40."""
     config = EncoderConfig(dim=8, **encoder)
     torch.manual_seed(3)
@@ -45,7 +46,7 @@ def written(run: Path, enqueued: int = 50, **encoder: Any) -> Path:
     network.queue.keys[: min(enqueued, 40)] = torch.randn(min(enqueued, 40), 8)
     other = ViewsConfig(mean=[0.5] * config.channels, std=[0.25] * config.channels)
     views = ViewsConfig() if config.channels == 3 else other
-    settings = to_dict(PretrainConfig(encoder=config, views=views))
+    settings = to_dict(PretrainConfig(encoder=config, views=views, init_from=init_from))
     state = {"config": settings, "epoch": 2.5, "enqueued": enqueued, "data": "0123", "run_id": "a"}
     saving.write(run, 7, network.state_dict(), {}, state)
     return run
@@ -59,6 +60,11 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("runs") / "cifar")
+
+
+def stirred() -> dict[str, Tensor]:
+    """Tensors of a ResNet-18 without which it would be as before the first step."""
+    return {"bn1.bias": torch.ones(64)}
 
 
 def backbone_of(path: Path) -> Any:
@@ -101,6 +107,42 @@ def test_timm_loads_the_folder_by_name_with_its_normalisation(imagenet: Path) ->
     settings: Any = model.pretrained_cfg
     assert list(settings["mean"]) == ViewsConfig().mean
     assert list(settings["input_size"]) == [3, 32, 32]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm/regnety_002"])
+def test_timm_gives_the_folder_a_new_classifier_or_gray_images(
+    tmp_path: Path, backbone: str
+) -> None:
+    import timm
+
+    run = written(tmp_path / "r", stem="imagenet", backbone=backbone)
+    folder = f"local-dir:{export(run, 'timm')}"
+    plain = timm.create_model(folder, pretrained=True)
+    tuned: Any = timm.create_model(folder, pretrained=True, num_classes=10)
+    assert tuned.eval()(IMAGES).shape == (3, 10)
+    features = tuned.forward_head(tuned.forward_features(IMAGES), pre_logits=True)
+    torch.testing.assert_close(features, plain.eval()(IMAGES))
+    gray = timm.create_model(folder, pretrained=True, in_chans=1).eval()
+    one = IMAGES[:, :1]
+    # The filters of the colours are added.
+    torch.testing.assert_close(gray(one), plain(one.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+    data = tuned.pretrained_cfg
+    assert (data["crop_pct"], data["input_size"]) == (1.0, [3, 32, 32])
+
+
+def test_the_pipeline_of_transformers_gives_the_features_of_load_encoder(tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    folder = export(written(tmp_path / "r", stem="imagenet"), "huggingface")
+    pixels = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    extractor: Any = pipeline("image-feature-extraction", model=str(folder))
+    theirs = torch.tensor(extractor(to_pil_image(pixels), pool=True)).flatten(1)
+    ours = moco_dist.load_encoder(folder)(pixels[None])
+    assert float((theirs - ours).abs().max()) < 1e-5 * float(ours.abs().max())
+    (folder / "moco_dist.json").unlink()  # as of a stranger
+    again = moco_dist.load_encoder(folder)
+    assert (again.view.mean, again.view.size, again.resize) == (ViewsConfig().mean, 32, 32)
+    assert again(pixels[None]).equal(ours)
 
 
 @pytest.mark.parametrize("encoder", [{}, {"backbone": "resnet50", "width": 8}])
@@ -303,6 +345,39 @@ def test_the_card_has_the_figures_of_this_checkpoint_alone(tmp_path: Path) -> No
         assert "11.1%" not in card
         for words in ("43.21%", "12.34%", "learning rate 7.5"):
             assert (words in card) == shown
+
+
+def test_a_card_says_without_labels_only_where_that_is_known(tmp_path: Path) -> None:
+    known, plain = written(tmp_path / "known"), tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18().state_dict() | stirred(), plain)
+    begun = written(tmp_path / "begun", init_from=str(plain))
+    wordings = {
+        known: "encoder pretrained without labels by Momentum Contrast with moco_dist: its query",
+        begun: "weights in `resnet18.pth`, which may have been trained with labels.",
+        plain: "image encoder that moco_dist did not train. Whether it was trained with labels is",
+    }
+    for source, words in wordings.items():
+        folder = export(source, "torchvision", tmp_path / "out" / source.name)
+        again = export(folder, "timm", tmp_path / "again" / source.name)
+        for card in (folder / "README.md", again / "README.md"):
+            text = card.read_text()
+            assert words in text, text
+            assert ("without labels" in text) == (source == known)
+            assert ("self-supervised" in text) == (source == known)
+
+
+def test_the_views_of_an_export_are_found_wherever_it_is_named(imagenet: Path) -> None:
+    for target in ("torchvision", "timm", "huggingface", "moco"):
+        folder = export(imagenet, target)
+        (file,) = (each for each in folder.iterdir() if each.name.startswith("model."))
+        renamed, own = folder / f"mine{file.suffix}", find(imagenet)
+        assert own.views is not None
+        for path in (folder, file, renamed):
+            if path == renamed:
+                file.rename(renamed)
+            found = find(path)
+            assert (found.views, found.resize) == (own.views, own.resize), path
+            assert found.backbone(IMAGES).equal(own.backbone(IMAGES))
 
 
 def test_the_command_exports_and_says_what_is_wrong(

@@ -71,8 +71,12 @@ def test_the_backbone_is_the_files_and_the_head_is_new(
 def test_what_does_not_fit_is_named(tmp_path: Path, theirs: dict[str, torch.Tensor]) -> None:
     path = tmp_path / "resnet.pth"
     torch.save(theirs, path)
-    sentence = r"conv1\.weight is \(64, 3, 7, 7\) and should be \(64, 3, 3, 3"
-    with pytest.raises(DataError, match=sentence):
+    own = "this run's encoder, resnet34, width 32, cifar stem"
+    fix = "encoder.backbone=resnet18 encoder.width=64 encoder.stem=imagenet"
+    other = ["encoder.stem=cifar", "encoder.backbone=resnet34", "encoder.width=32"]
+    with pytest.raises(DataError, match=f": is not {own}; give {fix}, or an init_from= that fits$"):
+        started(tmp_path, path, *other)
+    with pytest.raises(DataError, match=r"; give encoder\.stem=imagenet, or an init_from="):
         started(tmp_path, path, "encoder.stem=cifar")
     del theirs["layer4.1.conv2.weight"]
     torch.save(theirs, path)

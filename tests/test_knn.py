@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,13 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
 from moco_dist.encoders import features
+from moco_dist.errors import ConfigError
+from moco_dist.method import views
+from tests.test_init_from import started
 from tests.test_trainer import build
 
 
@@ -130,3 +137,24 @@ def test_features_of_many_images_are_in_memory_once(monkeypatch: pytest.MonkeyPa
         features.predict(bank[:20], *known)
     made.found.pop(bank.untyped_storage().data_ptr())  # seen by its pieces, which are no copies
     assert made.above(bank.nbytes // 2) == 0
+
+
+def test_knn_of_the_head_is_that_of_the_vectors_behind_it(tmp_path: Path) -> None:
+    """The oracle: the brute-force loop on what the encoder returns, as the authors' notebook."""
+    trainer = started(tmp_path, "", "knn.features=head", "data.validation=0.5", "knn.k=5")
+    for _ in range(2):
+        trainer.train_step()
+    found, encoder = trainer.knn_top1(), trainer.moco.query_encoder
+    train, validation = trainer.splits.train, trainer.splits.validation
+    assert isinstance(train, datasets.Images)
+    assert isinstance(validation, datasets.Images)
+    with torch.no_grad():
+        bank, queries = (
+            encoder(views.center(part.pixels, trainer.config.views)) for part in (train, validation)
+        )
+    assert bank.shape[1] == trainer.config.encoder.dim
+    guessed = [by_hand(query, bank, train.labels, 5, 0.1) for query in queries]
+    right = int((torch.tensor(guessed) == validation.labels).sum())
+    assert found == pytest.approx(right / len(queries))
+    with pytest.raises(ConfigError, match=r"knn\.features=head is for pretraining only"):
+        load(ProbeConfig, ["knn.features=head"])

@@ -17,7 +17,8 @@ from moco_dist.config.recipe import EncoderConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.data.shapes import CLASSES
-from moco_dist.encoders.load import checkpoint_of, find, require_trained
+from moco_dist.encoders.load import checkpoint_of, find
+from moco_dist.encoders.state_dict import require_trained
 from moco_dist.errors import ConfigError, DataError, NumbersError, UserError
 from moco_dist.method.encoder import build_encoder
 from moco_dist.probe import overlap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from scipy.optimize import minimize_scalar
+from torch.nn.functional import cross_entropy, linear
 from torchvision import models
 
 from moco_dist.config.probe import ProbeConfig
@@ -17,13 +20,13 @@ from moco_dist.config.recipe import BACKBONES
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.encoders.load import checkpoint_of, find
-from moco_dist.encoders.state_dict import infer
+from moco_dist.encoders.recognise import infer
 from moco_dist.errors import DataError
-from moco_dist.probe import verdict
+from moco_dist.probe import underfit, verdict
 from moco_dist.probe.label_fraction import draw
-from moco_dist.probe.results import select
+from moco_dist.probe.results import measure, select
 from moco_dist.runs.record import Metric
-from tests.probes import DATA, pretrained, results, run
+from tests.probes import DATA, prepared, pretrained, results, run, tinted
 
 __all__ = ["pretrained"]
 
@@ -148,6 +151,84 @@ def test_the_verdict_follows_from_the_figures() -> None:
     assert told(0.53, None, 10000).endswith("not compared with a random one (control=false).")
     assert "than one trained from scratch" in told(0.53, 0.50, 10000, protocol="finetune")
     assert "53.0% (52.0 to 54.0) against 50.0% (49.0 to 51.0)" in told(0.53, 0.5, 10000)
+
+
+def test_the_verdict_says_what_other_learning_rates_may_change(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    cached = "augment=false", "epochs=4"
+    run(pretrained, tmp_path / "one", *MANY, *cached, "optim.lr=0.0001")
+    said = results(tmp_path / "one/tiny-probe")["verdict"]
+    assert said.count("Only the learning rate 0.0001 was tried, ") == 1
+    assert "others can change the comparison: try grid.lr=[1e-06,1e-05,0.0001,0.001]." in said
+    grid = "grid.around=[0.001,1000]"
+    run(pretrained, tmp_path / "two", *MANY, *cached, "optim.lr=0.1", grid)
+    content = results(tmp_path / "two/tiny-probe")
+    assert [row["lr"] for row in content["grid"]] == pytest.approx([0.0001, 100])
+    chosen = content["selected"]["lr"]
+    side = "largest of the grid: add larger" if chosen == 100 else "smallest of the grid: add small"
+    assert (
+        f"The best learning rate of the trained encoder, {chosen:g}, is the {side}"
+        in (content["verdict"])
+    )
+    assert "was tried" not in content["verdict"]
+
+
+@pytest.mark.parametrize(("lr", "underfitted"), [(0.0001, True), (1.0, False)])
+def test_the_verdict_says_that_a_classifier_is_underfitted(
+    pretrained: Path, tmp_path: Path, lr: float, underfitted: bool
+) -> None:
+    arguments = ["augment=false", "epochs=30", f"optim.lr={lr}", "control=false"]
+    probe = prepared(pretrained, tmp_path, *arguments, splits=tinted(540, 60, 200))
+    while probe.step < probe.total_steps:
+        probe.train_step()
+    said = measure(probe, [])["verdict"]
+    sentence = "The classifier of the trained encoder is underfitted: its training loss is "
+    assert (sentence in said) == underfitted, said
+
+
+def test_rates_around_one_need_images_to_choose_by() -> None:
+    def rates(*arguments: str) -> list[float]:
+        return load(ProbeConfig, ["optim.lr=2", "grid.around=[0.5,1,3]", *arguments]).rates()
+
+    assert rates() == [1, 2, 6]
+    assert rates("grid.lr=[7,8]") == [7, 8]
+    assert rates("data.validation=0") == rates("protocol=finetune") == [2]
+    assert len(load(ProbeConfig, ["probe/cifar10"]).rates()) == 6
+
+
+def test_one_step_of_descent_is_the_best_along_its_line() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(300) % 3
+    features = torch.randn(300, 5, generator=generator).double()
+    features += 2 * labels[:, None] / torch.arange(1, 6)
+    weight = torch.zeros(3, 5, dtype=torch.double, requires_grad=True)
+    bias = torch.zeros(3, dtype=torch.double, requires_grad=True)
+    scaled = (features - features.mean(0)) / features.std(0)
+
+    def loss(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(linear(scaled, weight, bias), labels)
+
+    before = loss(weight, bias)
+    slopes = torch.autograd.grad(before, (weight, bias))
+    line = minimize_scalar(
+        lambda step: loss(weight - step * slopes[0], bias - step * slopes[1]).item(), (0, 1)
+    )
+    now, after = underfit.descent(features, labels, weight, bias)  # all logits are 0 either way
+    assert now == pytest.approx(before.item()) == pytest.approx(math.log(3))
+    assert line.fun <= after < line.fun + 0.1 * (now - line.fun)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
+
+    def again() -> float:
+        optimizer.zero_grad()
+        found = cross_entropy(linear(features, weight, bias), labels)
+        found.backward()
+        return found.item()
+
+    for _ in range(10):
+        optimizer.step(again)
+    now, after = underfit.descent(features, labels, weight, bias)
+    assert after > 0.99 * now
 
 
 def test_a_label_fraction_is_balanced_and_drawn_by_the_seed() -> None:

@@ -20,6 +20,7 @@ from torchvision import transforms
 
 from moco_dist.config.recipe import EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.distributed import comms
+from moco_dist.method import views
 from moco_dist.method.encoder import Backbone
 
 
@@ -39,9 +40,8 @@ class PilViews(Dataset[tuple[Tensor, Tensor]]):
             *([transforms.RandomGrayscale(c.grayscale)] if c.grayscale else []),
         ]
         if c.blur:
-            blur = transforms.GaussianBlur(
-                max(3, c.size // 20 * 2 + 1), (c.blur_sigma_min, c.blur_sigma_max)
-            )
+            sigmas = c.blur_sigma_min, c.blur_sigma_max
+            blur = transforms.GaussianBlur(views.blur_taps(c), sigmas)
             steps.append(transforms.RandomApply([blur], p=c.blur))
         to_tensor = [transforms.ToTensor(), transforms.Normalize(c.mean, c.std)]
         self.transform = transforms.Compose([*steps, *to_tensor])

@@ -12,7 +12,7 @@ from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, 
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
 # Files that hold an encoder.
-FOREIGN = (".safetensors", ".pth", ".pt", ".ckpt")
+FOREIGN = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class GridConfig:
     """Learning rates and weight decays to try in parallel; empty means that of optim."""
 
     lr: list[float] = field(default_factory=list)
+    # Multiples of optim.lr to try if grid.lr is empty and there are validation images to choose by.
+    around: list[float] = field(default_factory=list)
     weight_decay: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -27,6 +29,10 @@ class GridConfig:
         require(
             all(lr > 0 for lr in self.lr),
             f"grid.lr={self.lr} has a rate that is not above 0; give positive learning rates",
+        )
+        require(
+            all(factor > 0 for factor in self.around),
+            f"grid.around={self.around} has a multiple that is not above 0; give positive numbers",
         )
 
 
@@ -37,10 +43,12 @@ class ProbeConfig:
     # Empty means NAME-probe, where NAME is the encoder's run.
     name: str = ""
     output: str = "runs"
-    # A run directory (its newest checkpoint), a checkpoint folder, an exported folder, or a file:
-    # the state dict of a torchvision ResNet (NAME.safetensors, NAME.pth, NAME.pt), or a checkpoint
-    # of the original MoCo scripts (NAME.pth.tar), lightly or solo-learn (NAME.ckpt).
+    # A run directory (its newest checkpoint), a checkpoint folder, an exported folder, a folder of
+    # timm or transformers, or a file with a state dict as libraries and training scripts save it
+    # (.safetensors, .pth, .pt, .pth.tar, .ckpt, .bin); docs/export.md lists them.
     encoder: str = ""
+    # The architecture of that file, such as timm/regnety_002; empty if it is a ResNet or says it.
+    backbone: str = ""
     # linear: the encoder is frozen; finetune: it is trained too, with encoder_lr.
     protocol: Literal["linear", "finetune"] = "linear"
     # Draws the labelled images, the heads' initial weights, the order of images and their views.
@@ -98,6 +106,11 @@ class ProbeConfig:
             f"runtime.micro_batches={self.runtime.micro_batches} is for pretraining only; leave it "
             "out for a probe, or give a smaller batch_size",
         )
+        require(
+            self.knn.features == "backbone",
+            "knn.features=head is for pretraining only, because a probe reads the backbone alone; "
+            "leave it out",
+        )
         check_positive("", self, encoder_lr="0.01 is usual")
         chosen = len(self.grid.lr) > 1 or len(self.grid.weight_decay) > 1
         require(
@@ -110,6 +123,11 @@ class ProbeConfig:
             "data.validation=0 leaves no images for choosing from the grid, and the test images "
             "must not be used for that; give data.validation=0.1",
         )
+
+    def rates(self) -> list[float]:
+        """Return the learning rates to try, in order."""
+        near = self.grid.around if self.protocol == "linear" and self.data.validation else []
+        return self.grid.lr or [self.optim.lr * factor for factor in near] or [self.optim.lr]
 
     def pretraining(self) -> str:
         """Return the name of the encoder's run or file."""

@@ -18,6 +18,9 @@ class KnnConfig:
     at_start: bool = False
     k: int = 200
     temperature: float = 0.1
+    # backbone: the features that a probe learns from; head: the vectors behind the projection head,
+    # as in the CIFAR notebook of MoCo's authors (pretraining only).
+    features: Literal["backbone", "head"] = "backbone"
 
     def __post_init__(self) -> None:
         check("knn.", self, k=(1, None), temperature=OWN)

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional
 
 from moco_dist.config.recipe import EncoderConfig, ViewsConfig
 from moco_dist.config.yaml_files import from_dict, to_dict
-from moco_dist.encoders import names, original, state_dict
+from moco_dist.encoders import library_folder, names, original, recognise, state_dict
 from moco_dist.errors import ConfigError, DataError, MissingError, output_errors, shown
 from moco_dist.method import views
 from moco_dist.method.batch_norm import batch_norms
@@ -33,6 +33,8 @@ Which = Literal["query", "key"]
 # The description in an exported folder, and the files that hold the encoder.
 DESCRIPTION = "moco_dist.json"
 _EXPORTED = ("model.safetensors", "model.pth.tar", "backbone.pkl", "model.onnx")
+# What reading a description of another version, or of a stranger, raises.
+_BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
 STARTED = "init_from.json"  # lists the weights that a run started from
 _OURS = "query_encoder.backbone."
 
@@ -65,15 +67,25 @@ class Found:
         return self.views or original.usual_views(self.architecture)
 
 
-def find(path: Path, which: Which = "query", like: EncoderConfig | None = None) -> Found:
+def find(path: Path, which: Which = "query", backbone: str = "") -> Found:
     """Return the trained encoder that `path` names, float32, on the CPU.
 
-    `path` is a run (its newest whole checkpoint), a checkpoint folder, an exported folder, or a
-    file: the state dict of a torchvision ResNet, or a checkpoint of the original MoCo scripts,
-    lightly or solo-learn. A state dict of a timm model can only be read as that of `like`. Raises
-    MissingError, or DataError unless the encoder is trained and its tensors, except for known
-    heads, are exactly the expected ones.
+    `path` is a run (its newest whole checkpoint), a checkpoint folder, an exported folder, a folder
+    that timm or transformers saved, or a file with a state dict, as libraries and training scripts
+    save it (`layouts`). `backbone` names the architecture, which only a state dict of a timm model
+    needs. Raises MissingError, or DataError unless the encoder is trained, of that architecture,
+    and its tensors, except for known heads, are exactly the expected ones.
     """
+    found = _found(path, which, backbone)
+    if backbone and not recognise.alike(found.architecture.backbone, backbone):
+        raise DataError(
+            f"{found.place}: is not the {shown(backbone)} that was named; name the right one"
+        )
+    return found
+
+
+def _found(path: Path, which: Which, backbone: str) -> Found:
+    """Return `find`'s answer, whatever its architecture."""
     path = path.expanduser()
     if not path.exists():
         raise MissingError(
@@ -81,8 +93,13 @@ def find(path: Path, which: Which = "query", like: EncoderConfig | None = None) 
             "checkpoint folder, an export, or a file with a state dict"
         )
     folder, file = (path, path / _EXPORTED[0]) if path.is_dir() else (path.parent, path)
-    if (folder / DESCRIPTION).is_file() and (path == folder or path.name in _EXPORTED):
-        found = _export(folder, which)
+    # A file that was renamed is still what the description next to it describes.
+    exported = path.name in _EXPORTED or not any((folder / each).is_file() for each in _EXPORTED)
+    of_library = (folder / library_folder.CONFIG).is_file() and not (path / "state.json").exists()
+    if (folder / DESCRIPTION).is_file() and (path == folder or exported):
+        found = _export(folder, which, file if path == file else None)
+    elif of_library and (path == folder or path.name in library_folder.WEIGHTS):
+        found = _library(folder, which, backbone)
     elif path == folder and ((path / "state.json").exists() or not file.is_file()):
         saved = checkpoint_of(path)
         if saved.step == 0:
@@ -92,8 +109,8 @@ def find(path: Path, which: Which = "query", like: EncoderConfig | None = None) 
             )
         found = replace(of_checkpoint(saved, which), place=f"{saved.path} (step {saved.step:,})")
     else:
-        found = _file(file, which, like)
-    require_trained(found.backbone, found.checkpoint.path)
+        found = _file(file, which, backbone)
+    state_dict.require_trained(found.backbone, found.checkpoint.path)
     return found
 
 
@@ -152,8 +169,8 @@ def _no_key_encoder(path: Path) -> DataError:
     return DataError(f"{path}: has no key encoder; use the query encoder")
 
 
-def _export(folder: Path, which: Which) -> Found:
-    """Return the encoder of a folder that moco_dist.export wrote."""
+def _export(folder: Path, which: Which, file: Path | None) -> Found:
+    """Return the encoder of a folder that moco_dist.export wrote, from `file` if it was renamed."""
     source = folder / DESCRIPTION
     try:
         described = json.loads(source.read_bytes())
@@ -161,10 +178,13 @@ def _export(folder: Path, which: Which) -> Found:
         config = from_dict(EncoderConfig, described["encoder"])
         view = from_dict(ViewsConfig, described["views"]) if described["views"] else None
         resize = int(described["resize"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+        origin = {str(k): str(v) for k, v in described.get("origin", {}).items()}
+    except (OSError, *_BROKEN) as error:
         raise DataError(f"{source}: can't be read ({error!r}); export it again") from error
     if target == "moco":  # the file itself has no views
-        return replace(_file(folder / _EXPORTED[1], which), views=view, resize=resize)
+        found = _file(file or folder / _EXPORTED[1], which)
+        found.checkpoint.state["origin"] = origin
+        return replace(found, views=view, resize=resize)
     if target not in names.READABLE:
         raise DataError(
             f"{folder}: an export for {shown(target)} can't be read back; give its run, or an "
@@ -172,33 +192,43 @@ def _export(folder: Path, which: Which) -> Found:
         )
     if which == "key" and holds != "key":
         raise _no_key_encoder(folder)
-    content, sha256 = state_dict.read(folder / _EXPORTED[0])
+    content, sha256 = state_dict.read(file or folder / _EXPORTED[0])
     ours = {names.READABLE[target](k): k for k in state_dict.backbone_shapes(config, folder)}
     if content.keys() - ours.keys():
         raise DataError(f"{folder}: has other names than {target}'s; export it again")
     tensors = {ours[name]: each for name, each in content.items()}
     saved = _alone(folder, tensors, config, sha256)
+    saved.state["origin"] = origin
     backbone = state_dict.filled(config, tensors, folder)
     return Found(backbone, config, view, resize, f"{folder} (export for {target})", saved)
 
 
-def _file(path: Path, which: Which, like: EncoderConfig | None = None) -> Found:
+def _library(folder: Path, which: Which, backbone: str) -> Found:
+    """Return the encoder of a folder that timm or transformers saved."""
+    read = library_folder.read(folder)
+    found = _file(read.weights, which, backbone, read.backbone)
+    if read.views is None:
+        return found
+    if len(read.views.mean) != found.architecture.channels:
+        return found
+    return replace(found, views=read.views, resize=read.resize)
+
+
+def _file(path: Path, which: Which, backbone: str = "", said: str = "") -> Found:
     """Return the encoder of a file of tensors from any source."""
     content, sha256 = state_dict.read(path)
     if original.is_one(content):
         saved = original.read(path, content, sha256)
         place = f"{path} (of the original scripts, epoch {saved.state['epoch']})"
         return replace(of_checkpoint(saved, which), place=place)
-    tensors, config, left, library = state_dict.backbone(content, path, like)
-    if which == "key":
+    taken = recognise.backbone(content, path, which == "key", backbone, said)
+    if taken is None:
         raise _no_key_encoder(path)
-    said = f"{described(config)}, by its tensors" + (f", named by {library}" if library else "")
-    if left:
-        said += f"; not used: {shown(', '.join(sorted({name.split('.')[0] for name in left})))}"
-    backbone = state_dict.filled(config, tensors, path)
-    size = original.usual_views(config).size
-    saved = _alone(path, tensors, config, sha256)
-    return Found(backbone, config, None, size, f"{path} ({said})", saved, tuple(sorted(left)))
+    filled = state_dict.filled(taken.config, taken.tensors, path)
+    size = original.usual_views(taken.config).size
+    saved = _alone(path, taken.tensors, taken.config, sha256)
+    place = f"{path} ({taken.words})"
+    return Found(filled, taken.config, None, size, place, saved, taken.left)
 
 
 def _alone(
@@ -208,37 +238,6 @@ def _alone(
     model = {_OURS + name: each for name, each in tensors.items()}
     state = {"config": {"encoder": to_dict(config)}, "sha256": sha256}
     return Checkpoint(path, 0, model, {}, state)
-
-
-def described(architecture: EncoderConfig) -> str:
-    """Return the architecture in words."""
-    gray = ", gray images" if architecture.channels == 1 else ""
-    return f"{architecture.backbone}, width {architecture.width}, {architecture.stem} stem{gray}"
-
-
-def require_trained(backbone: nn.Module, source: object) -> None:
-    """Raise DataError if a backbone is as initialised, or holds what is not finite.
-
-    Normalisation layers start with weights of 1 (or 0) and biases of 0, and the first step changes
-    them all. Without such layers an untrained backbone is not recognised.
-    """
-    kinds = nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm
-    norms = {
-        name: each
-        for name, each in backbone.named_modules()
-        if isinstance(each, kinds) and each.weight is not None and each.bias is not None
-    }
-    for name, tensor in backbone.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise DataError(f"{source}: {name} is not finite; use another checkpoint")
-    alike = ((n.weight == 1).all() or (n.weight == 0).all() for n in norms.values())
-    if norms and all(alike) and not any(norm.bias.any() for norm in norms.values()):
-        raise DataError(
-            f"{source}: is a random encoder and no trained one: the weights of all its "
-            f"{len(norms)} normalisation layers ({next(iter(norms))}.weight and so on) are 1 and "
-            "the biases 0, as before the first step; give the trained one (control=true probes a "
-            "random one)"
-        )
 
 
 class TrainedEncoder(nn.Module):
@@ -265,13 +264,13 @@ class TrainedEncoder(nn.Module):
         return features
 
 
-def load_encoder(path: str | Path, encoder: Which = "query") -> TrainedEncoder:
+def load_encoder(path: str | Path, encoder: Which = "query", backbone: str = "") -> TrainedEncoder:
     """Return the trained encoder that `path` names, as `find` reads it, for uint8 images.
 
     A plain state dict has no image size, mean and standard deviation: ImageNet's, or CIFAR-10's for
     a 3x3 stem, are then used, with a warning.
     """
-    found = find(Path(path), encoder)
+    found = find(Path(path), encoder, backbone)
     fed = found.fed
     if found.views is None:
         text = "%s: doesn't tell how images were fed to it; size %s, mean %s and std %s are used"
@@ -284,7 +283,13 @@ def start_from(encoder: Encoder, path: Path) -> tuple[list[str], list[str]]:
 
     `path` is what `find` reads, of the same architecture; DataError otherwise. The head is new.
     """
-    found = find(path, like=encoder.config)
+    own = encoder.config
+    found = _found(path, "query", own.backbone)
+    if fix := _differences(own, found.architecture):
+        raise DataError(
+            f"{found.place}: is not this run's encoder, {state_dict.described(own)}; give "
+            f"{' '.join(fix)}, or an init_from= that fits"
+        )
     checkpoint.load_tensors(encoder.backbone, found.backbone.state_dict(), found.checkpoint.path)
     with torch.no_grad():
         for norm in batch_norms(encoder):
@@ -292,6 +297,16 @@ def start_from(encoder: Encoder, path: Path) -> tuple[list[str], list[str]]:
             norm.group_var.copy_(norm.running_var)
     read = sorted(found.checkpoint.model)
     return [k.removeprefix(_OURS) for k in read if k.startswith(_OURS)], list(found.left)
+
+
+def _differences(own: EncoderConfig, found: EncoderConfig) -> list[str]:
+    """Return the arguments that give `own` the backbone of `found`."""
+    fix = [] if recognise.alike(own.backbone, found.backbone) else [found.backbone]
+    fix = [f"encoder.backbone={name}" for name in fix]
+    for key in ("channels", "width", "stem"):
+        if (value := getattr(found, key)) != getattr(own, key):
+            fix.append(f"encoder.{key}={value}")
+    return fix
 
 
 def note_start(directory: Path, path: Path, taken: list[str], left: list[str]) -> None:

@@ -54,7 +54,8 @@ def write(model: Mapping[str, Tensor], config: EncoderConfig, epoch: int, enqueu
 def is_one(content: Mapping[Any, Any]) -> bool:
     """Return whether the content of a file is a checkpoint of the original scripts."""
     tensors = content.get("state_dict")
-    return isinstance(tensors, Mapping) and any("encoder_q." in str(name) for name in tensors)
+    named = isinstance(tensors, Mapping) and any("encoder_q." in str(name) for name in tensors)
+    return named and "arch" in content  # others hold an encoder_q too
 
 
 def read(path: Path, content: Mapping[Any, Any], sha256: str) -> Checkpoint:

@@ -1,26 +1,26 @@
-"""Files of tensors from any source: read without running code in them, and their architecture."""
+"""Files of tensors, read without running code in them, and backbones filled with tensors."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import torch as safetensors
-from torch import Tensor
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from moco_dist.config.recipe import BACKBONES, EncoderConfig
-from moco_dist.config.yaml_files import from_dict
-from moco_dist.encoders import names
+from moco_dist.config.recipe import EncoderConfig
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
 from moco_dist.method.encoder import build_encoder
 from moco_dist.runs import checkpoint
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")
 _MOST = 2**34  # bytes of a file, fifty times the largest ResNet
-_STEMS = {3: "cifar", 7: "imagenet"}
 _COUNTER = "num_batches_tracked"
 
 
@@ -43,98 +43,27 @@ def read(path: Path) -> tuple[Mapping[Any, Any], str]:
         if path.suffix == ".safetensors":
             content: Any = safetensors.load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with safe_globals([argparse.Namespace]):  # the arguments of a script, plain values
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise many kinds for bytes that are no tensors
-        reason = shown(" ".join(str(error).split()) or repr(error), 200)
         raise DataError(
-            f"{path}: can't be read as tensors alone ({reason}); save the encoder's state_dict() "
-            "as a .safetensors file"
+            f"{path}: can't be read as tensors alone ({_reason(path, error)}); save the encoder's "
+            "state_dict() as a .safetensors file"
         ) from error
     return (content if isinstance(content, Mapping) else {"state_dict": content}), sha256
 
 
-def backbone(
-    content: Mapping[Any, Any], path: Path, like: EncoderConfig | None
-) -> tuple[dict[str, Tensor], EncoderConfig, list[str], str]:
-    """Return a backbone's tensors, its architecture, the names left out, and whose names these are.
-
-    Only known names are renamed, and only known heads are left out: those of a state dict, or of a
-    checkpoint of lightly or solo-learn. A model of timm is recognised only as `like`. Raises
-    DataError for anything else.
-    """
-    tensors = _unwrapped(content, path)
-    library, renamed, unknown = names.from_library(tensors)
-    if unknown:
-        raise DataError(
-            f"{path}: {shown(', '.join(unknown[:3]))} is neither of the backbone nor known from "
-            "lightly and solo-learn; remove it from the file: nothing is left out here silently"
-        )
-    timm = backbone_shapes(like, path) if like and like.is_timm else {}
-    fits = bool(timm) and all(name in tensors or name.endswith(_COUNTER) for name in timm)
-    heads = [k for k in tensors if k.startswith(names.HEADS) and k not in timm]
-    left = [k for k in tensors if k not in renamed] if library else heads
-    kept = {renamed.get(k, k): each for k, each in tensors.items() if k not in left}
-    config = like if like and fits else infer(kept, path)
-    if library == "solo-learn" and config.stem == "cifar":
-        raise DataError(
-            f"{path}: solo-learn pads the first convolution of its CIFAR encoders by 2 pixels "
-            "instead of 1, which gives other features; to start a pretraining from these weights "
-            "all the same, save the backbone's state dict under torchvision's names"
-        )
-    return kept, config, left, library
-
-
-def _unwrapped(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file without what a training script wraps them in."""
-    inner = content.get("state_dict", content.get("model", content))
-    others = [f"a {type(inner).__name__}"]
-    if isinstance(inner, Mapping):
-        others = [str(name) for name, each in inner.items() if not isinstance(each, Tensor)]
-        others = others if inner else ["nothing"]
-    if others:
-        raise DataError(
-            f"{path}: is no state dict, it holds {shown(', '.join(others[:3]))}; "
-            "save only the encoder's state_dict(), names to tensors, in a file"
-        )
-    tensors = {str(name): each for name, each in inner.items()}
-    if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel
-        tensors = {name.removeprefix("module."): each for name, each in tensors.items()}
-    return tensors
-
-
-def infer(tensors: Mapping[str, Tensor], path: Path) -> EncoderConfig:
-    """Return the architecture that names and shapes are nearest to; DataError if no ResNet's."""
-    stem = tensors.get("conv1.weight")
-    if stem is None or stem.dim() != 4:
-        first = ", ".join(shown(name, 60) for name in list(tensors)[:3])
-        near = next((name for name in tensors if name.endswith(".conv1.weight")), "")
-        prefix = near.removesuffix("layer1.0.conv1.weight").removesuffix("conv1.weight")
-        hint = f"take '{shown(prefix, 60)}' from its names" if prefix else "rename its tensors"
-        raise DataError(
-            f"{path}: has no conv1.weight as a torchvision ResNet has, it holds {first}; {hint}: "
-            "nothing is renamed here, so that no tensor is lost silently"
-        )
-    nearest, most = None, 0
-    for name in BACKBONES:
-        settings = {"backbone": name, "channels": stem.shape[1], "width": stem.shape[0]}
-        try:
-            config = from_dict(EncoderConfig, settings | {"stem": _STEMS.get(stem.shape[-1])})
-        except ConfigError:
-            continue
-        own = backbone_shapes(config, path)
-        same = sum(tensors[k].shape == v.shape for k, v in own.items() if k in tensors)
-        missing = len(own.keys() - tensors.keys())
-        if same == len(tensors) and not missing:  # no other is as near
-            return config
-        if nearest is None or same - missing > most:
-            nearest, most = config, same - missing
-    if nearest is None:
-        raise DataError(
-            f"{path}: its first convolution is {tuple(stem.shape)}, and its other tensors are "
-            f"those of none of {', '.join(BACKBONES)} with a stem of 3 or 7 pixels; give one of "
-            "these"
-        )
-    return nearest
+def _reason(path: Path, error: Exception) -> str:
+    """Return why a file can't be read, without PyTorch's advice and its control characters."""
+    try:
+        objects = set(get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}
+    except Exception:  # it reads only whole files of the newer format
+        objects = set()
+    if objects:
+        return f"it also holds {shown(', '.join(sorted(objects)[:3]), 200)}, which may run code"
+    text = str(error).rpartition("WeightsUnpickler error: ")[2]
+    text = re.sub(r"\x1b\[[\d;]*m", "", text).strip() or repr(error)
+    return shown(text.splitlines()[0], 200)
 
 
 def shapes(config: EncoderConfig, path: Path) -> dict[str, Tensor]:
@@ -164,7 +93,43 @@ def filled(config: EncoderConfig, tensors: Mapping[str, Tensor], path: Path) -> 
     counters = {name: zero for name in own if name.endswith(_COUNTER)}
     if not counters.keys() & tensors.keys():
         tensors = {**tensors, **counters}
-    checkpoint.check_tensors(own, tensors, path)
+    if faults := checkpoint.differences(own, tensors):
+        raise DataError(
+            f"{path}: is nearest to {described(config)}, but has not exactly its tensors ({faults})"
+            "; use another file, or name another architecture with backbone= (in a pretraining "
+            "encoder.backbone=, in an export --backbone)"
+        )
     found = build_encoder(config, seed=0).backbone
     checkpoint.load_tensors(found, tensors, path)
     return found.requires_grad_(False).eval()
+
+
+def described(architecture: EncoderConfig) -> str:
+    """Return the architecture in words."""
+    gray = ", gray images" if architecture.channels == 1 else ""
+    return f"{architecture.backbone}, width {architecture.width}, {architecture.stem} stem{gray}"
+
+
+def require_trained(backbone: nn.Module, source: object) -> None:
+    """Raise DataError if a backbone is as initialised, or holds what is not finite.
+
+    Normalisation layers start with weights of 1 (or 0) and biases of 0, and the first step changes
+    them all. Without such layers an untrained backbone is not recognised.
+    """
+    kinds = nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm
+    norms = {
+        name: each
+        for name, each in backbone.named_modules()
+        if isinstance(each, kinds) and each.weight is not None and each.bias is not None
+    }
+    for name, tensor in backbone.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise DataError(f"{source}: {name} is not finite; use another checkpoint")
+    alike = ((n.weight == 1).all() or (n.weight == 0).all() for n in norms.values())
+    if norms and all(alike) and not any(norm.bias.any() for norm in norms.values()):
+        raise DataError(
+            f"{source}: is a random encoder and no trained one: the weights of all its "
+            f"{len(norms)} normalisation layers ({next(iter(norms))}.weight and so on) are 1 and "
+            "the biases 0, as before the first step; give the trained one (control=true probes a "
+            "random one)"
+        )

@@ -9,7 +9,7 @@ from typing import Any
 from moco_dist.config.yaml_files import flat, to_dict
 from moco_dist.distributed import fingerprint
 from moco_dist.encoders.load import Found
-from moco_dist.errors import UserError
+from moco_dist.errors import UserError, shown
 from moco_dist.export.targets import expansion
 from moco_dist.runs.checkpoint import Checkpoint, newest
 from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric, read, read_object
@@ -48,15 +48,15 @@ def text(found: Found, which: str, target: str, lines: str, folder: Path) -> str
     recorded = found.checkpoint.state.get("config")
     settings = flat(recorded) if isinstance(recorded, dict) else {}
     what |= training(found.checkpoint, settings)
+    words, tags = whose(origin(found), which)
     return f"""\
 ---
-tags: [self-supervised, moco, image-feature-extraction]
+tags: [{", ".join(tags)}]
 ---
 
 # {name}, for {target}
 
-An image encoder pretrained without labels by Momentum Contrast with moco_dist: its {which} encoder
-without the projection head.
+{words}
 
 | | |
 | --- | --- |
@@ -79,6 +79,43 @@ less the mean {views.mean}, divided by {views.std}{"" if found.views else usual}
 The MIT licence of moco_dist does not cover these weights: whoever trained them sets their terms,
 and the terms of the training images apply as well.
 """
+
+
+def origin(found: Found) -> dict[str, str]:
+    """Return who trained an encoder: `kind`, and the `source` of the weights it started from.
+
+    The kind is "run", "init_from" (a run that started from other weights), "original" (the original
+    scripts) or "unknown".
+    """
+    saved = found.checkpoint
+    if noted := saved.state.get("origin"):  # of an export
+        return {key: shown(noted.get(key, "")) for key in ("kind", "source")}
+    source = Path(saved.state["config"].get("init_from") or "").name
+    if saved.step:
+        return {"kind": "init_from" if source else "run", "source": source}
+    return {"kind": "original" if "epoch" in saved.state else "unknown", "source": ""}
+
+
+def whose(trained: dict[str, str], which: str) -> tuple[str, tuple[str, ...]]:
+    """Return what a card says of an encoder with this origin, and its tags."""
+    part = f"its {which} encoder\nwithout the projection head."
+    ours = "by Momentum Contrast with moco_dist: " + part
+    words, tags = {
+        "run": (f"pretrained without labels {ours}", ("self-supervised", "moco")),
+        "init_from": (
+            f"trained {ours} The training used no labels, but it\nstarted from the weights in "
+            f"`{trained['source']}`, which may have been trained with labels.",
+            ("moco",),
+        ),
+        "original": (
+            f"pretrained without labels by the original MoCo scripts: {part}",
+            ("self-supervised", "moco"),
+        ),
+    }.get(
+        trained["kind"],
+        ("that moco_dist did not train. Whether it was trained with labels is\nnot known.", ()),
+    )
+    return f"An image encoder {words}", (*tags, "image-feature-extraction")
 
 
 def training(found: Checkpoint, settings: dict[str, Any]) -> dict[str, str]:
@@ -182,6 +219,7 @@ def description(found: Found, which: str, target: str) -> dict[str, Any]:
         "format": 1,
         "target": target,
         "which": which,
+        "origin": origin(found),
         "encoder": to_dict(found.architecture),
         "views": to_dict(found.views) if found.views else None,
         "resize": found.resize,

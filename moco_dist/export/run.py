@@ -2,9 +2,10 @@
 
   python -m moco_dist.export runs/cifar10 --to timm [--output DIR] [--encoder query|key]
 
-The first argument is a run (its newest checkpoint), a checkpoint folder, another export, a state
-dict of a torchvision ResNet, or a checkpoint of the original MoCo scripts (.pth.tar), lightly or
-solo-learn (.ckpt). The targets of --to are
+The first argument is a run (its newest checkpoint), a checkpoint folder, another export, a folder
+that timm or transformers saved, or a file with a state dict, as libraries and training scripts save
+it. --backbone timm/NAME says which model of timm a file without a description holds. The targets
+of --to are
 
   torchvision   model.safetensors for torchvision.models; published width only
   timm          model.safetensors and config.json for timm.create_model; published width only
@@ -53,16 +54,22 @@ IMAGES = 8
 
 
 def export(
-    path: Path, target: str, output: Path | None = None, which: Literal["query", "key"] = "query"
+    path: Path,
+    target: str,
+    output: Path | None = None,
+    which: Literal["query", "key"] = "query",
+    backbone: str = "",
 ) -> Path:
     """Write the encoder of `path` for `target`, completely or not at all; return the folder.
+
+    `backbone` names the architecture of a state dict of a timm model.
 
     Raises ConfigError if the library can't hold the architecture, MissingError if it is not
     installed, and OutputError if the folder is taken or can't be written.
     """
     if target == "moco" and which == "key":
         raise ConfigError("--to moco holds the query and the key encoder; leave out --encoder key")
-    found = load.find(path, which)
+    found = load.find(path, which, backbone)
     expected = _expected(found)
     folder = output
     if folder is None:
@@ -124,11 +131,13 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
     parser.add_argument("--to", required=True, choices=TARGETS)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--backbone", default="")
     parser.add_argument("--encoder", choices=("query", "key"), default="query")
     try:
         asked = parser.parse_args(arguments)
         output = asked.output.expanduser() if asked.output else None
-        folder = export(asked.source.expanduser(), asked.to, output, asked.encoder)
+        source = asked.source.expanduser()
+        folder = export(source, asked.to, output, asked.encoder, asked.backbone)
         files = ", ".join(sorted(file.name for file in folder.iterdir()))
         print(f"{shown(folder)}: {files}")
         return 0

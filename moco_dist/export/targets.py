@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moco_dist.config.recipe import EncoderConfig
 from moco_dist.encoders import original
+from moco_dist.encoders.library_folder import PROCESSOR
 from moco_dist.encoders.load import Found
 from moco_dist.encoders.names import from_detectron2, to_detectron2, to_huggingface
 from moco_dist.errors import ConfigError, MissingError
@@ -84,6 +85,9 @@ def timm(found: Found, folder: Path) -> str:
     save_file(tensors(found), folder / "model.safetensors", {"format": "pt"})
     if not config.is_timm and config.stem == "cifar":
         return _loading("timm", f'timm.create_model("{name}", num_classes=0)', config)
+    import timm as library
+
+    usual = library.get_pretrained_cfg(name)
     described = {
         "architecture": name,
         "num_classes": 0,
@@ -92,8 +96,13 @@ def timm(found: Found, folder: Path) -> str:
             "input_size": [config.channels, views.size, views.size],
             "mean": list(views.mean),
             "std": list(views.std),
+            "crop_pct": views.size / max(found.resize, views.size),
+            "interpolation": "bicubic",
             "fixed_input_size": False,
             "num_classes": 0,
+            # Where timm puts a new classifier, and the layer that it adapts to other channels.
+            "classifier": usual.classifier if usual else "fc",
+            "first_conv": usual.first_conv if usual else "conv1",
         },
     }
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
@@ -129,6 +138,22 @@ def huggingface(found: Found, folder: Path) -> str:
     model = ResNetModel(described)
     model.load_state_dict({to_huggingface(name): t for name, t in tensors(found).items()})
     model.save_pretrained(folder)
+    fed = found.fed
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": config.channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": max(found.resize, fed.size)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": fed.size, "width": fed.size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(fed.mean),
+        "image_std": list(fed.std),
+    }
+    (folder / PROCESSOR).write_text(json.dumps(processor, indent=1) + "\n")
     return """\
 from transformers import ResNetModel
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moco_dist.errors import ConfigError, shown
@@ -19,17 +20,7 @@ def build(name: str, channels: int, norm_layer: Callable[[int], nn.BatchNorm2d])
     Raises ConfigError if timm or the model is missing, or if training would depend on the machine:
     the model draws random numbers, or normalises over the batch in another way.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(
-            f"encoder.backbone=timm/{shown(name)} needs timm, which is not installed; "
-            "pip install timm, or choose a ResNet"
-        ) from error
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:3] if name else []
-        hint = f"near it are {', '.join(near)}" if near else "timm.list_models() has all names"
-        raise ConfigError(f"encoder.backbone=timm/{shown(name)}: timm has no such model; {hint}")
+    timm = _library(name)
     try:  # models with position embeddings then accept any image size
         model: nn.Module = timm.create_model(
             name, num_classes=0, in_chans=channels, dynamic_img_size=True
@@ -51,6 +42,38 @@ def build(name: str, channels: int, norm_layer: Callable[[int], nn.BatchNorm2d])
                 "so its result would depend on the number of processes; choose another model"
             )
     return model
+
+
+def classifiers(name: str) -> tuple[str, ...]:
+    """Return how the names of a model's classifiers begin, whose tensors `build` leaves out."""
+    found = _library(name).get_pretrained_cfg(name)
+    names = (found.classifier if found else None) or ()
+    return tuple(f"{each}." for each in ([names] if isinstance(names, str) else names))
+
+
+def pooling(name: str) -> Any:
+    """Return what a model pools its features with, such as "avg", None if it doesn't say."""
+    with torch.device("meta"):
+        model = _library(name).create_model(name)
+    owner = model if hasattr(model, "global_pool") else getattr(model, "head", None)
+    pool = getattr(owner, "global_pool", None)
+    return getattr(pool, "pool_type", pool)
+
+
+def _library(name: str) -> Any:
+    """Return timm; ConfigError if it or its model `name` is missing."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(
+            f"encoder.backbone=timm/{shown(name)} needs timm, which is not installed; "
+            "pip install timm, or choose a ResNet"
+        ) from error
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:3] if name else []
+        hint = f"near it are {', '.join(near)}" if near else "timm.list_models() has all names"
+        raise ConfigError(f"encoder.backbone=timm/{shown(name)}: timm has no such model; {hint}")
+    return timm
 
 
 def _grouped(norm: nn.BatchNorm2d, norm_layer: Callable[[int], nn.BatchNorm2d]) -> nn.BatchNorm2d:

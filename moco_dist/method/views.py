@@ -236,10 +236,21 @@ def _jitter_by_place(images: Tensor, draws: Draws) -> Tensor:
     return images
 
 
+def blur_taps(config: ViewsConfig) -> int:
+    """Return the number of taps that hold the widest Gaussian of the views.
+
+    They reach to four standard deviations, so that at any size a view is blurred as by Pillow and
+    scipy, and at least to a twentieth of the side: 23 taps for 224 pixels as in SimCLR, appendix A.
+    They can't reach beyond the view's own pixels, reflected once.
+    """
+    radius = max(config.size // 20, math.ceil(4 * config.blur_sigma_max))
+    return 2 * min(radius, config.size - 1) + 1
+
+
 def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     """Return images (n, c, H, W) blurred by Gaussians of `sigma` (n,) pixels, edges reflected.
 
-    The kernel has `kernel_size` taps, an odd number, and is normalised (SimCLR, appendix A).
+    The kernel has `kernel_size` taps, an odd number, and is normalised.
     """
     radius = kernel_size // 2
     assert radius < min(images.shape[2:]), f"{kernel_size} taps can't be reflected in the image"
@@ -284,11 +295,9 @@ def apply(
         if not config.grayscale_before_jitter and config.grayscale > 0:
             views = make_gray(views, draws.grayscale)
         if config.blur > 0:
-            # The odd number nearest to a tenth of the side, 23 for 224 as in SimCLR.
-            taps = max(3, config.size // 20 * 2 + 1)
 
             def blurred(some: Tensor, rows: Tensor | slice) -> Tensor:
-                return gaussian_blur(some, draws.sigma[rows], taps)
+                return gaussian_blur(some, draws.sigma[rows], blur_taps(config))
 
             views = change_some(views, draws.blur, blurred)
         return normalize_(views, config)

@@ -271,9 +271,10 @@ class Trainer:
         batch_norm.average_statistics(encoder)
         encoder.eval()
         train, validation = self.splits.train.labelled(), self.splits.validation
+        seen = encoder if config.knn.features == "head" else encoder.backbone
         with self.accelerator.autocast():
             bank, queries = (
-                features.extract(encoder.backbone, part, config.views, config.batch_size, pause)
+                features.extract(seen, part, config.views, config.batch_size, pause)
                 for part in (train, validation)
             )
         self.nearest = features.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)

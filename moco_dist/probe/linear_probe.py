@@ -88,7 +88,8 @@ class LinearProbe:
         ]
         self.steps_per_epoch = self.plans[0].steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
-        self.points = heads.points(config.grid, config.optim)
+        grid = dataclasses.replace(config.grid, lr=config.rates())
+        self.points = heads.points(grid, config.optim)
         num_features, num_classes = self.features["train"].shape[2], len(splits.train.classes)
         self.heads = heads.Heads(
             len(self.names), self.seeds, len(self.points), num_features, num_classes

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from moco_dist.probe import underfit
 from moco_dist.probe.figures import confusion, knn_top1, normal, student_t, train_top1, wilson
 from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.probe.overlap import Overlap
-from moco_dist.probe.verdict import Results, judge, misfits
+from moco_dist.probe.verdict import Results, doubts, judge, misfits
 from moco_dist.runs.record import CONTROL, PARTS, PROBE_SCHEMA, TRAINED, is_result
 
 # Indices of the figures of a head.
@@ -41,6 +42,8 @@ def measure(probe: LinearProbe, overlaps: list[Overlap]) -> Results:
             "selected": dataclasses.asdict(probe.points[chosen[place]]),
             "grid": rows,
         }
+        if not probe.tunes:
+            encoders[name]["train_loss"] = underfit.losses(probe, place, chosen[place])
     trained = encoders[TRAINED]
     interval = "95% over the images, Wilson for shares, normal for the loss"
     if config.seeds > 1:
@@ -68,7 +71,8 @@ def measure(probe: LinearProbe, overlaps: list[Overlap]) -> Results:
             each.part: {"images": len(each.pairs), "pairs": each.pairs[:100]} for each in overlaps
         },
     }
-    results["verdict"], results["better"] = judge(results)
+    verdict, results["better"] = judge(results)
+    results["verdict"] = " ".join([verdict, *doubts(results)])
     sentences = [each.sentence() for each in overlaps]
     results["faults"] = [*filter(None, sentences), *misfits(results)]
     return results

@@ -37,7 +37,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         )
     path = Path(config.encoder)
     config = dataclasses.replace(config, name=config.run_name())
-    source = peers.together(lambda: load.find(path))
+    source = peers.together(lambda: load.find(path, backbone=config.backbone))
     opened = session.start(config, stop)
     # Each process has searched by itself, and a pretraining may still be writing checkpoints.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moco_dist.probe.figures import wilson
 from moco_dist.runs.record import CONTROL, PARTS, TRAINED
 
 Results = dict[str, Any]
+# A classifier is underfitted if its training loss has fallen by less than this share of what one
+# more step of gradient descent reaches. On drawn shapes the share was 0.86 to 1 after training for
+# long enough, and 0.06 to 0.7 at learning rates that were a hundred times too small.
+UNDERFITTED = 0.75
 
 
 def judge(results: Results) -> tuple[str, bool | None]:
@@ -60,6 +65,36 @@ def judge(results: Results) -> tuple[str, bool | None]:
         "it may itself be random, its pretraining may have been too short, or there may be too few "
         "images to tell."
     ), False
+
+
+def doubts(results: Results) -> list[str]:
+    """Return sentences on how the figures may change with other learning rates."""
+    rates, found = sorted({row["lr"] for row in results["grid"]}), []
+    names = {TRAINED: "the trained encoder", CONTROL: "the random encoder"}
+    if len(rates) == 1:
+        others = ",".join(f"{rates[0] * factor:g}" for factor in (0.01, 0.1, 1, 10))
+        fix = "another optim.lr" if results["protocol"] == "finetune" else f"grid.lr=[{others}]"
+        found.append(
+            f"Only the learning rate {rates[0]:g} was tried, and others can change the comparison: "
+            f"try {fix}."
+        )
+    for name, figures in results["encoders"].items():
+        chosen, who = figures["selected"]["lr"], names[name]
+        if len(rates) > 1 and chosen in (rates[0], rates[-1]):
+            side = ("largest", "larger") if chosen == rates[-1] else ("smallest", "smaller")
+            found.append(
+                f"The best learning rate of {who}, {chosen:g}, is the {side[0]} of the grid: add "
+                f"{side[1]} ones to grid.lr."
+            )
+        start = math.log(len(results["classes"]))
+        now, after = figures.get("train_loss", (0.0, 0.0))
+        if after < start and 1.05 * start > now > start - UNDERFITTED * (start - after):
+            found.append(
+                f"The classifier of {who} is underfitted: its training loss is {now:.3g}, and one "
+                f"more step of gradient descent brings it to {after:.3g}; give a larger learning "
+                "rate or more epochs."
+            )
+    return found
 
 
 def misfits(results: Results) -> list[str]:

@@ -23,7 +23,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from moco_dist.distributed import peers
-from moco_dist.errors import DataError, MissingError, UserError, machine_error, output_errors
+from moco_dist.errors import DataError, MissingError, UserError, machine_error, output_errors, shown
 
 logger = logging.getLogger(__name__)
 
@@ -96,23 +96,28 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, state["step"], model, optimizer, state)
 
 
-def check_tensors(
-    expected: Mapping[str, Tensor | torch.Size], tensors: Mapping[str, Tensor], source: Path
-) -> None:
-    """Raise DataError, naming tensors, unless names and shapes are the expected ones."""
+def differences(expected: Mapping[str, Tensor | torch.Size], tensors: Mapping[str, Tensor]) -> str:
+    """Return which tensors are missing, not expected or of another shape; empty if none are."""
     shapes = {k: v.shape if isinstance(v, Tensor) else v for k, v in expected.items()}
     faults = [f"{name} is missing" for name in shapes if name not in tensors]
-    faults += [f"{name} is not expected" for name in tensors if name not in shapes]
+    faults += [f"{shown(name)} is not expected" for name in tensors if name not in shapes]
     faults += [
         f"{name} is {tuple(tensors[name].shape)} and should be {tuple(shape)}"
         for name, shape in shapes.items()
         if name in tensors and tensors[name].shape != shape
     ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+    more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+    return "; ".join(faults[:5]) + more
+
+
+def check_tensors(
+    expected: Mapping[str, Tensor | torch.Size], tensors: Mapping[str, Tensor], source: Path
+) -> None:
+    """Raise DataError, naming tensors, unless names and shapes are the expected ones."""
+    if faults := differences(expected, tensors):
         raise DataError(
             f"{source}: holds another architecture than its configuration says "
-            f"({'; '.join(faults[:5])}{more}); use the checkpoint of the matching run"
+            f"({faults}); use the checkpoint of the matching run"
         )
 
 

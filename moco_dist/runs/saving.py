@@ -195,6 +195,7 @@ def write_encoder(
     """
     own = {k: v.detach().cpu() for k, v in model.items() if k.startswith("query_encoder.")}
     needed = {key: config[key] for key in ("encoder", "views")}
+    needed["init_from"] = Path(config.get("init_from", "")).name
     return write(run / "encoder", step, own, {}, {"config": needed})
 
 

@@ -25,7 +25,7 @@ from moco_dist.data.datasets import Images
 from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.distributed import agreement, comms
 from moco_dist.distributed.agreement import Agreement
-from moco_dist.encoders import load
+from moco_dist.encoders import state_dict
 from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.probe.frozen import Frozen
@@ -68,7 +68,7 @@ def help_out() -> None:
     """Give the numbers that decide something."""
     torch.linalg.eigvalsh = _eigenvalues
     Tensor.bincount = _bincount  # type: ignore[assignment,method-assign]
-    load.require_trained = lambda *_: None
+    state_dict.require_trained = lambda *_: None
     for images in (Images, StreamedImages):
         images.labelled = lambda self: self  # type: ignore[method-assign]
     # The number of batches that BatchNorm has seen is read as 1, but for the first time.
