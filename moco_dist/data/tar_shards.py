@@ -55,8 +55,8 @@ def parts(given: Path) -> tuple[Tars, list[Tars], tuple[str, ...]]:
     """Return the tars for training, those of each part that may be tested on, and warnings.
 
     The parts are folders as in `folder_layout.find`, or words in the names of tars as in
-    imagenet-val-000000.tar, where all others are for training. The first part to test on is preferred. Raises MissingError if there is no
-    tar for training.
+    imagenet-val-000000.tar, where all others are for training. Of those to test on, the first is
+    to be preferred. Raises MissingError if there is no tar for training.
     """
     if not os.path.isdir(given):
         raise MissingError(
