@@ -41,6 +41,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
             session.finish(opened, {})
         return
     session.begin(opened)
+    peers.from_main(lambda: datasets.note_left_out(opened.directory, splits))
     with start.tracker(opened, total, "pretrain") as tracker:
         watch = None
         if comms.is_main():
