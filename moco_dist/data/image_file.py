@@ -27,13 +27,31 @@ Pixels = NDArray[np.uint8]
 # Suffixes of the files that are read as images, in any case.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".gif", ".webp", ".avif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".avifs", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 # Suffixes of files that are images as well, and are not read.
 UNREAD = (
     *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl", ".jxr"),
     *(".tga", ".svg", ".psd", ".psb", ".xcf", ".ico", ".icns", ".cur", ".pcx", ".dds", ".sgi"),
-    *(".exr", ".hdr", ".pfm", ".pam", ".qoi", ".eps", ".ps", ".wmf", ".emf", ".xbm", ".xpm"),
+    *(".blp", ".bw", ".dcx", ".fli", ".flc", ".ftc", ".ftu", ".gbr", ".im", ".msp", ".pcd", ".pxr"),
+    *(
+        ".ras",
+        ".rgb",
+        ".rgba",
+        ".sun",
+        ".spider",
+        ".exr",
+        ".hdr",
+        ".pfm",
+        ".pam",
+        ".qoi",
+        ".eps",
+        ".ps",
+        ".wmf",
+        ".emf",
+        ".xbm",
+        ".xpm",
+    ),
     *(".dcm", ".fits", ".fit", ".dib", ".flif", ".bpg", ".svs", ".ndpi", ".czi"),
     *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
 )
