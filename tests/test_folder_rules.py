@@ -58,7 +58,8 @@ def alone(files: set[File]) -> int:
 
 def top(files: set[File], classes: set[str] | None = None) -> File:
     """Rule 3."""
-    at, inner = (), files
+    at: File = ()
+    inner = files
     while True:
         names = tops(inner)
         if classes is None and names & set(TRAIN):
@@ -147,7 +148,7 @@ def sorted_folders(draw: st.DrawFn) -> list[tuple[File, str]]:
     """Return the files of a folder as people have them: parts, classes, a folder on top."""
     above = draw(st.sampled_from([(), ("set",), ("set", "images")]))
     classes = draw(st.sampled_from([("a", "b"), ("a", "b", "Käse"), ("a",), ()]))
-    parts = [((), classes)]
+    parts: list[tuple[File, File]] = [((), classes)]
     if train := draw(st.sampled_from([(), *[(name,) for name in TRAIN]])):
         parts = [(train, classes)]
         for name in draw(st.lists(st.sampled_from([*TEST, *VALIDATION]), max_size=2, unique=True)):
@@ -294,7 +295,7 @@ def run(examples: int) -> Callable[[], None]:
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
-    )(given(trees, links, st.sampled_from(["zip", "tar"]))(check))  # type: ignore[return-value]
+    )(given(trees, links, st.sampled_from(["zip", "tar"]))(check))
 
 
 @pytest.mark.usefixtures("one_pool")
