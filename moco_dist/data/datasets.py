@@ -277,7 +277,8 @@ def note_left_out(directory: Path, splits: Splits) -> None:
     files = [
         file
         for part in (splits.train, splits.test)
-        for file in (part.left_out if isinstance(part, Images) else ())
+        if isinstance(part, Images) and len(part)
+        for file in part.left_out
     ]
     path = directory / "left_out.txt"
     path.unlink(missing_ok=True)
