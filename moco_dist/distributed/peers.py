@@ -203,7 +203,8 @@ class Peers:
                 self._beat(board)
             # A collective of NCCL may never return.
             if self.training and time.monotonic() - self._moved > self.timeout + 10:
-                print(f"error: {self.blame()}", file=sys.stderr, flush=True)
+                with suppress(OSError):  # the terminal may be gone
+                    print(f"error: {self.blame()}", file=sys.stderr, flush=True)
                 os._exit(PeerError.exit_status)
 
 
