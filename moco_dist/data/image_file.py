@@ -20,10 +20,22 @@ from moco_dist.method.slots import CROP_ATTEMPTS
 
 Pixels = NDArray[np.uint8]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Suffixes of the files that are read as images, in any case.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".gif", ".webp", ".avif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# Suffixes of files that are images as well, and are not read.
+UNREAD = (
+    *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl", ".jxr"),
+    *(".tga", ".svg", ".psd", ".psb", ".xcf", ".ico", ".icns", ".cur", ".pcx", ".dds", ".sgi"),
+    *(".exr", ".hdr", ".pfm", ".pam", ".qoi", ".eps", ".ps", ".wmf", ".emf", ".xbm", ".xpm"),
+    *(".dcm", ".fits", ".fit", ".dib", ".flif", ".bpg", ".svs", ".ndpi", ".czi"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+)
 
 # Accepted contents, whatever the name: for an EPS, PIL would call Ghostscript.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
 
 # PIL's mode for a number of channels.
 MODES = {1: "L", 3: "RGB"}
