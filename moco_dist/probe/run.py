@@ -37,7 +37,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     path = Path(config.encoder)
     config = dataclasses.replace(config, name=config.run_name())
     source = peers.together(lambda: load.find(path))
-    opened = session.start(config, stop)
+    opened = session.start(config, stop, source.checkpoint.state.get("run_id"))
     # Each process has searched by itself, and a pretraining may still be writing checkpoints.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
     channels = source.architecture.channels

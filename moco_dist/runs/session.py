@@ -151,14 +151,23 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
     return accelerator
 
 
-def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
-    """Join the processes, open the run directory and find its newest checkpoint; a collective."""
+def start(
+    settings: PretrainConfig | ProbeConfig,
+    stop: StopRequests | None = None,
+    encoder: str | None = None,
+) -> Session:
+    """Join the processes, open the run directory and find its newest checkpoint; a collective.
+
+    `encoder` is the id of the run that a probe measures.
+    """
     stop, machine, accelerator = stop or StopRequests(), settings.runtime, join(settings)
     directory = Path(settings.output).expanduser() / settings.name
     lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
     stop.limit(directory if comms.is_main() else None, machine.max_hours, machine.grace_seconds)
     resumed = checkpoint.newest(directory, set_aside=True)
-    finished, run_id = peers.from_main(lambda: _require_same(directory, settings, resumed))
+    finished = peers.from_main(lambda: _require_same(directory, settings, resumed))
+    state = resumed.state if resumed else None
+    run_id = peers.from_main(lambda: identity.run_id(directory, settings.name, state, encoder))
     saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
     if resumed:
         saver.place = resumed.step, resumed.state.get("evaluated")
@@ -190,15 +199,14 @@ def _take(directory: Path, stop: StopRequests) -> RunLock:
 
 def _require_same(
     directory: Path, settings: PretrainConfig | ProbeConfig, resumed: checkpoint.Checkpoint | None
-) -> tuple[bool, str]:
-    """Return whether the run is done, and its id; ConfigError if it has another configuration."""
+) -> bool:
+    """Return whether the run is done; ConfigError if it has another configuration."""
     if resumed and (changed := yaml_files.changed_keys(resumed.piece("config"), settings)):
         raise ConfigError(
             f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
             "restore that configuration to resume the run, or choose name=... for a new one"
         )
-    run_id = identity.run_id(directory, settings.name, resumed.state if resumed else None)
-    return (directory / "DONE").exists(), run_id
+    return (directory / "DONE").exists()
 
 
 def begin(session: Session) -> None:
