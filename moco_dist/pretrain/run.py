@@ -40,13 +40,15 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
             # The launch before this one ended between its last two files.
             session.finish(opened, {})
         return
-    session.begin(opened)
+    jump = session.begin(opened, trainer.schedule)
     with start.tracker(opened, total, "pretrain") as tracker:
         watch = None
         if comms.is_main():
             path = opened.directory / "metrics.jsonl"
             watch = alarms.Watch(config, len(splits.train), path, tracker.sinks[-1])
             tracker.sinks.append(watch.sink)
+            if jump:
+                watch.note(trainer.step, alarms.OTHER_LENGTH, jump)
         try:
             results = loop(trainer, opened, total, tracker, can_classify)
             if done := trainer.step == trainer.total_steps:

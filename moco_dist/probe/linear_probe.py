@@ -15,7 +15,7 @@ from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features
 from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, NumbersError
-from moco_dist.method import views
+from moco_dist.method import schedule, views
 from moco_dist.method.encoder import Backbone, build_encoder
 from moco_dist.method.plan import Plan, check_batch
 from moco_dist.probe import heads
@@ -101,6 +101,13 @@ class LinearProbe:
         self.step = 0
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
+
+    def schedule(self, epochs: int, step: int) -> dict[str, float]:
+        """Return the first learning rate of the grid in a step if the probe had so many epochs."""
+        optim = dataclasses.replace(self.config.optim, lr=self.points[0].lr)
+        total = epochs * self.steps_per_epoch
+        rate = schedule.learning_rate(optim, step, self.steps_per_epoch, total)
+        return {"the learning rate goes": rate}
 
     def _center(self, rows: Tensor) -> Tensor:
         """Return unaugmented views of these training images."""

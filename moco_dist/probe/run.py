@@ -49,7 +49,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     probe = LinearProbe(config, opened, splits, source)
     announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
-    session.begin(opened)
+    session.begin(opened, probe.schedule)
     results_file = opened.directory / "results.json"
     peers.from_main(lambda: results_file.unlink(missing_ok=True))
     family = group(config.pretraining(), source.checkpoint.state)

@@ -6,11 +6,12 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -31,6 +32,9 @@ from moco_dist.runs.saving import Saver
 from moco_dist.runs.status import note_outcome, replace, write_status
 
 logger = logging.getLogger(__name__)
+
+# Names and values of what depends on the length of a run: a function of the epochs and a step.
+Schedule = Callable[[int, int], Mapping[str, float]]
 
 # The locks that this process holds.
 _held: dict[Path, RunLock] = {}
@@ -209,8 +213,12 @@ def _require_same(
     return (directory / "DONE").exists()
 
 
-def begin(session: Session) -> None:
-    """Record this launch in the run directory; from here on signals are obeyed between steps."""
+def begin(session: Session, schedule: Schedule = lambda epochs, step: {}) -> str:
+    """Record this launch in the run directory; from here on signals are obeyed between steps.
+
+    Returns a sentence, which was also given as a warning, if the run has another length than
+    before and so goes on at another place of its `schedule`, and otherwise an empty text.
+    """
     session.stop.raise_at_once()
     session.stop.at_once = False
     try:
@@ -219,16 +227,56 @@ def begin(session: Session) -> None:
         end_early(session, error, "nothing has begun")
     peers.me.training = True
 
-    run = session.directory
+    run, change = session.directory, _changed_length(session)
+    jump = _jump(session, schedule) if change else ""
+    if jump:
+        logger.warning(jump)
 
     @output_errors(run)
     def write() -> None:
         (run / "DONE").unlink(missing_ok=True)
-        replace(run / "config.yaml", yaml_files.to_yaml(session.settings))
+        text = yaml_files.to_yaml(session.settings)
+        comments = [*_comments(run / "config.yaml"), *change] if session.resumed else []
+        replace(
+            run / "config.yaml", "".join(f"{line}\n" for line in dict.fromkeys(comments)) + text
+        )
         replace(run / "environment.json", json.dumps(environment(), indent=1))
         write_status(run, None, peers.me.step, "")
 
     peers.from_main(write)
+    return jump
+
+
+def _changed_length(session: Session) -> list[str]:
+    """Return a comment for config.yaml if this launch changes the length of the run."""
+    if not session.resumed:
+        return []
+    before, now = session.resumed.piece("config")["epochs"], session.settings.epochs
+    place = f"from step {session.resumed.step} on"
+    return [f"# epochs was {before} before; it is {now} {place}"] if before != now else []
+
+
+def _jump(session: Session, schedule: Schedule) -> str:
+    """Return a sentence if a step has other settings than in a run of the length before."""
+    assert session.resumed, "a new run has no length before"
+    step, before = session.resumed.step, session.resumed.piece("config")["epochs"]
+    now = session.settings.epochs
+    last, planned, new = schedule(before, step - 1), schedule(before, step), schedule(now, step)
+    jumps = [f"{k} from {last[k]:.3g} to {new[k]:.3g}" for k in new if new[k] != planned[k]]
+    if not jumps:
+        return ""
+    return (
+        f"epochs={now} was {before} until step {step}, so {' and '.join(jumps)} in one step; this "
+        f"run will differ from one of {now} epochs from the start, for which give name=...; "
+        "config.yaml notes it"
+    )
+
+
+def _comments(path: Path) -> list[str]:
+    """Return the comments at the head of a configuration, which earlier launches wrote."""
+    with suppress(OSError, ValueError):
+        return list(takewhile(lambda line: line.startswith("# "), path.read_text().splitlines()))
+    return []
 
 
 def end_early(session: Session, error: StoppedError | NumbersError, place: str) -> NoReturn:
