@@ -194,13 +194,6 @@ def test_labels_are_those_of_the_sample_and_extensions_begin_at_the_first_dot(
     assert tar_shards.read(tmp_path, ["a.tar"], False, None).classes == ()
 
 
-def test_numbers_of_classes_stay_what_they_are(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"10", "2.jpg": b"", "2.cls": b"3"})
-    found = tar_shards.read(tmp_path, ["a.tar"], True, None)
-    assert found.labels == [10, 3]
-    assert len(found.classes) == 11
-
-
 def test_tars_are_shared_out_by_folders_or_by_words_of_their_names(tmp_path: Path) -> None:
     for name in ("net-train-0.tar", "net-train-1.tar", "net-val-0.tar", "intervals.tar"):
         write_tar(tmp_path / "one" / name, {})

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moco_dist.data import image_folder, tar_shards
 from moco_dist.data.image_file import Place
-from moco_dist.data.tar_shards import Member
+from moco_dist.data.tar_members import Member
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import shown
 
