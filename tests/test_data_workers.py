@@ -126,7 +126,7 @@ def test_more_images_than_a_request_holds_come_in_their_order(
     places = files(tmp_path, 7)
     tickets = [pool.submit([place], CENTRED, None) for place in places]
     for place, ticket in reversed(list(zip(places, tickets, strict=True))):
-        expected = image_file.square(Path(place.path).read_bytes(), 16)
+        expected, _ = image_file.square(Path(place.path).read_bytes(), CENTRED)
         found = pool.fetch(ticket)[0, 0].permute(1, 2, 0)
         assert np.array_equal(found.numpy(), expected)
 

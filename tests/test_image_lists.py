@@ -200,13 +200,12 @@ def test_tars_are_shared_out_by_folders_or_by_words_of_their_names(tmp_path: Pat
     for name in ("train/1.tar", "train/0.tar", "val/0.tar", "other.tar"):
         write_tar(tmp_path / "two" / name, {})
     one, two = tmp_path / "one", tmp_path / "two"
-    assert tar_shards.parts(one) == (
-        one,
-        ["intervals.tar", "net-train-0.tar", "net-train-1.tar"],
-        one,
-        ["net-val-0.tar"],
-    )
-    assert tar_shards.parts(two) == (two / "train", ["0.tar", "1.tar"], two / "val", ["0.tar"])
+    tests = [(one, ["net-val-0.tar"])]
+    train = one, ["intervals.tar", "net-train-0.tar", "net-train-1.tar"]
+    assert tar_shards.parts(one) == (train, tests, ())
+    found = tar_shards.parts(two)
+    assert found[:2] == ((two / "train", ["0.tar", "1.tar"]), [(two / "val", ["0.tar"])])
+    assert found[2] == (f"{two}: left aside 1 tars beside the folder that is read",)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +274,7 @@ def test_memory_or_streaming_is_a_matter_of_the_configuration_alone(
     assert isinstance(above.train, StreamedImages)
     assert above.held == (
         "streamed by 3 workers per process: squares of 16 x 16 need 2.3e-05 GB, more than "
-        "data.memory_gb=2.3039e-05"
+        "data.memory_gb=2.3039e-05; what is transparent on white"
     )
     assert above.train.pool.pids() == []  # they start when they are needed
     drawn = datasets.load(DataConfig(shapes_train=10, shapes_test=10, memory_gb=0))

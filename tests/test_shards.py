@@ -123,7 +123,9 @@ def test_members_that_are_not_read_are_counted_by_their_reason(tmp_path: Path) -
         folder = tarfile.TarInfo("x/4.jpg")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-        add(tar, "y/._2.jpg", b"of macOS")
+        add(tar, "x/5.HEIC", b"")
+        for name in ("y/._2.jpg", "__MACOSX/y/2.jpg"):
+            add(tar, name, b"of macOS")
     found = tar_shards.read(tmp_path, ["a.tar"], True, None)
     assert [member.name for member in found.members] == ["x/1.jpg", "y/2.jpg", "z/3.jpg"]
     assert names(found) == [*"xyz"]
@@ -132,6 +134,7 @@ def test_members_that_are_not_read_are_counted_by_their_reason(tmp_path: Path) -
         f"{place}: left out 1 images with the name of the one before them in their tar; "
         f"{first}y/2.JPG",
         f"{place}: left out 1 images that are only links to other members; {first}x/3.jpg",
+        f"{place}: left out 1 .heic images, which are not read; {first}x/5.HEIC",
         f"{place}: left out 1 second images of a sample; {first}y/2.png",
     )
     with pytest.raises(ValueError, match="duplicate file name in tar file"):

@@ -27,6 +27,8 @@ class DataConfig:
     memory_gb: float = 16.0
     # Skip unreadable images, with one warning, instead of stopping.
     skip_unreadable: bool = False
+    # Colour behind transparent pixels: red, green and blue from 0 to 255.
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
     # Workers that decode streamed images, per process of the run; 0 means one per core.
     workers: int = 0
     # exchange: processes send each other the crops of streamed keys; plan: each decodes its own.
@@ -49,6 +51,9 @@ class DataConfig:
         check("data.", self, size=(8, None), validation=(0, 0.9), limit=(0, None))
         check("data.", self, shapes_train=(10, None), shapes_test=(10, None))
         check("data.", self, memory_gb=(0, None), workers=(0, None))
+        colour = len(self.background) == 3 and all(0 <= part <= 255 for part in self.background)
+        rule = "it must be three numbers from 0 to 255"
+        require(colour, f"data.background={self.background} is no colour; {rule}")
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moco_dist.config.recipe import DataConfig
-from moco_dist.data import (
-    image_archive,
-    image_folder,
-    image_index,
-    shapes,
-    tar_shards,
-    torchvision_sets,
-)
+from moco_dist.data import file_sets, image_folder, shapes, torchvision_sets
+from moco_dist.data.image_file import WHITE, Recipe
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.worker_pool import WorkerPool
@@ -45,8 +38,10 @@ class Images:
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-    # Unreadable files in the list that these images are from.
-    left_out: int = 0
+    # Unreadable files of the list that these images are from, with the reasons.
+    left_out: tuple[str, ...] = ()
+    # Images of that list of which some is transparent.
+    transparent: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -73,8 +68,15 @@ class Images:
 
 
 AnyImages = Images | StreamedImages
-# Training and test images.
-Loaded = tuple[AnyImages, AnyImages]
+
+
+class Loaded(NamedTuple):
+    """Training and test images, and what `file_sets.FileSet` says of them."""
+
+    train: AnyImages
+    test: AnyImages
+    parts: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,10 @@ class Splits:
     fingerprint: str
     # Where the images are held, and why, for the banner.
     held: str
+    # Which folders or tars are which part, for the banner; empty for other data sets.
+    parts: str = ""
+    # Why the labels of the test images can't be used, in which case there are none.
+    fault: str = ""
 
     def to(self, device: torch.device) -> Splits:
         """Return the same splits on `device`."""
@@ -107,11 +113,11 @@ def load(config: DataConfig, channels: int = 3) -> Splits:
     for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
         loaded = peers.together(partial(_once, loaded, config, channels, my_turn))
     assert loaded, "the last turn is everyone's"
-    train, test = loaded
-    content = _fingerprint(train, test)
+    content = _fingerprint(loaded.train, loaded.test)
     peers.same_everywhere("the data set's fingerprint", content)
-    train, validation = _split(train, config)
-    return Splits(train, validation, test, content, _held(config, channels, loaded))
+    train, validation = _split(loaded.train, config)
+    held = _held(config, channels, loaded)
+    return Splits(train, validation, loaded.test, content, held, loaded.parts, loaded.fault)
 
 
 def _once(loaded: Loaded | None, config: DataConfig, channels: int, my_turn: bool) -> Loaded | None:
@@ -129,7 +135,7 @@ def _fingerprint(train: AnyImages, test: AnyImages) -> str:
 
 def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
     """Return where the images are held, and why."""
-    train, test = loaded
+    train, test = loaded.train, loaded.test
     size, need = config.size, _gigabytes(len(train) + len(test), config.size, channels)
     kind = "gray squares" if channels == 1 else "squares"
     squares, limit = f"{kind} of {size} x {size} need {need:.3g} GB", f"{config.memory_gb:g}"
@@ -137,13 +143,22 @@ def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
         workers = train.pool.size
         return (
             f"streamed by {workers} worker{'s' * (workers > 1)} per process: {squares}, more than "
-            f"data.memory_gb={limit}"
+            f"data.memory_gb={limit}; what is transparent on {_colour(config)}"
         )
     on_disk = config.name in ON_DISK
     rule = f"data.memory_gb={limit} allows it" if on_disk else f"{config.name} always is"
-    parts = [part for part in loaded if isinstance(part, Images) and len(part)]
-    count = sum(part.left_out for part in parts)
-    return f"in memory: {squares}, {rule}{f'; {count} unreadable left out' if count else ''}"
+    parts = [part for part in (train, test) if isinstance(part, Images) and len(part)]
+    count = sum(len(part.left_out) for part in parts)
+    clear = sum(part.transparent for part in parts)
+    return (
+        f"in memory: {squares}, {rule}{f'; {count} unreadable left out' if count else ''}"
+        f"{f'; {clear:,} transparent, on {_colour(config)}' if clear else ''}"
+    )
+
+
+def _colour(config: DataConfig) -> str:
+    """Return the colour behind what is transparent, for a text."""
+    return "white" if config.background == list(WHITE) else f"data.background={config.background}"
 
 
 def _gigabytes(count: int, size: int, channels: int) -> float:
@@ -158,9 +173,9 @@ def _read(config: DataConfig, channels: int) -> Loaded:
         test_drawn = shapes.draw(config.shapes_test, config.size, seed=0, first=config.shapes_train)
         train, test = Images(*drawn, shapes.CLASSES), Images(*test_drawn, shapes.CLASSES)
     else:
-        train_part, test_part = torchvision_sets.read(config, _root(config))
+        train_part, test_part = torchvision_sets.read(config, file_sets.root(config))
         train, test = _images(*train_part), _images(*test_part)
-    return (_gray(train), _gray(test)) if channels == 1 else (train, test)
+    return Loaded(_gray(train), _gray(test)) if channels == 1 else Loaded(train, test)
 
 
 def _gray(images: Images) -> Images:
@@ -170,26 +185,14 @@ def _gray(images: Images) -> Images:
     return replace(images, pixels=luma.to(torch.uint8))
 
 
-def _root(config: DataConfig) -> Path:
-    root = Path(os.path.expanduser(config.root))
-    if not os.path.isfile(root):
-        return root
-    if config.name == "folder" and image_archive.is_archive(root):
-        unpacked = image_archive.unpack(root, _cache(config))
-        inside = list(unpacked.iterdir())
-        # An archive usually contains the folder itself, but may contain its content only.
-        bare = image_folder.parts(unpacked)[0] != unpacked
-        return inside[0] if len(inside) == 1 and inside[0].is_dir() and not bare else unpacked
-    raise DataError(
-        f"data.root={shown(root)}: is a file; give a folder or, with data.name=folder, a tar or "
-        "zip file of images"
-    )
-
-
 def _read_files(config: DataConfig, channels: int) -> Loaded:
     """Read a folder or shards; stream them if their squares need more than data.memory_gb."""
-    train, test = _indices(config, _cache(config))
-    parts = [part for part in (train, test) if part]
+    kept = file_sets.cache(config)
+    found = file_sets.find(config, file_sets.root(config), kept)
+    for sentence in found.warnings:
+        logger.warning(sentence)
+    parts = [part for part in (found.train, found.test) if part]
+    recipe = Recipe(config.size, channels=channels, background=config.background)
     if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
         if config.skip_unreadable:
             raise ConfigError(
@@ -198,56 +201,49 @@ def _read_files(config: DataConfig, channels: int) -> Loaded:
                 "named"
             )
         pool = WorkerPool(config.workers)
+        of = config.size, channels, tuple(config.background)
         held: list[Any] = [
-            StreamedImages(part, pool, torch.arange(len(part)), part.labels, config.size, channels)
-            for part in parts
+            StreamedImages(part, pool, torch.arange(len(part)), part.labels, *of) for part in parts
         ]
+        train, *tests = held
     else:
-        held = [_in_memory(part, config, channels) for part in parts]
-    return held[0], held[1] if test else held[0][torch.arange(0)]
+        train = _in_memory(found.train, config, recipe, kept)
+        if empty := set(found.train.labels.tolist()) - set(train.labels.tolist()):
+            raise DataError(
+                f"{shown(found.train.root)}: class '{shown(train.classes[min(empty)])}' has no "
+                "readable image; replace its files, or move its folder away"
+            )
+        try:
+            tests = [_in_memory(found.test, config, recipe, kept)] if found.test else []
+        except DataError as error:  # what doesn't test goes on
+            logger.warning("the test images are left aside: %s", error)
+            return Loaded(train, train[torch.arange(0)], found.parts, str(error))
+    test = tests[0].labelled() if tests else train[torch.arange(0)]
+    return Loaded(train, test, found.parts, found.fault)
 
 
-def _in_memory(part: ImageIndex, config: DataConfig, channels: int) -> Images:
+def _in_memory(part: ImageIndex, config: DataConfig, recipe: Recipe, kept: Path) -> Images:
     """Return the images of a list, without unreadable ones if `config` allows that."""
-    unreadable: list[image_folder.Unreadable] | None = [] if config.skip_unreadable else None
-    pixels = image_folder.load(part, config.size, _cache(config), unreadable, channels)
-    images = _images(pixels, part.labels, part.classes)
-    if not unreadable:
+    seen = image_folder.Seen(config.skip_unreadable)
+    pixels = image_folder.load(part, recipe, kept, seen)
+    images = replace(_images(pixels, part.labels, part.classes), transparent=seen.transparent)
+    if not seen.unreadable:
         return images
     logger.warning(
-        "%s: %s; they are left out", shown(part.root), image_folder.counted(part, unreadable)
+        "%s: %s; they are left out", shown(part.root), image_folder.counted(part, seen.unreadable)
     )
     good = torch.ones(len(images), dtype=torch.bool)
-    good[[row for row, _ in unreadable]] = False
-    return replace(images[good], left_out=len(unreadable))
-
-
-def _indices(config: DataConfig, cache: Path) -> tuple[ImageIndex, ImageIndex | None]:
-    """Return the images for training and, if they have classes, those for testing."""
-    root, labelled = _root(config), config.labels == "folders"
-    if config.name == "shards":
-        folder, tars, tests_folder, tests = tar_shards.parts(root)
-        train = image_index.of_shards(folder, tars, labelled, cache)
-        if tests and train.classes:
-            return train, image_index.of_shards(tests_folder, tests, True, cache, train.classes)
-    else:
-        folder, test_folder = image_folder.parts(root)
-        train = image_index.of_folder(folder, labelled, cache)
-        if test_folder and train.classes:
-            return train, image_index.of_folder(test_folder, True, cache, train.classes)
-    return train, None
+    good[[row for row, _ in seen.unreadable]] = False
+    places = part.places([row for row, _ in seen.unreadable])
+    left_out = [f"{place}: {why}" for place, (_, why) in zip(places, seen.unreadable, strict=True)]
+    return replace(images[good], left_out=tuple(left_out))
 
 
 def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
     return Images(pixels, torch.as_tensor(labels, dtype=torch.int64), tuple(classes))
 
 
-def _cache(config: DataConfig) -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moco_dist")
-    return Path(os.path.expanduser(config.cache or default))
-
-
-def _split(images: AnyImages, config: DataConfig) -> Loaded:
+def _split(images: AnyImages, config: DataConfig) -> tuple[AnyImages, AnyImages]:
     """Hold out a share of the labelled images (of all, if none has a label) for validation."""
     order = permutation(len(images), config.split_seed, Purpose.SPLIT)
     known = order[images.labels[order] >= 0] if images.classes else order

@@ -12,7 +12,6 @@ import mmap
 import os
 import signal
 import sys
-import warnings
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -44,7 +43,7 @@ def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> str:
             if recipe.views:
                 found = image_file.crops(content, rows[number], recipe)
             else:
-                found = [image_file.square(content, recipe.size, recipe.channels)]
+                found = [image_file.square(content, recipe)[0]]
         except Exception as error:
             # Decoders raise errors of many kinds for bytes that are no image.
             reason = shown(str(error) or type(error).__name__)
@@ -78,7 +77,6 @@ def main() -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
-    warnings.simplefilter("ignore")  # PIL's, about odd files that it reads nevertheless
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that nothing else is printed between replies
     try:

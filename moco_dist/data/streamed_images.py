@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moco_dist.config.recipe import ViewsConfig
 from moco_dist.data import worker_pool
-from moco_dist.data.image_file import Recipe
+from moco_dist.data.image_file import WHITE, Recipe
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.worker_pool import Ticket, WorkerPool
 from moco_dist.method import views
@@ -55,6 +55,8 @@ class StreamedImages:
     # Side in pixels of `squares`.
     size: int
     channels: int = 3
+    # RGB, composed with what is transparent.
+    background: tuple[int, ...] = WHITE
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -64,7 +66,7 @@ class StreamedImages:
     @property
     def squared(self) -> Recipe:
         """The recipe of `squares`."""
-        return Recipe(self.size, channels=self.channels)
+        return Recipe(self.size, channels=self.channels, background=self.background)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,5 +118,6 @@ class StreamedImages:
         """Order the crops of views `wanted` of the images `samples`, int64 (n,)."""
         samples = samples.cpu()
         numbers = [views.crop_numbers(config, seed, epoch, samples, view) for view in (0, 1)]
-        recipe = Recipe(config.size, wanted, config.ratio_min, config.ratio_max, self.channels)
+        shape = config.ratio_min, config.ratio_max
+        recipe = Recipe(config.size, wanted, *shape, self.channels, self.background)
         return self.order(samples, recipe, torch.stack(numbers, dim=1))

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from moco_dist.data.image_file import EXTENSIONS
+from moco_dist.data.folder_walk import ignored
+from moco_dist.data.image_file import EXTENSIONS, UNREAD
 from moco_dist.errors import DataError, shown
 
 # Endings of the files with a sample's class.
@@ -135,8 +136,9 @@ def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Me
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # or it would keep all of them
                 name = split(member.name)
-                if member.isdir() or not os.path.basename(name.key):
-                    continue  # hidden files are no part of a set
+                # Hidden files, and those of systems, are no part of a set.
+                if member.isdir() or any(map(ignored, member.name.removeprefix("./").split("/"))):
+                    continue
                 if member.offset_data + member.size > end and member.isreg():
                     raise tarfile.ReadError(f"it ends within {shown(member.name)}")
                 sample, again = samples.place(name)
@@ -148,6 +150,8 @@ def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Me
                         continue
                     place = Member(number, member.name, member.offset_data, member.size)
                     samples.images.append((sample, name, place))
+                elif name.ending in UNREAD:
+                    notes.leave_out(f"{name.ending} images, which are not read", path, member.name)
                 elif labelled and name.ending in LABELS and member.size < MAX_LABEL_BYTES:
                     content = tar.extractfile(member)
                     label = _label(name.ending, content.read() if content else b"", path, member)

@@ -11,10 +11,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from moco_dist.data import image_folder, tar_members
+from moco_dist.data import folder_layout, tar_members
 from moco_dist.data.image_file import EXTENSIONS
+from moco_dist.data.parts import part_of
 from moco_dist.data.tar_members import Member
-from moco_dist.errors import DataError, MissingError, shown
+from moco_dist.errors import MissingError, shown
 
 
 class Found(NamedTuple):
@@ -23,34 +24,46 @@ class Found(NamedTuple):
     members: list[Member]
     labels: list[int]
     classes: tuple[str, ...]
-    # Sentences about what was left out.
-    warnings: tuple[str, ...] = ()
+    # Sentences about what was left out, or read in a way that may surprise.
+    warnings: tuple[str, ...]
+    # Classes of images that are none of those that were given.
+    unknown: tuple[str, ...] = ()
 
 
-def parts(root: Path) -> tuple[Path, list[str], Path, list[str]]:
-    """Return the folder and the names of the tars for training, and the same for testing.
+class Tars(NamedTuple):
+    """The tars of a part: their folder and names."""
 
-    They are in the folders of `image_folder.parts`. Without DIR/train, tars of DIR are for testing
-    if a word of the name is test, val or validation, as in imagenet-val-000000.tar. Raises
-    MissingError if there is no tar for training.
+    folder: Path
+    names: list[str]
+
+
+def parts(given: Path) -> tuple[Tars, list[Tars], tuple[str, ...]]:
+    """Return the tars for training, those of each part that may be tested on, and warnings.
+
+    The parts are folders as in `folder_layout.find`, or words in the names of tars as in
+    imagenet-val-000000.tar, where all others are for training. Of those to test on, the first is
+    to be preferred. Raises MissingError if there is no tar for training.
     """
-    if not os.path.isdir(root):
+    if not os.path.isdir(given):
         raise MissingError(
-            f"{shown(root)}: no such folder; give the folder of the tar files as data.root=DIR"
+            f"{shown(given)}: no such folder; give the folder of the tar files as data.root=DIR"
         )
-    folder, test = image_folder.parts(root)
-    if folder != root:
-        train, found = _tars(folder), _tars(test) if test else []
+    layout = folder_layout.find(given, (".tar",))
+    if layout.train != layout.root:
+        train = Tars(layout.train, _tars(layout.train))
+        tests = [Tars(folder, _tars(folder)) for folder in layout.tests]
     else:
-        every = _tars(root)
-        found = [n for n in every if {"test", "val", "validation"} & set(re.split(r"\W|_", n))]
-        train = [name for name in every if name not in found]
-    if not train:
+        of: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
+        for name in _tars(layout.root):
+            of[part_of(name, anywhere=True) or "train"].append(name)
+        first, *others = (Tars(layout.root, names) for names in of.values())
+        train, tests = first, others
+    if not train.names:
         raise MissingError(
-            f"{shown(folder)}: no tar files for training in this folder; data.name=shards needs "
-            "DIR/*.tar, or DIR/train/*.tar"
+            f"{shown(train.folder)}: no tar files for training in this folder; data.name=shards "
+            "needs DIR/*.tar, or DIR/train/*.tar"
         )
-    return folder, train, test or root, found
+    return train, [part for part in tests if part.names], layout.warnings
 
 
 def _tars(folder: Path) -> list[str]:
@@ -63,8 +76,8 @@ def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] |
     """Return the images in the tar files `tars` of `root`, in order.
 
     An image's class is in KEY.cls (a number or a name), or in KEY.json under "cls", "label" or
-    "class"; without either it is the first folder of KEY. `classes`, if given, are the only ones
-    allowed. Raises DataError for a damaged tar and MissingError for tars without images.
+    "class"; without either it is the first folder of KEY. With `classes`, images of others have no
+    class. Raises DataError for a damaged tar and MissingError for tars without images.
     """
     notes = tar_members.Notes()
     found = [
@@ -77,7 +90,7 @@ def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] |
     if not members:
         raise MissingError(
             f"{shown(root)}: no images in {len(tars)} tar files; data.name=shards needs members "
-            f"that end in {', '.join(EXTENSIONS)}"
+            f"that end in {', '.join(EXTENSIONS)}{'; ' if said else ''}{'; '.join(said)}"
         )
     numbers = all(_number(label) for label in {*labels, *(classes or ())} if label is not None)
     # 007 and 7 are one class.
@@ -88,13 +101,9 @@ def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] |
     if classes is None:
         classes = tuple(sorted(known, key=int) if numbers else sorted(known))
     unknown = sorted(known - set(classes))
-    if unknown:
-        raise DataError(
-            f"{shown(root)}: class '{shown(unknown[0])}' is not among the {len(classes)} classes "
-            "of the training images; use the same classes in both"
-        )
     place = {name: number for number, name in enumerate(classes)}
-    return Found(members, [-1 if label is None else place[label] for label in given], classes, said)
+    order = [place.get(label or "", -1) for label in given]
+    return Found(members, order, classes, said, tuple(unknown))
 
 
 def _number(label: str) -> bool:

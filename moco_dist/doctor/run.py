@@ -24,7 +24,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.doctor import checks
+from moco_dist.doctor import checks, images
 from moco_dist.doctor.bn_leak import bn_leak
 from moco_dist.errors import ConfigError, FaultsError, shown
 from moco_dist.runs import command
@@ -62,13 +62,13 @@ def join(config: PretrainConfig) -> torch.device:
 def examine(config: PretrainConfig) -> None:
     """Print what a run of `config` would meet here; FaultsError on all, listing what will fail."""
     device = join(config)
-    found, images = peers.from_main(lambda: checks.data(config.data, config.encoder.channels))
+    found, count = peers.from_main(lambda: images.data(config.data, config.encoder.channels))
     findings = [
         *checks.processes(config, device),
         *checks.network(config, device),
-        *checks.batch(config, images),
+        *checks.batch(config, count),
         *found,
-        *checks.memory(config, device, images),
+        *checks.memory(config, device, count),
         *peers.from_main(lambda: list(checks.disk(config))),
         peers.from_main(lambda: checks.wandb(config)),
     ]

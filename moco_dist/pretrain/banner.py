@@ -49,6 +49,8 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
+    if splits.parts:
+        rows["parts"] = splits.parts
     if config.runtime.compile:
         rows["compiled"] = "views and encoders, by torch.compile"
     if config.init_from and not session.resumed and comms.is_main():

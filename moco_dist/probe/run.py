@@ -84,6 +84,8 @@ def require_channels(config: ProbeConfig, source: Found) -> None:
 def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
     """Return the splits without unlabelled training images; UserError if they can't be probed."""
     datasets.require_labels(splits, config.data)
+    if splits.fault:
+        raise DataError(splits.fault)
     classes = len(splits.train.classes)
     if config.top_k > classes:
         raise ConfigError(
@@ -155,6 +157,8 @@ def announce(probe: LinearProbe, source: Found) -> None:
         "steps": f"{probe.steps_per_epoch:,} an epoch, "
         f"{probe.total_steps:,} in {config.epochs} epochs",
     }
+    if splits.parts:
+        rows["parts"] = splits.parts
     start.banner(probe.session, "probe", rows)
 
 
