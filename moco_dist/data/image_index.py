@@ -56,6 +56,8 @@ class ImageIndex:
     warnings: tuple[str, ...] = ()
     # Some classes of the images that are none of those that were given.
     unknown: tuple[str, ...] = ()
+    # The fingerprint of the list that a run began with, where files have changed since.
+    begun: str = ""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -64,6 +66,10 @@ class ImageIndex:
         """Return the name of an image relative to the root, or in its tar."""
         start = int(self.ends[row - 1]) if row else 0
         return os.fsdecode(self.names[start : int(self.ends[row])].numpy().tobytes())
+
+    def label(self, row: int) -> str:
+        """Return the name of an image in the whole list, with that of its tar."""
+        return f"{self.tars[int(self.tar[row])]}: {self.name(row)}" if self.tars else self.name(row)
 
     def places(self, rows: Sequence[int]) -> list[Place]:
         """Return the locations of the images `rows`."""
@@ -81,6 +87,8 @@ class ImageIndex:
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of names, sizes and classes in order, without content and root."""
+        if self.begun:
+            return self.begun
         classes = np.frombuffer(json.dumps(self.classes).encode(), np.uint8)
         content = self.names, self.ends, self.sizes, self.labels, torch.from_numpy(classes.copy())
         return fingerprint.of_tensors(*content)

@@ -20,7 +20,7 @@ from types import FrameType
 from moco_dist.errors import InterruptedRunError, PeerError, StoppedError, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# Requests besides the numbers of signals. FAILED: a save in the background failed.
+# Requests besides the numbers of signals. FAILED: a save in the background, or reading an image.
 STOP_FILE, TIME_LIMIT, FAILED = 1001, 1002, 1003
 ECHO_SECONDS = 2.0  # in which launchers and Slurm may repeat a signal
 MARGIN_SECONDS = 1.0  # that exiting needs besides a step and a save

@@ -255,6 +255,7 @@ class Trainer:
                 features.extract(encoder.backbone, part, config.views, config.batch_size, pause)
                 for part in (train, validation)
             )
+        pause()
         self.nearest = features.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
         mine = features.share(len(queries))
         predicted = features.predict(

@@ -24,7 +24,7 @@ from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
+from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
 from moco_dist.runs import checkpoint, identity, saving
 from moco_dist.runs.environment import environment, keep_freed_memory
 from moco_dist.runs.lock import RunLock
@@ -32,6 +32,9 @@ from moco_dist.runs.saving import Saver
 from moco_dist.runs.status import note_outcome, replace, write_status
 
 logger = logging.getLogger(__name__)
+
+# What ends a run with the state after a whole step on all processes.
+EndedError = StoppedError | NumbersError | DataError
 
 # Names and values of what depends on the length of a run: a function of the epochs and a step.
 Schedule = Callable[[int, int], Mapping[str, float]]
@@ -67,13 +70,15 @@ class Session:
     def stop_for(self, request: int) -> None:
         """Raise, on all processes, the error for `request`, on which all agree."""
         if request == stopping.FAILED:
+            peers.agree()
             peers.from_main(self.saver.finish)
         elif request:
             raise stopping.error(request, f"at step {peers.me.step}").on_all()
 
     def request(self) -> int:
         """Return the request to this process, 0 for none."""
-        return stopping.FAILED if self.saver.failed else self.stop.poll()
+        failed = self.saver.failed or peers.me.fault is not None
+        return stopping.FAILED if failed else self.stop.poll()
 
     def save(
         self,
@@ -279,7 +284,7 @@ def _comments(path: Path) -> list[str]:
     return []
 
 
-def end_early(session: Session, error: StoppedError | NumbersError, place: str) -> NoReturn:
+def end_early(session: Session, error: EndedError, place: str) -> NoReturn:
     """Raise `error` on all processes with `place`, which says what is saved; note its details."""
 
     @output_errors(session.directory)
