@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import shutil
+import tarfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ import torch
 from moco_dist.config.recipe import DataConfig, ViewsConfig
 from moco_dist.data import datasets, image_file
 from moco_dist.data.streamed_images import StreamedImages
+from moco_dist.doctor import images
 from moco_dist.errors import DataError
 from moco_dist.method import views
 from moco_dist.randomness import Purpose, uniform
 from tests import image_sets
-from tests.faults.jobs import Job, account, last_step, status
-from tests.faults.stops import slow_steps
+from tests.faults.jobs import KILL, Job, account, last_step, status
+from tests.faults.stops import family, slow_steps
 from tests.test_streaming import RUN, on
 
 SKIP = "data.skip_unreadable=true"
@@ -97,18 +100,18 @@ def test_a_class_without_a_readable_image_borrows_from_all(tmp_path: Path) -> No
     root = image_sets.write_folder(tmp_path / "set", 12, side=32) / "train"
     for file in (root / "class_1").iterdir():
         file.write_bytes(b"")
-    images = load(root, skip_unreadable=True).train
-    assert isinstance(images, StreamedImages)
-    pixels = images.squares(torch.arange(12))
-    good = [number for number in range(12) if images.labels[number] != 1]
+    streamed = load(root, skip_unreadable=True).train
+    assert isinstance(streamed, StreamedImages)
+    pixels = streamed.squares(torch.arange(12))
+    good = [number for number in range(12) if streamed.labels[number] != 1]
     for number in range(12):
         found = [other for other in good if pixels[other].equal(pixels[number])]
         assert found == [number] if number in good else len(found) == 1
     for file in root.rglob("*.jpg"):
         file.write_bytes(b"")
     with pytest.raises(DataError, match="none of 12 images can be read; check the disk"):
-        images.squares(torch.arange(12))
-    images.pool.close()
+        streamed.squares(torch.arange(12))
+    streamed.pool.close()
 
 
 def test_runs_with_bad_files_are_the_same_on_any_processes_and_when_interrupted(
@@ -197,3 +200,95 @@ def test_a_file_that_goes_bad_ends_the_run_saved_and_it_goes_on_without_or_with_
     text = launched(tmp_path, 1, settings(root, SKIP, "epochs=7"), 78)
     assert "1 new (first " in text
     os.unlink(names[-1].with_name("new.jpg"))
+
+
+def test_the_doctor_finds_the_bad_file_among_many(tmp_path: Path) -> None:
+    """In any part, and beyond the sample; without time it says how many it has looked at."""
+    root = image_sets.write_folder(tmp_path / "set", 320, side=16)
+    hurt = [root / "train/class_1/0100.jpg", root / "test/class_0/0300.jpg"]
+    for file in hurt:
+        file.write_bytes(file.read_bytes()[:400])
+    config = DataConfig("folder", str(root), size=16, cache=f"{root}-cache")
+    (first, *_), _ = images.data(config, 3)
+    assert all(str(file) in first.fault for file in hurt)
+    assert first.fault.startswith("2 of 400 decoded images can't be read: ")
+    assert ", all 400 decoded" in first.found
+    (first, *_), _ = images.data(replace(config, skip_unreadable=True), 3)
+    assert (first.fault, first.found[-49:]) == (
+        "",
+        ", all 400 decoded, 2 of them unreadable and left out"[-49:],
+    )
+    (first, *_), _ = images.data(config, 3, seconds=0)
+    assert ", 200 of 400 decoded in 0 s (--all-files decodes all)" in first.found
+
+
+def test_the_doctor_reads_shards_and_names_the_tar_that_was_cut(tmp_path: Path) -> None:
+    folder = image_sets.write_folder(tmp_path / "set", 24, side=16)
+    root = image_sets.write_shards(folder, tmp_path / "tars")
+    config = DataConfig("shards", str(root), size=16, cache=f"{root}-cache")
+    (first, *_), _ = images.data(config, 3)
+    assert first.fault == ""
+    assert first.found.startswith("24 images, 6 for testing, 3 classes, 16-16 x 16-16 pixels in 24")
+    tar = root / "train" / "000001.tar"
+    with tarfile.open(tar) as opened:
+        start = [member.offset for member in opened][10]
+    content = tar.read_bytes()
+    with tar.open("r+b") as file:  # a member that is no image
+        file.seek(start + 512)
+        file.write(b"no image")
+    (first, *_), _ = images.data(config, 3)
+    assert f"{tar}: " in first.fault
+    tar.write_bytes(content[: start + 100])
+    (first, *_), _ = images.data(config, 3)
+    assert first.fault.startswith(f"{tar}: not a readable tar (the header at byte") or (
+        first.fault.startswith(f"{tar}: not a readable tar (it has no end mark")
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_worker_that_is_killed_ends_all_processes_alike_with_the_state_saved(
+    whole: Path, tmp_path: Path, processes: int
+) -> None:
+    with Job(
+        tmp_path, *settings(whole), processes=processes, plant=partial(slow_steps, 0.2)
+    ) as job:
+        job.until_step(2)
+        (worker, *_) = family(job.pid(processes - 1))[1:]
+        os.kill(worker, KILL)
+        assert set(job.wait(60)) == {65}, job.text()
+        assert "the data worker with pid" in job.text()
+    told = status(job.run)
+    assert (told["state"], told["again"]) == ("data", True)
+    assert account(job.run)["step"] == told["step"] == last_step(job.run)
+
+
+def test_a_probe_goes_on_like_its_pretraining(folder: Path, tmp_path: Path) -> None:
+    place = [
+        f"data.root={folder}",
+        f"data.cache={folder}-cache",
+        "data.name=folder",
+        "data.size=32",
+    ]
+    streams = [*place, "data.memory_gb=0", "data.workers=1", "runtime.device=cpu"]
+    launched(tmp_path, 1, settings(folder, SKIP, "epochs=1"), 0)
+    probe = [*streams, "views.size=24", "batch_size=16", "top_k=2", "optim.lr=0.3", "epochs=3"]
+    probe += [f"encoder={tmp_path / 'run'}"]
+
+    def probed(processes: int, ends: int, *more: str) -> str:
+        with Job(tmp_path, *probe, *more, processes=processes, module="probe", name="probe") as job:
+            assert set(job.wait(120)) == {ends}, job.text()
+            text = job.text()
+        job.log.unlink()
+        return " ".join(text.split())
+
+    text = probed(2, 65)
+    assert "jpg: not a readable image (" in text
+    text = probed(1, 0, SKIP, "stop_at_step=3")
+    noted = json.loads((tmp_path / "probe" / "set_aside.json").read_text())
+    assert sorted(each["file"] for each in noted["train"]) == list(BAD)
+    assert "unreadable files set aside: " in text
+    (folder / "train" / BAD[0]).unlink()
+    text = probed(2, 0, SKIP)
+    assert "since this run began there are 1 gone" in text
+    results = json.loads((tmp_path / "probe" / "results.json").read_text())
+    assert results["schema"] == "moco_dist.probe"

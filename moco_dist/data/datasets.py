@@ -22,6 +22,7 @@ from moco_dist.data.worker_pool import WorkerPool
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.errors import ConfigError, DataError, shown
 from moco_dist.randomness import Purpose, permutation
+from moco_dist.runs.status import replace as write_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,22 @@ class Images:
     left_out: tuple[str, ...] = ()
     # Images of that list of which some is transparent.
     transparent: int = 0
+    # That list, and the images' rows in it, int64 (n,); None for images that are no files.
+    catalogue: ImageIndex | None = None
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, rows: Tensor) -> Images:
-        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
+        kept = None if self.rows is None else self.rows[rows.cpu()]
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows], rows=kept)
+
+    def file(self, number: int) -> str:
+        """Return the path of an image, empty if it is from no file."""
+        if self.catalogue is None or self.rows is None:
+            return ""
+        return str(self.catalogue.places([int(self.rows[number])])[0])
 
     def squares(self, rows: Tensor) -> Tensor:
         """Return the pixels of some images, uint8 (*rows.shape, c, size, size)."""
@@ -230,7 +241,8 @@ def _in_memory(part: ImageIndex, config: DataConfig, recipe: Recipe, kept: Path)
     """Return the images of a list, without unreadable ones if `config` allows that."""
     seen = image_folder.Seen(config.skip_unreadable)
     pixels = image_folder.load(part, recipe, kept, seen)
-    images = replace(_images(pixels, part.labels, part.classes), transparent=seen.transparent)
+    images = Images(pixels, part.labels, part.classes, (), seen.transparent, part)
+    images = replace(images, rows=torch.arange(len(part)))
     if not seen.unreadable:
         return images
     logger.warning(
@@ -262,6 +274,19 @@ def _split(images: AnyImages, config: DataConfig) -> tuple[AnyImages, AnyImages]
             "training; lower it"
         )
     return images[train], images[held_out.sort().values]
+
+
+def note_left_out(directory: Path, splits: Splits) -> None:
+    """Write left_out.txt in a run directory: each unreadable file that was left out, and why."""
+    files = [
+        file
+        for part in (splits.train, splits.test)
+        for file in (part.left_out if isinstance(part, Images) else ())
+    ]
+    path = directory / "left_out.txt"
+    path.unlink(missing_ok=True)
+    if files:
+        write_text(path, "".join(f"{shown(file, 8192)}\n" for file in files))
 
 
 def require_labels(splits: Splits, config: DataConfig) -> None:

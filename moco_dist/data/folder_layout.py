@@ -13,7 +13,7 @@ from moco_dist.data.image_file import EXTENSIONS
 from moco_dist.data.parts import part_of
 from moco_dist.errors import DataError, shown
 
-# One picture of so many may lie beside the folders that count.
+# One picture of so many may lie next to the folders that count.
 STRAYS = 10
 
 
@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     train: Path
     # Parts that may be tested on, those to be preferred first.
     tests: tuple[Path, ...]
-    # Sentences about images that lie beside those folders.
+    # Sentences about images that lie next to those folders.
     warnings: tuple[str, ...]
 
 
@@ -46,7 +46,12 @@ def find(given: Path, endings: tuple[str, ...] = EXTENSIONS) -> Layout:
         )
     tests = [name for name in folders if train and part_of(name) != "train"]
     tests.sort(key=lambda name: (part_of(name) != "test", name not in ("test", "val"), name))
-    said = _beside(given, root if train else root.parent, endings)
+    said = _next_to(given, root if train else root.parent, endings)
+    if folders and not train:
+        said.append(
+            f"{shown(root)}: trains on all folders, also on '{shown(folders[0])}', because none is "
+            "called train"
+        )
     others = [name for name in _folders(root) if train and name not in (train, *tests)]
     if others := [shown(name) for name in others if holds(root / name, endings)]:
         listed = f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
@@ -57,20 +62,20 @@ def find(given: Path, endings: tuple[str, ...] = EXTENSIONS) -> Layout:
     return Layout(root, root / train, tuple(root / name for name in tests), tuple(said))
 
 
-def _beside(given: Path, last: Path, endings: tuple[str, ...]) -> list[str]:
+def _next_to(given: Path, last: Path, endings: tuple[str, ...]) -> list[str]:
     """Return a sentence for each folder from `given` down to `last` that has files itself."""
     levels = [at for at in (last, *last.parents) if at.is_relative_to(given)]
     counts = [(at, _files(at, endings)) for at in levels]
     return [
-        f"{shown(at)}: left aside {count:,} {'images' if endings == EXTENSIONS else 'tars'} beside "
-        "the folder that is read"
+        f"{shown(at)}: left aside {count:,} {'images' if endings == EXTENSIONS else 'tars'} next "
+        "to the folder that is read"
         for at, count in counts
         if count
     ]
 
 
 def only(folder: Path) -> Path:
-    """Return the only subfolder with images if it isn't a part and has no image beside it.
+    """Return the only subfolder with images if it isn't a part and has no image next to it.
 
     Otherwise return the folder itself.
     """
@@ -99,8 +104,10 @@ def inside(
         if endings != EXTENSIONS and _files(at, endings):
             return at  # tars, which have no folders of classes
         filled = list(islice((name for name in names if holds(at / name, endings)), 2))
-        if len(filled) != 1 or filled[0] in (classes or ()):
-            return at if len(filled) > 1 and endings == EXTENSIONS else given
+        if len(filled) != 1:
+            return at if filled and endings == EXTENSIONS else given
+        if filled[0] in (classes or ()):
+            return at
         if not holds(at / filled[0], endings, _files(at, endings) * (STRAYS - 1)):
             return given
         at = at / filled[0]
@@ -108,17 +115,23 @@ def inside(
 
 
 def _folders(folder: Path) -> list[str]:
-    """Return the names of the subfolders, in order, without hidden ones."""
+    """Return the names of the subfolders, in order, without hidden ones and links back up."""
+    above = Path(os.path.realpath(folder))
     try:
         with os.scandir(folder) as entries:
             return sorted(
                 entry.name
                 for entry in entries
                 if not ignored(entry.name)
-                and (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())
+                and (_leads_down(entry, above) if entry.is_symlink() else entry.is_dir())
             )
     except OSError:
         return []
+
+
+def _leads_down(link: os.DirEntry[str], above: Path) -> bool:
+    """Return whether a link is to a folder other than `above` and those that hold it."""
+    return os.path.isdir(link.path) and not above.is_relative_to(os.path.realpath(link.path))
 
 
 def _files(folder: Path, endings: tuple[str, ...]) -> int:

@@ -193,6 +193,8 @@ def _refused(content: bytes) -> str:
         file = io.BytesIO(content)
         file.seek(tags.next)
         tags.load(file)
+        if not tags[256] * tags[257]:  # width and height, without which it is no image
+            return "its content is a damaged TIFF"
         bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
         numbers = {2: "signed numbers", 3: "floating-point numbers"}.get(kinds[0], "numbers")
         found = f"{tags.get(277, 1)} channel(s) of {numbers} of {bits[0]} bits"
@@ -221,11 +223,13 @@ def _load(image: ImageFile.ImageFile) -> None:
 
 def flat(image: Image.Image, recipe: Recipe) -> tuple[Image.Image, bool]:
     """Return an image in gray or RGB, on the background, and whether some of it is transparent."""
-    mode, alpha = MODES[recipe.channels], None
-    if image.has_transparency_data:
-        has_alpha = image if "A" in image.getbands() else image.convert("RGBA")
-        alpha = has_alpha.getchannel("A")
-    if alpha is None or alpha.getextrema()[0] == 255:
+    mode = MODES[recipe.channels]
+    if not image.has_transparency_data:
+        return image.convert(mode), False
+    if "A" not in image.getbands():
+        image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    if alpha.getextrema()[0] == 255:
         return image.convert(mode), False
     behind = Image.new("RGB", image.size, tuple(recipe.background))
     behind.paste(image.convert("RGB"), mask=alpha)

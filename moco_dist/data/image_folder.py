@@ -87,22 +87,22 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
             f"end in {', '.join(EXTENSIONS)}"
         )
     inner = [file.relative_to(root).parts for file in files]
-    beside = sum(len(parts) == 1 for parts in inner)
+    loose = sum(len(parts) == 1 for parts in inner)
     names = sorted({parts[0] for parts in inner if len(parts) > 1})
     empty = {top for top, _ in found.unread if top} - set(names)
     several = len(names) + len(empty) > 1 or classes is not None
-    if not labelled or not names or not several or beside * STRAYS > len(files):
-        if labelled and beside and len(names) > 1:
+    if not labelled or not names or not several or loose * STRAYS > len(files):
+        if labelled and loose and len(names) > 1:
             said.append(
-                f"{shown(root)}: no classes, because {beside:,} of {len(files):,} images lie "
-                f"beside the {len(names)} folders; the first is {shown(files[0], 4096)}"
+                f"{shown(root)}: no classes, because {loose:,} of {len(files):,} images lie "
+                f"next to the {len(names)} folders; the first is {shown(files[0], 4096)}"
             )
         return Listing(root, files, [-1] * len(files), (), tuple(found.folders), tuple(said))
     if classes is None and (fault := _no_images(found, empty) or _not_classes(root, names, inner)):
         raise DataError(fault)
-    if beside:
+    if loose:
         said.append(
-            f"{shown(root)}: {beside:,} images beside the class folders have no class; the first "
+            f"{shown(root)}: {loose:,} images next to the class folders have no class; the first "
             f"is {shown(files[0], 4096)}"
         )
     number = {name: i for i, name in enumerate(classes or names)}
@@ -136,7 +136,8 @@ def _not_classes(root: Path, names: list[str], inner: list[tuple[str, ...]]) -> 
             "set and no classes, by their names; name them train and test, or give the folder of "
             f"one part as data.root, as {shown(root / str(first))}"
         )
-    second_level = {part_of(parts[1]): "/".join(parts[:2]) for parts in inner if len(parts) > 2}
+    deep = [parts for parts in reversed(inner) if len(parts) > 2]
+    second_level = {part_of(parts[1]): "/".join(parts[:2]) for parts in deep}
     if "train" in second_level and len(second_level.keys() - {None}) > 1:
         of_test = next(v for k, v in second_level.items() if k not in ("train", None))
         return (

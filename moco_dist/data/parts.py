@@ -23,19 +23,19 @@ WORDS: dict[str, Part] = {
     "eval": "test",
     "evaluation": "test",
 }
-# Words that may stand next to them, as in test_set, Training Images and val2017.
-BESIDE = {"set", "data", "dataset", "split", "image", "images", "img", "imgs"}
+# Words that may stand next to these, as in test_set, Training Images and val2017.
+NEUTRAL = {"set", "data", "dataset", "split", "image", "images", "img", "imgs"}
 
 
 def part_of(name: str, anywhere: bool = False) -> Part | None:
     """Return the part that a folder is by its name, whatever its case; None for any other name.
 
-    The name is one of WORDS, alone or with digits and words of BESIDE. With `anywhere`, as for tar
+    The name is one of WORDS, alone or with digits and words of NEUTRAL. With `anywhere`, as for tar
     files, any other words may stand there as well: imagenet-val-000000.tar. Of several parts the
     one that is not for training counts, so that no test image is trained on.
     """
     words = re.findall(r"[^\W\d_]+", name.casefold())
     found = [WORDS[word] for word in words if word in WORDS]
-    if not found or not (anywhere or all(word in WORDS or word in BESIDE for word in words)):
+    if not found or not (anywhere or all(word in WORDS or word in NEUTRAL for word in words)):
         return None
     return next((part for part in found if part != "train"), "train")

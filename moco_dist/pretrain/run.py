@@ -42,6 +42,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
             session.finish(opened, {})
         return
     jump = session.begin(opened, trainer.schedule)
+    peers.from_main(lambda: datasets.note_left_out(opened.directory, splits))
     with start.tracker(opened, total, "pretrain") as tracker, peers.me.agreeing():
         watch = None
         if comms.is_main():

@@ -53,6 +53,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
     session.begin(opened, probe.schedule)
+    peers.from_main(lambda: datasets.note_left_out(opened.directory, splits))
     results_file = opened.directory / "results.json"
     peers.from_main(lambda: results_file.unlink(missing_ok=True))
     family = group(config.pretraining(), source.checkpoint.state)
