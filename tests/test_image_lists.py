@@ -15,6 +15,7 @@ import torch
 
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import datasets, image_file, image_folder, image_index, tar_shards
+from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.worker_pool import WorkerPool
 from moco_dist.errors import ConfigError, DataError, MissingError
@@ -194,13 +195,6 @@ def test_labels_are_those_of_the_sample_and_extensions_begin_at_the_first_dot(
     assert tar_shards.read(tmp_path, ["a.tar"], False, None).classes == ()
 
 
-def test_numbers_of_classes_stay_what_they_are(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"10", "2.jpg": b"", "2.cls": b"3"})
-    found = tar_shards.read(tmp_path, ["a.tar"], True, None)
-    assert found.labels == [10, 3]
-    assert len(found.classes) == 11
-
-
 def test_tars_are_shared_out_by_folders_or_by_words_of_their_names(tmp_path: Path) -> None:
     for name in ("net-train-0.tar", "net-train-1.tar", "net-val-0.tar", "intervals.tar"):
         write_tar(tmp_path / "one" / name, {})
@@ -259,8 +253,10 @@ def test_a_member_that_goes_bad_is_named_with_its_tar(folder: Path, tmp_path: Pa
         file.seek(place.offset)
         file.write(bytes(100))
     pool = WorkerPool(1)
+    aside = Aside(index, skips=False)
+    images = StreamedImages(index, aside, pool, torch.arange(len(index)), index.labels, 16)
     with pytest.raises(DataError) as error:
-        pool.fetch(pool.submit([place], image_file.Recipe(16), None))
+        images.squares(torch.tensor([4]))
     assert str(error.value).startswith(f"{shards / '000000.tar'}: {place.name}: not a readable")
     os.truncate(place.path, place.offset + 10)
     with pytest.raises(DataError, match=r"it ends .* bytes too early"):

@@ -25,7 +25,7 @@ class DataConfig:
     # A folder or shards whose squares need more than this many GB (10^9 bytes) are streamed, i.e.
     # decoded whenever they are needed; 0 always streams. Streaming changes the views.
     memory_gb: float = 16.0
-    # Skip unreadable images, with one warning, instead of stopping.
+    # Go on without unreadable images, with a warning, instead of stopping.
     skip_unreadable: bool = False
     # Colour behind transparent pixels: red, green and blue from 0 to 255.
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
@@ -276,6 +276,6 @@ class PretrainConfig:
 # logging, the machine, and the probe's path to its encoder. All others affect the numbers.
 FREE_ON_RESUME = (
     *("name", "output", "encoder", "epochs", "stop_at_step", "data.root", "data.cache"),
-    *("data.memory_gb", "data.workers", "data.keys_by"),
+    *("data.memory_gb", "data.workers", "data.keys_by", "data.skip_unreadable"),
     *("knn.", "checkpoint.", "tracking.", "runtime."),
 )

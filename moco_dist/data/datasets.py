@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.config.recipe import DataConfig
-from moco_dist.data import file_sets, image_folder, shapes, torchvision_sets
+from moco_dist.data import file_sets, image_folder, run_lists, shapes, torchvision_sets
 from moco_dist.data.image_file import WHITE, Recipe
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.streamed_images import StreamedImages
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Data sets that may be streamed.
 ON_DISK = ("folder", "shards")
-# Prefix of the fingerprints of streamed data sets.
-STREAMED = "streamed-"
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,11 @@ class Splits:
         return replace(self, train=train, validation=validation, test=test)
 
 
-def load(config: DataConfig, channels: int = 3) -> Splits:
+def load(config: DataConfig, channels: int = 3, run: run_lists.Begun | None = None) -> Splits:
     """Return the data set that `config` names, split, in RGB or gray; call it on all processes.
+
+    A `run` whose images are streamed goes on with the list of its first launch, as far as
+    `run_lists.resumed` allows that, and keeps one if it has none yet.
 
     One process of each machine downloads, unpacks or decodes while the others wait; rank 0
     downloads before other machines, which may share its folder. Raises MissingError or DataError on
@@ -122,17 +123,25 @@ def load(config: DataConfig, channels: int = 3) -> Splits:
     loaded: Loaded | None = None
     downloads = config.name not in ("shapes", "folder", "shards")
     for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
-        loaded = peers.together(partial(_once, loaded, config, channels, my_turn))
+        loaded = peers.together(partial(_once, loaded, config, channels, my_turn, run))
     assert loaded, "the last turn is everyone's"
     content = _fingerprint(loaded.train, loaded.test)
     peers.same_everywhere("the data set's fingerprint", content)
+    if run and run.trained_on in (None, content):
+        peers.from_main(partial(run_lists.keep, run, loaded.train, loaded.test))
     train, validation = _split(loaded.train, config)
     held = _held(config, channels, loaded)
     return Splits(train, validation, loaded.test, content, held, loaded.parts, loaded.fault)
 
 
-def _once(loaded: Loaded | None, config: DataConfig, channels: int, my_turn: bool) -> Loaded | None:
-    return loaded or (_read(config, channels) if my_turn else None)
+def _once(
+    loaded: Loaded | None,
+    config: DataConfig,
+    channels: int,
+    my_turn: bool,
+    run: run_lists.Begun | None,
+) -> Loaded | None:
+    return loaded or (_read(config, channels, run) if my_turn else None)
 
 
 def _fingerprint(train: AnyImages, test: AnyImages) -> str:
@@ -141,7 +150,7 @@ def _fingerprint(train: AnyImages, test: AnyImages) -> str:
     parts = [part for part in (train, test) if isinstance(part, StreamedImages)]
     lists = " ".join(part.catalogue.fingerprint() for part in parts)
     # The prefix keeps a run from resuming with the other kind of images, whose views differ.
-    return STREAMED + hashlib.sha256(lists.encode()).hexdigest()[:16]
+    return run_lists.STREAMED + hashlib.sha256(lists.encode()).hexdigest()[:16]
 
 
 def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
@@ -176,9 +185,9 @@ def _gigabytes(count: int, size: int, channels: int) -> float:
     return count * channels * size * size / 1e9
 
 
-def _read(config: DataConfig, channels: int) -> Loaded:
+def _read(config: DataConfig, channels: int, run: run_lists.Begun | None) -> Loaded:
     if config.name in ON_DISK:
-        return _read_files(config, channels)
+        return _read_files(config, channels, run)
     if config.name == "shapes":
         drawn = shapes.draw(config.shapes_train, config.size, seed=0)
         test_drawn = shapes.draw(config.shapes_test, config.size, seed=0, first=config.shapes_train)
@@ -196,7 +205,7 @@ def _gray(images: Images) -> Images:
     return replace(images, pixels=luma.to(torch.uint8))
 
 
-def _read_files(config: DataConfig, channels: int) -> Loaded:
+def _read_files(config: DataConfig, channels: int, run: run_lists.Begun | None) -> Loaded:
     """Read a folder or shards; stream them if their squares need more than data.memory_gb."""
     kept = file_sets.cache(config)
     found = file_sets.find(config, file_sets.root(config), kept)
@@ -205,16 +214,11 @@ def _read_files(config: DataConfig, channels: int) -> Loaded:
     parts = [part for part in (found.train, found.test) if part]
     recipe = Recipe(config.size, channels=channels, background=config.background)
     if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
-        if config.skip_unreadable:
-            raise ConfigError(
-                "data.skip_unreadable=true needs images that are decoded in advance, and these are "
-                "streamed; raise data.memory_gb, or leave it out and replace the files that are "
-                "named"
-            )
         pool = WorkerPool(config.workers)
         of = config.size, channels, tuple(config.background)
-        held: list[Any] = [
-            StreamedImages(part, pool, torch.arange(len(part)), part.labels, *of) for part in parts
+        held: list[AnyImages] = [
+            StreamedImages(part, aside, pool, torch.arange(len(part)), part.labels, *of)
+            for part, aside in run_lists.settled(run, parts, config.skip_unreadable)
         ]
         train, *tests = held
     else:
@@ -300,8 +304,8 @@ def require_same(trained_on: object, splits: Splits, checkpoint: Path) -> None:
     ours = splits.fingerprint
     if trained_on == ours:
         return
-    if str(trained_on).startswith(STREAMED) != ours.startswith(STREAMED):
-        now, then = ("streamed", "in memory")[:: 1 if ours.startswith(STREAMED) else -1]
+    if str(trained_on).startswith(run_lists.STREAMED) != ours.startswith(run_lists.STREAMED):
+        now, then = ("streamed", "in memory")[:: 1 if ours.startswith(run_lists.STREAMED) else -1]
         raise ConfigError(
             f"{checkpoint}: was trained on images that were {then}, and now they are {now}, which "
             "changes the views; restore data.memory_gb, or give name=... for a new run"

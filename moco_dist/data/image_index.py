@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moco_dist.data import image_folder, tar_shards
 from moco_dist.data.image_file import Place
-from moco_dist.data.tar_shards import Member
+from moco_dist.data.tar_members import Member
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import shown
 
@@ -56,6 +56,8 @@ class ImageIndex:
     warnings: tuple[str, ...] = ()
     # Some classes of the images that are none of those that were given.
     unknown: tuple[str, ...] = ()
+    # The fingerprint of the list that a run began with, where files have changed since.
+    begun: str = ""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -64,6 +66,10 @@ class ImageIndex:
         """Return the name of an image relative to the root, or in its tar."""
         start = int(self.ends[row - 1]) if row else 0
         return os.fsdecode(self.names[start : int(self.ends[row])].numpy().tobytes())
+
+    def label(self, row: int) -> str:
+        """Return the name of an image in the whole list, with that of its tar."""
+        return f"{self.tars[int(self.tar[row])]}: {self.name(row)}" if self.tars else self.name(row)
 
     def places(self, rows: Sequence[int]) -> list[Place]:
         """Return the locations of the images `rows`."""
@@ -81,6 +87,8 @@ class ImageIndex:
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of names, sizes and classes in order, without content and root."""
+        if self.begun:
+            return self.begun
         classes = np.frombuffer(json.dumps(self.classes).encode(), np.uint8)
         content = self.names, self.ends, self.sizes, self.labels, torch.from_numpy(classes.copy())
         return fingerprint.of_tensors(*content)
@@ -114,7 +122,9 @@ def of_shards(
     def make() -> tuple[ImageIndex, list[str]]:
         found = tar_shards.read(root, tars, labelled, classes)
         index = _index(root, found.members, found.labels, found.classes, tuple(tars))
-        return replace(index, unknown=found.unknown), [str(root / tar) for tar in tars]
+        return replace(index, warnings=found.warnings, unknown=found.unknown), [
+            str(root / tar) for tar in tars
+        ]
 
     return _kept(root, ["shards", tars, labelled, classes], cache, make)
 

@@ -1,9 +1,11 @@
-"""What the doctor says about a data set: its parts, a sample of its files, their colours."""
+"""What the doctor says about a data set: its parts, its files and their colours."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +21,15 @@ from moco_dist.randomness import Purpose, permutation
 
 # Files, drawn at random from the whole set, that are decoded as a sample.
 SAMPLED = 200
+# Seconds in which other files are decoded, and the flag that lifts the limit.
+SECONDS, ALL = 10.0, "--all-files"
 
 
-def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
+def data(config: DataConfig, channels: int, seconds: float = SECONDS) -> tuple[list[Finding], int]:
     """Return what a sample of its files says about the data set, and its number of training images.
 
-    Nothing is downloaded or unpacked; the number is 0 where that would be needed.
+    Files are decoded for so many seconds. Nothing is downloaded or unpacked; the number is 0 where
+    that would be needed.
     """
     if config.name == "shapes":
         kept = _kept(config, config.shapes_train)
@@ -39,9 +44,11 @@ def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
         return [Finding("data", shown(config.root), str(error))], 0
     if found is None:
         return [Finding("data", f"{shown(config.root)}: an archive, unpacked at the start")], 0
-    places = found.train.all_places() if whole else []
+    places, others = found.train.all_places() if whole else [], list[Place]()
+    if whole and found.test:
+        others = found.test.all_places()
     recipe = Recipe(config.size, channels=channels, background=config.background)
-    findings = _sampled(config, recipe, places)
+    findings = _looked_at(config, recipe, places, others, seconds)
     classes = len(found.train.classes) or "no"
     tests = f", {len(found.test):,} for testing" if found.test else ""
     text = f"{len(found.train):,} images{tests}, {classes} classes{findings[0].found}"
@@ -72,42 +79,79 @@ def _found(config: DataConfig) -> tuple[FileSet | None, bool]:
         return file_sets.find(config, Path(folder), None), False
 
 
-def _sampled(config: DataConfig, recipe: Recipe, places: list[Place]) -> list[Finding]:
-    """Return what decoding a sample says: the data set's line, and that of the colours."""
+def _looked_at(
+    config: DataConfig, recipe: Recipe, places: list[Place], others: list[Place], seconds: float
+) -> list[Finding]:
+    """Return what decoding the files says: the data set's line, and that of the colours.
+
+    Sizes and colours are those of a sample of `places`. The rest, and then `others`, are decoded to
+    find unreadable files, for so many seconds.
+    """
     if not places:
         return [Finding("data", "")]
-    order = permutation(len(places), 0, Purpose.SPLIT)[:SAMPLED].tolist()
+    order = permutation(len(places), 0, Purpose.SPLIT).tolist()
     sizes, squares, bad, flat, clear = [], [], [], [], 0
-    for place in (places[number] for number in order):
+    for place in (places[number] for number in order[:SAMPLED]):
         try:
             content = image_file.read(place)
             pixels, transparent = image_file.square(content, recipe)
             sizes.append(image_file.opened(content).size)
         except Exception as error:  # decoders raise any kind for a bad file
-            bad.append(f"{shown(place, 4096)} ({shown(str(error) or type(error).__name__)})")
+            bad.append(_unreadable(place, error))
             continue
         squares.append(pixels)
         clear += transparent
         if (pixels == pixels[0, 0]).all():
             flat.append(shown(place, 4096))
+    sampled, count = len(sizes) + len(bad), len(places) + len(others)
+    rest = [places[number] for number in order[SAMPLED:]] + others
+    more, decoded = _decoded(rest, recipe, seconds)
+    bad, decoded = bad + more, decoded + sampled
     fault = warning = ""
     if bad and not config.skip_unreadable:
         fault = (
-            f"{len(bad)} of {len(order)} sampled images can't be read: {_first(bad)}; replace or "
-            "remove them, or give data.skip_unreadable=true"
+            f"{len(bad)} of {decoded:,} {'decoded' if rest else 'sampled'} images can't be "
+            f"read: {_first(bad)}; replace or remove them, or give data.skip_unreadable=true"
         )
     if flat:
         warning = (
-            f"{len(flat)} of {len(order)} sampled images have one colour: {_first(flat)}; remove "
+            f"{len(flat)} of {sampled} sampled images have one colour: {_first(flat)}; remove "
             "them, or give another data.background if they are transparent"
         )
     (width, height) = [(min(side), max(side)) for side in zip(*sizes, strict=True)] or [(0, 0)] * 2
+    share = ""
+    if rest:
+        few = f"{decoded:,} of {count:,} decoded in {seconds:g} s ({ALL} decodes all)"
+        share = f", all {count:,} decoded" if decoded == count else f", {few}"
     found = (
-        f", {width[0]}-{width[1]} x {height[0]}-{height[1]} pixels in {len(order)} sampled files"
+        f", {width[0]}-{width[1]} x {height[0]}-{height[1]} pixels in {sampled} sampled files"
+        f"{f', {clear} of them transparent' if clear else ''}{share}"
         f"{f', {len(bad)} of them unreadable and left out' if bad and not fault else ''}"
-        f"{f', {clear} of them transparent' if clear else ''}"
     )
     return [Finding("data", found, fault, warning), *([colors(squares)] if squares else [])]
+
+
+def _decoded(places: list[Place], recipe: Recipe, seconds: float) -> tuple[list[str], int]:
+    """Return the unreadable files among those that were decoded in time, and how many these are."""
+
+    def wrong(place: Place) -> str:
+        try:
+            image_file.square(image_file.read(place), recipe)
+        except Exception as error:
+            return _unreadable(place, error)
+        return ""
+
+    bad, end, decoded = list[str](), time.monotonic() + seconds, 0
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        while decoded < len(places) and time.monotonic() < end:
+            part = places[decoded : decoded + SAMPLED]
+            bad += filter(None, threads.map(wrong, part))
+            decoded += len(part)
+    return bad, decoded
+
+
+def _unreadable(place: Place, error: Exception) -> str:
+    return f"{shown(place, 4096)} ({shown(str(error) or type(error).__name__)})"
 
 
 def _first(places: list[str]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.config.yaml_files import to_dict
+from moco_dist.data import run_lists
 from moco_dist.distributed import fingerprint, peers
 from moco_dist.method.schedule import due
 from moco_dist.pretrain import figures, pictures, state
@@ -49,6 +50,7 @@ def loop(
             line = figures_of(trainer, hooks, loss, logits, seconds / (step - logged))
             results |= line
             tracker.log(step, line)
+            share_aside(trainer, session)
             since, logged = time.monotonic(), step
         if draws and tracker.media:
             pictures.draw_step(trainer, tracker.media, torch.cat(logits))
@@ -128,9 +130,15 @@ def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> float:
     return accuracy
 
 
+def share_aside(trainer: Trainer, session: Session) -> None:
+    """Note in the run which files could not be read since the last time; a collective."""
+    run_lists.share(session.directory, trainer.splits.train, trainer.splits.test)
+
+
 def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
     """Write a checkpoint of the state after `step` steps, in the background, or `wait` for it."""
     peers.me.mark(trainer.step, "saving")
+    share_aside(trainer, session)
     model, training = state.tensors(trainer.moco, trainer.optimizer)
     momentum = [value for key, value in training.items() if key.startswith("momentum.")]
     peers.same_everywhere(

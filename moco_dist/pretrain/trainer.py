@@ -222,6 +222,16 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def schedule(self, epochs: int, step: int) -> dict[str, float]:
+        """Return learning rate and key momentum of a step if the run had so many epochs."""
+        total, optim = epochs * self.steps_per_epoch, self.config.optim
+        return {
+            "the learning rate goes": schedule.learning_rate(
+                optim, step, self.steps_per_epoch, total
+            ),
+            "the key momentum goes": schedule.key_momentum(self.config.moco, step, total),
+        }
+
     @property
     def key_momentum(self) -> float:
         """The share of the key encoder that stays in this step."""
@@ -245,6 +255,7 @@ class Trainer:
                 features.extract(encoder.backbone, part, config.views, config.batch_size, pause)
                 for part in (train, validation)
             )
+        pause()
         self.nearest = features.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
         mine = features.share(len(queries))
         predicted = features.predict(

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.yaml_files import to_dict
-from moco_dist.data import datasets
+from moco_dist.data import datasets, run_lists
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features
 from moco_dist.encoders.load import Found
-from moco_dist.errors import ConfigError, NumbersError
-from moco_dist.method import views
+from moco_dist.errors import ConfigError, DataError, NumbersError
+from moco_dist.method import schedule, views
 from moco_dist.method.encoder import Backbone, build_encoder
 from moco_dist.method.plan import Plan, check_batch
 from moco_dist.probe import heads
@@ -102,6 +102,13 @@ class LinearProbe:
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
 
+    def schedule(self, epochs: int, step: int) -> dict[str, float]:
+        """Return the first learning rate of the grid in a step if the probe had so many epochs."""
+        optim = dataclasses.replace(self.config.optim, lr=self.points[0].lr)
+        total = epochs * self.steps_per_epoch
+        rate = schedule.learning_rate(optim, step, self.steps_per_epoch, total)
+        return {"the learning rate goes": rate}
+
     def _center(self, rows: Tensor) -> Tensor:
         """Return unaugmented views of these training images."""
         return views.center(self.splits.train.squares(rows), self.config.views, self.dtype)
@@ -120,12 +127,21 @@ class LinearProbe:
 
     def extract(self, part: str) -> Tensor:
         """Return each encoder's features of a part's unaugmented images, on every process."""
-        config, found = self.config, []
-        with self.accelerator.autocast():
-            for each in self.backbones.values():
-                images = self.parts[part]
-                found.append(features.extract(each, images, config.views, config.batch_size))
+        config, images, found = self.config, self.parts[part], []
+        try:
+            with self.accelerator.autocast(), peers.me.agreeing():
+                for each in self.backbones.values():
+                    found.append(features.extract(each, images, config.views, config.batch_size))
+        except DataError as error:
+            if error.shared:
+                self.share_aside()
+            raise
+        self.share_aside()
         return torch.stack(found).to(self.dtype) * self.scale
+
+    def share_aside(self) -> None:
+        """Note in the run which files could not be read since the last time; a collective."""
+        run_lists.share(self.session.directory, self.splits.train, self.splits.test)
 
     def refresh(self, *parts: str) -> None:
         """Extract the features of these parts again if the encoders are trained."""
@@ -173,10 +189,10 @@ class LinearProbe:
     def train_step(self) -> Tensor:
         """Train every head for one step; return the mean losses (encoders, seeds, points)."""
         place = self.step, self.steps_per_epoch, self.total_steps
+        encoded, labels, batch = self.inputs()
         # Steps on cached features are too short to check for a stop request each time.
         if self.config.augment or self.tunes or self.step % 20 == 0:
             self.session.pause("training")
-        encoded, labels, batch = self.inputs()
         losses = heads.losses(self.heads(encoded), labels).mean(-1)
         self.accelerator.backward(losses.sum())
         if self.tuning:

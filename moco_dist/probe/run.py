@@ -9,6 +9,7 @@ from pathlib import Path
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.data import datasets
 from moco_dist.data.image_file import MODES
+from moco_dist.data.run_lists import Begun
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
@@ -37,29 +38,34 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     path = Path(config.encoder)
     config = dataclasses.replace(config, name=config.run_name())
     source = peers.together(lambda: load.find(path))
-    opened = session.start(config, stop)
+    opened = session.start(config, stop, source.checkpoint.state.get("run_id"))
     # Each process has searched by itself, and a pretraining may still be writing checkpoints.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
     channels = source.architecture.channels
     peers.together(lambda: require_channels(config, source))
-    splits = datasets.load(config.data, channels)
+    saved = opened.resumed
+    begun = Begun(opened.directory, saved.piece("data") if saved else None)
+    splits = datasets.load(config.data, channels, begun)
     splits = peers.together(lambda: labelled(splits, config))
     warn_of_views(config, source)
     overlaps = find_overlaps(splits)
     probe = LinearProbe(config, opened, splits, source)
     announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
-    session.begin(opened)
+    session.begin(opened, probe.schedule)
     peers.from_main(lambda: datasets.note_left_out(opened.directory, splits))
     results_file = opened.directory / "results.json"
     peers.from_main(lambda: results_file.unlink(missing_ok=True))
     family = group(config.pretraining(), source.checkpoint.state)
-    with start.tracker(opened, total, "probe", family) as tracker:
+    with start.tracker(opened, total, "probe", family) as tracker, peers.me.agreeing():
         try:
             loop(probe, total, tracker)
             if probe.step == probe.total_steps:
                 results = conclude(probe, tracker, overlaps)
-        except (StoppedError, NumbersError) as error:
+        except (StoppedError, NumbersError, DataError) as error:
+            if isinstance(error, DataError) and not error.shared:
+                raise
+            probe.share_aside()
             if probe.step:
                 probe.save(wait=True)
             place = f"saved after step {probe.step:,} of {probe.total_steps:,}"

@@ -221,3 +221,4 @@ def alive(pid: int) -> bool:
 
 
 KILL, TERM, INT, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+HUP = signal.SIGHUP
