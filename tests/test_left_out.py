@@ -64,14 +64,16 @@ def test_all_skipped_files_are_listed_in_the_run_and_in_no_other(tmp_path: Path)
     arguments = [*probes.PRETRAIN, f"output={tmp_path}", "name=run", "data.name=folder"]
     arguments += [f"data.root={root}", f"data.cache={tmp_path / 'c'}", "stop_at_step=1"]
     pretrain_run.run(load(PretrainConfig, [*arguments, "data.skip_unreadable=true"]))
-    lines = (tmp_path / "run" / "left_out.txt").read_text().splitlines()
-    assert sorted(line.partition(": ")[0] for line in lines) == sorted(map(str, bad))
-    assert {line.partition(": ")[2][:27] for line in lines} == {"its content is none of JPEG"}
+    listed = json.loads((tmp_path / "run" / "set_aside.json").read_text())["train"]
+    assert [entry["file"] for entry in listed] == sorted(
+        str(path.relative_to(root)) for path in bad
+    )
+    assert {entry["reason"][:27] for entry in listed} == {"its content is none of JPEG"}
     for path in bad:
         path.unlink()
     shutil.rmtree(tmp_path / "run")
     pretrain_run.run(load(PretrainConfig, [*arguments, "data.skip_unreadable=true"]))
-    assert not (tmp_path / "run" / "left_out.txt").exists()
+    assert not (tmp_path / "run" / "set_aside.json").exists()
 
 
 def test_a_class_whose_images_all_are_skipped_is_refused(tmp_path: Path) -> None:
