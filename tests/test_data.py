@@ -98,8 +98,8 @@ def test_labels_none_ignores_class_folders(labelled: Path, tmp_path: Path) -> No
     with pytest.raises(DataError) as error:
         data_datasets.require_labels(splits, config)
     assert str(error.value) == (
-        f"data.name=folder at data.root={labelled} has no labels, and a probe needs them; "
-        "sort the images into one folder per class"
+        f"data.name=folder at data.root={labelled} has no labels, with data.labels=none, and a "
+        "probe needs them; give data.labels=folders"
     )
 
 

@@ -304,6 +304,21 @@ def test_an_archive_of_a_desktop_gives_what_its_folder_gives(tmp_path: Path, kin
     assert images == len(loaded.train)
 
 
+def test_a_zip_of_windows_has_folders(tmp_path: Path) -> None:
+    tree = {"set/train/a .png": 3, "set/train/b .png": 3, "set/test/a .png": 2}
+    made = write(tmp_path / "made", tree)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
+        for path in sorted(made.rglob("*.png")):
+            entry = zipfile.ZipInfo("x")
+            entry.create_system = 0
+            entry.filename = str(path.relative_to(made)).replace("/", "\\")
+            file.writestr(entry, path.read_bytes())
+    given = config(tmp_path / "set.zip", tmp_path / "cache")
+    assert doctor.data(given, 3)[1] == 6
+    loaded = datasets.load(given)
+    assert (counts(loaded.train), counts(loaded.test)) == ({"a": 3, "b": 3}, {"a": 2})
+
+
 def test_labels_that_pretraining_does_not_use_are_refused_by_the_probe_alone(
     tmp_path: Path,
 ) -> None:

@@ -292,9 +292,11 @@ def note_left_out(directory: Path, splits: Splits) -> None:
 def require_labels(splits: Splits, config: DataConfig) -> None:
     """Raise DataError if the data set has no classes to learn."""
     if not splits.train.classes:
+        none = config.labels == "none"
         raise DataError(
-            f"data.name={config.name} at data.root={config.root} has no labels, and a probe needs "
-            "them; sort the images into one folder per class"
+            f"data.name={config.name} at data.root={config.root} has no labels"
+            f"{', with data.labels=none' if none else ''}, and a probe needs them; "
+            f"{'give data.labels=folders' if none else 'sort the images into one folder per class'}"
         )
 
 

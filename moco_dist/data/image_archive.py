@@ -45,6 +45,15 @@ def _extract(tar: tarfile.TarFile, folder: Path) -> None:
                 shutil.copyfileobj(content, file)
 
 
+def _entries(unzipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the entries of a zip, with the separators of folders that some Windows tools leave."""
+    entries = unzipped.infolist()
+    for entry in entries:
+        if entry.create_system == 0:
+            entry.filename = entry.filename.replace("\\", "/")
+    return entries
+
+
 def outline(archive: Path, folder: Path) -> bool:
     """Write the names of the files of an archive, as empty files; False if it is too large.
 
@@ -58,7 +67,7 @@ def outline(archive: Path, folder: Path) -> bool:
                 names = [entry.name for entry in tar if entry.isfile()]
         else:
             with zipfile.ZipFile(archive) as unzipped:
-                names = [entry.filename for entry in unzipped.infolist() if not entry.is_dir()]
+                names = [entry.filename for entry in _entries(unzipped) if not entry.is_dir()]
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
         raise _damaged(archive, error) from error
     for name in names:
@@ -94,7 +103,8 @@ def unpack(archive: Path, cache: Path) -> Path:
                 _extract(tar, part)
         else:
             with zipfile.ZipFile(archive) as unzipped:
-                unzipped.extractall(part)  # which leaves out drives, roots and ".."
+                for entry in _entries(unzipped):
+                    unzipped.extract(entry, part)  # which leaves out drives, roots and ".."
         try:
             part.rename(folder)  # completely or not at all
         except OSError:
