@@ -161,9 +161,12 @@ def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
     squares, limit = f"{kind} of {size} x {size} need {need:.3g} GB", f"{config.memory_gb:g}"
     if isinstance(train, StreamedImages):
         workers = train.pool.size
+        held = [part for part in (train, test) if isinstance(part, StreamedImages) and len(part)]
+        count = sum(len(part.aside.rows) for part in held)
         return (
             f"streamed by {workers} worker{'s' * (workers > 1)} per process: {squares}, more than "
             f"data.memory_gb={limit}; what is transparent on {_colour(config)}"
+            f"{f'; {count} unreadable set aside' if count else ''}"
         )
     on_disk = config.name in ON_DISK
     rule = f"data.memory_gb={limit} allows it" if on_disk else f"{config.name} always is"

@@ -117,7 +117,7 @@ def settled(
             f"{run.directory}: had images for {' and '.join(before)}, and now there are those for "
             f"{' and '.join(named)}; put them back, or give name=... for a new run"
         )
-    found = []
+    found, more = [], False
     for part, index in named.items():
         begun = before.get(part, index)
         changes = Changes(index, [], [], [], [])
@@ -125,12 +125,16 @@ def settled(
             changes = _compared(begun, index)
         aside = Aside(changes.images, skips)
         aside.restore(noted.get(part))
+        known = set(aside.rows)
         said = _settled(run.directory, changes, aside, begun)
+        more = more or known != set(aside.rows)
         if aside.rows:
             said.append(f"{shown(index.root)}: {aside.sentence(aside.rows)}")
         for sentence in said:
             logger.warning(sentence)
         found.append((changes.images, aside))
+    if more and comms.is_main():
+        set_aside.write(run.directory, dict(zip(named, (aside for _, aside in found), strict=True)))
     return found
 
 
