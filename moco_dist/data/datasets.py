@@ -127,6 +127,8 @@ def load(config: DataConfig, channels: int = 3, run: run_lists.Begun | None = No
     assert loaded, "the last turn is everyone's"
     content = _fingerprint(loaded.train, loaded.test)
     peers.same_everywhere("the data set's fingerprint", content)
+    files = run_lists.state(loaded.train, loaded.test)
+    peers.same_everywhere("what has changed of the images' files", files, "launch again")
     if run and run.trained_on in (None, content):
         peers.from_main(partial(run_lists.keep, run, loaded.train, loaded.test))
     train, validation = _split(loaded.train, config)

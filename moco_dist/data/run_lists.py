@@ -24,7 +24,7 @@ from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.image_worker import GONE
 from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
-from moco_dist.distributed import comms, peers
+from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.errors import ConfigError, DataError, output_errors, shown
 from moco_dist.runs.status import replace as replace_file
 
@@ -67,7 +67,7 @@ class Changes(NamedTuple):
 
 
 def write(run: Path, lists: Lists) -> None:
-    """Write the lists of a run, compressed: some 10 MB for a million images."""
+    """Write the lists of a run, compressed."""
     arrays: dict[str, Any] = {}
     for part, index in lists.items():
         arrays |= {f"{part}.{name}": getattr(index, name).numpy() for name in COLUMNS}
@@ -88,7 +88,7 @@ def read(run: Path) -> Lists:
         with np.load(run / LISTS, allow_pickle=False) as file:
             for part in sorted({name.partition(".")[0] for name in file.files}):
                 columns: dict[str, Any] = {
-                    name: torch.from_numpy(file[f"{part}.{name}"]) for name in COLUMNS
+                    name: torch.tensor(file[f"{part}.{name}"]) for name in COLUMNS
                 }
                 classes, tars = json.loads(file[f"{part}.texts"].tobytes())
                 lists[part] = ImageIndex(run, classes=tuple(classes), tars=tuple(tars), **columns)
@@ -138,6 +138,19 @@ def settled(
     return found
 
 
+def state(*parts: object) -> dict[str, str]:
+    """Return a fingerprint of where the files are now and which are set aside, by part.
+
+    Machines may see a change of their shared files at different times.
+    """
+    return {
+        name: fingerprint.of_tensors(
+            part.catalogue.sizes, part.catalogue.offsets, torch.tensor(sorted(part.aside.rows))
+        )
+        for name, part in _streamed(parts).items()
+    }
+
+
 def keep(run: Begun, *parts: object) -> None:
     """Write the lists of a run that begins, or that began before there were any."""
     streamed = _streamed(parts)
@@ -175,8 +188,8 @@ def _streamed(parts: Sequence[object]) -> dict[str, StreamedImages]:
 
 def _compared(begun: ImageIndex, now: ImageIndex) -> Changes:
     """Return the list `begun` with the places that its files have in `now`, and what differs."""
-    places = {now.label(row): row for row in range(len(now))}
-    found = [places.pop(begun.label(row), -1) for row in range(len(begun))]
+    places = {label: row for row, label in enumerate(now.all_labels())}
+    found = [places.pop(label, -1) for label in begun.all_labels()]
     rows = torch.tensor(found, dtype=torch.int64)
     kept = rows >= 0
     where = rows[kept]
