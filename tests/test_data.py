@@ -163,8 +163,8 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(
         (
             "empty",
             "no images in this folder; data.root needs files that end in "
-            ".jpg, .jpeg, .jpe, .jfif, .mpo, .png, .apng, .bmp, .gif, .webp, .avif, .tif, "
-            ".tiff, .ppm, .pgm, .pbm, .pnm",
+            ".jpg, .jpeg, .jpe, .jfif, .mpo, .png, .apng, .bmp, .gif, .webp, .avif, .avifs, "
+            ".tif, .tiff, .ppm, .pgm, .pbm, .pnm",
         ),
     ],
 )

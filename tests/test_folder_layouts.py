@@ -240,7 +240,7 @@ WARNED = {
     ),
     "stray": (
         {" .png": 1, "a .png": 5, "b .png": 5},
-        "1 images next to the class folders have no class; the first is {root}/0.png",
+        "1 image(s) next to the class folders have no class; the first is {root}/0.png",
     ),
     "unsorted": (
         {" .png": 5, "a .png": 5, "b .png": 5},
@@ -248,7 +248,7 @@ WARNED = {
     ),
     "others": (
         {"train .png": 3, "bus .png": 3, "car .png": 3},
-        "trains on 'train' alone; left aside 2 other folders: bus, car",
+        "trains on 'train' alone; left aside 2 other folder(s): bus, car",
     ),
     "test alone": (
         {"cat .png": 3, "dog .png": 3, "test .png": 3},
@@ -256,7 +256,7 @@ WARNED = {
     ),
     "next to the parts": (
         {" .png": 2, "train/a .png": 3, "train/b .png": 3},
-        "left aside 2 images next to the folder that is read",
+        "left aside 2 image(s) next to the folder that is read",
     ),
 }
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from moco_dist.config.recipe import DataConfig
-from moco_dist.data import file_sets, image_folder, run_lists, shapes, torchvision_sets
+from moco_dist.data import file_sets, image_folder, run_lists, set_aside, shapes, torchvision_sets
 from moco_dist.data.image_file import WHITE, Recipe
 from moco_dist.data.image_index import ImageIndex
+from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.worker_pool import WorkerPool
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.errors import ConfigError, DataError, shown
 from moco_dist.randomness import Purpose, permutation
-from moco_dist.runs.status import replace as write_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,14 @@ class Images:
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-    # Unreadable files of the list that these images are from, with the reasons.
-    left_out: tuple[str, ...] = ()
-    # Images of that list of which some is transparent.
-    transparent: int = 0
-    # That list, and the images' rows in it, int64 (n,); None for images that are no files.
+    # The list that these images are from, and their rows in it, int64 (n,); None for images that
+    # are no files.
     catalogue: ImageIndex | None = None
     rows: Tensor | None = None
+    # Rows of unreadable files of that list, with the reasons.
+    left_out: tuple[image_folder.Unreadable, ...] = ()
+    # Images of that list of which some is transparent.
+    transparent: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -246,18 +247,17 @@ def _in_memory(part: ImageIndex, config: DataConfig, recipe: Recipe, kept: Path)
     """Return the images of a list, without unreadable ones if `config` allows that."""
     seen = image_folder.Seen(config.skip_unreadable)
     pixels = image_folder.load(part, recipe, kept, seen)
-    images = Images(pixels, part.labels, part.classes, (), seen.transparent, part)
-    images = replace(images, rows=torch.arange(len(part)))
-    if not seen.unreadable:
+    rows = torch.arange(len(part))
+    bad = tuple(seen.unreadable)
+    images = Images(pixels, part.labels, part.classes, part, rows, bad, seen.transparent)
+    if not bad:
         return images
     logger.warning(
         "%s: %s; they are left out", shown(part.root), image_folder.counted(part, seen.unreadable)
     )
     good = torch.ones(len(images), dtype=torch.bool)
-    good[[row for row, _ in seen.unreadable]] = False
-    places = part.places([row for row, _ in seen.unreadable])
-    left_out = [f"{place}: {why}" for place, (_, why) in zip(places, seen.unreadable, strict=True)]
-    return replace(images[good], left_out=tuple(left_out))
+    good[[row for row, _ in bad]] = False
+    return images[good]
 
 
 def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
@@ -282,16 +282,16 @@ def _split(images: AnyImages, config: DataConfig) -> tuple[AnyImages, AnyImages]
 
 
 def note_left_out(directory: Path, splits: Splits) -> None:
-    """Write left_out.txt in a run directory: each unreadable file that was left out, and why."""
-    files = [
-        file
-        for part in (splits.train, splits.test)
-        for file in (part.left_out if isinstance(part, Images) else ())
-    ]
-    path = directory / "left_out.txt"
-    path.unlink(missing_ok=True)
-    if files:
-        write_text(path, "".join(f"{shown(file, 8192)}\n" for file in files))
+    """Write SET_ASIDE in a run directory: the files that images in memory were left without."""
+    parts = zip(run_lists.PARTS, (splits.train, splits.test), strict=True)
+    asides = {
+        name: Aside(part.catalogue, True, dict(part.left_out))
+        for name, part in parts
+        if isinstance(part, Images) and part.catalogue and len(part)
+    }
+    there = (directory / set_aside.SET_ASIDE).exists()
+    if asides and (there or any(aside.rows for aside in asides.values())):
+        set_aside.write(directory, asides)
 
 
 def require_labels(splits: Splits, config: DataConfig) -> None:

@@ -36,7 +36,8 @@ def find(given: Path, endings: tuple[str, ...] = EXTENSIONS) -> Layout:
     folders are for training.
     """
     root = inside(given, endings)
-    folders = [name for name in _folders(root) if part_of(name) and holds(root / name, endings)]
+    names = _folders(root)
+    folders = [name for name in names if part_of(name) and holds(root / name, endings)]
     trains = [name for name in folders if part_of(name) == "train"]
     train = "train" if "train" in trains else next(iter(trains), "")
     if len(trains) > 1 and train != "train":
@@ -52,12 +53,12 @@ def find(given: Path, endings: tuple[str, ...] = EXTENSIONS) -> Layout:
             f"{shown(root)}: trains on all folders, also on '{shown(folders[0])}', because none is "
             "called train"
         )
-    others = [name for name in _folders(root) if train and name not in (train, *tests)]
+    others = [name for name in names if train and name not in (train, *tests)]
     if others := [shown(name) for name in others if holds(root / name, endings)]:
         listed = f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
         said.append(
             f"{shown(root)}: trains on '{shown(train)}' alone; left aside {len(others)} other "
-            f"folders: {listed}"
+            f"folder(s): {listed}"
         )
     return Layout(root, root / train, tuple(root / name for name in tests), tuple(said))
 
@@ -67,7 +68,7 @@ def _next_to(given: Path, last: Path, endings: tuple[str, ...]) -> list[str]:
     levels = [at for at in (last, *last.parents) if at.is_relative_to(given)]
     counts = [(at, _files(at, endings)) for at in levels]
     return [
-        f"{shown(at)}: left aside {count:,} {'images' if endings == EXTENSIONS else 'tars'} next "
+        f"{shown(at)}: left aside {count:,} {'image' if endings == EXTENSIONS else 'tar'}(s) next "
         "to the folder that is read"
         for at, count in counts
         if count

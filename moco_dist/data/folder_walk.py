@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,12 +76,12 @@ class Walk:
 def walk(root: Path) -> Walk:
     """Return what is below `root`.
 
-    Links are followed after all real folders, and only to folders not yet read, so that loops end
-    and no image counts twice.
+    Links are followed after all real folders, and only to folders not yet read and not above
+    `root`, so that loops end and no image counts twice.
     """
     found = Walk(root)
     others: dict[tuple[str, str], _Others] = {}
-    seen: set[tuple[int, int]] = set()
+    seen = _above(root)
     folders, links = [str(root)], list[str]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
@@ -144,9 +145,19 @@ def _head(path: str) -> bytes:
         return b""
 
 
+def _above(folder: str | Path) -> set[tuple[int, int]]:
+    """Return device and number of each folder above a folder."""
+    found = set()
+    for above in Path(os.path.realpath(folder)).parents:
+        with suppress(OSError):
+            stat = os.stat(above)
+            found.add((stat.st_dev, stat.st_ino))
+    return found
+
+
 def holds(folder: str | Path, endings: tuple[str, ...] = EXTENSIONS, at_least: int = 1) -> bool:
     """Return whether at least so many files with one of the endings are below `folder`."""
-    seen: set[tuple[int, int]] = set()
+    seen = _above(folder)
     folders, count = [str(folder)], 0
     while folders:
         at = folders.pop()

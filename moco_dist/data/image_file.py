@@ -27,17 +27,17 @@ Pixels = NDArray[np.uint8]
 # Suffixes of the files that are read as images, in any case.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".gif", ".webp", ".avif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".avifs", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-# Suffixes of files that are images as well, and are not read.
-UNREAD = (
-    *(".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl", ".jxr"),
-    *(".tga", ".svg", ".psd", ".psb", ".xcf", ".ico", ".icns", ".cur", ".pcx", ".dds", ".sgi"),
-    *(".exr", ".hdr", ".pfm", ".pam", ".qoi", ".eps", ".ps", ".wmf", ".emf", ".xbm", ".xpm"),
-    *(".dcm", ".fits", ".fit", ".dib", ".flif", ".bpg", ".svs", ".ndpi", ".czi"),
-    *(".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
-)
-
+# Suffixes of files that are images as well, and are not read: of photographs, drawings, and others.
+_UNREAD = """
+    heic heif hif jp2 j2k j2c jpc jpf jpx jxl jxr exr hdr dcm fits fit svs ndpi czi qoi flif bpg
+    cr2 cr3 nef arw dng orf rw2 raf pef srw pcd
+    svg psd psb xcf ico icns cur eps ps wmf emf xbm xpm dib
+    tga icb vda vst dds blp ftc ftu pcx dcx sgi bw rgb rgba ras sun pfm pam im msp pxr palm gbr fli
+    flc spider
+"""
+UNREAD = tuple(f".{name}" for name in _UNREAD.split())
 # How the contents of images begin, and their names. Some start with the length of their first part.
 KINDS = (
     ("JPEG", rb"\xff\xd8\xff"),

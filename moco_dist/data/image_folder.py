@@ -102,7 +102,7 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
         raise DataError(fault)
     if loose:
         said.append(
-            f"{shown(root)}: {loose:,} images next to the class folders have no class; the first "
+            f"{shown(root)}: {loose:,} image(s) next to the class folders have no class; the first "
             f"is {shown(files[0], 4096)}"
         )
     number = {name: i for i, name in enumerate(classes or names)}

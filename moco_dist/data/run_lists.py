@@ -88,7 +88,7 @@ def read(run: Path) -> Lists:
         with np.load(run / LISTS, allow_pickle=False) as file:
             for part in sorted({name.partition(".")[0] for name in file.files}):
                 columns: dict[str, Any] = {
-                    name: torch.tensor(file[f"{part}.{name}"]) for name in COLUMNS
+                    name: torch.from_numpy(file[f"{part}.{name}"]) for name in COLUMNS
                 }
                 classes, tars = json.loads(file[f"{part}.texts"].tobytes())
                 lists[part] = ImageIndex(run, classes=tuple(classes), tars=tuple(tars), **columns)
@@ -143,12 +143,12 @@ def state(*parts: object) -> dict[str, str]:
 
     Machines may see a change of their shared files at different times.
     """
-    return {
-        name: fingerprint.of_tensors(
-            part.catalogue.sizes, part.catalogue.offsets, torch.tensor(sorted(part.aside.rows))
-        )
-        for name, part in _streamed(parts).items()
-    }
+    found = {}
+    for name, part in _streamed(parts).items():
+        rows = torch.tensor(sorted(part.aside.rows), dtype=torch.int64)
+        now = torch.cat([part.catalogue.sizes, part.catalogue.offsets, rows])
+        found[name] = fingerprint.of_tensors(now)
+    return found
 
 
 def keep(run: Begun, *parts: object) -> None:
