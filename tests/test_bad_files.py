@@ -119,7 +119,7 @@ def test_runs_with_bad_files_are_the_same_on_any_processes_and_when_interrupted(
 ) -> None:
     """An epoch has 3 steps; the last launch finds one file mended, one gone, one as it was."""
     straight = on(1, tmp_path / "straight", folder, 12, SKIP)
-    plan = on(4, tmp_path / "plan", folder, 3, SKIP, "data.keys_by=plan", "runtime.micro_batches=2")
+    plan = on(2, tmp_path / "plan", folder, 3, SKIP, "data.keys_by=plan", "runtime.micro_batches=2")
     for step, found in plan["hashes"].items():
         assert found == straight["hashes"][step], step
     begun = on(2, tmp_path / "cut", folder, 5, SKIP)
@@ -260,6 +260,24 @@ def test_a_worker_that_is_killed_ends_all_processes_alike_with_the_state_saved(
     told = status(job.run)
     assert (told["state"], told["again"]) == ("data", True)
     assert account(job.run)["step"] == told["step"] == last_step(job.run)
+
+
+def test_a_bad_validation_image_ends_the_run_at_its_evaluation(whole: Path, tmp_path: Path) -> None:
+    """Only one of two processes reads it, and no accuracy is logged that was measured without."""
+    root = Path(shutil.copytree(whole, tmp_path / "set"))
+    validation = load(root, validation=0.1).validation
+    assert isinstance(validation, StreamedImages)
+    (place,) = validation.catalogue.places([int(validation.rows[3])])
+    Path(place.path).write_bytes(b"no image")
+    text = launched(tmp_path, 2, settings(root), 65)
+    assert f"error: {place.path}: not a readable image (" in text
+    run = tmp_path / "run"
+    assert (status(run)["state"], last_step(run), account(run)["step"]) == ("data", 6, 6)
+    assert not any("knn/top1" in line for line in account(run)["metrics"])
+    text = launched(tmp_path, 2, settings(root, SKIP), 0)
+    assert f"1 unreadable file set aside: {place.path} (" in text
+    measured = [each["step"] for each in account(run)["metrics"] if "knn/top1" in each]
+    assert measured == [6, 12, 18]
 
 
 def test_a_probe_goes_on_like_its_pretraining(folder: Path, tmp_path: Path) -> None:

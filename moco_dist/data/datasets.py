@@ -128,6 +128,8 @@ def load(config: DataConfig, channels: int = 3, run: run_lists.Begun | None = No
     assert loaded, "the last turn is everyone's"
     content = _fingerprint(loaded.train, loaded.test)
     peers.same_everywhere("the data set's fingerprint", content)
+    files = run_lists.state(loaded.train, loaded.test)
+    peers.same_everywhere("what has changed of the images' files", files, "launch again")
     if run and run.trained_on in (None, content):
         peers.from_main(partial(run_lists.keep, run, loaded.train, loaded.test))
     train, validation = _split(loaded.train, config)
@@ -162,9 +164,12 @@ def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
     squares, limit = f"{kind} of {size} x {size} need {need:.3g} GB", f"{config.memory_gb:g}"
     if isinstance(train, StreamedImages):
         workers = train.pool.size
+        held = [part for part in (train, test) if isinstance(part, StreamedImages) and len(part)]
+        count = sum(len(part.aside.rows) for part in held)
         return (
             f"streamed by {workers} worker{'s' * (workers > 1)} per process: {squares}, more than "
             f"data.memory_gb={limit}; what is transparent on {_colour(config)}"
+            f"{f'; {count} unreadable set aside' if count else ''}"
         )
     on_disk = config.name in ON_DISK
     rule = f"data.memory_gb={limit} allows it" if on_disk else f"{config.name} always is"

@@ -71,6 +71,14 @@ class ImageIndex:
         """Return the name of an image in the whole list, with that of its tar."""
         return f"{self.tars[int(self.tar[row])]}: {self.name(row)}" if self.tars else self.name(row)
 
+    def all_labels(self) -> list[str]:
+        """Return what `label` does for all rows."""
+        blob, ends = self.names.numpy().tobytes(), self.ends.tolist()
+        names = (os.fsdecode(blob[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+        if not self.tars:
+            return list(names)
+        return [f"{self.tars[n]}: {name}" for n, name in zip(self.tar.tolist(), names, strict=True)]
+
     def places(self, rows: Sequence[int]) -> list[Place]:
         """Return the locations of the images `rows`."""
         root = str(self.root)

@@ -24,7 +24,7 @@ from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.image_worker import GONE
 from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
-from moco_dist.distributed import comms, peers
+from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.errors import ConfigError, DataError, output_errors, shown
 from moco_dist.runs.status import replace as replace_file
 
@@ -67,7 +67,7 @@ class Changes(NamedTuple):
 
 
 def write(run: Path, lists: Lists) -> None:
-    """Write the lists of a run, compressed: some 10 MB for a million images."""
+    """Write the lists of a run, compressed."""
     arrays: dict[str, Any] = {}
     for part, index in lists.items():
         arrays |= {f"{part}.{name}": getattr(index, name).numpy() for name in COLUMNS}
@@ -117,7 +117,7 @@ def settled(
             f"{run.directory}: had images for {' and '.join(before)}, and now there are those for "
             f"{' and '.join(named)}; put them back, or give name=... for a new run"
         )
-    found = []
+    found, more = [], False
     for part, index in named.items():
         begun = before.get(part, index)
         changes = Changes(index, [], [], [], [])
@@ -125,12 +125,29 @@ def settled(
             changes = _compared(begun, index)
         aside = Aside(changes.images, skips)
         aside.restore(noted.get(part))
+        known = set(aside.rows)
         said = _settled(run.directory, changes, aside, begun)
+        more = more or known != set(aside.rows)
         if aside.rows:
             said.append(f"{shown(index.root)}: {aside.sentence(aside.rows)}")
         for sentence in said:
             logger.warning(sentence)
         found.append((changes.images, aside))
+    if more and comms.is_main():
+        set_aside.write(run.directory, dict(zip(named, (aside for _, aside in found), strict=True)))
+    return found
+
+
+def state(*parts: object) -> dict[str, str]:
+    """Return a fingerprint of where the files are now and which are set aside, by part.
+
+    Machines may see a change of their shared files at different times.
+    """
+    found = {}
+    for name, part in _streamed(parts).items():
+        rows = torch.tensor(sorted(part.aside.rows), dtype=torch.int64)
+        now = torch.cat([part.catalogue.sizes, part.catalogue.offsets, rows])
+        found[name] = fingerprint.of_tensors(now)
     return found
 
 
@@ -171,8 +188,8 @@ def _streamed(parts: Sequence[object]) -> dict[str, StreamedImages]:
 
 def _compared(begun: ImageIndex, now: ImageIndex) -> Changes:
     """Return the list `begun` with the places that its files have in `now`, and what differs."""
-    places = {now.label(row): row for row in range(len(now))}
-    found = [places.pop(begun.label(row), -1) for row in range(len(begun))]
+    places = {label: row for row, label in enumerate(now.all_labels())}
+    found = [places.pop(label, -1) for label in begun.all_labels()]
     rows = torch.tensor(found, dtype=torch.int64)
     kept = rows >= 0
     where = rows[kept]

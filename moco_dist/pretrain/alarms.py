@@ -142,7 +142,7 @@ class Watch:
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             metrics = json.loads(line)
             if "alarm" in metrics:
-                told |= {metrics["alarm"], metrics["text"]}
+                told |= {metrics["alarm"], metrics.get("text", "")}
             elif "step" in metrics:
                 self.look(metrics["step"], metrics)
         self.told = told

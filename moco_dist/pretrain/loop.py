@@ -50,7 +50,8 @@ def loop(
             line = figures_of(trainer, hooks, loss, logits, seconds / (step - logged))
             results |= line
             tracker.log(step, line)
-            share_aside(trainer, session)
+            if config.data.skip_unreadable:
+                share_aside(trainer, session)
             since, logged = time.monotonic(), step
         if draws and tracker.media:
             pictures.draw_step(trainer, tracker.media, torch.cat(logits))
