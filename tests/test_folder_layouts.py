@@ -350,3 +350,7 @@ def test_a_bad_test_image_is_refused_by_the_probe_alone(
     assert said.startswith(f"the test images are left aside: {bad}")
     with pytest.raises(DataError, match="not a readable image"):
         probe.labelled(loaded, ProbeConfig(top_k=2))
+    findings, _ = doctor.data(config(root, tmp_path / "cache"), 3)
+    assert not any(finding.fault for finding in findings)
+    (warning,) = [finding.warning for finding in findings if finding.warning]
+    assert warning.startswith(f"1 of 2 decoded test images can't be read: {root / 'test'}")

@@ -53,10 +53,12 @@ def data(config: DataConfig, channels: int, seconds: float = SECONDS) -> tuple[l
     tests = f", {len(found.test):,} for testing" if found.test else ""
     text = f"{len(found.train):,} images{tests}, {classes} classes{findings[0].found}"
     findings[0] = replace(findings[0], found=text)
-    findings.append(Finding("parts", found.parts))
-    findings += [Finding("files", "", warning=sentence) for sentence in found.warnings]
+    if found.parts:
+        findings.append(Finding("parts", found.parts))
+    said = "see the warning below"
+    findings += [Finding("files", said, warning=sentence) for sentence in found.warnings]
     if found.fault:
-        findings.append(Finding("probe", "", warning=f"a probe will be refused: {found.fault}"))
+        findings.append(Finding("probe", said, warning=f"a probe will be refused: {found.fault}"))
     return findings, _kept(config, len(found.train))
 
 
@@ -104,8 +106,9 @@ def _looked_at(
         if (pixels == pixels[0, 0]).all():
             flat.append(shown(place, 4096))
     sampled, count = len(sizes) + len(bad), len(places) + len(others)
-    rest = [places[number] for number in order[SAMPLED:]] + others
-    more, decoded = _decoded(rest, recipe, seconds)
+    rest, end = [places[number] for number in order[SAMPLED:]], time.monotonic() + seconds
+    more, decoded = _decoded(rest, recipe, end)
+    bad_tests, of_tests = _decoded(others, recipe, end)
     bad, decoded = bad + more, decoded + sampled
     fault = warning = ""
     if bad and not config.skip_unreadable:
@@ -119,19 +122,27 @@ def _looked_at(
             "them, or give another data.background if they are transparent"
         )
     (width, height) = [(min(side), max(side)) for side in zip(*sizes, strict=True)] or [(0, 0)] * 2
-    share = ""
-    if rest:
+    share, decoded = "", decoded + of_tests
+    out = len(bad) + len(bad_tests) if config.skip_unreadable else 0
+    if rest or others:
         few = f"{decoded:,} of {count:,} decoded in {seconds:g} s ({ALL} decodes all)"
         share = f", all {count:,} decoded" if decoded == count else f", {few}"
     found = (
         f", {width[0]}-{width[1]} x {height[0]}-{height[1]} pixels in {sampled} sampled files"
         f"{f', {clear} of them transparent' if clear else ''}{share}"
-        f"{f', {len(bad)} of them unreadable and left out' if bad and not fault else ''}"
+        f"{f', {out} of them unreadable and left out' if out else ''}"
     )
-    return [Finding("data", found, fault, warning), *([colors(squares)] if squares else [])]
+    findings = [Finding("data", found, fault, warning), *([colors(squares)] if squares else [])]
+    if bad_tests and not config.skip_unreadable:
+        sentence = (
+            f"{len(bad_tests)} of {of_tests:,} decoded test images can't be read: "
+            f"{_first(bad_tests)}; a probe will be refused until they are replaced or removed"
+        )
+        findings.append(Finding("test images", f"{len(bad_tests)} unreadable", warning=sentence))
+    return findings
 
 
-def _decoded(places: list[Place], recipe: Recipe, seconds: float) -> tuple[list[str], int]:
+def _decoded(places: list[Place], recipe: Recipe, end: float) -> tuple[list[str], int]:
     """Return the unreadable files among those that were decoded in time, and how many these are."""
 
     def wrong(place: Place) -> str:
@@ -141,7 +152,7 @@ def _decoded(places: list[Place], recipe: Recipe, seconds: float) -> tuple[list[
             return _unreadable(place, error)
         return ""
 
-    bad, end, decoded = list[str](), time.monotonic() + seconds, 0
+    bad, decoded = list[str](), 0
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         while decoded < len(places) and time.monotonic() < end:
             part = places[decoded : decoded + SAMPLED]
