@@ -18,6 +18,7 @@ from moco_dist.config.recipe import DataConfig, PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.doctor import images as doctor
+from moco_dist.encoders.load import find
 from moco_dist.errors import DataError
 from moco_dist.pretrain import run as pretrain_run
 from moco_dist.probe import run as probe_run
@@ -54,6 +55,20 @@ def test_a_probe_ends_well_next_to_test_images_without_labels(
     results = json.loads((tmp_path / "probe" / "results.json").read_text())
     assert set(results["majority_top1"]) == {"validation"}
     assert results["train_images"] == 72
+
+
+def test_a_probe_warns_of_another_background(
+    tmp_path: Path, pretrained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = find(pretrained)
+    for background, warnings in (([255, 255, 255], 0), ([0, 0, 0], 1)):
+        given = load(ProbeConfig, [*probes.PROBE, f"data.background={background}"])
+        caplog.clear()
+        probe_run.warn_of_views(given, source)
+        assert len([said for said in caplog.messages if "data.background is" in said]) == warnings
+    assert caplog.messages[-1] == (
+        "data.background is [0, 0, 0] here but was [255, 255, 255] in pretraining; use the same"
+    )
 
 
 def test_all_skipped_files_are_listed_in_the_run_and_in_no_other(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 train = loaded.train
 json.dump({
     "read": [train.file(row) for row in range(len(train))],
-    "refused": [train.catalogue.places([row])[0].path for row, _ in train.left_out], "said": said, "held": loaded.held,
+    "refused": [train.catalogue.places([row])[0].path for row, _ in train.left_out],
+    "said": said, "held": loaded.held,
     "gigabytes": most * 1024 / 1e9,
     "means": train.pixels.double().mean((1, 2, 3)).tolist(),
 }, sys.stdout)

@@ -117,6 +117,10 @@ def warn_of_views(config: ProbeConfig, source: Found) -> None:
         if ours != theirs:
             sentence = "views.%s is %s here but was %s in pretraining; use the same"
             logger.warning(sentence, key, ours, theirs)
+    data = (source.checkpoint.state.get("config") or {}).get("data", {})
+    if (theirs := data.get("background", config.data.background)) != config.data.background:
+        sentence = "data.background is %s here but was %s in pretraining; use the same"
+        logger.warning(sentence, config.data.background, theirs)
 
 
 def find_overlaps(splits: datasets.Splits) -> list[overlap.Overlap]:
