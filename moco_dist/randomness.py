@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     VIEW = 4
     SHAPES = 5
     LABELS = 6
+    STAND_IN = 7
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

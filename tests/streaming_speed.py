@@ -136,7 +136,7 @@ def alone() -> None:
     sys.stdin.readline()
     began, busy = time.monotonic(), time.process_time()
     for each, numbers in content:
-        assert image_worker.answer(each, numbers, memory) == ""
+        assert image_worker.answer(each, numbers, memory) == ([], "")
     count = sum(len(each["places"]) for each in requests)
     print(count / (time.monotonic() - began), count / (time.process_time() - busy))
 

@@ -238,7 +238,9 @@ def test_the_doctor_trains_for_a_while_where_there_is_no_run(tmp_path: Path) -> 
 
 
 def test_the_doctor_refuses_what_it_can_not_measure_in_a_sentence(tmp_path: Path) -> None:
-    sentence = "error: there is no check --leak; give one of --bn-leak, or none for the table\n"
+    sentence = (
+        "error: there is no check --leak; give --bn-leak or --all-files, or none for the table\n"
+    )
     result = python("doctor", f"output={tmp_path}", "--leak")
     assert (result.returncode, result.stderr, result.stdout) == (78, sentence, "")
     many = python("doctor", f"output={tmp_path}", "--bn-leak", WORLD_SIZE="2")

@@ -20,6 +20,7 @@ from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets, image_folder
+from moco_dist.data.image_file import Recipe
 from moco_dist.encoders.load import find
 from moco_dist.errors import ConfigError, DataError
 from moco_dist.export.run import export
@@ -129,7 +130,7 @@ def test_a_state_dict_of_one_channel_is_known_by_its_first_layer(tmp_path: Path)
 def test_gray_pixels_are_those_of_pil_from_files_and_from_memory(tmp_path: Path) -> None:
     folder = gray_folder(tmp_path / "set", 6)
     listing = image_folder.scan(folder, labelled=True)
-    pixels = image_folder.decode(listing, 16, channels=1)
+    pixels = image_folder.decode(listing, Recipe(16, channels=1))
     for path, found in zip(listing.files, pixels, strict=True):
         with Image.open(path) as image:
             gray = ImageOps.fit(image.convert("L"), (16, 16), Image.Resampling.BICUBIC)
@@ -218,7 +219,7 @@ def test_pixels_of_more_than_8_bits_are_refused_and_not_cut_off(tmp_path: Path, 
     values = np.full((8, 8), 3000).astype({"I;16": "uint16", "I": "int32", "F": "float32"}[mode])
     Image.fromarray(values).save(tmp_path / "deep.tif")
     with pytest.raises(DataError, match=r"more than 8 bits \(mode .*\); scale them to 0 to 255"):
-        image_folder.decode(image_folder.scan(tmp_path, labelled=False), 8, channels=1)
+        image_folder.decode(image_folder.scan(tmp_path, labelled=False), Recipe(8, channels=1))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])

@@ -14,10 +14,13 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import datasets
 
+from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import datasets as data_datasets
 from moco_dist.data import image_folder
+from moco_dist.data.image_file import Recipe
 from moco_dist.errors import ConfigError, DataError, MissingError
+from moco_dist.probe import run as probe
 
 
 def write_image(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (12, 12)) -> None:
@@ -95,8 +98,8 @@ def test_labels_none_ignores_class_folders(labelled: Path, tmp_path: Path) -> No
     with pytest.raises(DataError) as error:
         data_datasets.require_labels(splits, config)
     assert str(error.value) == (
-        f"data.name=folder at data.root={labelled} has no labels, and a probe needs them; "
-        "sort the images into one folder per class"
+        f"data.name=folder at data.root={labelled} has no labels, with data.labels=none, and a "
+        "probe needs them; give data.labels=folders"
     )
 
 
@@ -106,7 +109,7 @@ def test_large_images_are_cut_to_a_centred_square(tmp_path: Path) -> None:
     path = tmp_path / "set" / "a.png"
     path.parent.mkdir()
     Image.fromarray(image).save(path)
-    pixels = image_folder.decode(image_folder.scan(path.parent, labelled=True), 8)
+    pixels = image_folder.decode(image_folder.scan(path.parent, labelled=True), Recipe(8))
     assert (pixels[:, :, :, 1:-1] == 255).all()
     assert (pixels > 200).all()
 
@@ -160,7 +163,8 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(
         (
             "empty",
             "no images in this folder; data.root needs files that end in "
-            ".jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff, .webp",
+            ".jpg, .jpeg, .jpe, .jfif, .mpo, .png, .apng, .bmp, .gif, .webp, .avif, .avifs, "
+            ".tif, .tiff, .ppm, .pgm, .pbm, .pnm",
         ),
     ],
 )
@@ -188,21 +192,26 @@ def test_a_corrupt_image_is_named_with_its_path(
     assert error.value.exit_status == 65
 
 
-def test_a_test_class_that_training_lacks_is_refused(labelled: Path, tmp_path: Path) -> None:
+def test_a_test_class_that_training_lacks_is_the_probes_business_alone(
+    labelled: Path, tmp_path: Path
+) -> None:
     write_image(labelled / "test" / "fox" / "0.png", (0, 0, 0))
-    with pytest.raises(DataError) as error:
-        data_datasets.load(folder(labelled, tmp_path / "cache"))
-    assert str(error.value) == (
-        f"{labelled / 'test'}: class folder 'fox' is not among the 3 classes of the training "
-        "images; use the same class folders in both"
+    splits = data_datasets.load(folder(labelled, tmp_path / "cache"))
+    assert (len(splits.train), len(splits.test)) == (27, 0)
+    assert splits.parts == "trains on train; leaves aside test (class 'fox' is not in training)"
+    assert splits.fault == (
+        f"{labelled / 'test'}: class 'fox' is not among the 3 classes of the training images; use "
+        "the same classes in both"
     )
+    with pytest.raises(DataError, match="class 'fox' is not among the 3 classes"):
+        probe.labelled(splits, ProbeConfig())
 
 
 def test_images_that_do_not_fit_into_memory_are_refused_before_decoding(tmp_path: Path) -> None:
     write_image(tmp_path / "set" / "a.png", (1, 2, 3))
     listing = image_folder.scan(tmp_path / "set", labelled=True)
     with pytest.raises(ConfigError, match=r"1 images of data\.size=1000000 need 3000 GB of memory"):
-        image_folder.decode(listing, 1_000_000)
+        image_folder.decode(listing, Recipe(1_000_000))
 
 
 def test_a_download_that_fails_has_its_sentence(
@@ -274,13 +283,11 @@ def test_unreadable_images_are_named_and_left_out_on_request(
         assert all(name in warning for name in bad)
         assert len(splits.train) == 198
         assert splits.train.labels.bincount().tolist() == [99, 99]
-        assert splits.held.endswith("; 2 unreadable left out")
+        assert splits.held.endswith("; 2 unreadable left out; 1 transparent, on white")
     whole = image_folder.scan(tmp_path / "own", labelled=True)
     good = [file for file in whole.files if str(file) not in bad]
-    for row in (0, 1, 60, 197):
+    for row in (0, 2, 60, 197):  # row 1 is transparent
         with Image.open(good[row]) as image:
             square = ImageOps.fit(image.convert("RGB"), (16, 16), Image.Resampling.BICUBIC)
         found = splits.train.squares(torch.tensor(row)).permute(1, 2, 0)
         assert np.array_equal(found, np.asarray(square))
-    with pytest.raises(ConfigError, match="needs images that are decoded in advance"):
-        data_datasets.load(dataclasses.replace(lenient, memory_gb=0))

@@ -126,7 +126,7 @@ def test_more_images_than_a_request_holds_come_in_their_order(
     places = files(tmp_path, 7)
     tickets = [pool.submit([place], CENTRED, None) for place in places]
     for place, ticket in reversed(list(zip(places, tickets, strict=True))):
-        expected = image_file.square(Path(place.path).read_bytes(), 16)
+        expected, _ = image_file.square(Path(place.path).read_bytes(), CENTRED)
         found = pool.fetch(ticket)[0, 0].permute(1, 2, 0)
         assert np.array_equal(found.numpy(), expected)
 
@@ -150,18 +150,19 @@ def test_images_too_large_for_a_request_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("damage", "reason"),
     [
-        ("gone", "can't be read (No such file or directory); put it back as it was"),
-        ("text", "not a readable image (its content is none of JPEG, PNG, PPM, BMP, TIFF, WEBP, "),
-        ("cut", "not a readable image (image file is truncated"),
-        ("empty", "not a readable image (its content is none of JPEG"),
+        ("gone", "it is gone"),
+        ("text", "its content is none of JPEG, PNG, PPM, BMP, TIFF, WEBP, "),
+        ("cut", "image file is truncated"),
+        ("empty", "its content is none of JPEG"),
     ],
 )
-def test_a_file_that_goes_bad_is_named(
-    tmp_path: Path, pool: WorkerPool, damage: str, sentence: str
+def test_a_file_that_goes_bad_is_named_and_leaves_the_others(
+    tmp_path: Path, pool: WorkerPool, damage: str, reason: str
 ) -> None:
     places = files(tmp_path)
+    whole = pool.fetch(pool.submit(places, CENTRED, None)).clone()
     path = Path(places[1].path)
     if damage == "gone":
         path.unlink()
@@ -169,12 +170,24 @@ def test_a_file_that_goes_bad_is_named(
         content = path.read_bytes()
         path.write_bytes({"text": b"<html>", "cut": content[:-200], "empty": b""}[damage])
     ticket = pool.submit(places, CENTRED, None)
+    found = pool.fetch(ticket)
+    ((number, why),) = ticket.answer.bad
+    assert (number, why.startswith(reason)) == (1, True), why
+    for good in (0, *range(2, len(places))):
+        assert found[good].equal(whole[good])
+
+
+def test_a_disk_that_is_gone_is_no_bad_file(tmp_path: Path, pool: WorkerPool) -> None:
+    places = files(tmp_path)
+    for place in places:
+        Path(place.path).unlink()  # and so the folder is empty, as where nothing is mounted
     with pytest.raises(DataError) as error:
-        pool.fetch(ticket)
-    assert str(error.value).startswith(f"{path}: {sentence}")
+        pool.fetch(pool.submit(places, CENTRED, None))
+    assert str(error.value) == (
+        f"{places[0].path}: can't be read (No such file or directory); put it back as it was"
+    )
     assert error.value.exit_status == 65
     assert not error.value.again
-    pool.fetch(pool.submit(places[:1], CENTRED, None))  # the worker is as well as before
 
 
 def test_a_passing_error_is_tried_three_times(

@@ -19,7 +19,7 @@ from PIL import Image
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
-from moco_dist.doctor import checks, run
+from moco_dist.doctor import checks, images, run
 from moco_dist.errors import FaultsError
 from tests import processes
 
@@ -140,7 +140,7 @@ def test_unreadable_images_that_are_to_be_skipped_are_counted(tmp_path: Path) ->
     Image.new("RGB", (20, 30)).save(tmp_path / "good.png")
     (tmp_path / "text.jpg").write_text("no image")
     given = ["data.name=folder", f"data.root={tmp_path}", "data.skip_unreadable=true"]
-    ((finding, _), _) = checks.data(load(PretrainConfig, given).data, channels=3)
+    ((finding, *_), _) = images.data(load(PretrainConfig, given).data, channels=3)
     assert finding.fault == ""
     assert finding.found.endswith("in 2 sampled files, 1 of them unreadable and left out")
 
@@ -150,10 +150,10 @@ def test_colors_of_the_images_are_those_of_their_squares(tmp_path: Path) -> None
     for number, red in enumerate((255, 0, 0, 0)):
         Image.new("RGB", (40, 30), (red, 51, 0)).save(tmp_path / f"{number}.png")
     config = load(PretrainConfig, ["data.name=folder", f"data.root={tmp_path}"]).data
-    (_, colors), _ = checks.data(config, channels=3)
+    (_, colors, *_), _ = images.data(config, channels=3)
     spread = (0.25 * 0.75) ** 0.5
     assert f"views.mean=[0.2500,0.2000,0.0000] views.std=[{spread:.4f},0.0000," in colors.found
-    (_, gray), _ = checks.data(config, channels=1)
+    (_, gray, *_), _ = images.data(config, channels=1)
     assert re.match(r"views.mean=\[0\.\d{4}\] views.std=\[0\.\d{4}\] are", gray.found)
 
 

@@ -55,6 +55,10 @@ def commands(page: Path) -> Iterator[list[str]]:
                     yield words
 
 
+# Options without a value.
+ALONE = ("--all-files", "--bn-leak", "--quick", "--text", "--follow")
+
+
 def check_arguments(module: str, words: list[str]) -> None:
     """Check the arguments of a command of ours: options against its help, keys by loading them."""
     text = importlib.import_module(f"moco_dist.{module}.run").__doc__ or ""
@@ -62,7 +66,7 @@ def check_arguments(module: str, words: list[str]) -> None:
     for word in rest:
         if word.startswith("--"):
             assert re.search(rf"{word}\b", text), f"{module} has no {word}"
-            value = "" if word in ("--bn-leak", "--quick", "--text", "--follow") else next(rest)
+            value = "" if word in ALONE else next(rest)
             assert word != "--to" or value in TARGETS
         else:
             given.append(word)

@@ -24,9 +24,12 @@ from safetensors.torch import save_file
 from moco_dist.config.recipe import DataConfig, PretrainConfig
 from moco_dist.config.yaml_files import from_dict, load, stored, to_dict
 from moco_dist.data import datasets, image_file, image_folder
+from moco_dist.data.image_file import Recipe
+from moco_dist.data.image_folder import Seen
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
 
+EIGHT = Recipe(8)
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
 
 
@@ -50,9 +53,7 @@ def bomb(width: int, height: int) -> bytes:
     return made
 
 
-def test_a_loop_of_links_ends_and_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_loop_of_links_ends_and_is_named(tmp_path: Path) -> None:
     write_image(tmp_path / "cat" / "0.png")
     write_image(tmp_path / "dog" / "0.png")
     (tmp_path / "cat" / "again").symlink_to(tmp_path)
@@ -61,7 +62,7 @@ def test_a_loop_of_links_ends_and_is_named(
     listing = image_folder.scan(tmp_path, labelled=True)
     assert names(listing) == ["cat/0.png", "dog/0.png"]
     assert listing.classes == ("cat", "dog")
-    assert sorted(record.getMessage() for record in caplog.records) == [
+    assert sorted(listing.warnings) == [
         f"{tmp_path}: left out 1 links to nothing; the first is {tmp_path / 'dog' / 'circle.png'}",
         f"{tmp_path}: left out 2 links to folders that are read already; "
         f"the first is {tmp_path / 'cat' / 'again'}",
@@ -97,7 +98,7 @@ def test_images_come_folder_by_folder_in_the_order_of_their_names(tmp_path: Path
 
 
 def test_pipes_dangling_links_and_closed_folders_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_image(tmp_path / "cat" / "0.png")
     write_image(tmp_path / "closed" / "0.png")
@@ -112,8 +113,8 @@ def test_pipes_dangling_links_and_closed_folders_are_named(
 
     monkeypatch.setattr(os, "scandir", refuse)
     listing = image_folder.scan(tmp_path, labelled=True)
-    assert image_folder.decode(listing, 8).shape == (1, 3, 8, 8)
-    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert image_folder.decode(listing, EIGHT).shape == (1, 3, 8, 8)
+    said = "\n".join(listing.warnings)
     assert f"pipes or devices; the first is {tmp_path / 'cat' / 'pipe.jpg'}" in said
     assert f"links to nothing; the first is {tmp_path / 'cat' / 'gone.png'}" in said
     closed = f"folders that can't be read (Permission denied); the first is {tmp_path}/closed"
@@ -132,11 +133,11 @@ def test_any_file_name_is_read_cached_and_printable(tmp_path: Path, name: bytes)
     os.rename(root / "plain.png", target)
     for _ in range(2):
         listing = image_folder.scan(root, labelled=True)
-        assert (image_folder.load(listing, 8, tmp_path / "cache") == 9).all()
+        assert (image_folder.load(listing, EIGHT, tmp_path / "cache", Seen()) == 9).all()
     assert len(list((tmp_path / "cache").iterdir())) == 1
     Path(os.fsdecode(target)).write_bytes(b"no image")
     with pytest.raises(DataError) as error:
-        image_folder.load(image_folder.scan(root, labelled=True), 8, tmp_path / "cache")
+        image_folder.load(image_folder.scan(root, labelled=True), EIGHT, tmp_path / "cache", Seen())
     assert str(error.value).isprintable()
     assert str(error.value).encode()
 
@@ -164,11 +165,12 @@ import resource, sys
 from dataclasses import replace
 from pathlib import Path
 from moco_dist.data import image_folder
+from moco_dist.data.image_file import Recipe
 from moco_dist.errors import DataError
 listing = image_folder.scan(Path(sys.argv[1]), labelled=True)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    print(tuple(image_folder.decode(listing, 8).shape))
+    print(tuple(image_folder.decode(listing, Recipe(8)).shape))
 except DataError as error:
     print(error)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
@@ -204,8 +206,8 @@ def test_a_photo_of_a_hundred_megapixels_is_read_without_a_warning(tmp_path: Pat
 def test_postscript_behind_an_image_name_starts_no_interpreter(tmp_path: Path) -> None:
     header = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
     (tmp_path / "x.jpg").write_text(header)
-    with pytest.raises(DataError, match="its content is none of JPEG, PNG"):
-        image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
+    with pytest.raises(DataError, match="its content is PostScript, which is not read"):
+        image_folder.decode(image_folder.scan(tmp_path, labelled=True), EIGHT)
 
 
 def test_all_unreadable_images_are_counted_and_five_are_named(tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ def test_all_unreadable_images_are_counted_and_five_are_named(tmp_path: Path) ->
     for i in (1, 2, 4, 5, 6, 7, 8):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     with pytest.raises(DataError) as error:
-        image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
+        image_folder.decode(image_folder.scan(tmp_path, labelled=True), EIGHT)
     said = str(error.value)
     assert said.startswith(f"{tmp_path}: 7 of 9 images are not readable: {tmp_path / '1.png'} (")
     assert [i for i in range(9) if f"{tmp_path / f'{i}.png'} (" in said] == [1, 2, 4, 5, 6]
@@ -229,14 +231,14 @@ def test_a_thousand_unreadable_images_are_not_all_tried(
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     tried = []
 
-    def square(content: bytes, size: int) -> None:
+    def square(content: bytes, recipe: Recipe) -> None:
         tried.append(content)
         time.sleep(0.001)
         raise ValueError("bad")
 
     monkeypatch.setattr(image_file, "square", square)
     with pytest.raises(DataError, match="100 or more of 1000 images are not readable"):
-        image_folder.decode(image_folder.scan(tmp_path, labelled=True), 8)
+        image_folder.decode(image_folder.scan(tmp_path, labelled=True), EIGHT)
     assert len(tried) < 500
 
 
@@ -356,12 +358,12 @@ def test_planted_archives_are_not_unpacked_and_planted_pickles_not_read(
 def test_a_planted_cache_of_another_shape_is_not_used(tmp_path: Path) -> None:
     write_image(tmp_path / "set" / "0.png", (9, 9, 9))
     listing = image_folder.scan(tmp_path / "set", labelled=True)
-    image_folder.load(listing, 8, tmp_path / "cache")
+    image_folder.load(listing, EIGHT, tmp_path / "cache", Seen())
     (cached,) = (tmp_path / "cache").iterdir()
     other = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
     for metadata in ({"fingerprint": fingerprint.of_tensors(other)}, None):
         save_file({"pixels": other}, cached, metadata)
-        assert image_folder.load(listing, 8, tmp_path / "cache").shape == (1, 3, 8, 8)
+        assert image_folder.load(listing, EIGHT, tmp_path / "cache", Seen()).shape == (1, 3, 8, 8)
 
 
 def refusal(text: str, file: Path) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import datasets, image_file, image_folder, image_index, tar_shards
+from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.worker_pool import WorkerPool
 from moco_dist.errors import ConfigError, DataError, MissingError
@@ -194,26 +195,18 @@ def test_labels_are_those_of_the_sample_and_extensions_begin_at_the_first_dot(
     assert tar_shards.read(tmp_path, ["a.tar"], False, None).classes == ()
 
 
-def test_numbers_of_classes_stay_what_they_are(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", {"1.jpg": b"", "1.cls": b"10", "2.jpg": b"", "2.cls": b"3"})
-    found = tar_shards.read(tmp_path, ["a.tar"], True, None)
-    assert found.labels == [10, 3]
-    assert len(found.classes) == 11
-
-
 def test_tars_are_shared_out_by_folders_or_by_words_of_their_names(tmp_path: Path) -> None:
     for name in ("net-train-0.tar", "net-train-1.tar", "net-val-0.tar", "intervals.tar"):
         write_tar(tmp_path / "one" / name, {})
     for name in ("train/1.tar", "train/0.tar", "val/0.tar", "other.tar"):
         write_tar(tmp_path / "two" / name, {})
     one, two = tmp_path / "one", tmp_path / "two"
-    assert tar_shards.parts(one) == (
-        one,
-        ["intervals.tar", "net-train-0.tar", "net-train-1.tar"],
-        one,
-        ["net-val-0.tar"],
-    )
-    assert tar_shards.parts(two) == (two / "train", ["0.tar", "1.tar"], two / "val", ["0.tar"])
+    tests = [(one, ["net-val-0.tar"])]
+    train = one, ["intervals.tar", "net-train-0.tar", "net-train-1.tar"]
+    assert tar_shards.parts(one) == (train, tests, ())
+    found = tar_shards.parts(two)
+    assert found[:2] == ((two / "train", ["0.tar", "1.tar"]), [(two / "val", ["0.tar"])])
+    assert found[2] == (f"{two}: left aside 1 tar(s) next to the folder that is read",)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +253,10 @@ def test_a_member_that_goes_bad_is_named_with_its_tar(folder: Path, tmp_path: Pa
         file.seek(place.offset)
         file.write(bytes(100))
     pool = WorkerPool(1)
+    aside = Aside(index, skips=False)
+    images = StreamedImages(index, aside, pool, torch.arange(len(index)), index.labels, 16)
     with pytest.raises(DataError) as error:
-        pool.fetch(pool.submit([place], image_file.Recipe(16), None))
+        images.squares(torch.tensor([4]))
     assert str(error.value).startswith(f"{shards / '000000.tar'}: {place.name}: not a readable")
     os.truncate(place.path, place.offset + 10)
     with pytest.raises(DataError, match=r"it ends .* bytes too early"):
@@ -282,7 +277,7 @@ def test_memory_or_streaming_is_a_matter_of_the_configuration_alone(
     assert isinstance(above.train, StreamedImages)
     assert above.held == (
         "streamed by 3 workers per process: squares of 16 x 16 need 2.3e-05 GB, more than "
-        "data.memory_gb=2.3039e-05"
+        "data.memory_gb=2.3039e-05; what is transparent on white"
     )
     assert above.train.pool.pids() == []  # they start when they are needed
     drawn = datasets.load(DataConfig(shapes_train=10, shapes_test=10, memory_gb=0))

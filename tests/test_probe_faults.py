@@ -221,7 +221,11 @@ def test_test_images_among_the_training_images_are_counted_and_named(
     trial = prepared(pretrained, tmp_path, *MANY, splits=fault)
     content = measure(trial, list(found.values()))
     assert sentence in content["faults"]
-    assert content["overlap"]["test"] == {"images": 2, "pairs": [(3, 7), (55, 900)]}
+    assert content["overlap"]["test"] == {
+        "images": 2,
+        "pairs": [(3, 7), (55, 900)],
+        "files": [],
+    }
     pixels[41] = pixels[42]
     one = dataclasses.replace(train, pixels=pixels)
     assert overlap.find(train, one[torch.tensor([1])], "test").pairs == [(0, 1)]

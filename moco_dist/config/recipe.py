@@ -33,8 +33,10 @@ class DataConfig:
     # A folder or shards whose squares need more than this many GB (10^9 bytes) are streamed, i.e.
     # decoded whenever they are needed; 0 always streams. Streaming changes the views.
     memory_gb: float = 16.0
-    # Skip unreadable images, with one warning, instead of stopping.
+    # Go on without unreadable images, with a warning, instead of stopping.
     skip_unreadable: bool = False
+    # Colour behind transparent pixels: red, green and blue from 0 to 255.
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
     # Workers that decode streamed images, per process of the run; 0 means one per core.
     workers: int = 0
     # exchange: processes send each other the crops of streamed keys; plan: each decodes its own.
@@ -63,6 +65,9 @@ class DataConfig:
             shapes_train=(10, None),
             shapes_test=(10, None),
         )
+        colour = len(self.background) == 3 and all(0 <= part <= 255 for part in self.background)
+        rule = "it must be three numbers from 0 to 255"
+        require(colour, f"data.background={self.background} is no colour; {rule}")
 
 
 @dataclass(frozen=True)
@@ -303,6 +308,6 @@ class PretrainConfig:
 # logging, the machine, and the probe's path to its encoder. All others affect the numbers.
 FREE_ON_RESUME = (
     *("name", "output", "encoder", "epochs", "stop_at_step", "data.root", "data.cache"),
-    *("data.memory_gb", "data.workers", "data.keys_by"),
+    *("data.memory_gb", "data.workers", "data.keys_by", "data.skip_unreadable"),
     *("knn.", "checkpoint.", "tracking.", "runtime."),
 )

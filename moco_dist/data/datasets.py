@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moco_dist.config.recipe import DataConfig
-from moco_dist.data import (
-    image_archive,
-    image_folder,
-    image_index,
-    shapes,
-    tar_shards,
-    torchvision_sets,
-)
+from moco_dist.data import file_sets, image_folder, run_lists, set_aside, shapes, torchvision_sets
+from moco_dist.data.image_file import WHITE, Recipe
 from moco_dist.data.image_index import ImageIndex
+from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.worker_pool import WorkerPool
 from moco_dist.distributed import comms, fingerprint, peers
@@ -34,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Data sets that may be streamed.
 ON_DISK = ("folder", "shards")
-# Prefix of the fingerprints of streamed data sets.
-STREAMED = "streamed-"
 
 
 @dataclass(frozen=True)
@@ -45,14 +37,27 @@ class Images:
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-    # Unreadable files in the list that these images are from.
-    left_out: int = 0
+    # The list that these images are from, and their rows in it, int64 (n,); None for images that
+    # are no files.
+    catalogue: ImageIndex | None = None
+    rows: Tensor | None = None
+    # Rows of unreadable files of that list, with the reasons.
+    left_out: tuple[image_folder.Unreadable, ...] = ()
+    # Images of that list of which some is transparent.
+    transparent: int = 0
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, rows: Tensor) -> Images:
-        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
+        kept = None if self.rows is None else self.rows[rows.cpu()]
+        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows], rows=kept)
+
+    def file(self, number: int) -> str:
+        """Return the path of an image, empty if it is from no file."""
+        if self.catalogue is None or self.rows is None:
+            return ""
+        return str(self.catalogue.places([int(self.rows[number])])[0])
 
     def squares(self, rows: Tensor) -> Tensor:
         """Return the pixels of some images, uint8 (*rows.shape, c, size, size)."""
@@ -73,8 +78,15 @@ class Images:
 
 
 AnyImages = Images | StreamedImages
-# Training and test images.
-Loaded = tuple[AnyImages, AnyImages]
+
+
+class Loaded(NamedTuple):
+    """Training and test images, and what `file_sets.FileSet` says of them."""
+
+    train: AnyImages
+    test: AnyImages
+    parts: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,10 @@ class Splits:
     fingerprint: str
     # Where the images are held, and why, for the banner.
     held: str
+    # Which folders or tars are which part, for the banner; empty for other data sets.
+    parts: str = ""
+    # Why the labels of the test images can't be used, in which case there are none.
+    fault: str = ""
 
     def to(self, device: torch.device) -> Splits:
         """Return the same splits on `device`."""
@@ -95,8 +111,11 @@ class Splits:
         return replace(self, train=train, validation=validation, test=test)
 
 
-def load(config: DataConfig, channels: int = 3) -> Splits:
+def load(config: DataConfig, channels: int = 3, run: run_lists.Begun | None = None) -> Splits:
     """Return the data set that `config` names, split, in RGB or gray; call it on all processes.
+
+    A `run` whose images are streamed goes on with the list of its first launch, as far as
+    `run_lists.resumed` allows that, and keeps one if it has none yet.
 
     One process of each machine downloads, unpacks or decodes while the others wait; rank 0
     downloads before other machines, which may share its folder. Raises MissingError or DataError on
@@ -105,17 +124,27 @@ def load(config: DataConfig, channels: int = 3) -> Splits:
     loaded: Loaded | None = None
     downloads = config.name not in ("shapes", "folder", "shards")
     for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
-        loaded = peers.together(partial(_once, loaded, config, channels, my_turn))
+        loaded = peers.together(partial(_once, loaded, config, channels, my_turn, run))
     assert loaded, "the last turn is everyone's"
-    train, test = loaded
-    content = _fingerprint(train, test)
+    content = _fingerprint(loaded.train, loaded.test)
     peers.same_everywhere("the data set's fingerprint", content)
-    train, validation = _split(train, config)
-    return Splits(train, validation, test, content, _held(config, channels, loaded))
+    files = run_lists.state(loaded.train, loaded.test)
+    peers.same_everywhere("what has changed of the images' files", files, "launch again")
+    if run and run.trained_on in (None, content):
+        peers.from_main(partial(run_lists.keep, run, loaded.train, loaded.test))
+    train, validation = _split(loaded.train, config)
+    held = _held(config, channels, loaded)
+    return Splits(train, validation, loaded.test, content, held, loaded.parts, loaded.fault)
 
 
-def _once(loaded: Loaded | None, config: DataConfig, channels: int, my_turn: bool) -> Loaded | None:
-    return loaded or (_read(config, channels) if my_turn else None)
+def _once(
+    loaded: Loaded | None,
+    config: DataConfig,
+    channels: int,
+    my_turn: bool,
+    run: run_lists.Begun | None,
+) -> Loaded | None:
+    return loaded or (_read(config, channels, run) if my_turn else None)
 
 
 def _fingerprint(train: AnyImages, test: AnyImages) -> str:
@@ -124,43 +153,55 @@ def _fingerprint(train: AnyImages, test: AnyImages) -> str:
     parts = [part for part in (train, test) if isinstance(part, StreamedImages)]
     lists = " ".join(part.catalogue.fingerprint() for part in parts)
     # The prefix keeps a run from resuming with the other kind of images, whose views differ.
-    return STREAMED + hashlib.sha256(lists.encode()).hexdigest()[:16]
+    return run_lists.STREAMED + hashlib.sha256(lists.encode()).hexdigest()[:16]
 
 
 def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
     """Return where the images are held, and why."""
-    train, test = loaded
+    train, test = loaded.train, loaded.test
     size, need = config.size, _gigabytes(len(train) + len(test), config.size, channels)
     kind = "gray squares" if channels == 1 else "squares"
     squares, limit = f"{kind} of {size} x {size} need {need:.3g} GB", f"{config.memory_gb:g}"
     if isinstance(train, StreamedImages):
         workers = train.pool.size
+        held = [part for part in (train, test) if isinstance(part, StreamedImages) and len(part)]
+        count = sum(len(part.aside.rows) for part in held)
         return (
             f"streamed by {workers} worker{'s' * (workers > 1)} per process: {squares}, more than "
-            f"data.memory_gb={limit}"
+            f"data.memory_gb={limit}; what is transparent on {_colour(config)}"
+            f"{f'; {count} unreadable set aside' if count else ''}"
         )
     on_disk = config.name in ON_DISK
     rule = f"data.memory_gb={limit} allows it" if on_disk else f"{config.name} always is"
-    parts = [part for part in loaded if isinstance(part, Images) and len(part)]
-    count = sum(part.left_out for part in parts)
-    return f"in memory: {squares}, {rule}{f'; {count} unreadable left out' if count else ''}"
+    parts = [part for part in (train, test) if isinstance(part, Images) and len(part)]
+    count = sum(len(part.left_out) for part in parts)
+    clear = sum(part.transparent for part in parts)
+    return (
+        f"in memory: {squares}, {rule}{f'; {count} unreadable left out' if count else ''}"
+        f"{f'; {clear:,} transparent, on {_colour(config)}' if clear else ''}"
+    )
+
+
+def _colour(config: DataConfig) -> str:
+    """Return the colour behind what is transparent, for a text."""
+    return "white" if config.background == list(WHITE) else f"data.background={config.background}"
 
 
 def _gigabytes(count: int, size: int, channels: int) -> float:
     return count * channels * size * size / 1e9
 
 
-def _read(config: DataConfig, channels: int) -> Loaded:
+def _read(config: DataConfig, channels: int, run: run_lists.Begun | None) -> Loaded:
     if config.name in ON_DISK:
-        return _read_files(config, channels)
+        return _read_files(config, channels, run)
     if config.name == "shapes":
         drawn = shapes.draw(config.shapes_train, config.size, seed=0)
         test_drawn = shapes.draw(config.shapes_test, config.size, seed=0, first=config.shapes_train)
         train, test = Images(*drawn, shapes.CLASSES), Images(*test_drawn, shapes.CLASSES)
     else:
-        train_part, test_part = torchvision_sets.read(config, _root(config))
+        train_part, test_part = torchvision_sets.read(config, file_sets.root(config))
         train, test = _images(*train_part), _images(*test_part)
-    return (_gray(train), _gray(test)) if channels == 1 else (train, test)
+    return Loaded(_gray(train), _gray(test)) if channels == 1 else Loaded(train, test)
 
 
 def _gray(images: Images) -> Images:
@@ -170,84 +211,60 @@ def _gray(images: Images) -> Images:
     return replace(images, pixels=luma.to(torch.uint8))
 
 
-def _root(config: DataConfig) -> Path:
-    root = Path(os.path.expanduser(config.root))
-    if not os.path.isfile(root):
-        return root
-    if config.name == "folder" and image_archive.is_archive(root):
-        unpacked = image_archive.unpack(root, _cache(config))
-        inside = list(unpacked.iterdir())
-        # An archive usually contains the folder itself, but may contain its content only.
-        bare = image_folder.parts(unpacked)[0] != unpacked
-        return inside[0] if len(inside) == 1 and inside[0].is_dir() and not bare else unpacked
-    raise DataError(
-        f"data.root={shown(root)}: is a file; give a folder or, with data.name=folder, a tar or "
-        "zip file of images"
-    )
-
-
-def _read_files(config: DataConfig, channels: int) -> Loaded:
+def _read_files(config: DataConfig, channels: int, run: run_lists.Begun | None) -> Loaded:
     """Read a folder or shards; stream them if their squares need more than data.memory_gb."""
-    train, test = _indices(config, _cache(config))
-    parts = [part for part in (train, test) if part]
+    kept = file_sets.cache(config)
+    found = file_sets.find(config, file_sets.root(config), kept)
+    for sentence in found.warnings:
+        logger.warning(sentence)
+    parts = [part for part in (found.train, found.test) if part]
+    recipe = Recipe(config.size, channels=channels, background=config.background)
     if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
-        if config.skip_unreadable:
-            raise ConfigError(
-                "data.skip_unreadable=true needs images that are decoded in advance, and these are "
-                "streamed; raise data.memory_gb, or leave it out and replace the files that are "
-                "named"
-            )
         pool = WorkerPool(config.workers)
-        held: list[Any] = [
-            StreamedImages(part, pool, torch.arange(len(part)), part.labels, config.size, channels)
-            for part in parts
+        of = config.size, channels, tuple(config.background)
+        held: list[AnyImages] = [
+            StreamedImages(part, aside, pool, torch.arange(len(part)), part.labels, *of)
+            for part, aside in run_lists.settled(run, parts, config.skip_unreadable)
         ]
+        train, *tests = held
     else:
-        held = [_in_memory(part, config, channels) for part in parts]
-    return held[0], held[1] if test else held[0][torch.arange(0)]
+        train = _in_memory(found.train, config, recipe, kept)
+        if empty := set(found.train.labels.tolist()) - set(train.labels.tolist()):
+            raise DataError(
+                f"{shown(found.train.root)}: class '{shown(train.classes[min(empty)])}' has no "
+                "readable image; replace its files, or move its folder away"
+            )
+        try:
+            tests = [_in_memory(found.test, config, recipe, kept)] if found.test else []
+        except DataError as error:  # what doesn't test goes on
+            logger.warning("the test images are left aside: %s", error)
+            return Loaded(train, train[torch.arange(0)], found.parts, str(error))
+    test = tests[0].labelled() if tests else train[torch.arange(0)]
+    return Loaded(train, test, found.parts, found.fault)
 
 
-def _in_memory(part: ImageIndex, config: DataConfig, channels: int) -> Images:
+def _in_memory(part: ImageIndex, config: DataConfig, recipe: Recipe, kept: Path) -> Images:
     """Return the images of a list, without unreadable ones if `config` allows that."""
-    unreadable: list[image_folder.Unreadable] | None = [] if config.skip_unreadable else None
-    pixels = image_folder.load(part, config.size, _cache(config), unreadable, channels)
-    images = _images(pixels, part.labels, part.classes)
-    if not unreadable:
+    seen = image_folder.Seen(config.skip_unreadable)
+    pixels = image_folder.load(part, recipe, kept, seen)
+    rows = torch.arange(len(part))
+    bad = tuple(seen.unreadable)
+    images = Images(pixels, part.labels, part.classes, part, rows, bad, seen.transparent)
+    if not bad:
         return images
     logger.warning(
-        "%s: %s; they are left out", shown(part.root), image_folder.counted(part, unreadable)
+        "%s: %s; they are left out", shown(part.root), image_folder.counted(part, seen.unreadable)
     )
     good = torch.ones(len(images), dtype=torch.bool)
-    good[[row for row, _ in unreadable]] = False
-    return replace(images[good], left_out=len(unreadable))
-
-
-def _indices(config: DataConfig, cache: Path) -> tuple[ImageIndex, ImageIndex | None]:
-    """Return the images for training and, if they have classes, those for testing."""
-    root, labelled = _root(config), config.labels == "folders"
-    if config.name == "shards":
-        folder, tars, tests_folder, tests = tar_shards.parts(root)
-        train = image_index.of_shards(folder, tars, labelled, cache)
-        if tests and train.classes:
-            return train, image_index.of_shards(tests_folder, tests, True, cache, train.classes)
-    else:
-        folder, test_folder = image_folder.parts(root)
-        train = image_index.of_folder(folder, labelled, cache)
-        if test_folder and train.classes:
-            return train, image_index.of_folder(test_folder, True, cache, train.classes)
-    return train, None
+    good[[row for row, _ in bad]] = False
+    return images[good]
 
 
 def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
     return Images(pixels, torch.as_tensor(labels, dtype=torch.int64), tuple(classes))
 
 
-def _cache(config: DataConfig) -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moco_dist")
-    return Path(os.path.expanduser(config.cache or default))
-
-
-def _split(images: AnyImages, config: DataConfig) -> Loaded:
+def _split(images: AnyImages, config: DataConfig) -> tuple[AnyImages, AnyImages]:
     """Hold out a share of the labelled images (of all, if none has a label) for validation."""
     order = permutation(len(images), config.split_seed, Purpose.SPLIT)
     known = order[images.labels[order] >= 0] if images.classes else order
@@ -264,12 +281,27 @@ def _split(images: AnyImages, config: DataConfig) -> Loaded:
     return images[train], images[held_out.sort().values]
 
 
+def note_left_out(directory: Path, splits: Splits) -> None:
+    """Write SET_ASIDE in a run directory: the files that images in memory were left without."""
+    parts = zip(run_lists.PARTS, (splits.train, splits.test), strict=True)
+    asides = {
+        name: Aside(part.catalogue, True, dict(part.left_out))
+        for name, part in parts
+        if isinstance(part, Images) and part.catalogue and len(part)
+    }
+    there = (directory / set_aside.SET_ASIDE).exists()
+    if asides and (there or any(aside.rows for aside in asides.values())):
+        set_aside.write(directory, asides)
+
+
 def require_labels(splits: Splits, config: DataConfig) -> None:
     """Raise DataError if the data set has no classes to learn."""
     if not splits.train.classes:
+        none = config.labels == "none"
         raise DataError(
-            f"data.name={config.name} at data.root={config.root} has no labels, and a probe needs "
-            "them; sort the images into one folder per class"
+            f"data.name={config.name} at data.root={config.root} has no labels"
+            f"{', with data.labels=none' if none else ''}, and a probe needs them; "
+            f"{'give data.labels=folders' if none else 'sort the images into one folder per class'}"
         )
 
 
@@ -278,8 +310,8 @@ def require_same(trained_on: object, splits: Splits, checkpoint: Path) -> None:
     ours = splits.fingerprint
     if trained_on == ours:
         return
-    if str(trained_on).startswith(STREAMED) != ours.startswith(STREAMED):
-        now, then = ("streamed", "in memory")[:: 1 if ours.startswith(STREAMED) else -1]
+    if str(trained_on).startswith(run_lists.STREAMED) != ours.startswith(run_lists.STREAMED):
+        now, then = ("streamed", "in memory")[:: 1 if ours.startswith(run_lists.STREAMED) else -1]
         raise ConfigError(
             f"{checkpoint}: was trained on images that were {then}, and now they are {now}, which "
             "changes the views; restore data.memory_gb, or give name=... for a new run"

@@ -10,11 +10,15 @@ import socket
 import tarfile
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from moco_dist.errors import DataError, OutputError, shown
 
 logger = logging.getLogger(__name__)
+
+# Bytes of an archive up to which its names are listed in a moment.
+MOST_LISTED = 2**31
 
 
 def is_archive(path: Path) -> bool:
@@ -41,15 +45,54 @@ def _extract(tar: tarfile.TarFile, folder: Path) -> None:
                 shutil.copyfileobj(content, file)
 
 
+def _entries(unzipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the entries of a zip, with the separators of folders that some Windows tools leave."""
+    entries = unzipped.infolist()
+    for entry in entries:
+        if entry.create_system == 0:
+            entry.filename = entry.filename.replace("\\", "/")
+    return entries
+
+
+def outline(archive: Path, folder: Path) -> bool:
+    """Write the names of the files of an archive, as empty files; False if it is too large.
+
+    Raises DataError for a damaged archive.
+    """
+    if archive.stat().st_size > MOST_LISTED:
+        return False
+    try:
+        if tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                names = [entry.name for entry in tar if entry.isfile()]
+        else:
+            with zipfile.ZipFile(archive) as unzipped:
+                names = [entry.filename for entry in _entries(unzipped) if not entry.is_dir()]
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+        raise _damaged(archive, error) from error
+    for name in names:
+        file = Path(os.path.normpath(folder / name.lstrip("/")))
+        with suppress(OSError):  # a name that is too long, or also that of a folder
+            if file.is_relative_to(folder):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+    return True
+
+
+def place(archive: Path, cache: Path) -> Path:
+    """Return the folder below `cache` for the content of `archive` as it is now."""
+    stat = archive.stat()
+    identity = f"{archive.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    return cache / f"unpacked_{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
+
+
 def unpack(archive: Path, cache: Path) -> Path:
     """Return the folder below `cache` with the content of `archive`, unpacking it if necessary.
 
     Raises DataError for an archive that is damaged or has an entry other than files, folders and
     links within it, and OutputError if it can't be written.
     """
-    stat = archive.stat()
-    identity = f"{archive.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    folder = cache / f"unpacked_{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
+    folder = place(archive, cache)
     if folder.is_dir():
         return folder
     part = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -60,17 +103,15 @@ def unpack(archive: Path, cache: Path) -> Path:
                 _extract(tar, part)
         else:
             with zipfile.ZipFile(archive) as unzipped:
-                unzipped.extractall(part)  # which leaves out drives, roots and ".."
+                for entry in _entries(unzipped):
+                    unzipped.extract(entry, part)  # which leaves out drives, roots and ".."
         try:
             part.rename(folder)  # completely or not at all
         except OSError:
             if not folder.is_dir():  # or else another machine that shares the cache was faster
                 raise
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
-        raise DataError(
-            f"data.root={shown(archive)}: can't be unpacked ({shown(error)}); make the archive "
-            "again, from within its folder, or give data.root=FOLDER"
-        ) from error
+        raise _damaged(archive, error) from error
     except OSError as error:
         raise OutputError(
             f"{shown(cache)}: {shown(archive)} can't be unpacked there "
@@ -79,3 +120,10 @@ def unpack(archive: Path, cache: Path) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _damaged(archive: Path, error: Exception) -> DataError:
+    return DataError(
+        f"data.root={shown(archive)}: can't be unpacked ({shown(error)}); make the archive "
+        "again, from within its folder, or give data.root=FOLDER"
+    )

@@ -2,31 +2,75 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import io
+import logging
 import math
 import os
+import re
 import threading
 import time
+import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError, _imaging
 
 from moco_dist.method.slots import CROP_ATTEMPTS
 
 Pixels = NDArray[np.uint8]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Suffixes of the files that are read as images, in any case.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".gif", ".webp", ".avif"),
+    *(".avifs", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+# Suffixes of files that are images as well, and are not read: of photographs, drawings, and others.
+_UNREAD = """
+    heic heif hif jp2 j2k j2c jpc jpf jpx jxl jxr exr hdr dcm fits fit svs ndpi czi qoi flif bpg
+    cr2 cr3 nef arw dng orf rw2 raf pef srw pcd
+    svg psd psb xcf ico icns cur eps ps wmf emf xbm xpm dib
+    tga icb vda vst dds blp ftc ftu pcx dcx sgi bw rgb rgba ras sun pfm pam im msp pxr palm gbr fli
+    flc spider
+"""
+UNREAD = tuple(f".{name}" for name in _UNREAD.split())
+# How the contents of images begin, and their names. Some start with the length of their first part.
+KINDS = (
+    ("JPEG", rb"\xff\xd8\xff"),
+    ("PNG", rb"\x89PNG\r\n\x1a\n"),
+    ("GIF", rb"GIF8[79]a"),
+    ("TIFF", rb"II[*+]\0|MM\0[*+]"),
+    ("WebP", rb"RIFF....WEBP"),
+    ("BMP", rb"BM....\0\0\0\0"),
+    ("AVIF", rb"....ftypavi[fs]"),
+    ("HEIC", rb"....ftyp(hei|hev|mif|msf)"),
+    ("JPEG 2000", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    ("JPEG XL", rb"\0\0\0\x0cJXL "),
+    ("Photoshop", rb"8BPS"),
+    ("OpenEXR", rb"\x76\x2f\x31\x01"),
+    ("DDS", rb"DDS "),
+    ("QOI", rb"qoif"),
+    ("PostScript", rb"%!PS"),
+)
 
 # Accepted contents, whatever the name: for an EPS, PIL would call Ghostscript.
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF")
 
 # PIL's mode for a number of channels.
 MODES = {1: "L", 3: "RGB"}
+
+# Pillow's and libtiff's lines about odd files name no file; what can't be read is named here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with suppress(OSError, AttributeError):  # where libtiff is linked in, its lines stay
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+# The colour behind transparent pixels.
+WHITE = (255, 255, 255)
 
 # Above the 151 million of the largest cameras; an image needs 3 or 4 bytes a pixel, twice.
 MAX_PIXELS = 160_000_000
@@ -78,6 +122,14 @@ class Recipe(NamedTuple):
     ratio_min: float = 1.0
     ratio_max: float = 1.0
     channels: int = 3
+    # RGB, composed with what is transparent.
+    background: Sequence[int] = WHITE
+
+
+def kind(head: bytes) -> str:
+    """Return the name of the format of an image by its first 16 bytes, empty for anything else."""
+    found = (name for name, start in KINDS if re.match(start, head, re.DOTALL))
+    return next(found, "")
 
 
 def read(place: Place) -> bytes:
@@ -108,7 +160,7 @@ def _read(place: Place) -> bytes:
         os.close(file)
 
 
-def opened(content: bytes) -> Image.Image:
+def opened(content: bytes) -> ImageFile.ImageFile:
     """Return an image with only its header read; ValueError if it is too large or not 8-bit."""
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -119,7 +171,7 @@ def opened(content: bytes) -> Image.Image:
                 f"its pixels have more than 8 bits (mode {image.mode}); scale them to 0 to 255"
             )
     except UnidentifiedImageError:
-        raise ValueError(f"its content is none of {', '.join(FORMATS)}") from None
+        raise ValueError(_refused(content)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"too large, {MAX_PIXELS:,} pixels are allowed; scale it down: {error}"
@@ -127,17 +179,75 @@ def opened(content: bytes) -> Image.Image:
     return image
 
 
+def _refused(content: bytes) -> str:
+    """Return why a content is not read."""
+    name = kind(content[:16])
+    if not name:
+        return f"its content is none of {', '.join(FORMATS)}"
+    if name.upper() not in FORMATS:
+        return f"its content is {name}, which is not read; save it as PNG or JPEG"
+    if name != "TIFF":
+        return f"its content is a damaged {name}, or of a kind that is not read"
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
+        file = io.BytesIO(content)
+        file.seek(tags.next)
+        tags.load(file)
+        if not tags[256] * tags[257]:  # width and height, without which it is no image
+            return "its content is a damaged TIFF"
+        bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
+        numbers = {2: "signed numbers", 3: "floating-point numbers"}.get(kinds[0], "numbers")
+        found = f"{tags.get(277, 1)} channel(s) of {numbers} of {bits[0]} bits"
+    except Exception:  # any kind for a damaged directory
+        return "its content is a damaged TIFF"
+    return f"its content is a TIFF with {found}; save 1 or 3 channels of 8 bits, from 0 to 255"
+
+
 def _turn(image: Image.Image) -> Any:
     return _one_large if image.width * image.height >= LARGE_PIXELS else nullcontext()
 
 
-def square(content: bytes, size: int, channels: int = 3) -> Pixels:
-    """Return the image (size, size, channels): shorter side resized to `size`, centre cropped."""
+def _load(image: ImageFile.ImageFile) -> None:
+    """Decode an image; ValueError if it has 16 bits in colour of which only 12 are used."""
+    # PIL keeps the upper 8 of 16 bits in colour.
+    halved = any(re.search(r";16[BLN]", str(tile.args)) for tile in image.tile)
+    image.load()
+    if halved:
+        colours = image.getbands()[: 1 if image.mode == "LA" else 3]
+        if 0 < max(np.asarray(image.getchannel(band)).max() for band in colours) < 16:
+            raise ValueError(
+                "its 16-bit values lie below 4096, as from 12 bits, which is nearly black; scale "
+                "them to 0 to 65535, or to 8 bits"
+            )
+
+
+def flat(image: Image.Image, recipe: Recipe) -> tuple[Image.Image, bool]:
+    """Return an image in gray or RGB, on the background, and whether some of it is transparent."""
+    mode = MODES[recipe.channels]
+    if not image.has_transparency_data:
+        return image.convert(mode), False
+    if "A" not in image.getbands():
+        image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return image.convert(mode), False
+    behind = Image.new("RGB", image.size, tuple(recipe.background))
+    behind.paste(image.convert("RGB"), mask=alpha)
+    return behind.convert(mode), True
+
+
+def square(content: bytes, recipe: Recipe) -> tuple[Pixels, bool]:
+    """Return the image (size, size, channels) and whether some of it is transparent.
+
+    The shorter side is resized to `recipe.size`, and the centre is cut out.
+    """
+    size = recipe.size
     with opened(content) as image, _turn(image):
-        converted = image.convert(MODES[channels])
+        _load(image)
+        converted, transparent = flat(image, recipe)
         if converted.size != (size, size):
             converted = ImageOps.fit(converted, (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(converted).reshape(size, size, channels)
+        return np.asarray(converted).reshape(size, size, recipe.channels), transparent
 
 
 def box(numbers: Sequence[float], height: int, width: int, recipe: Recipe) -> Box:
@@ -173,7 +283,7 @@ def crops(content: bytes, numbers: Sequence[Sequence[float]], recipe: Recipe) ->
             factor = next(f for f in (8, 4, 2) if smallest >= f * SPARE * size)
             # PIL chooses the smallest scale that is not below this size.
             image.draft(None, (full_width // factor, full_height // factor))
-        image.load()
+        _load(image)
         cut = (_cut(image, boxes[v], full_height, full_width, recipe) for v in recipe.views)
         return [np.asarray(each).reshape(size, size, recipe.channels) for each in cut]
 
@@ -187,5 +297,5 @@ def _cut(
         # Rounding is harmless, because the window has at least twice the view's pixels a side.
         top, bottom = round(top * down), max(round(bottom * down), round(top * down) + 1)
         left, right = round(left * across), max(round(right * across), round(left * across) + 1)
-    window = image.crop((left, top, right, bottom)).convert(MODES[recipe.channels])
+    window, _ = flat(image.crop((left, top, right, bottom)), recipe)
     return window.resize((recipe.size, recipe.size), Image.Resampling.BILINEAR)

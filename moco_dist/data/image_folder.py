@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moco_dist.data import image_file
-from moco_dist.data.image_file import EXTENSIONS, Place
+from moco_dist.data import folder_walk, image_file
+from moco_dist.data.folder_layout import STRAYS
+from moco_dist.data.image_file import EXTENSIONS, Place, Recipe
+from moco_dist.data.parts import part_of
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import ConfigError, DataError, MissingError, machine_error, shown
 from moco_dist.runs import memory
@@ -28,6 +30,8 @@ from moco_dist.runs.status import written_whole
 logger = logging.getLogger(__name__)
 AnyPath = TypeVar("AnyPath", str, Path)
 
+# Version of how pixels are made of files, in the names of cached ones.
+VERSION = 2
 # Unreadable images after which decoding stops.
 MAX_BAD = 100
 
@@ -38,10 +42,15 @@ class Listing:
 
     root: Path
     files: list[Path]
+    # -1 for an image without a class.
     labels: list[int]
     classes: tuple[str, ...]
     # All folders that were read.
     folders: tuple[str, ...] = ()
+    # Sentences about what was left out, or has no class.
+    warnings: tuple[str, ...] = ()
+    # First-level folders that are none of the given classes.
+    unknown: tuple[str, ...] = ()
 
     def all_places(self) -> list[Place]:
         """Return the locations of the images."""
@@ -57,113 +66,111 @@ class Located(Protocol):
     def all_places(self) -> list[Place]: ...
 
 
-def parts(root: Path) -> tuple[Path, Path | None]:
-    """Return the folders of the training images and, if there is one, of the test images.
-
-    They are DIR/train and DIR/test (or DIR/val); without DIR/train all of DIR is for training.
-    """
-    if not os.path.isdir(root / "train"):
-        return root, None
-    tests = (root / name for name in ("test", "val"))
-    return root / "train", next(filter(os.path.isdir, tests), None)
-
-
 def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> Listing:
     """Return the images below `root`, at any depth, in the order of their names.
 
-    An image's class is its first-level folder. There are no classes if an image is in `root`
-    itself, or if there is only one such folder. `classes`, if given, are the only ones allowed.
-    Raises MissingError if there is no folder or no image, DataError for another class.
+    An image's class is its first-level folder. There are no classes if there is only one such
+    folder, or if more than one image in STRAYS is in `root` itself; fewer have no class. With
+    `classes`, which are those of the training images, images of other folders have no class.
+    Raises MissingError if there is no folder or no image, DataError for a folder of files that look
+    like images and are not read, and for folders that are parts and no classes.
     """
     if not os.path.isdir(root):
         raise MissingError(
             f"{shown(root)}: no such folder; give the folder of the images as data.root=DIR"
         )
-    files, folders = _walk(root)
+    found = folder_walk.walk(root)
+    files, said = found.files, found.sentences()
     if not files:
+        unread = f" ({found.counted(found.unread)} are not read)" if found.unread else ""
         raise MissingError(
-            f"{shown(root)}: no images in this folder; data.root needs files that "
+            f"{shown(root)}: no images in this folder{unread}; data.root needs files that "
             f"end in {', '.join(EXTENSIONS)}"
         )
-    tops = [file.relative_to(root).parts[0] for file in files]
-    names = sorted(set(tops))
-    flat = any(len(file.relative_to(root).parts) == 1 for file in files)
-    if not labelled or flat or (len(names) < 2 and classes is None):
-        return Listing(root, files, [-1] * len(files), (), folders)
-    unknown = sorted(set(names) - set(classes or names))
-    if unknown:
-        raise DataError(
-            f"{shown(root)}: class folder '{shown(unknown[0])}' is not among the "
-            f"{len(classes or ())} classes of the training images; "
-            "use the same class folders in both"
+    inner = [file.relative_to(root).parts for file in files]
+    loose = sum(len(parts) == 1 for parts in inner)
+    names = sorted({parts[0] for parts in inner if len(parts) > 1})
+    empty = {top for top, _ in found.unread if top} - set(names)
+    several = len(names) + len(empty) > 1 or classes is not None
+    if not labelled or not names or not several or loose * STRAYS > len(files):
+        if labelled and loose and len(names) > 1:
+            said.append(
+                f"{shown(root)}: no classes, because {loose:,} of {len(files):,} images lie "
+                f"next to the {len(names)} folders; the first is {shown(files[0], 4096)}"
+            )
+        return Listing(root, files, [-1] * len(files), (), tuple(found.folders), tuple(said))
+    if classes is None and (fault := _no_images(found, empty) or _not_classes(root, names, inner)):
+        raise DataError(fault)
+    if loose:
+        said.append(
+            f"{shown(root)}: {loose:,} image(s) next to the class folders have no class; the first "
+            f"is {shown(files[0], 4096)}"
         )
     number = {name: i for i, name in enumerate(classes or names)}
-    labels = [number[top] for top in tops]
-    return Listing(root, files, labels, classes or tuple(names), folders)
+    labels = [number.get(parts[0], -1) if len(parts) > 1 else -1 for parts in inner]
+    kept, read = classes or tuple(names), tuple(found.folders)
+    unknown = tuple(name for name in names if name not in number)
+    return Listing(root, files, labels, kept, read, tuple(said), unknown)
 
 
-def _walk(root: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """Return the images below `root`, each folder's before its subfolders', and the folders read.
+def _no_images(found: folder_walk.Walk, empty: set[str]) -> str:
+    """Return what is wrong with class folders of files that are not read, else nothing."""
+    if not empty:
+        return ""
+    keys = [key for key in found.unread if key[0] == min(empty)]
+    return (
+        f"{shown(found.root)}: class folder '{shown(min(empty))}' has no image that is read "
+        f"({found.counted(keys)}); save its images as PNG or JPEG, move the folder away, or give "
+        "data.labels=none"
+    )
 
-    Links are followed after all real folders, and only to folders not yet read, so that loops end
-    and no image counts twice. A warning for each reason says what is left out.
-    """
-    files: list[Path] = []
-    read: list[str] = []
-    left_out: dict[str, list[str]] = {}
-    seen: set[tuple[int, int]] = set()
-    folders, links = [str(root)], list[str]()
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
-        try:
-            stat = os.stat(folder)
-            if (stat.st_dev, stat.st_ino) in seen:
-                left_out.setdefault("links to folders that are read already", []).append(folder)
-                continue
-            seen.add((stat.st_dev, stat.st_ino))
-            read.append(folder)
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError as error:
-            left_out.setdefault(f"folders that can't be read ({error.strerror})", []).append(folder)
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            is_image = entry.name.lower().endswith(EXTENSIONS)
-            # An entry raises for a link in a loop, so links use os.path; others need no stat.
-            is_link = entry.is_symlink()
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                (links if is_link else folders).append(entry.path)
-            elif is_link and not os.path.exists(entry.path):
-                left_out.setdefault("links to nothing", []).append(entry.path)
-            elif is_image and (os.path.isfile(entry.path) if is_link else entry.is_file()):
-                files.append(Path(entry.path))
-            elif is_image:
-                left_out.setdefault("special files, as pipes or devices", []).append(entry.path)
-    for reason, paths in left_out.items():
-        facts = shown(root), len(paths), reason, shown(min(paths), 4096)
-        logger.warning("%s: left out %d %s; the first is %s", *facts)
-    files.sort(key=lambda f: [(True, part) for part in f.parts[:-1]] + [(False, f.name)])
-    return files, tuple(read)
+
+def _not_classes(root: Path, names: list[str], inner: list[tuple[str, ...]]) -> str:
+    """Return what is wrong with the names of classes if some are those of parts, else nothing."""
+    of_part = {part: name for name in reversed(names) if (part := part_of(name, anywhere=True))}
+    train, *others = (of_part.get(part) for part in ("train", "test", "validation"))
+    test = next(filter(None, others), None)
+    if (train and test) or all(map(part_of, names)):
+        first, second = (train, test) if train and test else names[:2]
+        return (
+            f"{shown(root)}: the folders '{shown(first)}' and '{shown(second)}' are parts of the "
+            "set and no classes, by their names; name them train and test, or give the folder of "
+            f"one part as data.root, as {shown(root / str(first))}"
+        )
+    deep = [parts for parts in reversed(inner) if len(parts) > 2]
+    second_level = {part_of(parts[1]): "/".join(parts[:2]) for parts in deep}
+    if "train" in second_level and len(second_level.keys() - {None}) > 1:
+        of_test = next(v for k, v in second_level.items() if k not in ("train", None))
+        return (
+            f"{shown(root)}: the parts lie within the classes ({shown(second_level['train'])} and "
+            f"{shown(of_test)}); use train/CLASS and test/CLASS, or give data.labels=none to train "
+            "on all images"
+        )
+    return ""
 
 
 # Row and reason of an image that can't be read.
 Unreadable = tuple[int, str]
 
 
-def decode(
-    images: Located,
-    size: int,
-    unreadable: list[Unreadable] | None = None,
-    channels: int = 3,
-) -> Tensor:
+@dataclass
+class Seen:
+    """What is found out about images while they are decoded."""
+
+    # Whether images that can't be read are left out.
+    skip: bool = False
+    unreadable: list[Unreadable] = field(default_factory=list)
+    # Number of images of which some is transparent.
+    transparent: int = 0
+
+
+def decode(images: Located, recipe: Recipe, seen: Seen | None = None) -> Tensor:
     """Return the pixels, uint8 (n, channels, size, size): shorter side resized, centre cropped.
 
-    Raises DataError, naming the first files, if some can't be decoded; with a list `unreadable`
-    they are added to it and are black.
+    Raises DataError, naming the first files, if some can't be decoded; with `seen` they are added
+    to it and are black.
     """
-    places = images.all_places()
+    places, size, channels = images.all_places(), recipe.size, recipe.channels
     needed = len(places) * channels * size * size
     free = memory.available()
     if needed > free:
@@ -173,10 +180,12 @@ def decode(
             "data.memory_gb to stream them from disk, or lower data.size"
         )
     pixels = np.zeros((len(places), size, size, channels), dtype=np.uint8)
+    transparent = np.zeros(len(places), dtype=bool)
 
     def read(number: int) -> str | None:
         try:
-            pixels[number] = image_file.square(image_file.read(places[number]), size, channels)
+            content = image_file.read(places[number])
+            pixels[number], transparent[number] = image_file.square(content, recipe)
         except Exception as error:
             # Decoders raise errors of many kinds for bytes that are no image.
             if isinstance(error, OSError) and machine_error(error):
@@ -185,21 +194,22 @@ def decode(
         return None
 
     bad: list[Unreadable] = []
+    skip = seen is not None and seen.skip
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for row, reason in enumerate(pool.map(read, range(len(places)))):
             bad += [] if reason is None else [(row, reason)]
-            if len(bad) == MAX_BAD and unreadable is None:
+            if len(bad) == MAX_BAD and not skip:
                 pool.shutdown(wait=False, cancel_futures=True)
                 break
-    if unreadable is not None and len(bad) < len(places):
-        unreadable += bad
-    elif bad:
+    if bad and (not skip or len(bad) == len(places)):
         row, reason = bad[0]
         found = f"{shown(images.root)}: {counted(images, bad)}; replace or remove these files"
         if len(bad) == 1:
             found = f"{shown(places[row], 4096)}: not a readable image ({reason}); replace or "
             found += "remove this file"
         raise DataError(f"{found}, or give data.skip_unreadable=true")
+    if seen is not None:
+        seen.unreadable, seen.transparent = bad, int(transparent.sum())
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
@@ -212,40 +222,34 @@ def counted(images: Located, unreadable: list[Unreadable]) -> str:
     return f"{count} images are not readable: {first}{more}"
 
 
-def load(
-    images: Located,
-    size: int,
-    cache: Path,
-    unreadable: list[Unreadable] | None = None,
-    channels: int = 3,
-) -> Tensor:
+def load(images: Located, recipe: Recipe, cache: Path, seen: Seen) -> Tensor:
     """Return what `decode` returns, from `cache` if it has files of equal path, size and time.
 
     If the cache is damaged, the images are decoded again, with a warning.
     """
-    path = cache / f"{_key(images, size, channels)}.safetensors"
-    count = len(images.all_places())
+    path = cache / f"{_key(images, recipe)}.safetensors"
+    shape = len(images.all_places()), recipe.channels, recipe.size, recipe.size
     if os.path.isfile(path):
         try:
             with safe_open(path, framework="pt") as file:
                 pixels: Tensor = file.get_tensor("pixels")
                 metadata = file.metadata() or {}
-                fits = (pixels.dtype, pixels.shape) == (torch.uint8, (count, channels, size, size))
+                fits = (pixels.dtype, pixels.shape) == (torch.uint8, shape)
                 whole = fits and fingerprint.of_tensors(pixels) == metadata["fingerprint"]
-                noted = json.loads(metadata.get("unreadable", "[]"))
+                noted = json.loads(metadata["unreadable"])
                 bad = [(int(row), str(why)) for row, why in noted]
-            if whole and unreadable is None and bad:
-                return decode(images, size, channels=channels)  # it raises the error
+                transparent = int(metadata["transparent"])
+            if whole and bad and not seen.skip:
+                return decode(images, recipe)  # it raises the error
             if whole:
-                if unreadable is not None:
-                    unreadable += bad
+                seen.unreadable, seen.transparent = bad, transparent
                 return pixels
             logger.warning("%s: its content changed on disk; decoding the images again", path)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             logger.warning("%s: can't be read (%s); decoding the images again", path, error)
-    pixels = decode(images, size, unreadable, channels)
-    notes = {"fingerprint": fingerprint.of_tensors(pixels)}
-    notes["unreadable"] = json.dumps(unreadable or [])
+    pixels = decode(images, recipe, seen)
+    notes = {"fingerprint": fingerprint.of_tensors(pixels), "transparent": str(seen.transparent)}
+    notes["unreadable"] = json.dumps(seen.unreadable)
     keep(path, {"pixels": pixels}, notes, "the decoded images")
     return pixels
 
@@ -272,14 +276,12 @@ def states(paths: Iterable[AnyPath]) -> dict[AnyPath, os.stat_result]:
         ) from error
 
 
-def _key(images: Located, size: int, channels: int) -> str:
+def _key(images: Located, recipe: Recipe) -> str:
     places, root = images.all_places(), str(images.root)
     found = states({place.path for place in places})
     rows = [
         (os.path.relpath(path, root), found[path].st_size, found[path].st_mtime_ns, *member)
         for path, *member in places
     ]
-    # Colour images keep the key that they had before there were others.
-    kind = [] if channels == 3 else [channels]
-    content = json.dumps([str(images.root.resolve()), size, rows, *kind])
+    content = json.dumps([VERSION, str(images.root.resolve()), recipe, rows])
     return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,14 @@ from torch import Tensor
 
 from moco_dist.data import image_folder, tar_shards
 from moco_dist.data.image_file import Place
-from moco_dist.data.tar_shards import Member
+from moco_dist.data.tar_members import Member
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import shown
 
 logger = logging.getLogger(__name__)
 
 # Version of a cached list's layout.
-VERSION = 1
+VERSION = 2
 # A folder that changed so recently may change again without another modification time.
 SETTLED_SECONDS = 10.0
 
@@ -52,6 +52,12 @@ class ImageIndex:
     tars: tuple[str, ...]
     tar: Tensor
     offsets: Tensor
+    # Sentences about what was left out, or has no class.
+    warnings: tuple[str, ...] = ()
+    # Some classes of the images that are none of those that were given.
+    unknown: tuple[str, ...] = ()
+    # The fingerprint of the list that a run began with, where files have changed since.
+    begun: str = ""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -60,6 +66,18 @@ class ImageIndex:
         """Return the name of an image relative to the root, or in its tar."""
         start = int(self.ends[row - 1]) if row else 0
         return os.fsdecode(self.names[start : int(self.ends[row])].numpy().tobytes())
+
+    def label(self, row: int) -> str:
+        """Return the name of an image in the whole list, with that of its tar."""
+        return f"{self.tars[int(self.tar[row])]}: {self.name(row)}" if self.tars else self.name(row)
+
+    def all_labels(self) -> list[str]:
+        """Return what `label` does for all rows."""
+        blob, ends = self.names.numpy().tobytes(), self.ends.tolist()
+        names = (os.fsdecode(blob[a:b]) for a, b in zip([0, *ends], ends, strict=False))
+        if not self.tars:
+            return list(names)
+        return [f"{self.tars[n]}: {name}" for n, name in zip(self.tar.tolist(), names, strict=True)]
 
     def places(self, rows: Sequence[int]) -> list[Place]:
         """Return the locations of the images `rows`."""
@@ -77,21 +95,25 @@ class ImageIndex:
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of names, sizes and classes in order, without content and root."""
+        if self.begun:
+            return self.begun
         classes = np.frombuffer(json.dumps(self.classes).encode(), np.uint8)
         content = self.names, self.ends, self.sizes, self.labels, torch.from_numpy(classes.copy())
         return fingerprint.of_tensors(*content)
 
 
 def of_folder(
-    root: Path, labelled: bool, cache: Path, classes: tuple[str, ...] | None = None
+    root: Path, labelled: bool, cache: Path | None, classes: tuple[str, ...] | None = None
 ) -> ImageIndex:
-    """Return the images below `root`, as `image_folder.scan` finds them."""
+    """Return the images below `root`, as `image_folder.scan` finds them, by way of the cache."""
 
     def make() -> tuple[ImageIndex, list[str]]:
         listing = image_folder.scan(root, labelled, classes)
         states = image_folder.states(listing.files)
         members = [Member(0, str(f.relative_to(root)), 0, states[f].st_size) for f in listing.files]
-        return _index(root, members, listing.labels, listing.classes), list(listing.folders)
+        index = _index(root, members, listing.labels, listing.classes)
+        said = replace(index, warnings=listing.warnings, unknown=listing.unknown)
+        return said, list(listing.folders)
 
     return _kept(root, ["folder", labelled, classes], cache, make)
 
@@ -100,7 +122,7 @@ def of_shards(
     root: Path,
     tars: list[str],
     labelled: bool,
-    cache: Path,
+    cache: Path | None,
     classes: tuple[str, ...] | None = None,
 ) -> ImageIndex:
     """Return the images in the tar files `tars` of `root`, as `tar_shards.read` finds them."""
@@ -108,7 +130,9 @@ def of_shards(
     def make() -> tuple[ImageIndex, list[str]]:
         found = tar_shards.read(root, tars, labelled, classes)
         index = _index(root, found.members, found.labels, found.classes, tuple(tars))
-        return index, [str(root / tar) for tar in tars]
+        return replace(index, warnings=found.warnings, unknown=found.unknown), [
+            str(root / tar) for tar in tars
+        ]
 
     return _kept(root, ["shards", tars, labelled, classes], cache, make)
 
@@ -131,9 +155,11 @@ def _index(
 
 
 def _kept(
-    root: Path, kind: object, cache: Path, make: Callable[[], tuple[ImageIndex, list[str]]]
+    root: Path, kind: object, cache: Path | None, make: Callable[[], tuple[ImageIndex, list[str]]]
 ) -> ImageIndex:
     """Return the index that `make` returns, from the cache if the paths it read haven't changed."""
+    if cache is None:
+        return make()[0]
     key = json.dumps([str(root.resolve()), kind, VERSION])
     path = cache / f"list_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if os.path.isfile(path):
@@ -145,7 +171,8 @@ def _kept(
                     parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                     index = ImageIndex(root, classes=tuple(classes), tars=tuple(tars), **parts)
                     if index.fingerprint() == notes["fingerprint"]:
-                        return index
+                        said, other = (tuple(json.loads(notes[k])) for k in ("warnings", "unknown"))
+                        return replace(index, warnings=said, unknown=other)
                     logger.warning("%s: its content changed on disk; listing it again", path)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s: can't be read (%s); listing the images again", path, shown(error))
@@ -154,6 +181,7 @@ def _kept(
     states = _states(seen)
     if len(states) == len(seen) and all(t + SETTLED_SECONDS < began for _, t in states.values()):
         noted = {"seen": states, "classes": index.classes, "tars": index.tars}
+        noted |= {"warnings": index.warnings, "unknown": index.unknown}
         texts = {name: json.dumps(note) for name, note in noted.items()}
         tensors = {name: part for name, part in vars(index).items() if isinstance(part, Tensor)}
         texts["fingerprint"] = index.fingerprint()

@@ -12,8 +12,7 @@ import mmap
 import os
 import signal
 import sys
-import warnings
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,39 +21,71 @@ from moco_dist.data.image_file import Place, Recipe
 from moco_dist.errors import shown
 from moco_dist.method.slots import CROP_NUMBERS
 
+# Why a file is set aside that was removed.
+GONE = "it is gone"
+
 # Signals that Slurm, a terminal or a launcher send to every process of a run.
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
-def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> str:
-    """Fulfil a request; return what is wrong with one of its images, or an empty text."""
+class Answer(NamedTuple):
+    """What is wrong with the images of a request."""
+
+    # Number in the request, and why, of each image that is gone or is none.
+    bad: list[tuple[int, str]]
+    # A sentence about a fault of the machine, after which nothing else was done.
+    fault: str = ""
+
+
+def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> Answer:
+    """Fulfil a request, but for images that can't be read; return what is wrong."""
     recipe = Recipe(*request["recipe"])
     places = [Place(*place) for place in request["places"]]
     shape = len(places), max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
     pixels = np.ndarray(shape, np.uint8, memory)
     drawn = np.frombuffer(numbers)
     rows = drawn.reshape(len(places), -1, CROP_NUMBERS).tolist() if recipe.views else []
+    bad: list[tuple[int, str]] = []
     for number, place in enumerate(places):
         try:
             content = image_file.read(place)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or error
-            return f"{shown(place, 4096)}: can't be read ({shown(reason)}); put it back as it was"
+            if lost(place, error):
+                is_gone = isinstance(error, FileNotFoundError)
+                bad.append((number, GONE if is_gone else shown(reason)))
+                continue
+            text = f"{shown(place, 4096)}: can't be read ({shown(reason)}); put it back as it was"
+            return Answer(bad, text)
         try:
             if recipe.views:
                 found = image_file.crops(content, rows[number], recipe)
             else:
-                found = [image_file.square(content, recipe.size, recipe.channels)]
+                found = [image_file.square(content, recipe)[0]]
+        except MemoryError:
+            text = f"{shown(place, 4096)}: needs more memory than is free; lower data.workers"
+            return Answer(bad, text)
         except Exception as error:
             # Decoders raise errors of many kinds for bytes that are no image.
-            reason = shown(str(error) or type(error).__name__)
-            return (
-                f"{shown(place, 4096)}: not a readable image ({reason}); "
-                "replace or remove this file"
-            )
+            bad.append((number, shown(str(error) or type(error).__name__)))
+            continue
         for view, each in enumerate(found):
             pixels[number, view] = each.transpose(2, 0, 1)
-    return ""
+    return Answer(bad)
+
+
+def lost(place: Place, error: Exception) -> bool:
+    """Return whether a file is missing, or ends early, by itself: its folder has others.
+
+    A disk that is not mounted is a fault of the machine, and so is a tar that is gone or was cut.
+    """
+    if place.name or not isinstance(error, FileNotFoundError | ValueError):
+        return False
+    try:
+        with os.scandir(os.path.dirname(place.path)) as others:
+            return next(others, None) is not None
+    except OSError:
+        return False
 
 
 def serve(requests: BinaryIO, replies: BinaryIO, file: int, slot_bytes: int) -> None:
@@ -68,8 +99,8 @@ def serve(requests: BinaryIO, replies: BinaryIO, file: int, slot_bytes: int) -> 
         slot = request["slot"]
         if slot not in slots:
             slots[slot] = mmap.mmap(file, slot_bytes, offset=slot * slot_bytes)
-        wrong = answer(request, numbers, slots[slot])
-        replies.write(json.dumps(wrong).encode() + b"\n")
+        found = answer(request, numbers, slots[slot])
+        replies.write(json.dumps(found).encode() + b"\n")
         replies.flush()
 
 
@@ -78,7 +109,6 @@ def main() -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
-    warnings.simplefilter("ignore")  # PIL's, about odd files that it reads nevertheless
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that nothing else is printed between replies
     try:

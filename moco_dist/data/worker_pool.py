@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.data.image_file import Place, Recipe
-from moco_dist.data.image_worker import IGNORED
+from moco_dist.data.image_worker import IGNORED, Answer
 from moco_dist.distributed import peers
 from moco_dist.errors import ConfigError, DataError, shown
 
@@ -48,8 +48,8 @@ class Ticket:
     worker: int
     slot: int
     done: bool = False
-    # What is wrong with one of its images.
-    wrong: str = ""
+    # Once it is done: what is wrong.
+    answer: Answer = field(default_factory=lambda: Answer([]))
     abandoned: bool = False
 
 
@@ -79,6 +79,11 @@ def images_of_request(recipe: Recipe) -> int:
     return min(REQUEST_IMAGES, max(1, REQUEST_BYTES // each))
 
 
+def shape_of(recipe: Recipe) -> tuple[int, int, int, int]:
+    """Return views, channels, height and width of what a request has for each image."""
+    return max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
+
+
 class WorkerPool:
     """The workers of one process of a run, which start with the first request."""
 
@@ -101,8 +106,7 @@ class WorkerPool:
         worker = self._workers[number]
         if not self._free:
             self._add_slot()
-        shape = len(places), max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
-        ticket = Ticket(places, shape, number, self._free.pop())
+        ticket = Ticket(places, (len(places), *shape_of(recipe)), number, self._free.pop())
         content = b"" if numbers is None else numbers.numpy().tobytes()
         request = {"slot": ticket.slot, "recipe": recipe, "places": places, "bytes": len(content)}
         worker.tickets.append(ticket)
@@ -117,7 +121,8 @@ class WorkerPool:
     def fetch(self, ticket: Ticket) -> Tensor:
         """Wait for a request; return its pixels, which are valid until `release`.
 
-        Raises DataError for an unreadable image, a dead worker or an image that takes too long.
+        Those of the images in `ticket.answer.bad` are undefined. Raises DataError for a fault of
+        the machine, a dead worker or an image that takes too long.
         """
         began, most = time.monotonic(), SHARE_OF_TIMEOUT * peers.me.timeout
         while not ticket.done:
@@ -129,8 +134,8 @@ class WorkerPool:
                     f"still decoding {_range(self._workers[ticket.worker].tickets[0])}; check the "
                     "disk or file system (df, dmesg), or raise runtime.timeout_seconds"
                 )
-        if ticket.wrong:
-            raise DataError(ticket.wrong)
+        if ticket.answer.fault:
+            raise DataError(ticket.answer.fault)
         count = int(np.prod(ticket.shape))
         memory = torch.frombuffer(self._slots[ticket.slot], dtype=torch.uint8, count=count)
         return memory.view(ticket.shape)
@@ -212,7 +217,7 @@ class WorkerPool:
             *lines, worker.received = (worker.received + received).split(b"\n")
             for line in lines:
                 ticket = worker.tickets.popleft()
-                ticket.done, ticket.wrong = True, json.loads(line)
+                ticket.done, ticket.answer = True, Answer(*json.loads(line))
                 if ticket.abandoned:
                     self._free.append(ticket.slot)
 

@@ -13,13 +13,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from moco_dist.errors import InterruptedRunError, PeerError, StoppedError, UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Requests besides the numbers of signals. FAILED: a save in the background failed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Requests besides the numbers of signals. FAILED: a save in the background, or reading an image.
 STOP_FILE, TIME_LIMIT, FAILED = 1001, 1002, 1003
 ECHO_SECONDS = 2.0  # in which launchers and Slurm may repeat a signal
 MARGIN_SECONDS = 1.0  # that exiting needs besides a step and a save
@@ -39,6 +40,17 @@ def error(request: int, text: str) -> StoppedError:
     stopped = kind(f"stopped by {reason(request)} {text}")
     stopped.again = stopped.again and request != STOP_FILE  # a person made the file
     return stopped
+
+
+def hangs_up() -> bool:
+    """Return whether SIGHUP ends this process: not under nohup, unless its launcher ends it then.
+
+    torchelastic obeys SIGHUP under nohup too: it passes it on, and later kills what is left.
+    """
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        return True
+    passed_on = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGHUP")
+    return "TORCHELASTIC_RUN_ID" in os.environ and "SIGHUP" in passed_on
 
 
 class StopRequests:
@@ -71,7 +83,8 @@ class StopRequests:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, self._in_main_thread)
+            if number != signal.SIGHUP or hangs_up():
+                signal.signal(number, self._in_main_thread)
         threading.Thread(target=self._watch, args=[reader], daemon=True).start()
 
     def limit(
@@ -131,7 +144,8 @@ class StopRequests:
                     self.request, now = self.request or number, time.monotonic()
                     if self._first is None:
                         self._first = now
-                    elif now - self._first > ECHO_SECONDS:
+                    # A terminal that closes hangs up as often as it likes.
+                    elif now - self._first > ECHO_SECONDS and number != signal.SIGHUP:
                         self._end(InterruptedRunError("ended at once by a second signal"))
 
     def _end(self, error: UserError) -> None:
@@ -140,5 +154,6 @@ class StopRequests:
 
     def _leave(self, error: UserError, shown: str) -> None:
         self.on_end(error.exit_status, str(error), error.again)
-        os.write(2, f"{shown}\n".encode(errors="backslashreplace"))
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"{shown}\n".encode(errors="backslashreplace"))
         os._exit(error.exit_status)

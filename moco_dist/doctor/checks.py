@@ -13,45 +13,29 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import accelerate
-import numpy as np
 import torch
 from torch import nn
 
 import moco_dist
-from moco_dist.config.recipe import DataConfig, PretrainConfig
-from moco_dist.data import image_archive, image_file, image_folder
+from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms
+from moco_dist.doctor.finding import Finding
 from moco_dist.errors import ConfigError, UserError, shown
 from moco_dist.method import plan
 from moco_dist.method.encoder import build_encoder
 from moco_dist.pretrain import alarms
-from moco_dist.randomness import Purpose, permutation
 from moco_dist.runs.memory import available
 from moco_dist.tracking import wandb_run
 
-# Files, drawn at random from the whole set, that are decoded as a sample.
-SAMPLED = 200
 # Seconds that the W&B server may take to answer.
 PATIENCE = 3.0
 # Bytes of the largest message of the network test, and how many times it is sent.
 MESSAGE, TIMES = 2**22, 5
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A line of the table: what was checked, what was found, and a sentence if it will fail."""
-
-    about: str
-    found: str
-    fault: str = ""
-    # A sentence about what costs accuracy or time without ending the run.
-    warning: str = ""
 
 
 def processes(config: PretrainConfig, device: torch.device) -> Iterator[Finding]:
@@ -128,70 +112,6 @@ def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:
     except UserError as error:
         return Finding(about, found, str(error))
     return Finding(about, found)
-
-
-def data(config: DataConfig, channels: int) -> tuple[list[Finding], int]:
-    """Return what a sample of its files says about the data set, and its number of training images.
-
-    Nothing is downloaded, unpacked or kept; the number is 0 where that would be needed.
-    """
-    if config.name == "shapes":
-        kept = round(config.shapes_train * (1 - config.validation))
-        kept = min(kept, config.limit or kept)
-        return [Finding("data", f"shapes: draws {config.shapes_train:,} images")], kept
-    root = Path(os.path.expanduser(config.root))
-    if config.name == "shards":
-        count, places = len(list(root.rglob("*.tar"))), shown(root)
-        fault = "" if count else f"{places}: no .tar files in this folder; give theirs as data.root"
-        return [Finding("data", f"shards: {count:,} tar files in {places}", fault)], 0
-    if config.name != "folder":
-        there = any(root.glob("*")) if root.is_dir() else False
-        state = "is there" if there else "will be downloaded"
-        return [Finding("data", f"{config.name}: {shown(root)} {state}")], 0
-    if root.is_file() and image_archive.is_archive(root):
-        return [Finding("data", f"{shown(root)}: an archive, unpacked at the start")], 0
-    try:
-        listing = image_folder.scan(image_folder.parts(root)[0], config.labels == "folders")
-    except UserError as error:
-        return [Finding("data", shown(root), str(error))], 0
-    count = len(listing.files)
-    kept = count - round(config.validation * count)
-    kept = min(kept, config.limit or kept)
-    order = permutation(count, 0, Purpose.SPLIT)[:SAMPLED].tolist()
-    sizes, squares, bad = [], [], []
-    for file in (listing.files[number] for number in order):
-        try:
-            content = file.read_bytes()
-            squares.append(image_file.square(content, config.size, channels))
-            sizes.append(image_file.opened(content).size)
-        except Exception as error:  # decoders raise any kind for a bad file
-            bad.append(f"{shown(file, 4096)} ({shown(str(error) or type(error).__name__)})")
-    spans = [(min(side), max(side)) for side in zip(*sizes, strict=True)] or [(0, 0)] * 2
-    fault = ""
-    if bad and not config.skip_unreadable:
-        fault = (
-            f"{len(bad)} of {len(order)} sampled images can't be read: {', '.join(bad[:3])}"
-            f"{', ...' if len(bad) > 3 else ''}; replace or remove them, or give "
-            "data.skip_unreadable=true"
-        )
-    (width, height), classes = spans, len(listing.classes) or "no"
-    found = (
-        f"{count:,} images, {classes} classes, {width[0]}-{width[1]} x {height[0]}-{height[1]} "
-        f"pixels in {len(order)} sampled files"
-        f"{f', {len(bad)} of them unreadable and left out' if bad and not fault else ''}"
-    )
-    return [Finding("data", found, fault), *([colors(squares)] if squares else [])], kept
-
-
-def colors(squares: list[image_file.Pixels]) -> Finding:
-    """Return mean and standard deviation of each channel of images (size, size, c), in [0, 1]."""
-    # Image by image: all of them at once in floating point would be gigabytes.
-    mean = np.mean([each.mean((0, 1)) for each in squares], axis=0) / 255
-    squared = np.mean([np.square(each, dtype=np.float64).mean((0, 1)) for each in squares], axis=0)
-    std = np.sqrt(np.maximum(squared / 255**2 - mean**2, 0))
-    means, stds = (",".join(f"{value:.4f}" for value in each) for each in (mean, std))
-    found = f"views.mean=[{means}] views.std=[{stds}] are those of the sampled images"
-    return Finding("colors", found)
 
 
 def memory(config: PretrainConfig, device: torch.device, images: int) -> Iterator[Finding]:

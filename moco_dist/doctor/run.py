@@ -1,6 +1,7 @@
 """Find what may be wrong with a pretraining, before or after it, and say what to do about it.
 
   accelerate launch -m moco_dist.doctor CONFIG [key=value ...]     before: one table, in seconds
+  python -m moco_dist.doctor CONFIG [key=value ...] --all-files    the same, decoding every file
   python -m moco_dist.doctor RUN|CONFIG [key=value ...] --bn-leak  is its BatchNorm a leak?
 
 The table shows processes, versions, network, batch, queue, data, colors, memory, disk and W&B as
@@ -13,6 +14,7 @@ training that is not kept if there is no such run yet. Exits with status 78 if t
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -21,7 +23,7 @@ import torch
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.doctor import checks
+from moco_dist.doctor import checks, images
 from moco_dist.doctor.bn_leak import bn_leak
 from moco_dist.errors import ConfigError, FaultsError, UnavailableError
 from moco_dist.runs import command, launch
@@ -47,16 +49,19 @@ def join(config: PretrainConfig) -> torch.device:
     return device
 
 
-def examine(config: PretrainConfig) -> None:
-    """Print what a run of `config` would meet here; FaultsError on all, listing what will fail."""
-    device = join(config)
-    found, images = peers.from_main(lambda: checks.data(config.data, config.encoder.channels))
+def examine(config: PretrainConfig, seconds: float = images.SECONDS) -> None:
+    """Print what a run of `config` would meet here; FaultsError on all, listing what will fail.
+
+    The images are decoded for so many seconds.
+    """
+    device, channels = join(config), config.encoder.channels
+    found, count = peers.from_main(lambda: images.data(config.data, channels, seconds))
     findings = [
         *checks.processes(config, device),
         *checks.network(config, device),
-        *checks.batch(config, images),
+        *checks.batch(config, count),
         *found,
-        *checks.memory(config, device, images),
+        *checks.memory(config, device, count),
         *peers.from_main(lambda: list(checks.disk(config))),
         peers.from_main(lambda: checks.wandb(config)),
     ]
@@ -79,12 +84,13 @@ def main(arguments: list[str]) -> None:
     flags = {argument for argument in arguments if argument.startswith("-")} - {"-h", "--help"}
 
     def run(config: PretrainConfig, stop: StopRequests) -> None:
-        if unknown := sorted(flags - {LEAK}):
+        if unknown := sorted(flags - {LEAK, images.ALL}):
             raise ConfigError(
-                f"there is no check {unknown[0]}; give one of {LEAK}, or none for the table"
+                f"there is no check {unknown[0]}; give {LEAK} or {images.ALL}, or none for the "
+                "table"
             )
-        if not flags:
-            examine(config)
+        if LEAK not in flags:
+            examine(config, math.inf if flags else images.SECONDS)
         elif os.environ.get("WORLD_SIZE", "1") == "1":
             bn_leak(config)
         else:

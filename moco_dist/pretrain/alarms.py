@@ -24,6 +24,7 @@ from moco_dist.tracking.tracker import Metrics
 logger = logging.getLogger(__name__)
 
 LONG_QUEUE, NOT_FINITE = "queue longer than the data", "not finite"
+OTHER_LENGTH = "another length"
 
 # Spread and effective rank of the unit vectors. Below either of the first pair the vectors are
 # nearly one point or one line; below both of the second pair they hold little more than one number.
@@ -109,6 +110,13 @@ class Watch:
         if NOT_FINITE not in self.told:
             self._write(step, NOT_FINITE, str(error))
 
+    def note(self, step: int, name: str, text: str) -> None:
+        """Write and show what was found elsewhere, once."""
+        if text not in self.told:
+            self.told.add(text)
+            self._write(step, name, text)
+            self.shown(step, {"alarm": name, "text": text})
+
     def look(self, step: int, metrics: Metrics) -> dict[str, str]:
         """Return a sentence for each new alarm in the line `metrics` of `step`, under its name."""
         found = {
@@ -134,7 +142,7 @@ class Watch:
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             metrics = json.loads(line)
             if "alarm" in metrics:
-                told.add(metrics["alarm"])
+                told |= {metrics["alarm"], metrics.get("text", "")}
             elif "step" in metrics:
                 self.look(metrics["step"], metrics)
         self.told = told

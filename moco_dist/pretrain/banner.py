@@ -53,6 +53,8 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
     if trainer.device.type == "cuda":
         why = why_not(trainer)
         rows["graph"] = f"none: {why}" if why else "each step is one once the queue is full"
+    if splits.parts:
+        rows["parts"] = splits.parts
     if config.runtime.compile:
         rows["compiled"] = "views and encoders, by torch.compile"
     if config.init_from and not session.resumed and comms.is_main():

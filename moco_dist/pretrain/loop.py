@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from moco_dist.config.yaml_files import to_dict
+from moco_dist.data import run_lists
 from moco_dist.distributed import fingerprint, peers
 from moco_dist.errors import StoppedError
 from moco_dist.method.schedule import due, learning_rate
@@ -65,6 +66,8 @@ def loop(
         if step == 1 or logs or hooks.health:
             seconds = (time.monotonic() - since) / (step - logged)
             owed.append((step, partial(figures_of, trainer, step, taken, hooks.health, seconds)))
+            if config.data.skip_unreadable:
+                share_aside(trainer, session)
             since, logged = time.monotonic(), step
         if not take.captured or saves or draws or classifies:
             take.settle()
@@ -149,9 +152,15 @@ def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> float:
     return accuracy
 
 
+def share_aside(trainer: Trainer, session: Session) -> None:
+    """Note in the run which files could not be read since the last time; a collective."""
+    run_lists.share(session.directory, trainer.splits.train, trainer.splits.test)
+
+
 def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
     """Write a checkpoint of the state after `step` steps, in the background, or `wait` for it."""
     peers.me.mark(trainer.step, "saving")
+    share_aside(trainer, session)
     model, training = state.tensors(trainer.moco, trainer.optimizer)
     momentum = [value for key, value in training.items() if key.startswith("momentum.")]
     peers.same_everywhere(

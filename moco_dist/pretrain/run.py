@@ -8,13 +8,14 @@ from typing import NoReturn
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import datasets
+from moco_dist.data.run_lists import Begun
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
-from moco_dist.errors import NumbersError, StoppedError
+from moco_dist.errors import DataError, NumbersError, StoppedError
 from moco_dist.pretrain import alarms
 from moco_dist.pretrain.banner import announce, summarize
-from moco_dist.pretrain.loop import loop, owes, save
+from moco_dist.pretrain.loop import loop, owes, save, share_aside
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import saving, session
 from moco_dist.runs.session import Session
@@ -40,18 +41,23 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
             # The launch before this one ended between its last two files.
             session.finish(opened, {})
         return
-    session.begin(opened)
-    with start.tracker(opened, total, "pretrain") as tracker:
+    jump = session.begin(opened, trainer.schedule)
+    peers.from_main(lambda: datasets.note_left_out(opened.directory, splits))
+    with start.tracker(opened, total, "pretrain") as tracker, peers.me.agreeing():
         watch = None
         if comms.is_main():
             path = opened.directory / "metrics.jsonl"
             watch = alarms.Watch(config, len(splits.train), path, tracker.sinks[-1])
             tracker.sinks.append(watch.sink)
+            if jump:
+                watch.note(trainer.step, alarms.OTHER_LENGTH, jump)
         try:
             results = loop(trainer, opened, total, tracker, can_classify)
             if done := trainer.step == trainer.total_steps:
                 tracker.conclude(results, write_encoder(trainer, opened.directory))
-        except (StoppedError, NumbersError) as error:
+        except (StoppedError, NumbersError, DataError) as error:
+            if isinstance(error, DataError) and not error.shared:
+                raise
             if watch and isinstance(error, NumbersError):
                 watch.ended(trainer.step, error)
             # All processes are here, with the state after a whole step.
@@ -63,7 +69,9 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
 
 def build(config: PretrainConfig, opened: Session) -> Trainer:
     """Return the trainer of a run as its newest checkpoint has it, or as a run begins."""
-    splits = datasets.load(config.data, config.encoder.channels)
+    saved = opened.resumed
+    begun = Begun(opened.directory, saved.piece("data") if saved else None)
+    splits = datasets.load(config.data, config.encoder.channels, begun)
     trainer = Trainer(config, opened.accelerator, splits, opened.resumed)
     if config.init_from and not opened.resumed:
         run, path = opened.directory, Path(config.init_from).expanduser()
@@ -79,9 +87,10 @@ def write_encoder(trainer: Trainer, directory: Path) -> Path | None:
     return peers.from_main(lambda: saving.write_encoder(directory, trainer.step, state, config))
 
 
-def end_early(trainer: Trainer, opened: Session, error: StoppedError | NumbersError) -> NoReturn:
+def end_early(trainer: Trainer, opened: Session, error: session.EndedError) -> NoReturn:
     """Save the state after the last whole step; raise `error` again, with where that is."""
     step = trainer.step
+    share_aside(trainer, opened)
     if step:
         save(trainer, opened, wait=True)
     place = f"saved after step {step:,} of {trainer.total_steps:,}" if step else "nothing to save"

@@ -240,12 +240,12 @@ class Stepper:
     def _replay(self) -> Taken:
         trainer, hooks, step = self.trainer, self.hooks, self.trainer.step
         peers.me.mark(step, "training")
+        trainer.source.begin(step)
         if self.session:
             self.session.stop_for(self.session.request())
             self.session.saver.copied()
         hooks.agreed = Agreement(stop=0, save=hooks.wants_save)
         self.clock.set()
-        trainer.source.begin(step)
         self.first.replay()
         hooks.step, hooks.rows = step, self.guard.rows
         hooks.before_enqueue(self.guard.queries, self.guard.keys)

@@ -258,6 +258,16 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def schedule(self, epochs: int, step: int) -> dict[str, float]:
+        """Return learning rate and key momentum of a step if the run had so many epochs."""
+        total, optim = epochs * self.steps_per_epoch, self.config.optim
+        return {
+            "the learning rate goes": schedule.learning_rate(
+                optim, step, self.steps_per_epoch, total
+            ),
+            "the key momentum goes": schedule.key_momentum(self.config.moco, step, total),
+        }
+
     def views(self, samples: Tensor, epoch: Key, view: int) -> Tensor:
         """Return view number `view` of the training images `samples`, (rows, c, size, size)."""
         return self.source.any_views([(samples, view)], epoch)[0]
@@ -277,6 +287,7 @@ class Trainer:
                 features.extract(seen, part, config.views, config.batch_size, pause)
                 for part in (train, validation)
             )
+        pause()
         self.nearest = features.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
         mine = features.share(len(queries))
         predicted = features.predict(

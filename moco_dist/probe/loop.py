@@ -38,6 +38,7 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
                 Metric.MEMORY_GB: memory_gb(probe.session.device),
             }
             tracker.log(step, metrics | evaluate(probe, comms.mean(losses), epoch > 0))
+            probe.share_aside()
             since, evaluated = time.monotonic(), step
         keep = config.checkpoint
         probe.session.stop.needs = 2 * probe.session.saver.seconds

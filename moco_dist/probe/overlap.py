@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from moco_dist.data.datasets import Images
+from moco_dist.errors import shown
 
 # Most pairs that a sentence names.
 _NAMED = 5
@@ -18,12 +19,15 @@ class Overlap:
     part: str
     size: int
     pairs: list[tuple[int, int]]
+    # Their files, where they are from files.
+    files: list[tuple[str, str]]
 
     def sentence(self) -> str:
         """Return a sentence about the overlap, empty if there is none."""
         if not self.pairs:
             return ""
-        named = ", ".join(f"{own} = training {train}" for own, train in self.pairs[:_NAMED])
+        called = [(shown(own, 4096), shown(train, 4096)) for own, train in self.files] or self.pairs
+        named = ", ".join(f"{own} = training {train}" for own, train in called[:_NAMED])
         more = f" and {len(self.pairs) - _NAMED} more" if len(self.pairs) > _NAMED else ""
         return (
             f"{len(self.pairs)} of {self.size} {self.part} images are also training images, to the "
@@ -39,7 +43,8 @@ def find(train: Images, images: Images, part: str) -> Overlap:
         first.setdefault(content, number)
     hashes = _hashes(images)
     pairs = [(number, first[content]) for number, content in enumerate(hashes) if content in first]
-    return Overlap(part, len(images), pairs)
+    files = [(images.file(own), train.file(one)) for own, one in pairs] if images.catalogue else []
+    return Overlap(part, len(images), pairs, files)
 
 
 def _hashes(images: Images) -> list[bytes]:

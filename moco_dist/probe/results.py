@@ -68,7 +68,12 @@ def measure(probe: LinearProbe, overlaps: list[Overlap]) -> Results:
         "selected": trained["selected"],
         "grid": trained["grid"],
         "overlap": {
-            each.part: {"images": len(each.pairs), "pairs": each.pairs[:100]} for each in overlaps
+            each.part: {
+                "images": len(each.pairs),
+                "pairs": each.pairs[:100],
+                "files": each.files[:100],
+            }
+            for each in overlaps
         },
     }
     verdict, results["better"] = judge(results)

@@ -10,6 +10,7 @@ from pathlib import Path
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.data import datasets
 from moco_dist.data.image_file import MODES
+from moco_dist.data.run_lists import Begun
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
@@ -23,7 +24,7 @@ from moco_dist.probe.results import brief, grid_rows, summary_rows
 from moco_dist.probe.verdict import Results
 from moco_dist.runs import session
 from moco_dist.runs.identity import group
-from moco_dist.runs.session import logger
+from moco_dist.runs.session import Session, logger
 from moco_dist.tracking import start, terminal
 from moco_dist.tracking.start import console
 
@@ -38,27 +39,31 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     path = Path(config.encoder)
     config = dataclasses.replace(config, name=config.run_name())
     source = peers.together(lambda: load.find(path, backbone=config.backbone))
-    opened = session.start(config, stop)
+    opened = session.start(config, stop, source.checkpoint.state.get("run_id"))
     # Each process has searched by itself, and a pretraining may still be writing checkpoints.
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
     peers.together(lambda: require_channels(config, source))
     warn_of_views(config, source)
-    splits = images_for(config, source)
+    splits = images_for(config, source, opened)
     overlaps = find_overlaps(splits)
     probe = LinearProbe(config, opened, splits, source)
     del splits  # whose images would stay in the host's memory when they are on a GPU
     announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
-    session.begin(opened)
+    session.begin(opened, probe.schedule)
+    peers.from_main(lambda: datasets.note_left_out(opened.directory, probe.splits))
     results_file = opened.directory / "results.json"
     peers.from_main(lambda: results_file.unlink(missing_ok=True))
     family = group(config.pretraining(), source.checkpoint.state)
-    with start.tracker(opened, total, "probe", family) as tracker:
+    with start.tracker(opened, total, "probe", family) as tracker, peers.me.agreeing():
         try:
             loop(probe, total, tracker)
             if probe.step == probe.total_steps:
                 results = conclude(probe, tracker, overlaps)
-        except (StoppedError, NumbersError) as error:
+        except (StoppedError, NumbersError, DataError) as error:
+            if isinstance(error, DataError) and not error.shared:
+                raise
+            probe.share_aside()
             if probe.step:
                 probe.save(wait=True)
             place = f"saved after step {probe.step:,} of {probe.total_steps:,}"
@@ -70,9 +75,11 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         summarize(probe, results)
 
 
-def images_for(config: ProbeConfig, source: Found) -> datasets.Splits:
+def images_for(config: ProbeConfig, source: Found, opened: Session) -> datasets.Splits:
     """Return the labelled images for an encoder; a collective."""
-    found = datasets.load(config.data, source.architecture.channels)
+    saved = opened.resumed
+    begun = Begun(opened.directory, saved.piece("data") if saved else None)
+    found = datasets.load(config.data, source.architecture.channels, begun)
     return peers.together(lambda: labelled(found, config))
 
 
@@ -90,6 +97,8 @@ def require_channels(config: ProbeConfig, source: Found) -> None:
 def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
     """Return the splits without unlabelled training images; UserError if they can't be probed."""
     datasets.require_labels(splits, config.data)
+    if splits.fault:
+        raise DataError(splits.fault)
     classes = len(splits.train.classes)
     if config.top_k > classes:
         raise ConfigError(
@@ -117,6 +126,10 @@ def warn_of_views(config: ProbeConfig, source: Found) -> None:
         if ours != theirs:
             sentence = "views.%s is %s here but was %s in pretraining; use the same"
             logger.warning(sentence, key, ours, theirs)
+    data = (source.checkpoint.state.get("config") or {}).get("data", {})
+    if (theirs := data.get("background", config.data.background)) != config.data.background:
+        sentence = "data.background is %s here but was %s in pretraining; use the same"
+        logger.warning(sentence, config.data.background, theirs)
 
 
 def find_overlaps(splits: datasets.Splits) -> list[overlap.Overlap]:
@@ -164,6 +177,8 @@ def announce(probe: LinearProbe, source: Found) -> None:
         "steps": f"{probe.steps_per_epoch:,} an epoch, "
         f"{probe.total_steps:,} in {config.epochs} epochs",
     }
+    if splits.parts:
+        rows["parts"] = splits.parts
     start.banner(probe.session, "probe", rows)
 
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from moco_dist.config.recipe import DataConfig, ViewsConfig
 from moco_dist.config.yaml_files import from_dict
-from moco_dist.data import datasets, image_folder
+from moco_dist.data import datasets, file_sets, image_folder, torchvision_sets
 from moco_dist.data.datasets import Images
+from moco_dist.data.image_file import Recipe
+from moco_dist.data.image_index import ImageIndex
 from moco_dist.encoders import features, load
 from moco_dist.errors import MissingError, shown
 from moco_dist.method import views
@@ -32,12 +34,6 @@ SAMPLE, NEIGHBOUR_EMBEDDING, BATCH, SECONDS = 2000, 1000, 100, 60.0
 QUERIES, NEIGHBOURS, PAIRS = 8, 5, 8
 # Most images that a report decodes to draw its sample from.
 MOST_READ = 200_000
-# The folder in data.root that each data set is downloaded to.
-UNPACKED = {
-    "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
-    "stl10": "stl10_binary",
-}
 
 
 @dataclass(frozen=True)
@@ -94,21 +90,20 @@ def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
 
     The part is the test set if there is one, else the validation images, else the training images.
     """
-    root = Path(config.root).expanduser()
-    if config.name in UNPACKED and not (root / UNPACKED[config.name]).is_dir():
+    root, downloaded = Path(config.root).expanduser(), config.name in torchvision_sets.FOLDERS
+    if downloaded and not torchvision_sets.place(config.name, root).is_dir():
         raise MissingError(
             f"data.root={shown(root)}: {config.name} is not there, and a report downloads nothing; "
             "make the report in the folder where the run was launched"
         )
     if config.name == "folder":
-        train, test = image_folder.parts(root)
-        if test and config.labels != "none":
-            return "test", _of_folder(config, train, test, channels)
-        count = len(image_folder.scan(train, False).files) if root.is_dir() else 0
-        if count > MOST_READ:
+        found = file_sets.find(config, file_sets.root(config), file_sets.cache(config))
+        if found.test:
+            return "test", _some(found.test, config, channels)
+        if len(found.train) > MOST_READ:
             raise MissingError(
-                f"data.root={shown(root)}: {count:,} images without a test set are more than "
-                f"the {MOST_READ:,} that a report reads"
+                f"data.root={shown(root)}: {len(found.train):,} images without a test set are more "
+                f"than the {MOST_READ:,} that a report reads"
             )
     splits = datasets.load(config, channels)
     parts = {"test": splits.test, "validation": splits.validation, "training": splits.train}
@@ -117,15 +112,15 @@ def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
     return part, Images(images.squares(rows), images.labels[rows], images.classes)
 
 
-def _of_folder(config: DataConfig, train: Path, test: Path, channels: int) -> Images:
+def _some(test: ImageIndex, config: DataConfig, channels: int) -> Images:
     """Return a sample of the test images, without decoding the others."""
-    classes = image_folder.scan(train, True).classes
-    listing = image_folder.scan(test, bool(classes), classes or None)
-    rows = _sample(len(listing.files), config).tolist()
-    files, labels = ([each[row] for row in rows] for each in (listing.files, listing.labels))
-    some = image_folder.Listing(listing.root, files, labels, listing.classes)
-    pixels = image_folder.decode(some, config.size, channels=channels)
-    return Images(pixels, torch.tensor(labels), listing.classes)
+    known = (test.labels >= 0).nonzero().flatten()
+    rows = known[_sample(len(known), config)]
+    files = [Path(place.path) for place in test.places(rows.tolist())]
+    labels = test.labels[rows]
+    some = image_folder.Listing(test.root, files, labels.tolist(), test.classes)
+    recipe = Recipe(config.size, channels=channels, background=config.background)
+    return Images(image_folder.decode(some, recipe), labels, test.classes)
 
 
 def _sample(size: int, config: DataConfig) -> Tensor:

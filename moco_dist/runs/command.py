@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
@@ -138,8 +139,10 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
     if speaks:
         prefix = "" if isinstance(error, StoppedError) else "error: "
         for stream in filter(None, (sys.stderr, _console)):
-            print(f"{prefix}{text}", file=stream, flush=True)
+            with suppress(OSError):  # the terminal may be gone
+                print(f"{prefix}{text}", file=stream, flush=True)
     stop.flush()
     stop.on_end(status, text, again)
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)

@@ -6,10 +6,11 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -22,7 +23,7 @@ from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.errors import ConfigError, NumbersError, StoppedError, output_errors
+from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
 from moco_dist.runs import checkpoint, identity, launch, saving
 from moco_dist.runs.environment import environment, keep_freed_memory
 from moco_dist.runs.lock import RunLock
@@ -33,6 +34,11 @@ logger = logging.getLogger(__name__)
 
 # Seconds by which NCCL's watchdog, which aborts a process without a word, comes later than our own.
 WATCHDOG = 60.0
+# What ends a run with the state after a whole step on all processes.
+EndedError = StoppedError | NumbersError | DataError
+
+# Names and values of what depends on the length of a run: a function of the epochs and a step.
+Schedule = Callable[[int, int], Mapping[str, float]]
 
 # The locks that this process holds.
 _held: dict[Path, RunLock] = {}
@@ -65,13 +71,15 @@ class Session:
     def stop_for(self, request: int) -> None:
         """Raise, on all processes, the error for `request`, on which all agree."""
         if request == stopping.FAILED:
+            peers.agree()
             peers.from_main(self.saver.finish)
         elif request:
             raise stopping.error(request, f"at step {peers.me.step}").on_all()
 
     def request(self) -> int:
         """Return the request to this process, 0 for none."""
-        return stopping.FAILED if self.saver.failed else self.stop.poll()
+        failed = self.saver.failed or peers.me.fault is not None
+        return stopping.FAILED if failed else self.stop.poll()
 
     def save(
         self,
@@ -144,15 +152,24 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
     return accelerator
 
 
-def start(settings: PretrainConfig | ProbeConfig, stop: StopRequests | None = None) -> Session:
-    """Join the processes, open the run directory and find its newest checkpoint; a collective."""
+def start(
+    settings: PretrainConfig | ProbeConfig,
+    stop: StopRequests | None = None,
+    encoder: str | None = None,
+) -> Session:
+    """Join the processes, open the run directory and find its newest checkpoint; a collective.
+
+    `encoder` is the id of the run that a probe measures.
+    """
     stop, machine, accelerator = stop or StopRequests(), settings.runtime, join(settings)
     directory = Path(settings.output).expanduser() / settings.name
     lock = peers.together(lambda: _take(directory, stop) if comms.is_main() else None)
     watched, end = (directory, launch.job_end()) if comms.is_main() else (None, None)
     stop.limit(watched, machine.max_hours, machine.grace_seconds, end)
     resumed = checkpoint.newest(directory, set_aside=True)
-    finished, run_id = peers.from_main(lambda: _require_same(directory, settings, resumed))
+    finished = peers.from_main(lambda: _require_same(directory, settings, resumed))
+    state = resumed.state if resumed else None
+    run_id = peers.from_main(lambda: identity.run_id(directory, settings.name, state, encoder))
     saver = Saver(directory, settings.checkpoint, unless=lock.check if lock else lambda: None)
     if resumed:
         saver.place = resumed.step, resumed.state.get("evaluated")
@@ -184,19 +201,22 @@ def _take(directory: Path, stop: StopRequests) -> RunLock:
 
 def _require_same(
     directory: Path, settings: PretrainConfig | ProbeConfig, resumed: checkpoint.Checkpoint | None
-) -> tuple[bool, str]:
-    """Return whether the run is done, and its id; ConfigError if it has another configuration."""
+) -> bool:
+    """Return whether the run is done; ConfigError if it has another configuration."""
     if resumed and (changed := yaml_files.changed_keys(resumed.piece("config"), settings)):
         raise ConfigError(
             f"{directory} holds a run with another configuration ({'; '.join(changed)}); "
             "restore that configuration to resume the run, or choose name=... for a new one"
         )
-    run_id = identity.run_id(directory, settings.name, resumed.state if resumed else None)
-    return (directory / "DONE").exists(), run_id
+    return (directory / "DONE").exists()
 
 
-def begin(session: Session) -> None:
-    """Record this launch in the run directory; from here on signals are obeyed between steps."""
+def begin(session: Session, schedule: Schedule = lambda epochs, step: {}) -> str:
+    """Record this launch in the run directory; from here on signals are obeyed between steps.
+
+    Returns a sentence, which was also given as a warning, if the run has another length than
+    before and so goes on at another place of its `schedule`, and otherwise an empty text.
+    """
     session.stop.raise_at_once()
     session.stop.at_once = False
     try:
@@ -205,19 +225,59 @@ def begin(session: Session) -> None:
         end_early(session, error, "nothing has begun")
     peers.me.training = True
 
-    run = session.directory
+    run, change = session.directory, _changed_length(session)
+    jump = _jump(session, schedule) if change else ""
+    if jump:
+        logger.warning(jump)
 
     @output_errors(run)
     def write() -> None:
         (run / "DONE").unlink(missing_ok=True)
-        replace(run / "config.yaml", yaml_files.to_yaml(session.settings))
+        text = yaml_files.to_yaml(session.settings)
+        comments = [*_comments(run / "config.yaml"), *change] if session.resumed else []
+        replace(
+            run / "config.yaml", "".join(f"{line}\n" for line in dict.fromkeys(comments)) + text
+        )
         replace(run / "environment.json", json.dumps(environment(), indent=1))
         write_status(run, None, peers.me.step, "")
 
     peers.from_main(write)
+    return jump
 
 
-def end_early(session: Session, error: StoppedError | NumbersError, place: str) -> NoReturn:
+def _changed_length(session: Session) -> list[str]:
+    """Return a comment for config.yaml if this launch changes the length of the run."""
+    if not session.resumed:
+        return []
+    before, now = session.resumed.piece("config")["epochs"], session.settings.epochs
+    place = f"from step {session.resumed.step} on"
+    return [f"# epochs was {before} before; it is {now} {place}"] if before != now else []
+
+
+def _jump(session: Session, schedule: Schedule) -> str:
+    """Return a sentence if a step has other settings than in a run of the length before."""
+    assert session.resumed, "a new run has no length before"
+    step, before = session.resumed.step, session.resumed.piece("config")["epochs"]
+    now = session.settings.epochs
+    last, planned, new = schedule(before, step - 1), schedule(before, step), schedule(now, step)
+    jumps = [f"{k} from {last[k]:.3g} to {new[k]:.3g}" for k in new if new[k] != planned[k]]
+    if not jumps:
+        return ""
+    return (
+        f"epochs={now} was {before} until step {step}, so {' and '.join(jumps)} in one step; this "
+        f"run will differ from one of {now} epochs from the start, for which give name=...; "
+        "config.yaml notes it"
+    )
+
+
+def _comments(path: Path) -> list[str]:
+    """Return the comments at the head of a configuration, which earlier launches wrote."""
+    with suppress(OSError, ValueError):
+        return list(takewhile(lambda line: line.startswith("# "), path.read_text().splitlines()))
+    return []
+
+
+def end_early(session: Session, error: EndedError, place: str) -> NoReturn:
     """Raise `error` on all processes with `place`, which says what is saved; note its details."""
 
     @output_errors(session.directory)

@@ -18,7 +18,7 @@ from typing import Any
 from moco_dist.config import yaml_files
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
-from moco_dist.errors import ConfigError, UserError, escape_output
+from moco_dist.errors import ConfigError, OutputError, UserError, escape_output, output_errors
 from moco_dist.runs.status import write_status
 
 REQUEUE = 200  # asks the job script to requeue the job
@@ -69,20 +69,39 @@ def end(run: Path, outcome: dict[str, Any] | None, state: str) -> tuple[int, str
     names = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
     step = max((int(name) for name in names if name.isdecimal()), default=0)
     notes = run / "requeues.jsonl"
-    earlier: list[int] = []
-    with suppress(OSError, ValueError):
-        lines = [json.loads(line) for line in notes.read_text().splitlines()]
-        earlier = [line["step"] for line in lines if line["job"] == _job()]
-    if earlier[-MAX_RESTARTS:] == [step] * MAX_RESTARTS:
+    if _earlier(notes, step)[-MAX_RESTARTS:] == [step] * MAX_RESTARTS:
         return 70, (
             f"no checkpoint after step {step} in {MAX_RESTARTS} restarts, so this job is not "
             f"started again; the last reason: {reason}"
         )
-    run.mkdir(parents=True, exist_ok=True)
-    with notes.open("a") as file:
-        requeue = {"job": _job(), "restart": restarts, "step": step, "reason": reason}
-        file.write(json.dumps(requeue) + "\n")
+    requeue = {"job": _job(), "restart": restarts, "step": step, "reason": reason}
+    try:
+        with output_errors(notes):
+            run.mkdir(parents=True, exist_ok=True)
+            with notes.open("ab+") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                cut = file.read(1) not in (b"", b"\n")  # a line that a full disk cut short
+                file.write(b"\n" * cut + json.dumps(requeue).encode() + b"\n")
+    except OutputError as error:
+        return error.exit_status, f"{error}; unnoted, this job could be requeued for ever: {reason}"
     return REQUEUE, f"to be requeued at step {step}: {reason}"
+
+
+def _earlier(notes: Path, step: int) -> list[int]:
+    """Return the steps at which this job was requeued before; a line that is damaged counts too.
+
+    It counts as one at `step`, so that damage can end a loop of restarts but not let it go on.
+    """
+    steps = []
+    with suppress(OSError):
+        for line in notes.read_bytes().splitlines():
+            try:
+                found = json.loads(line)
+                job, at = str(found["job"]), int(found["step"])
+            except (ValueError, TypeError, KeyError, RecursionError):
+                job, at = _job(), step
+            steps += [at] if job == _job() else []
+    return steps
 
 
 def _job() -> str:

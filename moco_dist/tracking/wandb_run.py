@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from moco_dist.config.running import TrackingConfig
 from moco_dist.errors import StoppedError
+from moco_dist.runs import record
+from moco_dist.runs.status import replace
 
 if TYPE_CHECKING:
     import wandb
@@ -77,6 +79,7 @@ class WandbRun:
         self.settings, self.directory, self.identity, self.say = settings, directory, identity, say
         self.content = shareable(content)
         self.place = Path(os.environ.get("WANDB_DIR") or directory).absolute()
+        self._notes = directory / "wandb_folders.json"
         self._defined: set[str] = set()
         # Best and last value of each metric over all launches; wandb knows only this one.
         self._figures: dict[str, dict[str, float]] = {}
@@ -155,16 +158,31 @@ class WandbRun:
                 **private,
             ),
         )
+        self._note(Path(self.run.settings.sync_dir))
         for axis in ("step", "epoch"):
             self.run.define_metric(axis)
             self._defined.add(axis)
 
     def _remove(self, kind: str, kept: Path | None = None) -> None:
-        """Remove the folders of this run's other launches."""
-        for ending in ("", "-*"):  # wandb adds -1 to equal names
-            for folder in (self.place / "wandb").glob(f"{kind}-*-{self.identity['id']}{ending}"):
-                if folder != kept:
-                    shutil.rmtree(folder, ignore_errors=True)
+        """Remove the folders of this run's other launches, and none of another run's.
+
+        In a folder that WANDB_DIR shares, only those that this run has noted are its own: another
+        run may have the same id.
+        """
+        noted = self._noted()
+        for folder in (self.place / "wandb").glob(f"{kind}-*"):
+            own = folder.is_relative_to(self.directory.absolute()) or str(folder) in noted
+            if own and folder != kept and (folder / f"run-{self.identity['id']}.wandb").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _note(self, folder: Path) -> None:
+        """Note a folder of this launch as this run's own."""
+        there = [place for place in self._noted() if os.path.exists(place)]
+        replace(self._notes, json.dumps({"folders": [*there, str(folder)]}) + "\n")
+
+    def _noted(self) -> list[str]:
+        found = record.read_object(self._notes).get("folders")
+        return list(map(str, found)) if isinstance(found, list) else []
 
     def row(self, step: int, metrics: Mapping[str, float], known: bool) -> None:
         """Log the metrics after `step` steps with their pictures; `known` ones only count."""

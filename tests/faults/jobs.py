@@ -139,6 +139,7 @@ def _work(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    signal.signal(HUP, signal.SIG_DFL)  # the tests may run under nohup
     os.environ |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "WANDB_MODE": "disabled"}
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
@@ -221,3 +222,4 @@ def alive(pid: int) -> bool:
 
 
 KILL, TERM, INT, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+HUP = signal.SIGHUP

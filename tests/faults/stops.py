@@ -24,6 +24,7 @@ from moco_dist.runs import checkpoint, saving
 from moco_dist.runs.checkpoint import Checkpoint
 from moco_dist.runs.session import Session
 from tests.faults.jobs import (
+    HUP,
     INT,
     KILL,
     TERM,
@@ -41,7 +42,7 @@ from tests.faults.jobs import (
 from tests.faults.table import Fault, Outcome
 
 STOP = 0
-KINDS = {"SIGTERM": TERM, "SIGINT": INT, "SIGUSR1": USR1, "the file STOP": STOP}
+KINDS = {"SIGTERM": TERM, "SIGINT": INT, "SIGUSR1": USR1, "SIGHUP": HUP, "the file STOP": STOP}
 # Seconds that a stop may take besides the step and the save in progress.
 LIMIT = 3.0
 # 100 steps: some are left after four stops.
@@ -495,7 +496,7 @@ def of_a_probe(folder: Path, times: int, random: Random) -> Outcome:
 
 
 FAULTS = [
-    Fault("stop in training: SIGTERM, SIGINT, SIGUSR1, STOP", 4, 40, in_training),
+    Fault("stop in training: SIGTERM, SIGINT, SIGUSR1, SIGHUP, STOP", 5, 40, in_training),
     Fault("the same in the start", 4, 12, in_the_start),
     Fault("the same in an evaluation", 1, 8, in_an_evaluation),
     Fault("the same in a save", 1, 8, in_a_save),

@@ -1,0 +1,134 @@
+"""Which images of a folder, an archive or tar shards are for training, and which for testing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from moco_dist.config.recipe import DataConfig
+from moco_dist.data import folder_layout, image_archive, image_index, tar_shards
+from moco_dist.data.image_index import ImageIndex
+from moco_dist.errors import DataError, MissingError, shown
+
+# Name of the training images of a folder without parts.
+ALL = "all images"
+
+
+class Source(NamedTuple):
+    """A part of a data set."""
+
+    # For a text.
+    name: str
+    # Returns its images, given the classes of the training images.
+    list: Callable[[tuple[str, ...]], ImageIndex]
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """The lists of the images of a data set's parts; `test` has classes or is None."""
+
+    train: ImageIndex
+    test: ImageIndex | None
+    # Which folders were taken for which part, and which were left aside, for the banner.
+    parts: str
+    # Why the labels of the test images can't be used, for what needs them.
+    fault: str
+    # Sentences about files that were left out.
+    warnings: tuple[str, ...]
+
+
+def cache(config: DataConfig) -> Path:
+    """Return the folder of everything that is kept for the next start."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moco_dist")
+    return Path(os.path.expanduser(config.cache or default))
+
+
+def root(config: DataConfig) -> Path:
+    """Return the folder of a data set, after unpacking it if it is an archive; DataError."""
+    given = Path(os.path.expanduser(config.root))
+    if not os.path.isfile(given):
+        return given
+    if config.name == "folder" and image_archive.is_archive(given):
+        # An archive usually contains the folder itself, but may contain its content only.
+        return folder_layout.only(image_archive.unpack(given, cache(config)))
+    raise DataError(
+        f"data.root={shown(given)}: is a file; give a folder or, with data.name=folder, a tar or "
+        "zip file of images"
+    )
+
+
+def find(config: DataConfig, given: Path, kept: Path | None) -> FileSet:
+    """Return the images below the folder `given`, whose lists are kept in a cache.
+
+    Of the parts that may be tested on, the first with labels is chosen. Raises UserError if there
+    is nothing to train on.
+    """
+    sources = _shards if config.name == "shards" else _folders
+    train, tests, said = sources(given, config.labels == "folders", kept)
+    images = train.list(())
+    chosen, words, fault, aside = None, [f"trains on {train.name}"], "", list[str]()
+    for part in tests:
+        if not images.classes or chosen or fault:
+            reason = "not needed" if images.classes else "the training images have no labels"
+            aside.append(f"{part.name} ({reason})")
+            continue
+        try:
+            test = part.list(images.classes)
+        except MissingError:
+            aside.append(f"{part.name} (no images that are read)")
+            continue
+        except DataError as error:  # for what tests to refuse
+            aside.append(f"{part.name} (it can't be read)")
+            fault, said = str(error), (*said, f"the test images are left aside: {error}")
+            continue
+        known, first = bool((test.labels >= 0).any()), shown(next(iter(test.unknown), ""))
+        if known and not test.unknown:
+            chosen = test
+            words.append(f"tests on {part.name}")
+            continue
+        reason = f"class '{first}' is not in training" if first else "no labels"
+        aside.append(f"{part.name} ({reason})")
+        if known:
+            fault = (
+                f"{shown(test.root)}: class '{first}' is not among the {len(images.classes)} "
+                "classes of the training images; use the same classes in both"
+            )
+    words += [f"leaves aside {', '.join(aside)}"] if aside else []
+    parts = "; ".join(words) if tests or train.name != ALL else ""
+    said = (*said, *images.warnings, *(chosen.warnings if chosen else ()))
+    return FileSet(images, chosen, parts, fault, said)
+
+
+def _folders(
+    given: Path, labelled: bool, kept: Path | None
+) -> tuple[Source, list[Source], tuple[str, ...]]:
+    layout = folder_layout.find(given)
+
+    def of(part: Path) -> Source:
+        def listed(classes: tuple[str, ...]) -> ImageIndex:
+            is_part = part != layout.root
+            folder = folder_layout.inside(part, classes=classes) if is_part else part
+            return image_index.of_folder(folder, labelled, kept, classes or None)
+
+        place = os.path.relpath(part, given)
+        return Source(ALL if place == "." else shown(place), listed)
+
+    return of(layout.train), [of(part) for part in layout.tests], layout.warnings
+
+
+def _shards(
+    given: Path, labelled: bool, kept: Path | None
+) -> tuple[Source, list[Source], tuple[str, ...]]:
+    train, tests, warnings = tar_shards.parts(given)
+
+    def of(tars: tar_shards.Tars) -> Source:
+        def listed(classes: tuple[str, ...]) -> ImageIndex:
+            return image_index.of_shards(*tars, labelled, kept, classes or None)
+
+        place = shown(os.path.relpath(tars.folder / tars.names[0], given))
+        return Source(f"{len(tars.names)} tar(s) from {place}", listed)
+
+    return of(train), [of(part) for part in tests], warnings
