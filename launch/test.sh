@@ -10,6 +10,10 @@ ruff format --check .
 mypy
 find . -name .venv -prune -o \( -name '*.sh' -o -name '*.sbatch' \) -print0 | xargs -0 -n 1 bash -n
 some="not slow and not slurm and not browser"
+python -m tests.stand_in >/dev/null || some="$some and not stand_in"
 if (($#)); then exec pytest -m "$some" "$@"; fi
 pytest -m "$some" tests/test_faults.py
 pytest -m "$some" --ignore tests/test_faults.py -n 3 --dist loadfile
+if ! without="$(python -m tests.stand_in)"; then
+    echo "not run: tests/stand_in, which needs a stand-in for GPUs ($without)"
+fi

@@ -16,9 +16,10 @@ Key = int | Tensor
 # splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014): the
 # odd number nearest 2^64 / golden ratio, and the multipliers of its finalizer (Stafford's variant
 # 13), as signed integers because torch has no unsigned shifts and products.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+_TWO_64 = 2**64
+_GOLDEN = 0x9E3779B97F4A7C15 - _TWO_64
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - _TWO_64
+_MULTIPLIER_2 = 0x94D049BB133111EB - _TWO_64
 
 
 class Purpose(IntEnum):
@@ -43,6 +44,13 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def _mix_number(x: int) -> int:
+    """Return what `_mix` does, of an unsigned number; a GPU needs ten kernels for it."""
+    x = (x ^ x >> 30) * _MULTIPLIER_1 % _TWO_64
+    x = (x ^ x >> 27) * _MULTIPLIER_2 % _TWO_64
+    return x ^ x >> 31
+
+
 def hashed(*keys: Key, device: torch.device | str | None = None) -> Tensor:
     """Return 64 random bits as int64 for each element of the broadcast `keys`.
 
@@ -53,8 +61,13 @@ def hashed(*keys: Key, device: torch.device | str | None = None) -> Tensor:
         if isinstance(key, Tensor):
             assert key.dtype == torch.int64, f"keys are int64 tensors, got {key.dtype}"
             device = key.device
-    state = torch.zeros((), dtype=torch.int64, device=device)
-    for key in keys:
+    number, place = 0, 0
+    while place < len(keys) and isinstance(key := keys[place], int):
+        number = _mix_number(((number ^ key % _TWO_64) + _GOLDEN) % _TWO_64)
+        place += 1
+    signed = number - (_TWO_64 if number >= _TWO_64 // 2 else 0)
+    state = torch.full((), signed, dtype=torch.int64, device=device)
+    for key in keys[place:]:
         state = _mix((state ^ key) + _GOLDEN)
     return state
 
@@ -64,7 +77,7 @@ def uniform(*keys: Key, device: torch.device | str | None = None) -> Tensor:
     return _shift_right(hashed(*keys, device=device), 11).to(torch.float64) * 2.0**-53
 
 
-def permutation(size: int, *keys: int, device: torch.device | str | None = None) -> Tensor:
+def permutation(size: int, *keys: Key, device: torch.device | str | None = None) -> Tensor:
     """Return a permutation of range(`size`) as int64: the order of the indices' hashes."""
     index = torch.arange(size, dtype=torch.int64, device=device)
     return hashed(*keys, index).argsort(stable=True)

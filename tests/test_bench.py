@@ -164,3 +164,14 @@ def test_precisions_are_swept(
     run.run(load(PretrainConfig, words), StopRequests(), Namespace(**options, **once))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [each["precision"] for each in found] == ["fp32", "bf16"]
+
+
+def test_the_cores_of_a_machine_are_shared_by_its_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 17)
+    found = []
+    for processes_here in ("1", "8", "64"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes_here)
+        found.append(run.cores())
+    assert found == [17, 2, 1]

@@ -19,11 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import agreement
 from moco_dist.pretrain import loop
+from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
-from tests.test_trainer import build
+from moco_dist.runs import session
+from tests import processes
+from tests.test_trainer import TINY, build
 
 DEVICE = torch.device("lazy", 0)
 READ = torch.ops.aten._local_scalar_dense.default
@@ -111,8 +116,8 @@ def test_a_step_of_one_process_waits_for_its_device_once(
         assert {loss.device, logits.device, hooks.gradient_norm.device} == {DEVICE}
         assert {p.device for p in trainer.moco.state_dict().values()} == {DEVICE}
         # Figures, health and neighbours, once in many steps, are computed there as well.
-        loss, logits_of = trainer.train_step(hooks)
-        figures = loop.figures_of(trainer, hooks, loss, logits_of, 1.0)
+        taken = Stepper(trainer, hooks)()
+        figures = loop.figures_of(trainer, 3, taken, hooks.health, 1.0)
         assert figures.keys() >= {"train/loss", "health/rankme", "queue/own_images"}
         found.clear()
         trainer.knn_top1()
@@ -147,3 +152,27 @@ def test_the_watch_sees_what_crosses() -> None:
         with pytest.raises(FakeTensorDeviceMismatchError):
             there + here
     assert found == {"read": 1, "aten.index.Tensor": 1, "aten._to_copy.default": 2}
+
+
+def choices(*arguments: str) -> tuple[bool, ...]:
+    session.join(load(PretrainConfig, [*TINY, *arguments]))
+    return (
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen"),
+    [
+        ([], (False, False, False, True)),
+        (["precision=tf32"], (True, True, False, True)),
+        (["precision=bf16", "runtime.deterministic=false"], (False, False, True, False)),
+    ],
+)
+def test_kernels_are_those_that_precision_and_deterministic_say(
+    arguments: list[str], chosen: tuple[bool, ...]
+) -> None:
+    assert processes.run(choices, 1, *arguments) == [chosen]

@@ -34,3 +34,23 @@ def test_every_row_comes_to_its_place(world: int) -> None:
         joined = torch.cat([each[number] for each in found])
         assert joined.dtype == rows.dtype
         assert joined.equal(rows)
+
+
+def gathered(parts: list[Tensor]) -> list[Tensor]:
+    mine = []
+    for whole in parts:
+        each = len(whole) // comms.world_size()
+        mine.append(comms.all_gather(whole[comms.rank() * each :][:each]))
+    return mine
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_gather_has_the_bits_of_all_in_the_order_of_ranks(world: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(8, 3, 5, generator=generator, dtype=torch.float64)
+    parts = [rows, rows.float(), rows.bfloat16(), rows.mul(100).to(torch.uint8), rows.long()]
+    parts += [rows[:, 0, 0], rows.transpose(1, 2)]  # the last is not contiguous
+    for mine in processes.run(gathered, world, parts):
+        for found, expected in zip(mine, parts, strict=True):
+            assert found.dtype == expected.dtype
+            assert found.equal(expected)

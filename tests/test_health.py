@@ -17,10 +17,12 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.pretrain import figures, loop
+from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
 from tests.test_one_run_any_machine import SMALL, distance, train
+from tests.test_trainer import build
 
 
 def sphere(rows: int, dim: int, seed: int, spread: float = 1.0) -> Tensor:
@@ -88,11 +90,12 @@ def followed(folder: str, overrides: list[str], until: int) -> list[dict[str, An
     session = runs_session.start(config)
     trainer = Trainer(config, session.accelerator, datasets.load(config.data))
     hooks = loop.run_hooks(trainer, session)
+    take = Stepper(trainer, hooks)
     steps = []
     while trainer.step < until:
         samples = trainer.plan.step(trainer.step).samples
         older = trainer.moco.queue.negatives()[1].clone()
-        loss, logits = trainer.train_step(hooks)
+        taken = take()
         network = trainer.moco
         key, query = (
             np.concatenate([p.detach().numpy().ravel() for p in encoder.parameters()])
@@ -100,7 +103,7 @@ def followed(folder: str, overrides: list[str], until: int) -> list[dict[str, An
         )
         own = (samples[:, None] == older).sum(1).double().mean()
         apart = np.linalg.norm(key - query) / np.linalg.norm(query)
-        logged = loop.figures_of(trainer, hooks, loss, logits, 1.0)
+        logged = loop.figures_of(trainer, trainer.step, taken, hooks.health, 1.0)
         steps.append({"health": hooks.health, "logged": logged, "own": own, "apart": apart})
     session.close()
     return steps
@@ -133,6 +136,25 @@ def test_every_number_of_processes_measures_the_same_and_what_is_so(
             assert steps[number]["health"] == ranks[0][number]["health"]
             for name, value in alone[number]["health"].items():
                 assert steps[number]["health"][name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_a_solver_that_fails_costs_its_figure_and_no_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    points, network = sphere(16, 8, 0), build().moco
+    network.queue.enqueue(points.float(), torch.arange(16))
+    arguments = network, points.float(), [points.float()], torch.arange(16)
+    whole = figures.health(*arguments)
+    assert whole["health/rankme"] > 1
+
+    def fails(_: Tensor) -> Tensor:
+        text = "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED"
+        raise torch.linalg.LinAlgError(text)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    found = figures.health(*arguments)
+    assert found == {name: value for name, value in whole.items() if name != "health/rankme"}
+    assert "health/rankme can't be computed (cusolver error" in caplog.text
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -18,7 +18,7 @@ from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.data.shapes import CLASSES
 from moco_dist.encoders.load import checkpoint_of, find, require_trained
-from moco_dist.errors import ConfigError, DataError, UserError
+from moco_dist.errors import ConfigError, DataError, NumbersError, UserError
 from moco_dist.method.encoder import build_encoder
 from moco_dist.probe import overlap
 from moco_dist.probe.label_fraction import draw, require_classes
@@ -274,6 +274,38 @@ def test_what_can_not_be_chosen_fairly_is_refused(pretrained: Path, tmp_path: Pa
     assert message("label_fraction=1.5").startswith("label_fraction=1.5 is out of range")
     fault = ["data.validation=0", "data.name=folder"]
     assert load(ProbeConfig, [*fault, "grid.lr=[2]"]).grid.lr == [2.0]
+
+
+def test_a_bad_step_that_is_found_later_has_changed_nothing(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    arguments = ["grid.lr=[0.1,1]", "grid.weight_decay=[0,0.01]", "augment=false", "epochs=9"]
+    at_once, late = (prepared(pretrained, tmp_path / name, *arguments) for name in ("a", "b"))
+    late.settles = True  # as on a GPU
+    bad, errors = 7, []
+    for trial in (at_once, late):
+        while trial.step < bad:
+            trial.train_step()
+        later = trial.plans[0].step(bad, key_views=0).samples[0]
+        trial.features["train"][1, later] = torch.nan
+    good = {name: tensor.clone() for name, tensor in at_once.tensors()[0].items()}
+    with pytest.raises(NumbersError) as error:
+        at_once.train_step()
+    errors.append(error.value)
+    for _ in range(3):
+        late.train_step()
+    with pytest.raises(NumbersError) as error:
+        late.settle()
+    errors.append(error.value)
+    assert str(errors[0]) == str(errors[1])
+    assert f"not finite in step {bad} (control with lr 0.1 " in str(errors[0])
+    assert errors[0].details == errors[1].details
+    assert at_once.step == late.step == bad
+    for ours, theirs in zip(at_once.tensors(), late.tensors(), strict=True):
+        for name, tensor in ours.items():
+            assert tensor.equal(theirs[name]), name
+            assert tensor.equal(good.get(name, tensor)), name
+    late.save(wait=True)  # what a run does next
 
 
 def test_a_grid_point_that_diverges_ends_the_run_by_name(pretrained: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_views_are_drawn_in_their_own_colours(tmp_path: Path) -> None:
 
 
 def test_a_histogram_counts_each_similarity_once(tmp_path: Path) -> None:
-    values = torch.tensor([-1.0, -0.99, 0.001, 0.99, 1.0])
+    values = torch.tensor([[-1.0, -0.99, 0.001], [0.99, 1.0, -torch.inf]])
     Album(tmp_path).histogram(3, "x", values)
     found = json.loads((tmp_path / "step_00000003" / "x.json").read_text())
     assert len(found["edges"]) == len(found["counts"]) + 1 == 65

@@ -6,8 +6,8 @@
 Takes real steps with a full queue, and writes no file. --against textbook measures a plain loop in
 turn (PIL views in a DataLoader, fp32, NCHW, eager) and prints ratios. --sweep measures each value
 of a key. --repeats (5), --steps (of a repeat: 1, on a GPU 20), --warm-up (2, on a GPU 20) and
---workers (of the plain loop's DataLoader: 0, on a GPU one per core) set how much is measured. The
-last line of the output holds all figures as JSON.
+--workers (of the plain loop's DataLoader: 0, on a GPU one per core of a process) set how much is
+measured. The last line of the output holds all figures as JSON.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
     found = []
     for each in configs:
         accelerator = join(each)
-        splits = datasets.load(each.data, each.encoder.channels)
-        found.append(one(Trainer(each, accelerator, splits), asked))
+        # Without a name for the splits, whose images would stay in the host's memory.
+        trainer = Trainer(each, accelerator, datasets.load(each.data, each.encoder.channels))
+        found.append(one(trainer, asked))
+        del trainer
         AcceleratorState._reset_state()  # it would impose its precision on the next configuration
     if not comms.is_main():
         return
@@ -115,7 +117,7 @@ def one(trainer: Trainer, asked: argparse.Namespace) -> dict[str, Any]:
     found = machine(trainer) | {"repeats": repeats, "steps": steps} | asdict(speed)
     found["share_of_peak"] = speed.share_of_peak
     if asked.against:
-        workers = _number(asked, "workers", (os.cpu_count() or 1) if on_gpu else 0, least=0)
+        workers = _number(asked, "workers", cores() if on_gpu else 0, least=0)
         found["textbook"] = against_textbook(trainer, steps, repeats, workers)
     if comms.is_main():
         show(found, speed)
@@ -143,6 +145,11 @@ def machine(trainer: Trainer) -> dict[str, Any]:
         "symmetric": config.moco.symmetric,
         "view_size": config.views.size,
     }
+
+
+def cores() -> int:
+    """Return the cores of this machine for each of its processes."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -> dict[str, Any]:

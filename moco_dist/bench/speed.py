@@ -23,6 +23,7 @@ from moco_dist.distributed import comms
 from moco_dist.pretrain import figures
 from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.loop import figures_of, run_hooks
+from moco_dist.pretrain.step_graph import Stepper, Taken
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment
 
@@ -125,24 +126,25 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
     A collective, which changes weights and queue.
     """
     device, config, hooks = trainer.device, trainer.config, run_hooks(trainer)
+    take = Stepper(trainer, hooks)
     fill_queue(trainer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(warm_up):
-        trainer.train_step(hooks)
+        take()
     flops = step_flops(trainer, hooks)
     peaks, walls, cpus, parts = [peak_flops(trainer)], [], [], []
     for _ in range(repeats):
-        wall, cpu = seconds(lambda: [trainer.train_step(hooks) for _ in range(steps)], device)
+        wall, cpu = seconds(lambda: [take() for _ in range(steps)], device)
         walls.append(wall / steps)
         cpus.append(cpu / steps)
         parts.append(timed_parts(trainer, hooks, steps))
         peaks.append(peak_flops(trainer))
     before = comms.sent_bytes
-    loss, logits = trainer.train_step(hooks)
+    taken = take()
     sent = comms.sent_bytes - before
     medians = {part: statistics.median(each[part] for each in parts) for part in PARTS}
-    medians["tracking"] = tracking_seconds(trainer, hooks, loss, logits)
+    medians["tracking"] = tracking_seconds(trainer, taken)
     step = statistics.median(walls)
     return Speed(
         images_per_second=config.batch_size / step,
@@ -220,12 +222,10 @@ def _multiply(a: Tensor, b: Tensor, product: Tensor, times: int) -> None:
 
 
 @torch.no_grad()
-def tracking_seconds(
-    trainer: Trainer, hooks: RunHooks, loss: Tensor, logits: list[Tensor]
-) -> float:
+def tracking_seconds(trainer: Trainer, taken: Taken) -> float:
     """Return the seconds of a line of metrics and of the figures of health, for each step."""
     settings, device, queue = trainer.config.tracking, trainer.device, trainer.moco.queue
-    line = partial(figures_of, trainer, hooks, loss, logits, 1.0)
+    line = partial(figures_of, trainer, trainer.step, taken, {}, 1.0)
     total = statistics.median(seconds(line, device)[0] for _ in range(3)) / settings.every_steps
     if every := settings.health_every_steps:
         keys = queue.keys[: trainer.config.batch_size]

@@ -210,7 +210,7 @@ class OptimConfig:
         )
 
 
-Precision = Literal["fp32", "bf16", "fp64"]
+Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,8 @@ class PretrainConfig:
     batch_size: int = 512
     # Blocks of the global batch that BatchNorm normalises separately, on any number of processes.
     bn_groups: int = 8
-    # bf16 is mixed precision: queue, loss and weights stay fp32.
+    # bf16 is mixed precision: queue, loss and weights stay fp32. tf32 is fp32 whose products and
+    # convolutions a GPU rounds to 10 bits, many times as fast; a CPU takes it as fp32.
     precision: Precision = "fp32"
     # Stop after this step, to be resumed later, with the same schedules; 0 means at the end.
     stop_at_step: int = 0

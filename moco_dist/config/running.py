@@ -84,7 +84,10 @@ class RuntimeConfig:
     # Compile the views and encoders of pretraining with torch.compile before the first step, which
     # takes minutes, or seconds from PyTorch's cache. Needs a C++ compiler, and Triton on a GPU.
     compile: bool = False
-    # Choose deterministic kernels, so that the same machine gives the same bits.
+    # On one GPU, let it repeat the whole step as a CUDA graph once the queue is full.
+    cuda_graph: bool = True
+    # Choose deterministic kernels, so that the same machine gives the same bits. Without it, cuDNN
+    # measures which kernels are fastest.
     deterministic: bool = True
     # Save and stop within this time; 0 means no limit. Slurm's time limit counts too.
     max_hours: float = 0.0

@@ -24,6 +24,7 @@ from moco_dist.distributed import comms, peers
 from moco_dist.method import views
 from moco_dist.method.compilation import compiled
 from moco_dist.method.plan import Plan, Step
+from moco_dist.randomness import Key
 
 # Steps, and images per worker, to decode ahead.
 STEPS_AHEAD = 2
@@ -50,25 +51,27 @@ class Maker:
         """Compile `of_step`, once for each number of images."""
         self._make_step = compiled(self._make)
 
-    def of_step(self, images: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+    def of_step(self, images: Tensor, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
         """Return the views of each of `wanted`, (n, c, size, size), made in one pass.
 
         `images` (n, c, H, W) are those of all of `wanted` in order.
         """
         return self._split(self._make_step, images, wanted, epoch)
 
-    def of_any(self, images: Tensor, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+    def of_any(self, images: Tensor, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
         """Return what `of_step` does, for any number of images without compiling."""
         return self._split(self._make, images, wanted, epoch)
 
     @torch.no_grad()  # gradients are on for some passes of a step, and would need another graph
     def _split(
-        self, make: Callable[..., Tensor], images: Tensor, wanted: Sequence[Wanted], epoch: int
+        self, make: Callable[..., Tensor], images: Tensor, wanted: Sequence[Wanted], epoch: Key
     ) -> list[Tensor]:
         samples = torch.cat([samples for samples, _ in wanted])
         numbers = torch.cat([torch.full_like(samples, view) for samples, view in wanted])
         # The epoch is a tensor, because each int would need a graph.
-        made = make(images, torch.full_like(samples[0], epoch), samples, numbers)
+        if not isinstance(epoch, Tensor):
+            epoch = torch.full_like(samples[0], epoch)
+        made = make(images, epoch, samples, numbers)
         return list(made.split([len(samples) for samples, _ in wanted]))
 
 
@@ -83,12 +86,15 @@ class MemorySource:
     def begin(self, step: int) -> None:
         """Prepare a step, which images in memory don't need."""
 
+    def stay(self) -> None:
+        """Keep what `begin` prepares where it is."""
+
     @record_function("views")
-    def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+    def views(self, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
         """Return the views of each of `wanted`, (n, c, size, size), made in one pass."""
         return self.maker.of_step(self._pixels(wanted), wanted, epoch)
 
-    def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+    def any_views(self, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
         """Return what `views` does, for any number of images without compiling."""
         return self.maker.of_any(self._pixels(wanted), wanted, epoch)
 
@@ -121,6 +127,7 @@ class StreamedSource:
         self._ahead = deque[tuple[Step, list[Order]]]()
         # For each view of the step: its samples, ascending, and their crops.
         self._crops: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stays = False
 
     def begin(self, step: int) -> None:
         """Collect the crops of a step and order those of later ones; a collective.
@@ -150,13 +157,21 @@ class StreamedSource:
                 if view is not None:
                     crops = comms.all_to_all_rows(pixels[0][:, view], rows.unshuffle[number])
                     found.append((view, rows.samples[rows.key_rows[number]], crops))
-        self._crops = {}
         for view in (0, 1):
             samples = [samples for each, samples, _ in found if each == view]
             if samples:
-                known, order = torch.cat(samples).to(self.device).sort()
+                ascending = torch.cat(samples).sort()
+                known, order = (comms.without_waiting(x, self.device) for x in ascending)
                 crops = torch.cat([crops for each, _, crops in found if each == view])
-                self._crops[view] = known, crops[order]
+                if self._stays:
+                    self._crops[view][0].copy_(known)
+                    torch.index_select(crops, 0, order, out=self._crops[view][1])
+                else:
+                    self._crops[view] = known, crops[order]
+
+    def stay(self) -> None:
+        """Keep the crops of later steps in the memory of this one's, which a CUDA graph reads."""
+        self._stays = True
 
     def _parts(self, rows: Step) -> list[tuple[Tensor, tuple[int, ...]]]:
         """Return the samples that this process decodes for a step, and the views of each."""
@@ -170,7 +185,7 @@ class StreamedSource:
             return [(mine, (0, 1))]
         return [(mine, tuple(sorted(view for view, _ in self.passes))), *keys]
 
-    def _order(self, epoch: int, samples: Tensor, wanted: tuple[int, ...]) -> Order:
+    def _order(self, epoch: Key, samples: Tensor, wanted: tuple[int, ...]) -> Order:
         return self.images.order_crops(self.config, self.seed, epoch, samples, wanted)
 
     def forget(self) -> None:
@@ -180,7 +195,7 @@ class StreamedSource:
                 order.abandon()
 
     @record_function("views")
-    def views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+    def views(self, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
         """Return the views of each of `wanted`, which are queries or keys of the current step."""
         crops = []
         for samples, view in wanted:
@@ -188,7 +203,7 @@ class StreamedSource:
             crops.append(of_view[torch.searchsorted(known, samples)])
         return self.maker.of_step(torch.cat(crops), wanted, epoch)
 
-    def any_views(self, wanted: Sequence[Wanted], epoch: int) -> list[Tensor]:
+    def any_views(self, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
         """Return what `views` does, for any images, decoding them now."""
         orders = [self._order(epoch, samples, (view,)) for samples, view in wanted]
         crops = [order.collect(self.device)[:, 0] for order in orders]
@@ -220,7 +235,7 @@ def views_of(
     return found[: len(passes)], found[len(passes) :]
 
 
-def _one(source: ViewSource, wanted: Wanted, epoch: int) -> Tensor:
+def _one(source: ViewSource, wanted: Wanted, epoch: Key) -> Tensor:
     return source.views([wanted], epoch)[0]
 
 

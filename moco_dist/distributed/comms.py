@@ -5,20 +5,29 @@ The only file that imports torch.distributed.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.profiler import record_function
+
+from moco_dist.distributed.machine import BOOT
+from moco_dist.errors import ConfigError
 
 # Collectives that this process has entered: the process with the fewest keeps the others waiting.
 calls = 0
 # Bytes of tensors that this process has sent in all-gathers, to N - 1 others; as many are received.
 sent_bytes = 0
+_rendezvous: Store | None = None
 
 
 def world_size() -> int:
@@ -47,6 +56,39 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def uses_gpus(cpu: bool) -> bool:
+    """Return whether Accelerate will use GPUs, unless `cpu` is asked for."""
+    return torch.cuda.is_available() and not (cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def require_own_gpu(timeout: timedelta) -> None:
+    """Make this process's GPU the current one; ConfigError, on all, if two processes share a GPU.
+
+    A collective of processes on GPUs, before NCCL's first one, which fails without saying so.
+    """
+    global _rendezvous
+    if "LOCAL_RANK" not in os.environ:
+        return
+    number = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    # Kept, because it may be the only one of its server, which the process group uses, too.
+    _rendezvous, rank, world = next(rendezvous("env://", timeout=timeout))
+    store = PrefixStore("moco_dist/gpus", _rendezvous)
+    gpu = str(torch.cuda.get_device_properties(number).uuid)
+    store.set(f"{rank}", json.dumps([socket.gethostname(), BOOT, gpu]))
+    places = [tuple(json.loads(t)) for t in store.multi_get([f"{r}" for r in range(world)])]
+    store.set(f"read {rank}", "")
+    if rank == 0:  # the server may end with it
+        store.wait([f"read {r}" for r in range(world)])
+    for other, place in enumerate(places):
+        if (owner := places.index(place)) != other:
+            host, _, gpu = place
+            raise ConfigError(
+                f"processes {owner} and {other} on {host} have the same GPU ({gpu}); start one "
+                "process for each GPU, and check --num_processes and CUDA_VISIBLE_DEVICES"
+            ).on_all()
+
+
 @record_function("communication")
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
@@ -54,9 +96,10 @@ def all_gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     _count(x.nbytes * (world_size() - 1))
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    # One collective under NCCL, where a list of parts would be a broadcast for each process.
+    whole = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous())
+    return whole
 
 
 @torch.no_grad()
@@ -73,6 +116,12 @@ def all_gather_with_note(x: Tensor, note: Tensor) -> tuple[Tensor, Tensor]:
     return keys.reshape(-1, *x.shape[1:]), notes.contiguous().view(torch.int64)
 
 
+def without_waiting(x: Tensor, device: torch.device) -> Tensor:
+    """Return `x`, which is on the CPU, on `device`; the copy to a GPU runs behind the host."""
+    pinned = x.pin_memory() if device.type == "cuda" else x
+    return pinned.to(device, non_blocking=True)
+
+
 @record_function("communication")
 @torch.no_grad()
 def all_to_all_rows(x: Tensor, places: Tensor) -> Tensor:
@@ -86,7 +135,7 @@ def all_to_all_rows(x: Tensor, places: Tensor) -> Tensor:
     assert len(places) == each * processes, f"{len(places)} places for {each} x {processes} rows"
     # Each process sends to another one in the order of the places there.
     own = places.view(processes, each)[mine]
-    message = x[own.argsort().to(x.device)]
+    message = x[without_waiting(own.argsort(), x.device)]
     if processes == 1:
         return message
     owners = places.argsort()[mine * each :][:each] // each
@@ -96,7 +145,7 @@ def all_to_all_rows(x: Tensor, places: Tensor) -> Tensor:
     _count()
     dist.all_to_all_single(received, message, wanted, sent)
     # From the order of the senders to that of the places.
-    return received[owners.argsort(stable=True).argsort().to(x.device)]
+    return received[without_waiting(owners.argsort(stable=True).argsort(), x.device)]
 
 
 @torch.no_grad()

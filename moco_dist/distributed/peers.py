@@ -1,7 +1,9 @@
 """What the processes of a run tell one another besides tensors: errors, and who is alive.
 
 Each process posts a heartbeat on a board every half second. When a collective fails, the others
-read there which process died, stalled or failed, where it ran and at which step.
+read there which process died, stalled or failed, where it ran and at which step. A collective on
+GPUs does not fail, but never returns: the thread that posts the heartbeat reads the board instead
+once the main thread has stood still for some seconds.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +27,16 @@ Result = TypeVar("Result")
 
 BEAT_SECONDS = 0.5
 SILENT_SECONDS = 3.0  # without a heartbeat, after which a process is gone if a collective failed
+STILL_SECONDS = 3.0  # of the main thread, after which it may wait for a process that is gone
+# Without a heartbeat of a process of another machine, after which the others no longer wait for it.
+CUT_OFF_SECONDS = 30.0
+NEAR = 64  # processes in a run, up to which each looks after all of its machine
+
+
+def _give_up(error: PeerError) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_status)
 
 
 class Peers:
@@ -34,29 +46,41 @@ class Peers:
         self.step, self.doing = 0, "starting"
         self.timeout = 300.0
         self.training = False
-        # An error of this process alone, on which all are to agree between two steps.
-        self.fault: UserError | None = None
-        self._agrees = False
         self._moved = time.monotonic()
         self._marks = self._beats = self._meetings = 0
+        self._beaten = -BEAT_SECONDS
         # The process that `blame` found, and whether that one has reported its error to the user.
         self._blamed, self._told = -1, False
-        self._board: comms.Board | None = None
+        self._boards = threading.local()  # one for each thread
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        # Called by the heartbeat's thread with the reason why the main thread waits in vain.
+        self.give_up: Callable[[PeerError], None] = _give_up
+        # Held by the thread that ends the process.
+        self.ending = threading.RLock()
+        # First heartbeats of processes that may run on this machine.
+        self._near: dict[int, Any] = {}
+        # The last heartbeat of the next process, and how many looks it has been the same.
+        self._next: tuple[Any, int] = None, 0
 
     def join(self, timeout: float) -> None:
         """Start the heartbeat; `timeout` is the longest stall, in seconds."""
         self.timeout = timeout
         if comms.world_size() > 1 and self._board is None:
-            self._board = comms.Board()
-            self._beat(self._board)
+            self._boards.mine = comms.Board()
+            self._beat()
             board = comms.Board()
             self._thread = threading.Thread(target=self._keep_beating, args=[board], daemon=True)
             self._thread.start()
 
+    @property
+    def _board(self) -> comms.Board | None:
+        board: comms.Board | None = getattr(self._boards, "mine", None)
+        return board
+
     def part(self) -> None:
         """Stop the heartbeat, whose thread must not outlive the interpreter."""
+        self._post(f"done/{comms.rank()}", "")
         self._ended.set()
         if self._thread:
             self._thread.join()
@@ -67,36 +91,16 @@ class Peers:
         self._marks += 1
         self._moved = time.monotonic()
 
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """Have `refuse` keep its errors until `agree`, which all processes call, here at the end.
-
-        A session also looks for them between two steps and between the batches of an evaluation.
-        """
-        outer, self._agrees = self._agrees, True
-        try:
-            yield
-            agree()
-        finally:
-            self._agrees = outer
-            self.fault = self.fault if outer else None
-
-    def refuse(self, error: UserError) -> None:
-        """Raise `error`, or keep the first one for all processes to raise together."""
-        if not self._agrees:
-            raise error
-        self.fault = self.fault or error
-
     def leave(self, reason: str | None, speaks: bool) -> None:
         """Tell the others that this process ends, for its own `reason` or None for theirs.
 
         If it `speaks`, it reports the reason to the user, and the others need not.
         """
-        if self._board:
-            if speaks and reason:
-                reason = "!" + reason
-            with suppress(RuntimeError):
-                self._board.post(f"{'fault' if reason else 'left'}/{comms.rank()}", reason or "")
+        if reason:
+            self._post(f"fault/{comms.rank()}", f"!{reason}" if speaks else reason)
+            self._post("lost", json.dumps([comms.rank(), "failed"]))
+        else:
+            self._post(f"left/{comms.rank()}", "")
 
     def meet(self) -> None:
         """Wait for all processes, however long they work, as long as they are alive."""
@@ -130,6 +134,8 @@ class Peers:
                 if sentence := self._known_fault(rank, before[rank]):
                     return sentence
             time.sleep(0.1)
+            with suppress(RuntimeError):
+                self._beat()  # the thread that does so otherwise may be the one that is here
         now = {rank: self._read_beat(rank) for rank in others}
         place = f"at step {self.step} ({self.doing})"
         if self._board is None or not any(now.values()):
@@ -155,9 +161,58 @@ class Peers:
             self._told = reason.startswith("!")
             failed = f"failed: {reason.removeprefix('!')}"
             return self._sentence(rank, self._read_beat(rank), failed)
-        if (what := self._gone(beat)) and not self._has_left(rank):
+        if (what := self._gone(beat)) and not self._has_ended(rank):
             return self._sentence(rank, beat, what)
         return None
+
+    def _waits_in_vain(self) -> str | None:
+        """Return a sentence that names a process that will never come to a collective, if any.
+
+        Called after each heartbeat while the main thread stands still. It asks the board for
+        little, which serves hundreds of processes.
+        """
+        if told := self._posted("lost"):
+            rank, what = json.loads(told)
+            beat = self._read_beat(rank)
+            return self._known_fault(rank, beat) or self._sentence(rank, beat, what)
+        self._near = self._near or self._read_near()
+        for rank, first in self._near.items():
+            if self._gone(first) == "died" and not self._has_ended(rank):
+                self._post("lost", json.dumps([rank, "died"]))
+                return self._known_fault(rank, self._read_beat(rank) or first)
+        return self._cut_off() if self.training else None
+
+    def _cut_off(self) -> str | None:
+        """Return a sentence if the next process has given no sign of life for long."""
+        rank = (comms.rank() + 1) % comms.world_size()
+        beat, (before, looks) = self._read_beat(rank), self._next
+        # Looks are counted, and no seconds: this process may itself have been stopped.
+        self._next = beat, looks + 1 if beat == before else 0
+        silent = self._next[1] * BEAT_SECONDS
+        if silent < min(CUT_OFF_SECONDS, self.timeout) or self._has_ended(rank):
+            return None
+        if beat is None:
+            return self.blame()
+        if self._gone(beat):
+            return None  # stopped, which it may be as long as `timeout`
+        what = f"has given no sign of life for {silent:g} s"
+        self._post("lost", json.dumps([rank, what]))
+        return self._sentence(rank, beat, what)
+
+    def _read_near(self) -> dict[int, Any]:
+        """Return heartbeats of the processes of this machine, as far as they are known."""
+        ranks = range(comms.world_size())
+        if len(ranks) > NEAR:
+            first = comms.rank() - comms.local_rank()
+            size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            ranks = ranks[first : first + size]
+        beats = {rank: self._read_beat(rank) for rank in ranks if rank != comms.rank()}
+        return beats if all(beats.values()) else {}
+
+    def _post(self, key: str, text: str) -> None:
+        with suppress(RuntimeError):
+            if self._board:
+                self._board.post(key, text)
 
     def _gone(self, beat: Any) -> str | None:
         """Return what happened to a process of this machine, None if it runs or is elsewhere."""
@@ -193,6 +248,10 @@ class Peers:
     def _has_left(self, rank: int) -> bool:
         return self._posted(f"left/{rank}") is not None
 
+    def _has_ended(self, rank: int) -> bool:
+        """Return whether a process has ended in order."""
+        return self._has_left(rank) or self._posted(f"done/{rank}") is not None
+
     def _read_beat(self, rank: int) -> Any:
         text = self._posted(f"beat/{rank}")
         return json.loads(text) if text else None
@@ -206,7 +265,11 @@ class Peers:
         step, doing = max((beat["step"], beat["doing"]), (self.step, self.doing))
         return f"process {rank} {where} {what}, at step {step}, {doing}; {RESUMES}"
 
-    def _beat(self, board: comms.Board) -> None:
+    def _beat(self) -> None:
+        """Post a heartbeat unless there was one just now."""
+        if not self._board or time.monotonic() < self._beaten + BEAT_SECONDS / 2:
+            return
+        self._beaten = time.monotonic()
         self._beats += 1
         sign = {
             "beats": self._beats,
@@ -218,17 +281,20 @@ class Peers:
             "marks": self._marks,
             "calls": comms.calls,
         }
-        board.post(f"beat/{comms.rank()}", json.dumps(sign))
+        self._board.post(f"beat/{comms.rank()}", json.dumps(sign))
 
     def _keep_beating(self, board: comms.Board) -> None:
+        self._boards.mine = board
         while not self._ended.wait(BEAT_SECONDS):
             with suppress(RuntimeError):
-                self._beat(board)
-            # A collective of NCCL may never return.
-            if self.training and time.monotonic() - self._moved > self.timeout + 10:
-                with suppress(OSError):  # the terminal may be gone
-                    print(f"error: {self.blame()}", file=sys.stderr, flush=True)
-                os._exit(PeerError.exit_status)
+                self._beat()
+            sentence, still = None, time.monotonic() - self._moved
+            if self.training and still > self.timeout + 10:
+                sentence = self.blame()
+            elif still > STILL_SECONDS and (self.training or self.give_up is not _give_up):
+                sentence = self._waits_in_vain()
+            if sentence and not self._ended.is_set():
+                self.give_up(PeerError(sentence))
 
 
 RESUMES = "all processes end, and the same command resumes from the last checkpoint"
@@ -249,16 +315,6 @@ def together(work: Callable[[], Result]) -> Result:
         if first is not None:
             raise first
     return result  # type: ignore[return-value]  # None only where work() returned it
-
-
-def agree() -> None:
-    """Raise on all processes what one of them keeps; a collective."""
-
-    def mine() -> None:
-        if me.fault:
-            raise me.fault
-
-    together(mine)
 
 
 def from_main(work: Callable[[], Result]) -> Result:

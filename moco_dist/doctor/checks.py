@@ -44,20 +44,14 @@ def processes(config: PretrainConfig, device: torch.device) -> Iterator[Finding]
         f"moco_dist {moco_dist.__version__}, torch {torch.__version__}, accelerate "
         f"{accelerate.__version__}, Python {platform.python_version()}"
     )
-    place = (socket.gethostname(), f"{device}" if device.type == "cuda" else "")
-    everyone = comms.gather_objects((place, name, versions))
-    hosts = {host for (host, _), _, _ in everyone}
+    everyone = comms.gather_objects((socket.gethostname(), name, versions))
+    hosts = {host for host, _, _ in everyone}
     names = sorted({name for _, name, _ in everyone})
     count, wanted = len(everyone), config.runtime.processes
     fault = ""
     if wanted not in (0, count):
         fault = f"runtime.processes={wanted} and {count} took part; start {wanted}"
     yield Finding("processes", f"{count} on {len(hosts)} machine(s): {', '.join(names)}", fault)
-    gpus = [place for place, _, _ in everyone if place[1]]
-    if len(set(gpus)) < len(gpus):
-        twice = next(place for place in gpus if gpus.count(place) > 1)
-        fault = f"{twice[1]} of {twice[0]} has two processes; start one for each GPU"
-        yield Finding("devices", ", ".join(" ".join(place) for place in gpus), fault)
     different = sorted({versions for _, _, versions in everyone})
     fault = f"processes have other versions: {' and '.join(different)}; install the same"
     yield Finding("versions", different[0], fault if len(different) > 1 else "")

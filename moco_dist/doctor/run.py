@@ -41,10 +41,12 @@ LEAK = "--bn-leak"
 def join(config: PretrainConfig) -> torch.device:
     """Return this process's device once it has met the others; FaultsError if it can't."""
     seconds = min(config.runtime.timeout_seconds, REACH)
+    cpu, patience = config.runtime.device == "cpu", timedelta(seconds=seconds)
     try:
+        if comms.uses_gpus(cpu):
+            comms.require_own_gpu(patience)
         accelerator = Accelerator(
-            cpu=config.runtime.device == "cpu",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))],
+            cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)]
         )
     except RuntimeError as error:
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")

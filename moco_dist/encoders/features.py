@@ -13,6 +13,9 @@ from moco_dist.data.datasets import AnyImages
 from moco_dist.distributed import comms
 from moco_dist.method import views
 
+# Queries and rows of the bank whose similarities are in memory at once.
+QUERIES, BANK = 1024, 65536
+
 
 def share(size: int) -> Tensor:
     """Return this process's share of range(`size`), int64; the shares are disjoint."""
@@ -40,22 +43,50 @@ def extract(
     # Every process has equally many rows; the last image replaces those beyond the end.
     rows = rows.clamp(max=max(size - 1, 0)).to(images.labels.device)
     batches = rows.split(batch_size)
-    parts, pixels = [], images.batches(batches)
+    pixels, whole, done = images.batches(batches), torch.empty(0), 0
     for _ in batches:
         pause()
-        parts.append(backbone(views.center(next(pixels), config, dtype)))
-    gathered = comms.all_gather(torch.cat(parts))
-    return gathered.reshape(processes, each, -1).transpose(0, 1).flatten(0, 1)[:size]
+        # Autocast ends in bf16, which is too coarse for similarities.
+        mine = backbone(views.center(next(pixels), config, dtype)).to(dtype)
+        if not done:
+            whole = mine.new_empty(processes * each, *mine.shape[1:])
+        # Gathered batch by batch, so that all features are in memory only once.
+        gathered = comms.all_gather(mine[None]).transpose(0, 1).flatten(0, 1)
+        whole[done : done + len(gathered)] = gathered
+        done += len(gathered)
+    return whole[:size]
 
 
-@torch.no_grad()
 def nearest(queries: Tensor, bank: Tensor, k: int) -> Tensor:
     """Return the rows of `bank` with the highest cosine similarity, int64 (queries, k), in order.
 
     A `k` above the length of the bank returns all of it.
     """
-    similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
-    return similarity.topk(min(k, len(bank)), dim=1).indices
+    return most_similar(queries, bank, k)[1]
+
+
+@torch.no_grad()
+def most_similar(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the `k` highest cosine similarities of each query to rows of `bank`, and the rows.
+
+    Both are (queries, k), in descending order, the rows int64. A `k` above the length of the bank
+    returns all of it. The bank is normalised piece by piece, because it may fill half a GPU.
+    """
+    chunks = F.normalize(queries, dim=1).split(QUERIES)
+    found: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, len(bank), BANK):
+        part = F.normalize(bank[first : first + BANK], dim=1)
+        for number, chunk in enumerate(chunks):
+            values, rows = (chunk @ part.T).topk(min(k, len(part)), dim=1)
+            if first == 0:
+                found.append((values, rows))
+                continue
+            values = torch.cat([found[number][0], values], dim=1)
+            rows = torch.cat([found[number][1], rows + first], dim=1)
+            values, places = values.topk(min(k, values.shape[1]), dim=1)
+            found[number] = values, rows.gather(1, places)
+    values, rows = (torch.cat(each) for each in zip(*found, strict=True))
+    return values, rows
 
 
 @torch.no_grad()
@@ -68,14 +99,9 @@ def predict(
     `bank_labels`, int64 (n,), with weight exp(s / temperature). Wu et al. 2018 (arXiv:1805.01978),
     section 3.4.
     """
-    bank = F.normalize(bank, dim=1)
-    k = min(k, len(bank))
-    predictions = []
-    for chunk in F.normalize(queries, dim=1).split(1024):
-        similarity, nearest = (chunk @ bank.T).topk(k, dim=1)
-        # The largest similarity is subtracted against overflow.
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(chunk), num_classes)
-        votes.scatter_add_(1, bank_labels[nearest], weights)
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions) if predictions else bank_labels[:0]
+    similarity, nearest = most_similar(queries, bank, k)
+    # The largest similarity is subtracted against overflow.
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(queries), num_classes)
+    votes.scatter_add_(1, bank_labels[nearest], weights)
+    return votes.argmax(1)

@@ -11,6 +11,11 @@ from torch.autograd.function import once_differentiable
 
 from moco_dist.distributed import comms
 
+try:
+    from moco_dist.method.batch_norm_kernels import NormalizeGroups
+except ImportError:  # Triton comes with PyTorch for Linux and NVIDIA GPUs
+    NormalizeGroups = None  # type: ignore[assignment,misc]
+
 
 class Undo:
     """Keeps BatchNorm statistics, moved into one tensor, so that a forward pass can be undone."""
@@ -37,6 +42,11 @@ class Undo:
     def restore(self) -> None:
         """Put back the statistics that `keep` saw."""
         self._live.copy_(self._kept)
+
+    @torch.no_grad()
+    def restore_unless(self, good: Tensor) -> None:
+        """Do what `restore` does unless `good`, bool (), which only the device knows."""
+        torch.where(good, self._live, self._kept, out=self._live)
 
 
 class GroupedBatchNorm(nn.BatchNorm2d):
@@ -77,13 +87,18 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             return self._by_formula(x)
         first, count = self.next_group, len(x) // rows
         self.next_group = (first + count) % groups
+        affine, rates = (self.weight, self.bias), (self.momentum or 0.1, self.eps)
+        normalized: Tensor
+        if x.is_cuda and NormalizeGroups is not None:
+            running = (each[first : first + count] for each in (self.group_mean, self.group_var))
+            normalized = NormalizeGroups.apply(x, *affine, *running, *rates)
+            return normalized
         places = [(first + place) % groups for place in range(count)]
         means, variances = self.group_mean.unbind(), self.group_var.unbind()
         mean, var = [means[place] for place in places], [variances[place] for place in places]
-        affine, rates = (self.weight, self.bias), (self.momentum or 0.1, self.eps)
         if count == 1:
             return F.batch_norm(x, mean[0], var[0], *affine, True, *rates)
-        normalized: Tensor = _NormalizeGroups.apply(x, *affine, mean, var, *rates)
+        normalized = _NormalizeGroups.apply(x, *affine, mean, var, *rates)
         return normalized
 
     def _by_formula(self, x: Tensor) -> Tensor:
@@ -92,12 +107,18 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         `take_in` updates the statistics outside the graph, which would otherwise be compiled once
         for each value of `next_group`.
         """
-        groups, channels = len(x) // self.rows_per_group, x.shape[1]
-        pixels = x.permute(0, 2, 3, 1).reshape(groups, -1, channels)
-        y: Tensor
-        y, mean, var = _NormFormula.apply(pixels, self.weight, self.bias, self.eps)
-        self.seen = mean, var
-        return y.reshape(len(x), *x.shape[2:], channels).permute(0, 3, 1, 2)
+        # Without a reshape, which a compiler simplifies for minutes.
+        parts = x.unflatten(0, (-1, self.rows_per_group))
+        wide = parts.to(self.weight.dtype)
+        var, mean = torch.var_mean(wide, dim=(1, 3, 4), correction=0, keepdim=True)
+        weight, bias = (each[:, None, None] for each in (self.weight, self.bias))
+        y = (wide - mean) * ((var + self.eps).rsqrt() * weight) + bias
+        pixels = parts[0, :, 0].numel()
+        with torch.no_grad():
+            seen = mean.detach(), var.detach() * (pixels / (pixels - 1))
+            self.seen = seen[0].flatten(1), seen[1].flatten(1)
+        normalized: Tensor = y.to(x.dtype).flatten(0, 1)
+        return normalized
 
 
 @torch.no_grad()
@@ -162,35 +183,6 @@ class _NormalizeGroups(torch.autograd.Function):
             dx_part.copy_(found)
             sums = [a.add_(b) for a, b in zip(sums, ours, strict=True)] if sums else ours
         return dx, *sums, None, None, None, None
-
-
-class _NormFormula(torch.autograd.Function):
-    """BatchNorm of groups of pixels in plain operations (Ioffe and Szegedy 2015, section 3)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `x` (groups, pixels, channels) normalised, and each group's mean and variance."""
-        wide, number = x.to(weight.dtype), x.shape[1]
-        var, mean = torch.var_mean(wide, dim=1, correction=0)
-        invstd = (var + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, invstd)
-        y = (wide - mean[:, None]) * (invstd * weight)[:, None] + bias
-        var = var * (number / (number - 1))
-        ctx.mark_non_differentiable(mean, var)
-        return y.to(x.dtype), mean, var
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Return the gradients of `x`, `weight` and `bias`."""
-        x, weight, mean, invstd = ctx.saved_tensors
-        wide = dy.to(weight.dtype)
-        unit = (x.to(weight.dtype) - mean[:, None]) * invstd[:, None]
-        of_bias, of_weight = wide.sum(1), (wide * unit).sum(1)
-        shared = (of_bias[:, None] + unit * of_weight[:, None]) / x.shape[1]
-        dx = (wide - shared) * (invstd * weight)[:, None]
-        return dx.to(x.dtype), of_weight.sum(0), of_bias.sum(0), None
 
 
 def batch_norms(encoder: nn.Module) -> list[GroupedBatchNorm]:

@@ -60,3 +60,14 @@ class KeyQueue(nn.Module):
             ring[start : start + tail] = new[:tail]
             ring[: len(new) - tail] = new[tail:]
         self.enqueued += len(keys)
+
+    @record_function("queue")
+    @torch.no_grad()
+    def write(self, keys: Tensor, samples: Tensor, enqueued: Tensor, good: Tensor) -> None:
+        """Do what `enqueue` does where the device knows the numbers, and only if `good`, bool ().
+
+        `enqueued`, int64 (), are the keys so far; the count of this object stays as it is.
+        """
+        places = (enqueued + torch.arange(len(keys), device=keys.device)) % self.size
+        for ring, new in ((self.keys, keys), (self.samples, samples)):
+            ring.index_copy_(0, places, torch.where(good, new, ring[places]))

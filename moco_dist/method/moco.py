@@ -25,11 +25,16 @@ class MoCo(nn.Module):
 
     @record_function("momentum")
     @torch.no_grad()
-    def update_key_encoder(self, momentum: float) -> None:
+    def update_key_encoder(self, momentum: float | Tensor) -> None:
         """Move the key parameters to momentum * key + (1 - momentum) * query (equation 2)."""
         keys: list[Tensor] = list(self.key_encoder.parameters())
         queries: list[Tensor] = list(self.query_encoder.parameters())
-        torch._foreach_lerp_(keys, queries, 1 - momentum)
+        if not keys[0].is_cuda:
+            torch._foreach_lerp_(keys, queries, 1 - float(momentum))
+        else:  # which has no lerp whose weight is read on the device
+            ways, share = torch._foreach_sub(queries, keys), 1 - momentum
+            torch._foreach_mul_(ways, share.to(keys[0]) if isinstance(share, Tensor) else share)
+            torch._foreach_add_(keys, ways)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.errors import ConfigError
-from moco_dist.randomness import Purpose, permutation
+from moco_dist.randomness import Key, Purpose, permutation
 
 _CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 class Step:
     """The rows of one step."""
 
-    epoch: int
+    epoch: Key
     # Sample numbers of the global batch, int64 (batch_size,), the same on every process.
     samples: Tensor
     # This process's queries, as ascending places in the global batch, int64 (local,).
@@ -72,6 +72,10 @@ class Plan:
         """Return the rows of a step, counted from 0 over the whole run."""
         epoch, place = divmod(step, self.steps_per_epoch)
         samples = self.order(epoch)[place * self.batch_size :][: self.batch_size]
+        return self.rows(epoch, samples, step, key_views)
+
+    def rows(self, epoch: Key, samples: Tensor, step: Key, key_views: int) -> Step:
+        """Return the rows of a step of which epoch and samples are known."""
         shuffles = [
             permutation(self.batch_size, self.seed, Purpose.SHUFFLE, step, view, device=self.device)
             for view in range(key_views)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 # Crops that are tried until one fits, as torchvision does.
 CROP_ATTEMPTS = 10
 
 
-class Slot(IntEnum):
-    """The index of each random number of a view; for a range of numbers, of its first."""
+class Slot:
+    """The index of each random number of a view; for a range of numbers, of its first.
+
+    Not an enumeration, because some versions of PyTorch can't compile an index from one.
+    """
 
     SHARE = 0  # CROP_ATTEMPTS numbers: the crop's share of the image's area
     RATIO = SHARE + CROP_ATTEMPTS  # CROP_ATTEMPTS numbers: its width over its height

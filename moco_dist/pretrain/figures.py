@@ -6,6 +6,7 @@ tensors that a step has anyway, change none of them, and are the same on any num
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 
@@ -16,13 +17,19 @@ from moco_dist.distributed import comms
 from moco_dist.method.moco import MoCo
 from moco_dist.runs.record import Metric
 
+logger = logging.getLogger(__name__)
 
-def progress(loss: Tensor, logits: Tensor, temperature: float) -> dict[str, float]:
-    """Return loss, instance accuracy and mean similarities of a step, over all processes.
+# What `progress` returns, in order.
+PROGRESS = (
+    *(Metric.LOSS, Metric.ACCURACY_TOP1, Metric.ACCURACY_TOP5, Metric.POSITIVE, Metric.NEGATIVE),
+)
 
-    `loss` is this process's mean, float (); `logits` its rows, (rows, 1 + negatives), positive
-    first, -inf where a negative doesn't count. Without negatives, as in the first step, there is no
-    similarity of them.
+
+def progress(loss: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """Return this process's PROGRESS in a step, float64 (5,): loss, accuracies, mean similarities.
+
+    `loss` is its mean, float (); `logits` its rows, (rows, 1 + negatives), positive first, -inf
+    where a negative doesn't count.
     """
     positive, negative = logits[:, :1], logits[:, 1:]
     rank = (negative >= positive).sum(1)
@@ -30,13 +37,7 @@ def progress(loss: Tensor, logits: Tensor, temperature: float) -> dict[str, floa
     mean_negative = negative.masked_fill(~negative.isfinite(), 0).sum() / count.clamp(min=1)
     figures = [loss, (rank < 1).double().mean(), (rank < 5).double().mean()]
     figures += [positive.mean() * temperature, mean_negative * temperature]
-    values = comms.mean(torch.stack([figure.double() for figure in figures])).tolist()
-    names = [Metric.LOSS, Metric.ACCURACY_TOP1, Metric.ACCURACY_TOP5]
-    names += [Metric.POSITIVE, Metric.NEGATIVE]
-    shown = dict(zip(names, values, strict=True))
-    if not negative.numel():
-        del shown[Metric.NEGATIVE]
-    return shown
+    return torch.stack([figure.double() for figure in figures])
 
 
 def alignment(queries: Tensor, keys: Tensor) -> Tensor:
@@ -103,7 +104,9 @@ def own_images(samples: Tensor, queue_samples: Tensor) -> Tensor:
 
     Sample numbers: `samples` int64 (batch_size,), all different, and `queue_samples` (filled,).
     """
-    return torch.isin(queue_samples, samples).sum() / len(samples)
+    known = samples.sort().values  # torch.isin would wait for a GPU
+    nearest = known[torch.searchsorted(known, queue_samples).clamp(max=len(known) - 1)]
+    return (nearest == queue_samples).sum() / len(samples)
 
 
 @torch.no_grad()
@@ -125,7 +128,11 @@ def health(network: MoCo, queries: Tensor, keys: list[Tensor], samples: Tensor) 
         Metric.OWN_IMAGES: own_images(samples, their_samples),
     }
     if len(older):
-        figures[Metric.RANKME] = rankme(older.double())
+        try:
+            figures[Metric.RANKME] = rankme(older.double())
+        except RuntimeError as error:  # of a solver that does not converge or has no memory
+            why = " ".join(str(error).split())
+            logger.warning("%s can't be computed (%s); the run continues", Metric.RANKME, why)
     values = torch.stack([figure.double() for figure in figures.values()]).tolist()
     age = age_steps(len(older), len(keys) * len(samples))
     return dict(zip(figures, values, strict=True)) | {Metric.QUEUE_AGE: age}

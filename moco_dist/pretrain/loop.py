@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import run_lists
 from moco_dist.distributed import fingerprint, peers
-from moco_dist.method.schedule import due
-from moco_dist.pretrain import figures, pictures, state
+from moco_dist.errors import DataError, StoppedError
+from moco_dist.method.schedule import due, learning_rate
+from moco_dist.pretrain import pictures, state
 from moco_dist.pretrain.hooks import RunHooks
+from moco_dist.pretrain.step_graph import Stepper, Taken
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment
 from moco_dist.runs.record import Metric
@@ -26,7 +28,17 @@ def loop(
 ) -> dict[str, float]:
     """Train up to step `total`; return the last figures."""
     config, hooks = trainer.config, run_hooks(trainer, session)
+    take = Stepper(trainer, hooks)
     results: dict[str, float] = {}
+    owed: list[tuple[int, Callable[[], dict[str, float]]]] = []
+
+    def write_owed() -> None:
+        """Write the line of the last step that is due, for which a GPU has to be waited for."""
+        for number, line in owed:
+            results.update(found := line())
+            tracker.log(number, found)
+        owed.clear()
+
     slowest = 0.0
     if owes(trainer, total, can_classify):
         results[Metric.KNN_TOP1] = evaluate(trainer, session, tracker)
@@ -37,7 +49,13 @@ def loop(
     while trainer.step < total:
         began = time.monotonic()
         hooks.wants_save = 0 < config.checkpoint.every_minutes < (began - saved) / 60
-        loss, logits = trainer.train_step(hooks)
+        try:
+            taken = take()
+        except (StoppedError, DataError):
+            take.settle()
+            write_owed()
+            raise
+        write_owed()  # while the GPU takes this step
         slowest = max(slowest, time.monotonic() - began)
         session.stop.needs = 2 * (slowest + session.saver.seconds)
         step, last = trainer.step, trainer.step == total
@@ -46,16 +64,17 @@ def loop(
         draws = due(config.tracking.media_every_epochs, _ended_epoch(trainer), last)
         logs = saves or draws or due(config.tracking.every_steps, step)
         if step == 1 or logs or hooks.health:
-            seconds = time.monotonic() - since
-            line = figures_of(trainer, hooks, loss, logits, seconds / (step - logged))
-            results |= line
-            tracker.log(step, line)
+            seconds = (time.monotonic() - since) / (step - logged)
+            owed.append((step, partial(figures_of, trainer, step, taken, hooks.health, seconds)))
             if config.data.skip_unreadable:
                 share_aside(trainer, session)
             since, logged = time.monotonic(), step
+        if not take.captured or saves or draws or classifies:
+            take.settle()
+            write_owed()
         if draws and tracker.media:
-            pictures.draw_step(trainer, tracker.media, torch.cat(logits))
-        del loss, logits
+            pictures.draw_step(trainer, tracker.media, torch.cat(taken.logits))
+        del taken
         if classifies:
             results[Metric.KNN_TOP1] = evaluate(trainer, session, tracker)
             if draws and tracker.media:
@@ -76,19 +95,21 @@ def run_hooks(trainer: Trainer, session: Session | None = None) -> RunHooks:
 
 
 def figures_of(
-    trainer: Trainer, hooks: RunHooks, loss: Tensor, logits: list[Tensor], seconds: float
+    trainer: Trainer, step: int, taken: Taken, health: dict[str, float], seconds: float
 ) -> dict[str, float]:
-    """Return the last step's figures over all processes; a step took `seconds`."""
-    queue = trainer.moco.queue
+    """Return the figures of a step, counted from 1, over all processes; it took `seconds`."""
+    queue, optim = trainer.moco.queue, trainer.config.optim
+    found = taken.figures()
+    norm = found.pop(Metric.GRADIENT_NORM)
     return {
-        "epoch": trainer.step / trainer.steps_per_epoch,
-        **figures.progress(loss, torch.cat(logits), trainer.config.moco.temperature),
+        "epoch": step / trainer.steps_per_epoch,
+        **found,
         Metric.QUEUE_FILL: queue.filled / queue.size,
-        Metric.LR: trainer.optimizer.param_groups[0]["lr"],
-        Metric.GRADIENT_NORM: float(hooks.gradient_norm),
+        Metric.LR: learning_rate(optim, step - 1, trainer.steps_per_epoch, trainer.total_steps),
+        Metric.GRADIENT_NORM: norm,
         Metric.IMAGES_PER_SECOND: trainer.config.batch_size / seconds,
         Metric.MEMORY_GB: environment.memory_gb(trainer.device),
-        **hooks.health,
+        **health,
     }
 
 

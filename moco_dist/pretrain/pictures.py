@@ -19,9 +19,8 @@ def draw_step(trainer: Trainer, album: Album, logits: Tensor) -> None:
     rows = trainer.plan.step(step - 1)
     first, second = (trainer.views(rows.samples[: media.ROWS], rows.epoch, view) for view in (0, 1))
     album.views(step, first, second, trainer.config.views)
-    negatives = logits[:, 1:]
     album.histogram(step, "similarity_positive", logits[:, 0] * temperature)
-    album.histogram(step, "similarity_negative", negatives[negatives.isfinite()] * temperature)
+    album.histogram(step, "similarity_negative", logits[:, 1:] * temperature)
 
 
 def draw_neighbours(trainer: Trainer, album: Album) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,7 @@ from moco_dist.method.loss import info_nce
 from moco_dist.method.plan import Plan, Step, check_batch, check_groups
 from moco_dist.pretrain import rehearsal, state
 from moco_dist.pretrain.hooks import Hooks
+from moco_dist.randomness import Key
 from moco_dist.runs.checkpoint import Checkpoint
 from moco_dist.tracking import media
 
@@ -40,6 +41,45 @@ class Piece(NamedTuple):
     positives: Tensor  # their keys, float (rows, dim)
     view: Callable[[], Tensor]  # makes their views, float (rows, channels, size, size)
     last: bool  # of the step
+
+
+class HostClock:
+    """What a step depends on besides the state, as numbers that the host knows."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def rows(self) -> Step:
+        """Return the rows of the step, with their crops at hand where images are streamed."""
+        trainer = self.trainer
+        trainer.source.begin(trainer.step)
+        return trainer.plan.step(trainer.step, len(trainer.passes))
+
+    def rate(self) -> float:
+        """Return the learning rate."""
+        trainer = self.trainer
+        times = trainer.step, trainer.steps_per_epoch, trainer.total_steps
+        rate = schedule.learning_rate(trainer.config.optim, *times)
+        # A CUDA graph reads it as float32.
+        return float(torch.tensor(rate)) if trainer.device.type == "cuda" else rate
+
+    def momentum(self) -> float:
+        """Return the share of the key encoder that stays."""
+        trainer = self.trainer
+        return schedule.key_momentum(trainer.config.moco, trainer.step, trainer.total_steps)
+
+    def enqueue(self, keys: Tensor, samples: Tensor) -> None:
+        """Write the keys to the queue."""
+        self.trainer.moco.queue.enqueue(keys, samples)
+
+
+class Clock(Protocol):
+    """What a step depends on besides the state."""
+
+    def rows(self) -> Step: ...
+    def rate(self) -> float | Tensor: ...
+    def momentum(self) -> float | Tensor: ...
+    def enqueue(self, keys: Tensor, samples: Tensor) -> None: ...
 
 
 class Trainer:
@@ -82,6 +122,7 @@ class Trainer:
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
         self.step = 0
+        self.clock: Clock = HostClock(self)
         # The step that was evaluated last, and step and accuracy of the best one.
         self.evaluated = -1
         self.best: dict[str, float] | None = None
@@ -136,7 +177,7 @@ class Trainer:
         were.
         """
         self.moco.train()
-        rows = self.load()  # for x in loader:
+        rows = self.clock.rows()  # for x in loader:
         hooks.begin(self.step, rows)
         key_views, query_views = self.make_views(rows)  # x_q, x_k = aug(x), aug(x)
         keys = self.encode_keys(rows, key_views, hooks)  # k = f_k.forward(x_k).detach()
@@ -150,16 +191,13 @@ class Trainer:
         queries, losses, all_logits = map(list, zip(*done, strict=True))
         hooks.before_update(keys, losses)
         self.update_query_encoder()  # update(f_q.params)
-        self.moco.update_key_encoder(self.key_momentum)  # f_k.params = m f_k.params + (1 - m) ...
+        self.moco.update_key_encoder(
+            self.clock.momentum()
+        )  # f_k.params = m f_k.params + (1 - m) ...
         hooks.before_enqueue(torch.cat(queries[: self.config.runtime.micro_batches]), keys)
-        self.moco.queue.enqueue(torch.cat(keys), rows.samples.repeat(len(keys)))  # enqueue, dequeue
+        self.clock.enqueue(torch.cat(keys), rows.samples.repeat(len(keys)))  # enqueue, dequeue
         self.step += 1
         return torch.stack(losses).mean(), all_logits
-
-    def load(self) -> Step:
-        """Return the rows of this step, with their crops at hand where images are streamed."""
-        self.source.begin(self.step)
-        return self.plan.step(self.step, len(self.passes))
 
     def make_views(self, rows: Step) -> tuple[list[Pieces], list[Pieces]]:
         """Return what gives the views of the keys and of the queries, pass by pass."""
@@ -214,11 +252,8 @@ class Trainer:
     @record_function("optimizer")
     def update_query_encoder(self) -> None:
         """Move the query encoder by its gradients, which are then gone."""
-        rate = schedule.learning_rate(
-            self.config.optim, self.step, self.steps_per_epoch, self.total_steps
-        )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.clock.rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -232,12 +267,7 @@ class Trainer:
             "the key momentum goes": schedule.key_momentum(self.config.moco, step, total),
         }
 
-    @property
-    def key_momentum(self) -> float:
-        """The share of the key encoder that stays in this step."""
-        return schedule.key_momentum(self.config.moco, self.step, self.total_steps)
-
-    def views(self, samples: Tensor, epoch: int, view: int) -> Tensor:
+    def views(self, samples: Tensor, epoch: Key, view: int) -> Tensor:
         """Return view number `view` of the training images `samples`, (rows, c, size, size)."""
         return self.source.any_views([(samples, view)], epoch)[0]
 

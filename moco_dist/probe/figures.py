@@ -45,10 +45,12 @@ def knn_top1(probe: LinearProbe, name: str, part: str) -> float:
     """Return the kNN accuracy on a part; the neighbours are the first seed's training images."""
     images, settings, place = probe.parts[part], probe.config.knn, probe.names.index(name)
     mine, known = features.share(len(images)).to(probe.session.device), probe.subsets[0]
-    train = probe.parts["train"]
+    train, bank = probe.parts["train"], probe.features["train"][place]
+    if len(known) < len(bank):  # all of them need no copy, which would be one of gigabytes
+        bank = bank[known]
     predicted = features.predict(
         probe.features[part][place, mine],
-        probe.features["train"][place, known],
+        bank,
         train.labels[known],
         len(train.classes),
         settings.k,

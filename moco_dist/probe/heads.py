@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moco_dist.config.probe import GridConfig
 from moco_dist.config.recipe import OptimConfig
+from moco_dist.distributed import comms
 from moco_dist.method import schedule
 
 # Most logits in memory at once during an evaluation.
@@ -78,9 +79,10 @@ class HeadOptimizer:
     def __init__(self, heads: Heads, points: Sequence[Point], optim: OptimConfig) -> None:
         self.parameters = dict(heads.named_parameters())
         self.buffers = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        self.momentum = optim.momentum
+        self.momentum = heads.weight.new_tensor(optim.momentum)
         self.schedules = [replace(optim, lr=point.lr) for point in points]
         self.decays = heads.weight.new_tensor([point.weight_decay for point in points])
+        self.device = heads.weight.device
         self.decay = any(point.weight_decay for point in points)
 
     def rates(self, step: int, steps_per_epoch: int, total_steps: int) -> list[float]:
@@ -89,16 +91,24 @@ class HeadOptimizer:
         return [schedule.learning_rate(each, *place) for each in self.schedules]
 
     @torch.no_grad()
-    def step(self, rates: Sequence[float]) -> None:
-        """Update the classifiers and clear their gradients."""
-        rate = self.decays.new_tensor(rates)
+    def step(self, rates: Sequence[float], good: Tensor | None = None) -> None:
+        """Update the classifiers and clear their gradients.
+
+        Where `good`, bool () on their device, is false, the update changes nothing.
+        """
+        rate = comms.without_waiting(torch.tensor(rates, dtype=self.decays.dtype), self.device)
+        momentum = self.momentum
+        if good is not None:
+            rate, momentum = rate * good, torch.where(good, momentum, 1.0)
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None, "a step follows a backward pass"
             shape = (-1, *[1] * (parameter.dim() - 3))
             gradient, buffer = parameter.grad, self.buffers[name]
             if self.decay:
                 gradient.addcmul_(parameter, self.decays.view(shape))
-            buffer.mul_(self.momentum).add_(gradient)
+            if good is not None:
+                gradient = torch.where(good, gradient, 0.0)
+            buffer.mul_(momentum).add_(gradient)
             parameter.addcmul_(buffer, rate.view(shape), value=-1)
             parameter.grad = None
 

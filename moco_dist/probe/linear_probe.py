@@ -9,19 +9,21 @@ from torch import Tensor
 
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.yaml_files import to_dict
-from moco_dist.data import datasets, run_lists
+from moco_dist.data import datasets
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
-from moco_dist.encoders import features
 from moco_dist.encoders.load import Found
-from moco_dist.errors import ConfigError, DataError, NumbersError
-from moco_dist.method import schedule, views
+from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError
+from moco_dist.method import views
+from moco_dist.method.cuda_graph import Replayed
 from moco_dist.method.encoder import Backbone, build_encoder
 from moco_dist.method.plan import Plan, check_batch
 from moco_dist.probe import heads
+from moco_dist.probe.extraction import extract
 from moco_dist.probe.finetune import FineTuning, calibrate
 from moco_dist.probe.frozen import Frozen
 from moco_dist.probe.label_fraction import draw
+from moco_dist.randomness import Key
 from moco_dist.runs import checkpoint
 from moco_dist.runs.record import CONTROL, TRAINED
 from moco_dist.runs.session import Session
@@ -98,16 +100,17 @@ class LinearProbe:
             optim = dataclasses.replace(config.optim, lr=config.encoder_lr)
             example = self._center(torch.arange(1))
             self.tuning = FineTuning(self.backbones, optim, self.accelerator, example)
+        # By seed, what makes and encodes the views of a batch.
+        self._graphs: dict[int, Replayed] = {}
         self.step = 0
+        # A GPU is not waited for in each step: whether all steps since `settled` were good, and how
+        # many were before the first that wasn't, is known there and read from time to time.
+        self.settles = device.type == "cuda" and not self.tunes
+        self.settled = 0
+        self.good = torch.ones((), dtype=torch.bool, device=device)
+        self.kept = torch.zeros((), dtype=torch.int64, device=device)
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
-
-    def schedule(self, epochs: int, step: int) -> dict[str, float]:
-        """Return the first learning rate of the grid in a step if the probe had so many epochs."""
-        optim = dataclasses.replace(self.config.optim, lr=self.points[0].lr)
-        total = epochs * self.steps_per_epoch
-        rate = schedule.learning_rate(optim, step, self.steps_per_epoch, total)
-        return {"the learning rate goes": rate}
 
     def _center(self, rows: Tensor) -> Tensor:
         """Return unaugmented views of these training images."""
@@ -127,21 +130,8 @@ class LinearProbe:
 
     def extract(self, part: str) -> Tensor:
         """Return each encoder's features of a part's unaugmented images, on every process."""
-        config, images, found = self.config, self.parts[part], []
-        try:
-            with self.accelerator.autocast(), peers.me.agreeing():
-                for each in self.backbones.values():
-                    found.append(features.extract(each, images, config.views, config.batch_size))
-        except DataError as error:
-            if error.shared:
-                self.share_aside()
-            raise
-        self.share_aside()
-        return torch.stack(found).to(self.dtype) * self.scale
-
-    def share_aside(self) -> None:
-        """Note in the run which files could not be read since the last time; a collective."""
-        run_lists.share(self.session.directory, self.splits.train, self.splits.test)
+        own, given = self.backbones.values(), (self.config, self.session, self.splits)
+        return extract(own, self.parts[part], *given).to(self.dtype) * self.scale
 
     def refresh(self, *parts: str) -> None:
         """Extract the features of these parts again if the encoders are trained."""
@@ -166,18 +156,30 @@ class LinearProbe:
         mine, found = batch[:, local], []
         for number, (step, samples) in enumerate(zip(steps, mine, strict=True)):
             if self.config.augment:
-                source = self.sources[number]
-                source.begin(self.step)
-                (made,) = source.views([(step.samples[local], 0)], step.epoch)
+                self.sources[number].begin(self.step)
+                found.append(self._encoded(number, step.samples[local], step.epoch))
             else:
-                made = self._center(samples)
-            found.append(self.encode(made))
+                found.append(self.encode(self._center(samples)))
         encoded = torch.stack(found, dim=1)
         if self.tunes:
             return encoded, labels[mine], batch
         # Rows first: processes hold consecutive rows of each seed's batch.
         whole = comms.all_gather(encoded.permute(2, 0, 1, 3))
         return whole.permute(1, 2, 0, 3), labels[batch], batch
+
+    def _encoded(self, number: int, samples: Tensor, epoch: Key) -> Tensor:
+        """Return `encode` of the views of these images of a seed; on a GPU by a CUDA graph."""
+
+        def work(samples: Tensor, epoch: Key) -> Tensor:
+            return self.encode(self.sources[number].views([(samples, 0)], epoch)[0])
+
+        graphs = self.config.runtime.cuda_graph and not self.tunes
+        if not (graphs and samples.is_cuda):
+            return work(samples, epoch)
+        if number not in self._graphs:
+            self.sources[number].stay()
+            self._graphs[number] = Replayed(work, samples, torch.zeros_like(samples[0]))
+        return self._graphs[number](samples, epoch)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return each encoder's features of views, (encoders, rows, features)."""
@@ -189,27 +191,64 @@ class LinearProbe:
     def train_step(self) -> Tensor:
         """Train every head for one step; return the mean losses (encoders, seeds, points)."""
         place = self.step, self.steps_per_epoch, self.total_steps
-        encoded, labels, batch = self.inputs()
         # Steps on cached features are too short to check for a stop request each time.
-        if self.config.augment or self.tunes or self.step % 20 == 0:
-            self.session.pause("training")
+        often = self.step % 20 == 0
+        if often:
+            self.settle()
+        losses, batch = self.add_gradients()
+        if self.config.augment or self.tunes or often:
+            try:
+                self.session.pause("training")  # also for an image that could not be read
+            except (StoppedError, DataError):
+                self.settle()
+                raise
+        good = None
+        if self.settles:
+            self.good &= self.norms()[1].isfinite()
+            self.kept += self.good
+            good = self.good
+        else:
+            self.require_finite(batch)
+        self.session.saver.copied()
+        self.optimizer.step(self.optimizer.rates(*place), good)
+        if self.tuning:
+            self.tuning.step(*place)
+        self.step += 1
+        peers.me.mark(self.step, "training")
+        return losses
+
+    def add_gradients(self) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a step; return the mean losses of the heads and the batch."""
+        encoded, labels, batch = self.inputs()
         losses = heads.losses(self.heads(encoded), labels).mean(-1)
         self.accelerator.backward(losses.sum())
         if self.tuning:
             for parameter in self.heads.parameters():
                 assert parameter.grad is not None, "there was a backward pass"
                 parameter.grad = comms.mean(parameter.grad)
-        self.require_finite(batch)
-        self.session.saver.copied()
-        self.optimizer.step(self.optimizer.rates(*place))
-        if self.tuning:
-            self.tuning.step(*place)
-        self.step += 1
-        peers.me.mark(self.step, "training")
-        return losses.detach()
+        return losses.detach(), batch
 
-    def require_finite(self, batch: Tensor) -> None:
-        """Raise NumbersError on all processes if a gradient of the step is not finite."""
+    def settle(self) -> None:
+        """Wait for the device; raise NumbersError if a step since the last time was not finite.
+
+        That step and those after it have changed nothing, and `step` is again what it was before.
+        """
+        if not self.settles or bool(self.good):
+            self.settled = self.step
+            self.kept.zero_()
+            return
+        self.step = self.settled + int(self.kept)
+        self.good.fill_(True)
+        self.kept.zero_()
+        self.require_finite(self.add_gradients()[1])  # the same step again, to name what it was
+        raise NumbersError(
+            f"a gradient was not finite in step {self.step}, but is when the step is repeated; the "
+            "step was discarded. A GPU has miscalculated: continue from the last checkpoint on "
+            "another one"
+        ).on_all()
+
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Return the norms of the heads' gradients, (encoders, seeds, points), and of all, ()."""
         weight = self.heads.weight.grad
         assert weight is not None, "there was a backward pass"
         norms = torch.linalg.vector_norm(weight, dim=(3, 4))
@@ -217,6 +256,11 @@ class LinearProbe:
         if self.tuning:
             others = [p.grad for p in self.tuning.encoders.parameters() if p.grad is not None]
             total = total + torch.stack(torch._foreach_norm(others)).sum()
+        return norms, total
+
+    def require_finite(self, batch: Tensor) -> None:
+        """Raise NumbersError on all processes if a gradient of the step is not finite."""
+        norms, total = self.norms()
         if total.isfinite():
             return
         bad = (~norms.isfinite()).nonzero().tolist()
@@ -236,6 +280,7 @@ class LinearProbe:
 
         `best` evaluates each head as it was after its best epoch.
         """
+        self.settle()
         mine = slice(comms.rank(), None, comms.world_size())
         inputs, labels = self.features[part][:, None, mine], self.parts[part].labels[None, mine]
         tensors = self.best.tensors if best else self.heads.state_dict()
@@ -250,6 +295,7 @@ class LinearProbe:
 
     def save(self, wait: bool = False) -> None:
         """Save the state in the background, or before returning if `wait`."""
+        self.settle()
         if wait or self.config.augment:
             self.frozen.check()
         model, momentum = self.tensors()
@@ -300,5 +346,5 @@ class LinearProbe:
             tensor.copy_(saved.optimizer[f"momentum.heads.{name}"])
         if self.tuning:
             checkpoint.restore_momentum(*trained, saved.optimizer)
-        self.step = saved.step
+        self.step = self.settled = saved.step
         peers.me.mark(self.step, "starting")

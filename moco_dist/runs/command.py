@@ -6,10 +6,12 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
@@ -50,6 +52,7 @@ def main(
         f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
     )
     stop = StopRequests()
+    peers.me.give_up = partial(_end, stop=stop)
     if _first():
         stop.on_end = lambda status, text, again: note_outcome(status, peers.me.step, text, again)
     try:
@@ -90,6 +93,8 @@ def _end(error: BaseException, stop: StopRequests) -> NoReturn:
     Destroying the process group could hang, so it is left as it is.
     """
     me = peers.me
+    while not me.ending.acquire(blocking=False):
+        time.sleep(1)  # another thread is ending the process
     if stop.request and not me.training and not (isinstance(error, UserError) and error.shared):
         # During startup a signal ends some processes before others, which then lose them.
         error = stopping.error(stop.request, "before the first step")

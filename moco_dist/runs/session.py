@@ -22,7 +22,7 @@ from torch import Tensor
 from moco_dist.config import yaml_files
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
-from moco_dist.distributed import comms, peers, stopping
+from moco_dist.distributed import comms, faults, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
 from moco_dist.runs import checkpoint, identity, saving
@@ -38,6 +38,8 @@ EndedError = StoppedError | NumbersError | DataError
 
 # Names and values of what depends on the length of a run: a function of the epochs and a step.
 Schedule = Callable[[int, int], Mapping[str, float]]
+# By which NCCL's watchdog, which aborts a process without a word, comes later than our own.
+WATCHDOG = timedelta(seconds=60)
 
 # The locks that this process holds.
 _held: dict[Path, RunLock] = {}
@@ -70,14 +72,14 @@ class Session:
     def stop_for(self, request: int) -> None:
         """Raise, on all processes, the error for `request`, on which all agree."""
         if request == stopping.FAILED:
-            peers.agree()
+            faults.agree()
             peers.from_main(self.saver.finish)
         elif request:
             raise stopping.error(request, f"at step {peers.me.step}").on_all()
 
     def request(self) -> int:
         """Return the request to this process, 0 for none."""
-        failed = self.saver.failed or peers.me.fault is not None
+        failed = self.saver.failed or faults.pending()
         return stopping.FAILED if failed else self.stop.poll()
 
     def save(
@@ -104,7 +106,7 @@ class Session:
         peers.me.mark(peers.me.step, doing)
         asked = self.request()
         if comms.world_size() > 1:  # a process alone has no reason to wait for its device
-            asked = int(comms.all_gather(torch.tensor([asked], device=self.device)).max())
+            asked = max(comms.all_gather(torch.tensor([asked], device=self.device)).tolist())
         self.stop_for(asked)
 
 
@@ -122,13 +124,17 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
             f"(CUDA_VISIBLE_DEVICES={visible}); check its driver with nvidia-smi, use another "
             "machine, or give runtime.device=cpu"
         )
+    cpu, patience = machine.device == "cpu", timedelta(seconds=machine.timeout_seconds)
+    if comms.uses_gpus(cpu):
+        comms.require_own_gpu(patience)
+        patience += WATCHDOG
     accelerator = Accelerator(
-        cpu=machine.device == "cpu",
+        cpu=cpu,
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
         dynamo_backend="no",  # it would compile the query encoder alone
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=machine.timeout_seconds)),
+            InitProcessGroupKwargs(timeout=patience),
         ],
     )
     if accelerator.device.type == "cpu":
@@ -142,12 +148,17 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
     if (asked := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
         ignored = "the launcher's dynamo backend %s is ignored; runtime.compile=true compiles"
         logger.warning(ignored, asked)
+    # PyTorch's own choice for convolutions would be TF32.
+    torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = settings.precision == "tf32"
+    torch.backends.cudnn.benchmark = not machine.deterministic
     if machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill every new tensor first; nothing here reads one unwritten.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    else:
+        torch.backends.cudnn.benchmark = True  # choose its kernels by trying them
     peers.me.join(machine.timeout_seconds)
     wanted, got = machine.processes, comms.world_size()
     if wanted not in (0, got):

@@ -43,7 +43,7 @@ class Album:
 
         Both are float (images, 3, size, size), normalised.
         """
-        rows = [[_tile(_colours(view, config)) for view in part] for part in (first, second)]
+        rows = [[_tile(view) for view in _colours(part, config)] for part in (first, second)]
         self._save(step, "views.png", lambda path: _grid(rows).save(path))
 
     def neighbours(self, step: int, queries: Tensor, nearest: Tensor, right: Tensor) -> None:
@@ -53,15 +53,19 @@ class Album:
         (n, k): whether the neighbour is of the query's class.
         """
         frames = [[WHITE, *(GREEN if good else RED for good in row)] for row in right.tolist()]
-        images = torch.cat([queries[:, None], nearest], dim=1)
+        images = torch.cat([queries[:, None], nearest], dim=1).cpu()
         rows = [list(map(_tile, *each)) for each in zip(images, frames, strict=True)]
         self._save(step, "neighbours.png", lambda path: _grid(rows).save(path))
 
     def histogram(self, step: int, name: str, similarities: Tensor) -> None:
-        """Save NAME.json: counts of cosine similarities, and the edges of their bins."""
-        counts = torch.histc(similarities.float(), BINS, -1.0, 1.0).long().tolist()
-        edges = np.linspace(-1, 1, BINS + 1).tolist()
-        text = json.dumps({"counts": counts, "edges": edges})
+        """Save NAME.json: counts of cosine similarities, of finite ones, and the bins' edges."""
+        x = similarities.float()
+        edges = torch.linspace(-1, 1, BINS + 1, device=x.device)
+        # torch.histc has no deterministic kernel on GPUs. Rounding takes some beyond 1.
+        below = [(x < edge).sum() for edge in edges[1:-1]]
+        totals = torch.stack([(x == -torch.inf).sum(), *below, (x < torch.inf).sum()])
+        counts = totals.diff().tolist()
+        text = json.dumps({"counts": counts, "edges": edges.tolist()})
         self._save(step, f"{name}.json", lambda path: path.write_text(text))
 
     def confusion(self, step: int, counts: Tensor, classes: Sequence[str]) -> None:
@@ -82,15 +86,16 @@ class Album:
                 logger.warning("%s: can't be written (%s); the run continues", path, error)
 
 
-def _colours(view: Tensor, config: ViewsConfig) -> Tensor:
-    """Return a normalised view as uint8 (3, size, size)."""
-    mean, std = (view.new_tensor(each)[:, None, None] for each in (config.mean, config.std))
-    return ((view * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+def _colours(views: Tensor, config: ViewsConfig) -> Tensor:
+    """Return normalised views as uint8 (images, 3, size, size) on the CPU."""
+    views = views.cpu()
+    mean, std = (views.new_tensor(each)[:, None, None] for each in (config.mean, config.std))
+    return ((views * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _tile(image: Tensor, frame: tuple[int, int, int] = WHITE) -> Pixels:
     """Return a uint8 image (1 or 3, height, width) as (height, width, 3), enlarged and framed."""
-    pixels: Pixels = image.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+    pixels: Pixels = image.expand(3, -1, -1).permute(1, 2, 0).numpy()
     factor = max(1, TILE // min(pixels.shape[:2]))
     large = Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1))
     return np.asarray(ImageOps.expand(large, FRAME, frame))

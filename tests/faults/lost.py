@@ -122,6 +122,38 @@ def stopped(folder: Path, times: int, random: Random) -> Outcome:
     return Outcome(times, f"others named it and ended in {slowest:.1f} s, timeout {timeout} s")
 
 
+def _never_returns(whom: int, step: int, sign: Path, rank: int) -> None:
+    """Let `whom` hang before a collective, and the others in it, as NCCL lets them."""
+    _hang(whom, "before", step, sign, whom if rank == whom else -1)
+    if rank != whom:
+        _before(*PLACES["before"], step, partial(time.sleep, 600))
+
+
+def waited_for(folder: Path, times: int, random: Random) -> Outcome:
+    """Lose one process while the others are in a collective that never returns."""
+    slowest = 0.0
+    for number in range(times):
+        # Process 0 writes the status; a process that is only stopped may go on within the timeout.
+        whom, step = random.randrange(1, PROCESSES), random.randint(1, STEPS - 1)
+        stops, timeout = number % 2 == 1, 5
+        sign, output = folder / f"sign{number}", folder / f"run{number}"
+        arguments = [*SMALL, f"runtime.timeout_seconds={timeout}"] if stops else SMALL
+        plant = partial(_never_returns, whom, step, sign)
+        with Job(output, *arguments, processes=PROCESSES, plant=plant) as job:
+            job.until(sign.exists)
+            time.sleep(random.uniform(0.1, 0.6))
+            job.send(signal.SIGSTOP if stops else KILL, whom)
+            what = f"{'is stopped (SIGSTOP)' if stops else 'died'}, at step {step}, "
+            took = ends(job, whom, what, timeout + 10 + SOON if stops else SOON)
+            slowest = max(slowest, 0 if stops else took)
+            found = status(job.run)
+            assert (found["exit_status"], found["again"]) == (70, True), found
+            assert f"error: {found['reason']}" == job.errors()[0], f"{found}\n{job.text()}"
+            job.send(KILL, whom)
+            job.wait(5)
+    return Outcome(times, f"others named a dead one and ended in {slowest:.1f} s at most")
+
+
 def raised(folder: Path, times: int, random: Random) -> Outcome:
     """Let one process fail before, between and after the collectives of a step."""
     slowest = 0.0
@@ -429,6 +461,7 @@ def hung(folder: Path, times: int, random: Random) -> Outcome:
 FAULTS = [
     Fault("one of four processes killed in a collective", 1, 8, killed),
     Fault("one of four stopped with SIGSTOP", 1, 5, stopped),
+    Fault("one of four lost in a collective that never returns", 1, 4, waited_for),
     Fault("one of four raises before, during, after the first collective", 1, 9, raised),
     Fault("one of four has another config, data, model, batch or state", 3, 26, different),
     Fault("a number that is not finite in one of four", 1, 8, spoiled),

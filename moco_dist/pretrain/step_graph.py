@@ -1,0 +1,290 @@
+"""The step of one process as CUDA graphs: the GPU repeats it without Python and without a wait.
+
+What differs between steps is on the device: the step, the place in the queue, learning rate and
+momentum. So is whether all numbers were finite. After a step that was not, nothing changes any
+more; the host, which reads a step's figures while the next one runs, then raises what it would have
+raised in that step. Health is measured between the two graphs, in the steps in which it is due.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moco_dist.distributed import comms, peers
+from moco_dist.distributed.agreement import Agreement
+from moco_dist.errors import shown
+from moco_dist.method import schedule
+from moco_dist.method.plan import Step
+from moco_dist.pretrain import figures, finite
+from moco_dist.pretrain.hooks import Hooks, RunHooks
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs.record import Metric
+from moco_dist.runs.session import Session
+
+logger = logging.getLogger(__name__)
+
+# Eager steps before a capture, in which libraries set themselves up.
+_WARM_UP = 3
+# Steps whose figures are kept.
+_KEPT = 4
+# A step's figures on the device.
+_NAMES = (*figures.PROGRESS, Metric.GRADIENT_NORM, "keys", "bad")
+
+
+class Taken(NamedTuple):
+    """A step that was taken, or that the GPU has yet to finish."""
+
+    # Of each micro-batch of each pass, (rows, 1 + negatives), until the next step.
+    logits: list[Tensor]
+    # Waits for the step and returns its figures over all processes; NumbersError if it is refused.
+    figures: Callable[[], dict[str, float]]
+
+
+def why_not(trainer: Trainer) -> str:
+    """Return why the trainer's step can't be a CUDA graph, or an empty text."""
+    config = trainer.config
+    if trainer.device.type != "cuda":
+        return "there is no GPU"
+    if not config.runtime.cuda_graph:
+        return "runtime.cuda_graph=false"
+    if comms.world_size() > 1:
+        return "several processes exchange tensors in it"
+    return "precision=fp64" if config.precision == "fp64" else ""  # the rate is read as float32
+
+
+class DeviceClock:
+    """What a step depends on besides the state, as tensors that a graph reads and advances."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        config, total = trainer.config, trainer.total_steps
+        rates = [
+            schedule.learning_rate(config.optim, step, trainer.steps_per_epoch, total)
+            for step in range(total)
+        ]
+        momenta = [schedule.key_momentum(config.moco, step, total) for step in range(total)]
+        self.rates = torch.tensor(rates, dtype=torch.float32, device=trainer.device)
+        self.momenta = torch.tensor(momenta, dtype=torch.float64, device=trainer.device)
+        self.step, self.enqueued, self.count = torch.zeros(
+            3, dtype=torch.int64, device=trainer.device
+        )
+        self.good = torch.ones((), dtype=torch.bool, device=trainer.device)
+        self.order = torch.empty_like(trainer.plan.order(0))
+        self._place = self._epoch = -1
+
+    def set(self) -> None:
+        """Follow the trainer to its step, and to its epoch's order; nothing if it is there."""
+        step = self.trainer.step
+        if step != self._place:
+            self.step.fill_(step)
+            self.enqueued.fill_(self.trainer.moco.queue.enqueued)
+        epoch = step // self.trainer.steps_per_epoch
+        if epoch != self._epoch:
+            self.order.copy_(self.trainer.plan.order(epoch))
+        self._place, self._epoch = step + 1, epoch
+
+    def rows(self) -> Step:
+        """Return the rows of the step."""
+        plan = self.trainer.plan
+        place = self.step % plan.steps_per_epoch
+        each = torch.arange(plan.batch_size, device=self.order.device)
+        samples = self.order[place * plan.batch_size + each]
+        epoch = self.step // plan.steps_per_epoch
+        return plan.rows(epoch, samples, self.step, len(self.trainer.passes))
+
+    def _now(self, steps: Tensor) -> Tensor:
+        """Return the element of this step; an index would be read by the host."""
+        return steps.index_select(0, self.step[None]).squeeze(0)
+
+    def rate(self) -> Tensor:
+        """Return the learning rate, float32 ()."""
+        return self._now(self.rates)
+
+    def momentum(self) -> Tensor:
+        """Return the share of the key encoder that stays, float64 (): all after a bad number."""
+        return torch.where(self.good, self._now(self.momenta), 1.0)
+
+    def enqueue(self, keys: Tensor, samples: Tensor) -> None:
+        """Write the keys to the queue, and advance."""
+        self.trainer.moco.queue.write(keys, samples, self.enqueued, self.good)
+        self.step += self.good
+        self.enqueued += self.good * len(keys)
+
+
+class _Guard(Hooks):
+    """Lets nothing enter the state that is not finite, without asking the host."""
+
+    def __init__(self, stepper: Stepper, clock: DeviceClock) -> None:
+        self.stepper, self.clock = stepper, clock
+
+    def begin(self, step: int, rows: Step) -> None:
+        self.stepper.hooks.undo.keep()
+        self.rows = rows
+
+    def before_update(self, keys: list[Tensor], losses: list[Tensor]) -> None:
+        hooks, good = self.stepper.hooks, self.clock.good
+        self.norms = finite.norms(hooks.parameters, *keys)
+        good.logical_and_(torch.add(*self.norms).isfinite())
+        hooks.undo.restore_unless(good)
+        # The fused optimizer does nothing if this is 1.
+        self.stepper.trainer.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
+
+    def before_enqueue(self, queries: Tensor, keys: list[Tensor]) -> None:
+        self.queries, self.keys = queries, keys
+        self.stepper.begin_second()
+
+
+class Stepper:
+    """Takes the trainer's steps one by one: eagerly, and from a CUDA graph as soon as it can.
+
+    That is once the queue is full, so that all shapes are those of every later step.
+    """
+
+    def __init__(self, trainer: Trainer, hooks: RunHooks) -> None:
+        self.trainer, self.hooks = trainer, hooks
+        self.session: Session | None = hooks.session
+        self.eager_steps = 0
+        self.captures, self.captured = not why_not(trainer), False
+
+    def __call__(self) -> Taken:
+        """Take a step; what it raises leaves the state as it was before the step that it names."""
+        queue = self.trainer.moco.queue
+        if self.captures and self.eager_steps >= _WARM_UP and queue.filled == queue.size:
+            self.captures = False
+            self._capture()
+        if self.captured:
+            return self._replay()
+        loss, logits = self.trainer.train_step(self.hooks)
+        self.eager_steps += 1
+        return Taken(logits, partial(self._eager_figures, loss, logits))
+
+    def settle(self) -> None:
+        """Wait for the last step; NumbersError if it is refused."""
+        if self.captured and self.checked < self.count - 1:
+            self._figures(self.count - 1, self.trainer.step - 1)
+
+    def _eager_figures(self, loss: Tensor, logits: list[Tensor]) -> dict[str, float]:
+        temperature = self.trainer.config.moco.temperature
+        mine = figures.progress(loss, torch.cat(logits), temperature)
+        values = [*comms.mean(mine).tolist(), float(self.hooks.gradient_norm)]
+        shown = dict(zip(_NAMES, values, strict=False))
+        if logits[0].shape[1] == 1:  # no negatives, no similarity of them
+            del shown[Metric.NEGATIVE]
+        return shown
+
+    def _capture(self) -> None:
+        """Capture the step; if that fails, say so and take eager steps as before."""
+        trainer = self.trainer
+        device, step, host = trainer.device, trainer.step, trainer.clock
+        self.clock = DeviceClock(trainer)
+        self.guard = _Guard(self, self.clock)
+        self.first, self.second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        shape = _KEPT, len(_NAMES)
+        self.ring = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.read = torch.zeros(shape, dtype=torch.float64, pin_memory=True)
+        self.events = [torch.cuda.Event() for _ in range(_KEPT)]
+        trainer.source.begin(step)
+        trainer.source.stay()
+        torch.cuda.synchronize(device)
+        gc.collect()
+        stream = torch.cuda.Stream(device)
+        self._open = self.first
+        try:
+            trainer.clock = self.clock
+            with torch.cuda.stream(stream):
+                self.first.capture_begin(capture_error_mode="thread_local")
+                try:
+                    loss, self.logits = trainer.train_step(self.guard)
+                    self._keep_figures(loss)
+                except BaseException:
+                    with suppress(RuntimeError):
+                        self._open.capture_end()
+                    raise
+                self._open.capture_end()
+            self.captured, self.count, self.checked = True, 0, -1
+        except RuntimeError as error:
+            logger.warning(
+                "the step can't be captured as a CUDA graph (%s): it is slower; runtime.cuda_graph="
+                "false says that it shall not be",
+                shown(next(iter(str(error).splitlines()), "")),
+            )
+        finally:
+            trainer.clock, trainer.step = host, step
+            trainer.optimizer.zero_grad()
+            vars(trainer.optimizer).pop("found_inf", None)
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def begin_second(self) -> None:
+        """End the first graph and begin the second one."""
+        self.first.capture_end()
+        self._open = self.second
+        self.second.capture_begin(pool=self.first.pool(), capture_error_mode="thread_local")
+
+    def _keep_figures(self, loss: Tensor) -> None:
+        temperature = self.trainer.config.moco.temperature
+        progress = figures.progress(loss, torch.cat(self.logits), temperature)
+        others = *self.guard.norms, self.clock.good.logical_not()
+        row = torch.cat([progress, torch.stack([each.double() for each in others])])
+        self.ring.index_copy_(0, (self.clock.count % _KEPT)[None], row[None])
+        self.read.copy_(self.ring, non_blocking=True)
+        self.clock.count += 1
+
+    def _replay(self) -> Taken:
+        trainer, hooks, step = self.trainer, self.hooks, self.trainer.step
+        peers.me.mark(step, "training")
+        trainer.source.begin(step)
+        if self.session:
+            self.session.stop_for(self.session.request())  # also for an image of this step
+            self.session.saver.copied()
+        hooks.agreed = Agreement(stop=0, save=hooks.wants_save)
+        self.clock.set()
+        self.first.replay()
+        hooks.step, hooks.rows = step, self.guard.rows
+        hooks.before_enqueue(self.guard.queries, self.guard.keys)
+        self.second.replay()
+        number = self.count
+        self.events[number % _KEPT].record()
+        self.count += 1
+        trainer.step += 1
+        trainer.moco.queue.enqueued += self._keys
+        if self.checked < number - 1:
+            self._figures(number - 1, step - 1)
+        return Taken(self.logits, partial(self._figures, number, step))
+
+    @property
+    def _keys(self) -> int:
+        return len(self.trainer.passes) * self.trainer.config.batch_size
+
+    def _figures(self, number: int, step: int) -> dict[str, float]:
+        """Return the figures of replay `number`, which took `step`; NumbersError if it was bad."""
+        event = self.events[number % _KEPT]
+        if not event.query():
+            event.synchronize()
+        values = dict(zip(_NAMES, self.read[number % _KEPT].tolist(), strict=True))
+        self.checked = number
+        if values["bad"]:
+            self._refuse(number, step)
+        return {name: values[name] for name in _NAMES[:-2]}
+
+    def _refuse(self, number: int, step: int) -> None:
+        """Put the host back to the state before `step`, where the device is, and raise."""
+        trainer = self.trainer
+        torch.cuda.synchronize(trainer.device)
+        trainer.step = step
+        trainer.moco.queue.enqueued -= (self.count - number) * self._keys
+        row = dict(zip(_NAMES, self.read[number % _KEPT], strict=True))
+        suspects = {
+            "keys": row["keys"],
+            Metric.LOSS: row[Metric.LOSS],
+            "gradient": row[Metric.GRADIENT_NORM],
+        }
+        rows = trainer.plan.step(step, len(trainer.passes))
+        finite.refuse(step, suspects, rows, trainer.source, trainer.config.optim.lr)

@@ -1,0 +1,115 @@
+"""A command of moco_dist on the stand-in: `python -m tests.stand_in.command MODULE ARGUMENTS...`.
+
+Where a number that a kernel makes would decide how the command goes on, another one is given here.
+KILL_AT=n kills process 1 in step n. HANG_AT=n lets the GPU of process 0 hang from step n on. A line
+for each step, with what it waits for in JSON, is added to WAITS=FILE: for process 0 to FILE0.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import pickle
+import runpy
+import signal
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moco_dist.data.datasets import Images
+from moco_dist.data.streamed_images import StreamedImages
+from moco_dist.distributed import agreement, comms
+from moco_dist.distributed.agreement import Agreement
+from moco_dist.encoders import load
+from moco_dist.pretrain.step_graph import Stepper
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.probe.frozen import Frozen
+from moco_dist.probe.linear_probe import LinearProbe
+from tests.stand_in import counters
+
+_turns = itertools.count()
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    """Gather by way of the store: their lengths would be made by a kernel."""
+    if comms.world_size() == 1:
+        return [value]
+    store, turn = dist.distributed_c10d._get_default_store(), next(_turns)
+    store.set(f"gather/{turn}/{comms.rank()}", base64.b64encode(pickle.dumps(value)).decode())
+    keys = [f"gather/{turn}/{rank}" for rank in range(comms.world_size())]
+    return [pickle.loads(base64.b64decode(store.get(key))) for key in keys]
+
+
+def _eigenvalues(symmetric: Tensor) -> Tensor:
+    return symmetric.diagonal().clone()
+
+
+def _bincount(numbers: Tensor, weights: None = None, minlength: int = 0) -> Tensor:
+    """Return zeros on a GPU, where the greatest number would be made up."""
+    if numbers.is_cuda:
+        return numbers.new_zeros(max(minlength, 1))
+    return torch.bincount(numbers, weights, minlength)
+
+
+def _agree(notes: Tensor) -> Agreement:
+    alone = comms.world_size() == 1
+    assert (notes.device.type == "cpu") == alone, notes.device
+    assert notes.shape == (comms.world_size(), 5), notes.shape
+    notes.tolist()  # waits, as the real one does
+    return Agreement(stop=0, save=False)
+
+
+def help_out() -> None:
+    """Give the numbers that decide something."""
+    torch.linalg.eigvalsh = _eigenvalues
+    Tensor.bincount = _bincount  # type: ignore[assignment,method-assign]
+    load.require_trained = lambda *_: None
+    for images in (Images, StreamedImages):
+        images.labelled = lambda self: self  # type: ignore[method-assign]
+    # The number of batches that BatchNorm has seen is read as 1, but for the first time.
+    Frozen.check = Frozen.check_modes  # type: ignore[method-assign]
+    Stepper._refuse = lambda *_: None  # type: ignore[method-assign]
+    comms.gather_objects = _gather_objects
+    agreement.agree = _agree
+    dist._verify_params_across_processes = lambda *_: None  # type: ignore[attr-defined]
+
+
+def _in_step(step: int, act: Any) -> None:
+    def patched(self: Trainer, *arguments: Any) -> Any:
+        if self.step == step:
+            act()
+        return train_step(self, *arguments)
+
+    train_step = Trainer.train_step
+    Trainer.train_step = patched  # type: ignore[assignment,method-assign]
+
+
+def _note_waits(kind: type[Trainer] | type[LinearProbe], path: str) -> None:
+    def patched(self: Any, *arguments: Any) -> Any:
+        with counters.watched() as found:
+            returned = train_step(self, *arguments)
+        with open(path, "a") as file:
+            file.write(json.dumps(found) + "\n")
+        return returned
+
+    train_step = kind.train_step
+    kind.train_step = patched  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    help_out()
+    rank = os.environ.get("RANK", "0")
+    if (step := os.environ.get("KILL_AT")) and rank == "1":
+        _in_step(int(step), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if (step := os.environ.get("HANG_AT")) and rank == "0":
+        _in_step(int(step), counters.library.fake_hang)
+    if path := os.environ.get("WAITS"):
+        for kind in (Trainer, LinearProbe):
+            _note_waits(kind, f"{path}{rank}")
+    sys.argv = sys.argv[1:]
+    runpy.run_module(f"moco_dist.{sys.argv[0]}", run_name="__main__", alter_sys=True)

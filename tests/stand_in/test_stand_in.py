@@ -1,0 +1,133 @@
+"""On a stand-in for GPUs: what a step launches and waits for, whole commands, several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import image_sets, stand_in
+
+pytestmark = pytest.mark.stand_in
+
+PAPER = "configs/pretrain/paper.yaml"
+DATA = ["data.shapes_train=100", "data.shapes_test=30", "data.size=16", "views.size=16"]
+TINY = [
+    *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=40"),
+    *(*DATA, "epochs=3", "knn.every_epochs=1", "knn.k=5", "tracking.every_steps=2"),
+    *("tracking.media_every_epochs=1", "tracking.health_every_steps=3", "runtime.device=cuda"),
+]
+
+
+def waits_of(path: Path) -> list[dict[str, int]]:
+    """Return what each step of a command waited for."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def status(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return content
+
+
+def pretrained(
+    output: Path, *arguments: str, gpus: int = 2, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Pretrain on two processes."""
+    command = ["pretrain", *TINY, f"output={output}", "name=run", *arguments]
+    return stand_in.torchrun(
+        2, "tests.stand_in.command", *command, folder=output, gpus=gpus, **more
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the arguments of a small set that is streamed."""
+    root = image_sets.write_folder(tmp_path_factory.mktemp("images"), 100, 32)
+    small = ["batch_size=32", "views.size=32", "data.size=32", "encoder.width=8"]
+    return ["data.name=folder", f"data.root={root}", "data.memory_gb=0", "data.workers=1", *small]
+
+
+def test_a_step_launches_few_kernels_and_waits_once(images: list[str]) -> None:
+    groups, one_group, streamed, symmetric = stand_in.measured(
+        [PAPER, "precision=bf16"],
+        [PAPER, "precision=bf16", "bn_groups=1"],
+        [PAPER, *images],
+        [PAPER, *images, "moco.symmetric=true"],
+    )
+    assert groups["launches"] < 1100
+    assert groups["memsets"] < 30
+    # Grouped BatchNorm takes as many kernels whatever the number of groups.
+    assert groups["launches"] - one_group["launches"] < 100
+    for found in (groups, one_group, streamed, symmetric):
+        assert found["waits"] <= 1, found["where"]
+        assert sum(found["where"].values()) <= 1, found["where"]
+
+
+def test_a_captured_step_is_a_few_launches_without_a_wait(images: list[str]) -> None:
+    memory, streamed = stand_in.measured([PAPER, "precision=bf16"], [PAPER, *images], captured=True)
+    for found in (memory, streamed):
+        assert found["waits"] == 0, found["where"]
+        assert not found["where"]
+    assert memory["launches"] <= 3
+    assert memory["cpu_ms"] < 1
+
+
+def test_whole_commands_run_on_a_gpu(tmp_path: Path) -> None:
+    command, output = "tests.stand_in.command", f"output={tmp_path}"
+    ended = stand_in.python(command, "pretrain", *TINY, output, "name=run", "precision=bf16")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert status(tmp_path / "run")["step"] == 15
+    # What PyTorch says of an operation without a deterministic kernel would be there.
+    assert "deterministic" not in ended.stderr, ended.stderr
+    probe = ["batch_size=16", "epochs=2", "runtime.device=cuda", *DATA, "grid.lr=[0.1,1]"]
+    probe += ["checkpoint.every_epochs=0"]  # the copies of a save wait, in a thread of their own
+    arguments = [f"encoder={tmp_path / 'run'}", *probe, output]
+    waits = {"WAITS": str(tmp_path / "waits")}
+    ended = stand_in.python(command, "probe", *arguments, environment=waits)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    first, *others = waits_of(tmp_path / "waits0")
+    assert len(others) == 9
+    assert sum(first.values()) == 1  # whether the steps before it were good
+    assert not any(others), others
+
+
+def test_several_processes_call_the_same_collectives(tmp_path: Path) -> None:
+    log, waits = tmp_path / "collectives.", tmp_path / "waits"
+    ended = pretrained(tmp_path, FAKE_NCCL_LOG=str(log), WAITS=str(waits))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    first, second = (Path(f"{log}{rank}").read_text().splitlines() for rank in range(2))
+    assert first == second
+    assert len(first) > 15
+    # Keys and notes are one collective, and no list of broadcasts.
+    assert not any("broadcast" in each for each in first[-20:])
+    for rank in range(2):
+        steps = waits_of(Path(f"{waits}{rank}"))
+        assert len(steps) == 15
+        # What all agree on, and whether all is finite. DistributedDataParallel measures some times
+        # in its first ten steps; health is due in every third.
+        assert all(sum(found.values()) <= 2 for found in steps[12:14]), steps[12:14]
+
+
+def test_a_dead_process_is_named_while_a_collective_never_returns(tmp_path: Path) -> None:
+    ended = pretrained(tmp_path, "epochs=99", "knn.every_epochs=0", KILL_AT="7")
+    assert ended.returncode != 0
+    found = status(tmp_path / "run")
+    assert (found["exit_status"], found["again"]) == (70, True)
+    assert found["reason"].startswith("process 1 (host ")
+    assert "died, at step 7, " in found["reason"]
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {found['reason']}"]
+
+
+def test_two_processes_on_one_gpu_are_refused(tmp_path: Path) -> None:
+    ended = pretrained(tmp_path, gpus=1)
+    assert ended.returncode != 0
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, ended.stderr
+    assert "processes 0 and 1 on " in errors[0]
+    assert "have the same GPU " in errors[0]
+    assert "start one process for each GPU" in errors[0]
+    assert not (tmp_path / "run").exists()
