@@ -56,13 +56,13 @@ def alone(files: set[File]) -> int:
     return sum(len(file) == 1 for file in files)
 
 
-def top(files: set[File], classes: set[str] | None = None) -> File:
+def top(files: set[File], unread: set[File], classes: set[str] | None = None) -> File:
     """Rule 3."""
     at: File = ()
     inner = files
     while True:
         names = tops(inner)
-        if classes is None and names & set(TRAIN):
+        if classes is None and tops(inner | below(unread, at)) & set(TRAIN):
             return at
         if len(names) != 1:
             return at if names else ()
@@ -95,22 +95,24 @@ def rules(files: set[File], unread: set[File]) -> tuple[dict[File, str | None], 
     """Return the images of training and testing with their classes, and the folders of both."""
     if not files:
         raise RefusedError
-    at = top(files)
-    trains = sorted(tops(below(files, at)) & set(TRAIN))
+    at = top(files, unread)
+    trains = sorted(tops(below(files | unread, at)) & set(TRAIN))
     if len(trains) > 1 and "train" not in trains:
         raise RefusedError
     train, tests = at, list[File]()
     if trains:
         train = (*at, "train" if "train" in trains else trains[0])
-        train += top(below(files, train), set())
+        train += top(below(files, train), set(), set())
         order = sorted(
             (PARTS.get(n, 0), n not in ("test", "val"), n) for n in tops(below(files, at))
         )
         tests = [(*at, name) for number, _, name in order if number]
+    if not below(files, train):
+        raise RefusedError
     found = labels(below(files, train), below(unread, train))
     classes = {name for name in found.values() if name}
     for test in tests if classes else ():
-        test += top(below(files, test), classes)
+        test += top(below(files, test), set(), classes)
         tested = labels(below(files, test), set(), classes)
         if any(tested.values()):
             if tops(set(tested)) - classes:  # for a probe to refuse

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import folder_layout, image_archive, image_index, tar_shards
 from moco_dist.data.image_index import ImageIndex
-from moco_dist.errors import DataError, shown
+from moco_dist.errors import DataError, MissingError, shown
 
 # Name of the training images of a folder without parts.
 ALL = "all images"
@@ -75,7 +75,15 @@ def find(config: DataConfig, given: Path, kept: Path | None) -> FileSet:
             reason = "not needed" if images.classes else "the training images have no labels"
             aside.append(f"{part.name} ({reason})")
             continue
-        test = part.list(images.classes)
+        try:
+            test = part.list(images.classes)
+        except MissingError:
+            aside.append(f"{part.name} (no images that are read)")
+            continue
+        except DataError as error:  # for what tests to refuse
+            aside.append(f"{part.name} (it can't be read)")
+            fault, said = str(error), (*said, f"the test images are left aside: {error}")
+            continue
         known, first = bool((test.labels >= 0).any()), shown(next(iter(test.unknown), ""))
         if known and not test.unknown:
             chosen = test

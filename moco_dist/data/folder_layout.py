@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco_dist.data.folder_walk import holds, ignored
-from moco_dist.data.image_file import EXTENSIONS
+from moco_dist.data.image_file import EXTENSIONS, UNREAD
 from moco_dist.data.parts import part_of
 from moco_dist.errors import DataError, shown
 
@@ -37,7 +37,7 @@ def find(given: Path, endings: tuple[str, ...] = EXTENSIONS) -> Layout:
     """
     root = inside(given, endings)
     names = _folders(root)
-    folders = [name for name in names if part_of(name) and holds(root / name, endings)]
+    folders = [name for name in names if part_of(name) and _holds_any(root / name, endings)]
     trains = [name for name in folders if part_of(name) == "train"]
     train = "train" if "train" in trains else next(iter(trains), "")
     if len(trains) > 1 and train != "train":
@@ -54,7 +54,7 @@ def find(given: Path, endings: tuple[str, ...] = EXTENSIONS) -> Layout:
             "called train"
         )
     others = [name for name in names if train and name not in (train, *tests)]
-    if others := [shown(name) for name in others if holds(root / name, endings)]:
+    if others := [shown(name) for name in others if _holds_any(root / name, endings)]:
         listed = f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
         said.append(
             f"{shown(root)}: trains on '{shown(train)}' alone; left aside {len(others)} other "
@@ -100,7 +100,7 @@ def inside(
         seen.add(real)
         names = _folders(at)
         trains = (name for name in names if classes is None and part_of(name) == "train")
-        if any(holds(at / name, endings) for name in trains):
+        if any(_holds_any(at / name, endings) for name in trains):
             return at
         if endings != EXTENSIONS and _files(at, endings):
             return at  # tars, which have no folders of classes
@@ -113,6 +113,11 @@ def inside(
             return given
         at = at / filled[0]
     return given
+
+
+def _holds_any(part: Path, endings: tuple[str, ...]) -> bool:
+    """Return whether a part has files with one of the endings, or images that are not read."""
+    return holds(part, (*endings, *UNREAD) if endings == EXTENSIONS else endings)
 
 
 def _folders(folder: Path) -> list[str]:

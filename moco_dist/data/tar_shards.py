@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco_dist.data import folder_layout, tar_members
+from moco_dist.data.folder_walk import ignored
 from moco_dist.data.image_file import EXTENSIONS
 from moco_dist.data.parts import part_of
 from moco_dist.data.tar_members import Member
@@ -28,6 +29,10 @@ class Found(NamedTuple):
     warnings: tuple[str, ...]
     # Classes of images that are none of those that were given.
     unknown: tuple[str, ...] = ()
+
+
+# Endings of tars that are compressed.
+COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 
 
 class Tars(NamedTuple):
@@ -58,18 +63,23 @@ def parts(given: Path) -> tuple[Tars, list[Tars], tuple[str, ...]]:
             of[part_of(name, anywhere=True) or "train"].append(name)
         first, *others = (Tars(layout.root, names) for names in of.values())
         train, tests = first, others
+    said = []
+    if compressed := _tars(train.folder, COMPRESSED):
+        said.append(
+            f"{shown(train.folder)}: left out {len(compressed)} compressed tar(s), which can't be "
+            f"read at any place; the first is {shown(compressed[0])}; decompress them"
+        )
     if not train.names:
         raise MissingError(
             f"{shown(train.folder)}: no tar files for training in this folder; data.name=shards "
-            "needs DIR/*.tar, or DIR/train/*.tar"
+            f"needs DIR/*.tar, or DIR/train/*.tar{'; ' if said else ''}{'; '.join(said)}"
         )
-    return train, [part for part in tests if part.names], layout.warnings
+    return train, [part for part in tests if part.names], (*layout.warnings, *said)
 
 
-def _tars(folder: Path) -> list[str]:
-    return sorted(
-        name for name in os.listdir(folder) if name.endswith(".tar") and not name.startswith(".")
-    )
+def _tars(folder: Path, endings: tuple[str, ...] = (".tar",)) -> list[str]:
+    names = (name for name in os.listdir(folder) if not ignored(name))
+    return sorted(name for name in names if name.lower().endswith(endings))
 
 
 def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] | None) -> Found:
