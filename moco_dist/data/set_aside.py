@@ -21,7 +21,7 @@ from pathlib import Path
 
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.image_worker import GONE
-from moco_dist.distributed import peers
+from moco_dist.distributed import faults
 from moco_dist.errors import DataError, output_errors, shown
 from moco_dist.runs import record
 from moco_dist.runs.status import replace
@@ -57,7 +57,7 @@ class Aside:
         if reason == GONE:
             what, fix = "the file is gone", "put it back, leave it away and give the command again"
         sentence = f"{shown(place, 4096)}: {what}; {fix}, or give data.skip_unreadable=true"
-        peers.me.refuse(DataError(sentence))
+        faults.refuse(DataError(sentence))
         return False
 
     def take_over(self, fresh: dict[int, str]) -> None:

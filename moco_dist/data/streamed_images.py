@@ -16,7 +16,7 @@ from moco_dist.data.image_file import WHITE, Recipe
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.set_aside import Aside
 from moco_dist.data.worker_pool import Ticket, WorkerPool
-from moco_dist.distributed import peers
+from moco_dist.distributed import faults
 from moco_dist.errors import DataError, shown
 from moco_dist.method import views
 from moco_dist.randomness import Key, Purpose, uniform
@@ -51,7 +51,7 @@ class Order:
     def collect(self, device: torch.device) -> Tensor:
         """Wait; return the pixels, uint8 (images, views, channels, size, size), on `device`.
 
-        Raises DataError, or leaves it to `peers.agree`, for what can't be read.
+        Raises DataError, or leaves it to `faults.agree`, for what can't be read.
         """
         shape = len(self.positions), *worker_pool.shape_of(self.recipe)
         pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -62,7 +62,7 @@ class Order:
                 pixels[first : first + ticket.shape[0]] = pool.fetch(ticket)
             except DataError as error:
                 self.abandon()
-                peers.me.refuse(error)
+                faults.refuse(error)
                 break
             for number, reason in ticket.answer.bad:
                 if self.images.aside.note(self.reads[first + number], reason):
@@ -164,7 +164,7 @@ class StreamedImages:
                 order.tickets.append(self.pool.submit(places[part], recipe, mine))
         except DataError as error:  # of a worker that has ended
             order.abandon()
-            peers.me.refuse(error)
+            faults.refuse(error)
         return order
 
     def _stand_in(self, number: int, draw: Draw) -> int:
@@ -176,7 +176,7 @@ class StreamedImages:
         row = int(self.rows[number])
         for candidates in (self.rows[labels == labels[number]], self.rows):
             attempts = torch.arange(ATTEMPTS)
-            drawn = uniform(draw.seed, Purpose.STAND_IN, draw.epoch, row, attempts)
+            drawn = uniform(draw.seed, Purpose.STAND_IN, int(draw.epoch), row, attempts)
             first: list[int] = candidates[(drawn * len(candidates)).long()].tolist()
             for other in (*first, *map(int, candidates)):
                 if other not in self.aside.rows:

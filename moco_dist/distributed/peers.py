@@ -14,8 +14,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,8 @@ NEAR = 64  # processes in a run, up to which each looks after all of its machine
 
 
 def _give_up(error: PeerError) -> None:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(error.exit_status)
 
 
@@ -45,9 +46,6 @@ class Peers:
         self.step, self.doing = 0, "starting"
         self.timeout = 300.0
         self.training = False
-        # An error of this process alone, on which all are to agree between two steps.
-        self.fault: UserError | None = None
-        self._agrees = False
         self._moved = time.monotonic()
         self._marks = self._beats = self._meetings = 0
         self._beaten = -BEAT_SECONDS
@@ -92,26 +90,6 @@ class Peers:
         self.step, self.doing = step, doing
         self._marks += 1
         self._moved = time.monotonic()
-
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """Have `refuse` keep its errors until `agree`, which all processes call, here at the end.
-
-        A session also looks for them between two steps and between the batches of an evaluation.
-        """
-        outer, self._agrees = self._agrees, True
-        try:
-            yield
-            agree()
-        finally:
-            self._agrees = outer
-            self.fault = self.fault if outer else None
-
-    def refuse(self, error: UserError) -> None:
-        """Raise `error`, or keep the first one for all processes to raise together."""
-        if not self._agrees:
-            raise error
-        self.fault = self.fault or error
 
     def leave(self, reason: str | None, speaks: bool) -> None:
         """Tell the others that this process ends, for its own `reason` or None for theirs.
@@ -337,16 +315,6 @@ def together(work: Callable[[], Result]) -> Result:
         if first is not None:
             raise first
     return result  # type: ignore[return-value]  # None only where work() returned it
-
-
-def agree() -> None:
-    """Raise on all processes what one of them keeps; a collective."""
-
-    def mine() -> None:
-        if me.fault:
-            raise me.fault
-
-    together(mine)
 
 
 def from_main(work: Callable[[], Result]) -> Result:

@@ -11,7 +11,7 @@ import torch
 from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import run_lists
 from moco_dist.distributed import fingerprint, peers
-from moco_dist.errors import StoppedError
+from moco_dist.errors import DataError, StoppedError
 from moco_dist.method.schedule import due, learning_rate
 from moco_dist.pretrain import pictures, state
 from moco_dist.pretrain.hooks import RunHooks
@@ -51,7 +51,7 @@ def loop(
         hooks.wants_save = 0 < config.checkpoint.every_minutes < (began - saved) / 60
         try:
             taken = take()
-        except StoppedError:
+        except (StoppedError, DataError):
             take.settle()
             write_owed()
             raise

@@ -9,7 +9,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import datasets
 from moco_dist.data.run_lists import Begun
-from moco_dist.distributed import comms, peers
+from moco_dist.distributed import comms, faults, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
 from moco_dist.errors import DataError, NumbersError, StoppedError
@@ -43,7 +43,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
         return
     jump = session.begin(opened, trainer.schedule)
     peers.from_main(lambda: datasets.note_left_out(opened.directory, splits))
-    with start.tracker(opened, total, "pretrain") as tracker, peers.me.agreeing():
+    with start.tracker(opened, total, "pretrain") as tracker, faults.agreeing():
         watch = None
         if comms.is_main():
             path = opened.directory / "metrics.jsonl"

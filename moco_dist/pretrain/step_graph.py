@@ -242,7 +242,7 @@ class Stepper:
         peers.me.mark(step, "training")
         trainer.source.begin(step)
         if self.session:
-            self.session.stop_for(self.session.request())
+            self.session.stop_for(self.session.request())  # also for an image of this step
             self.session.saver.copied()
         hooks.agreed = Agreement(stop=0, save=hooks.wants_save)
         self.clock.set()

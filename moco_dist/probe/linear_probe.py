@@ -9,17 +9,17 @@ from torch import Tensor
 
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.yaml_files import to_dict
-from moco_dist.data import datasets, run_lists
+from moco_dist.data import datasets
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
-from moco_dist.encoders import features
 from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError
-from moco_dist.method import schedule, views
+from moco_dist.method import views
 from moco_dist.method.cuda_graph import Replayed
 from moco_dist.method.encoder import Backbone, build_encoder
 from moco_dist.method.plan import Plan, check_batch
 from moco_dist.probe import heads
+from moco_dist.probe.extraction import extract
 from moco_dist.probe.finetune import FineTuning, calibrate
 from moco_dist.probe.frozen import Frozen
 from moco_dist.probe.label_fraction import draw
@@ -113,13 +113,6 @@ class LinearProbe:
         if saved := session.resumed:
             peers.together(lambda: self.restore(saved))
 
-    def schedule(self, epochs: int, step: int) -> dict[str, float]:
-        """Return the first learning rate of the grid in a step if the probe had so many epochs."""
-        optim = dataclasses.replace(self.config.optim, lr=self.points[0].lr)
-        total = epochs * self.steps_per_epoch
-        rate = schedule.learning_rate(optim, step, self.steps_per_epoch, total)
-        return {"the learning rate goes": rate}
-
     def _center(self, rows: Tensor) -> Tensor:
         """Return unaugmented views of these training images."""
         return views.center(self.splits.train.squares(rows), self.config.views, self.dtype)
@@ -138,20 +131,8 @@ class LinearProbe:
 
     def extract(self, part: str) -> Tensor:
         """Return each encoder's features of a part's unaugmented images, on every process."""
-        how, found = (self.parts[part], self.config.views, self.config.batch_size), []
-        try:
-            with self.accelerator.autocast(), peers.me.agreeing():
-                found = [features.extract(each, *how) for each in self.backbones.values()]
-        except DataError as error:
-            if error.shared:
-                self.share_aside()
-            raise
-        self.share_aside()
-        return torch.stack(found).to(self.dtype) * self.scale
-
-    def share_aside(self) -> None:
-        """Note in the run which files could not be read since the last time; a collective."""
-        run_lists.share(self.session.directory, self.splits.train, self.splits.test)
+        own, given = self.backbones.values(), (self.config, self.session, self.splits)
+        return extract(own, self.parts[part], *given).to(self.dtype) * self.scale
 
     def refresh(self, *parts: str) -> None:
         """Extract the features of these parts again if the encoders are trained."""
@@ -210,18 +191,17 @@ class LinearProbe:
     def train_step(self) -> Tensor:
         """Train every head for one step; return the mean losses (encoders, seeds, points)."""
         place = self.step, self.steps_per_epoch, self.total_steps
-        encoded, labels, batch = self.inputs()
         # Steps on cached features are too short to check for a stop request each time.
         often = self.step % 20 == 0
         if often:
             self.settle()
+        losses, batch = self.add_gradients()
         if self.config.augment or self.tunes or often:
             try:
-                self.session.pause("training")
+                self.session.pause("training")  # also for an image that could not be read
             except (StoppedError, DataError):
                 self.settle()
                 raise
-        losses = self.add_gradients(encoded, labels)
         good = self.good if self.settles else None
         if self.settles:
             self.good &= self.norms()[1].isfinite()
@@ -236,15 +216,16 @@ class LinearProbe:
         peers.me.mark(self.step, "training")
         return losses
 
-    def add_gradients(self, encoded: Tensor, labels: Tensor) -> Tensor:
-        """Compute the gradients of a step; return the mean losses of the heads."""
+    def add_gradients(self) -> tuple[Tensor, Tensor]:
+        """Compute the gradients of a step; return the mean losses of the heads and the batch."""
+        encoded, labels, batch = self.inputs()
         losses = heads.losses(self.heads(encoded), labels).mean(-1)
         self.accelerator.backward(losses.sum())
         if self.tuning:
             for parameter in self.heads.parameters():
                 assert parameter.grad is not None, "there was a backward pass"
                 parameter.grad = comms.mean(parameter.grad)
-        return losses.detach()
+        return losses.detach(), batch
 
     def settle(self) -> None:
         """Wait for the device; raise NumbersError if a step since the last time was not finite.
@@ -258,9 +239,7 @@ class LinearProbe:
         self.step = self.settled + int(self.kept)
         self.good.fill_(True)
         self.kept.zero_()
-        encoded, labels, batch = self.inputs()  # the same step again, to name what it was
-        self.add_gradients(encoded, labels)
-        self.require_finite(batch)
+        self.require_finite(self.add_gradients()[1])  # the same step again, to name what it was
         raise NumbersError(
             f"a gradient was not finite in step {self.step}, but is when the step is repeated; the "
             "step was discarded. A GPU has miscalculated: continue from the last checkpoint on "

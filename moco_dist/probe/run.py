@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.data import datasets
 from moco_dist.data.image_file import MODES
 from moco_dist.data.run_lists import Begun
-from moco_dist.distributed import comms, peers
+from moco_dist.distributed import comms, faults, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
 from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError
+from moco_dist.method import schedule
 from moco_dist.probe import overlap
+from moco_dist.probe.extraction import share_aside
 from moco_dist.probe.label_fraction import require_classes
 from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.probe.loop import conclude, loop, write
@@ -24,7 +27,7 @@ from moco_dist.probe.results import brief, grid_rows, summary_rows
 from moco_dist.probe.verdict import Results
 from moco_dist.runs import session
 from moco_dist.runs.identity import group
-from moco_dist.runs.session import Session, logger
+from moco_dist.runs.session import logger
 from moco_dist.tracking import start, terminal
 from moco_dist.tracking.start import console
 
@@ -44,18 +47,20 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     peers.same_everywhere("the checkpoint of the encoder", source.identity)
     peers.together(lambda: require_channels(config, source))
     warn_of_views(config, source)
-    splits = images_for(config, source, opened)
+    saved = opened.resumed
+    begun = Begun(opened.directory, saved.piece("data") if saved else None)
+    splits = images_for(config, source, begun)
     overlaps = find_overlaps(splits)
     probe = LinearProbe(config, opened, splits, source)
     del splits  # whose images would stay in the host's memory when they are on a GPU
     announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
-    session.begin(opened, probe.schedule)
+    session.begin(opened, partial(rate, probe))
     peers.from_main(lambda: datasets.note_left_out(opened.directory, probe.splits))
     results_file = opened.directory / "results.json"
     peers.from_main(lambda: results_file.unlink(missing_ok=True))
     family = group(config.pretraining(), source.checkpoint.state)
-    with start.tracker(opened, total, "probe", family) as tracker, peers.me.agreeing():
+    with start.tracker(opened, total, "probe", family) as tracker, faults.agreeing():
         try:
             loop(probe, total, tracker)
             if probe.step == probe.total_steps:
@@ -63,7 +68,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         except (StoppedError, NumbersError, DataError) as error:
             if isinstance(error, DataError) and not error.shared:
                 raise
-            probe.share_aside()
+            share_aside(opened, probe.splits)
             if probe.step:
                 probe.save(wait=True)
             place = f"saved after step {probe.step:,} of {probe.total_steps:,}"
@@ -75,11 +80,17 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         summarize(probe, results)
 
 
-def images_for(config: ProbeConfig, source: Found, opened: Session) -> datasets.Splits:
+def rate(probe: LinearProbe, epochs: int, step: int) -> dict[str, float]:
+    """Return the first learning rate of the grid in a step if the probe had so many epochs."""
+    optim = dataclasses.replace(probe.config.optim, lr=probe.points[0].lr)
+    per_epoch = probe.steps_per_epoch
+    found = schedule.learning_rate(optim, step, per_epoch, epochs * per_epoch)
+    return {"the learning rate goes": found}
+
+
+def images_for(config: ProbeConfig, source: Found, run: Begun | None = None) -> datasets.Splits:
     """Return the labelled images for an encoder; a collective."""
-    saved = opened.resumed
-    begun = Begun(opened.directory, saved.piece("data") if saved else None)
-    found = datasets.load(config.data, source.architecture.channels, begun)
+    found = datasets.load(config.data, source.architecture.channels, run)
     return peers.together(lambda: labelled(found, config))
 
 

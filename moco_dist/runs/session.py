@@ -21,7 +21,7 @@ from torch import Tensor
 from moco_dist.config import yaml_files
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
-from moco_dist.distributed import comms, peers, stopping
+from moco_dist.distributed import comms, faults, peers, stopping
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, output_errors
 from moco_dist.runs import checkpoint, identity, launch, saving
@@ -71,14 +71,14 @@ class Session:
     def stop_for(self, request: int) -> None:
         """Raise, on all processes, the error for `request`, on which all agree."""
         if request == stopping.FAILED:
-            peers.agree()
+            faults.agree()
             peers.from_main(self.saver.finish)
         elif request:
             raise stopping.error(request, f"at step {peers.me.step}").on_all()
 
     def request(self) -> int:
         """Return the request to this process, 0 for none."""
-        failed = self.saver.failed or peers.me.fault is not None
+        failed = self.saver.failed or faults.pending()
         return stopping.FAILED if failed else self.stop.poll()
 
     def save(
