@@ -7,12 +7,14 @@ import logging
 import os
 import pickle
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from torchvision import datasets
+from torch import Tensor
+from torchvision import datasets, transforms
 
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import DataConfig
@@ -291,3 +293,35 @@ def test_unreadable_images_are_named_and_left_out_on_request(
             square = ImageOps.fit(image.convert("RGB"), (16, 16), Image.Resampling.BICUBIC)
         found = splits.train.squares(torch.tensor(row)).permute(1, 2, 0)
         assert np.array_equal(found, np.asarray(square))
+
+
+@pytest.mark.parametrize(("resize", "other"), [("bilinear", "bicubic"), ("bicubic", "bilinear")])
+@pytest.mark.parametrize("memory_gb", [16.0, 0.0])
+def test_squares_are_resized_by_the_filter_that_is_named(
+    tmp_path: Path, resize: Literal["bilinear", "bicubic"], other: str, memory_gb: float
+) -> None:
+    """The oracle is the published evaluation: torchvision's Resize and CenterCrop of the file."""
+    image = Image.effect_noise((120, 96), 80).convert("RGB")
+    for kind in ("a", "b"):
+        (tmp_path / "set/train" / kind).mkdir(parents=True)
+        image.save(tmp_path / "set/train" / kind / "0.png")
+    config = DataConfig(
+        name="folder",
+        root=str(tmp_path / "set"),
+        size=32,
+        resize=resize,
+        validation=0,
+        memory_gb=memory_gb,
+        workers=1,
+        cache=str(tmp_path / "cache"),
+    )
+    ours = data_datasets.load(config).train.squares(torch.arange(1))[0].double()
+
+    def theirs(name: str) -> Tensor:
+        mode = transforms.InterpolationMode(name)
+        chain = transforms.Compose([transforms.Resize(32, mode), transforms.CenterCrop(32)])
+        return transforms.functional.pil_to_tensor(chain(image)).double()
+
+    named, unnamed = ((ours - theirs(name)).abs().mean() for name in (resize, other))
+    assert float(named) < 1.5
+    assert float(unnamed) > 2 * float(named)

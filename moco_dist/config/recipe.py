@@ -30,6 +30,9 @@ class DataConfig:
     # Side in pixels of squares (shorter side resized, centre cropped), which are held in memory and
     # used for features. Training views of streamed images are cut from the whole image.
     size: int = 32
+    # The filter that resizes to these squares; torchvision's Resize, and so the published protocols
+    # of evaluation on ImageNet, are bilinear.
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
     # A folder or shards whose squares need more than this many GB (10^9 bytes) are streamed, i.e.
     # decoded whenever they are needed; 0 always streams. Streaming changes the views.
     memory_gb: float = 16.0

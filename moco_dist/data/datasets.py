@@ -218,10 +218,12 @@ def _read_files(config: DataConfig, channels: int, run: run_lists.Begun | None) 
     for sentence in found.warnings:
         logger.warning(sentence)
     parts = [part for part in (found.train, found.test) if part]
-    recipe = Recipe(config.size, channels=channels, background=config.background)
+    recipe = Recipe(
+        config.size, channels=channels, background=config.background, resize=config.resize
+    )
     if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
         pool = WorkerPool(config.workers)
-        of = config.size, channels, tuple(config.background)
+        of = config.size, channels, tuple(config.background), config.resize
         held: list[AnyImages] = [
             StreamedImages(part, aside, pool, torch.arange(len(part)), part.labels, *of)
             for part, aside in run_lists.settled(run, parts, config.skip_unreadable)

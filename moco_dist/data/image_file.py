@@ -124,6 +124,8 @@ class Recipe(NamedTuple):
     channels: int = 3
     # RGB, composed with what is transparent.
     background: Sequence[int] = WHITE
+    # The filter with which the centred square is resized.
+    resize: str = "bicubic"
 
 
 def kind(head: bytes) -> str:
@@ -246,7 +248,8 @@ def square(content: bytes, recipe: Recipe) -> tuple[Pixels, bool]:
         _load(image)
         converted, transparent = flat(image, recipe)
         if converted.size != (size, size):
-            converted = ImageOps.fit(converted, (size, size), Image.Resampling.BICUBIC)
+            resampling = Image.Resampling[recipe.resize.upper()]
+            converted = ImageOps.fit(converted, (size, size), resampling)
         return np.asarray(converted).reshape(size, size, recipe.channels), transparent
 
 

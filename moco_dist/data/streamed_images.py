@@ -98,6 +98,8 @@ class StreamedImages:
     channels: int = 3
     # RGB, composed with what is transparent.
     background: tuple[int, ...] = WHITE
+    # The filter of `squares`.
+    resize: str = "bicubic"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -107,7 +109,9 @@ class StreamedImages:
     @property
     def squared(self) -> Recipe:
         """The recipe of `squares`."""
-        return Recipe(self.size, channels=self.channels, background=self.background)
+        return Recipe(
+            self.size, channels=self.channels, background=self.background, resize=self.resize
+        )
 
     def __len__(self) -> int:
         return len(self.rows)

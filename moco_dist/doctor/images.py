@@ -47,7 +47,9 @@ def data(config: DataConfig, channels: int, seconds: float = SECONDS) -> tuple[l
     places, others = found.train.all_places() if whole else [], list[Place]()
     if whole and found.test:
         others = found.test.all_places()
-    recipe = Recipe(config.size, channels=channels, background=config.background)
+    recipe = Recipe(
+        config.size, channels=channels, background=config.background, resize=config.resize
+    )
     findings = _looked_at(config, recipe, places, others, seconds)
     classes = len(found.train.classes) or "no"
     tests = f", {len(found.test):,} for testing" if found.test else ""

@@ -119,7 +119,9 @@ def _some(test: ImageIndex, config: DataConfig, channels: int) -> Images:
     files = [Path(place.path) for place in test.places(rows.tolist())]
     labels = test.labels[rows]
     some = image_folder.Listing(test.root, files, labels.tolist(), test.classes)
-    recipe = Recipe(config.size, channels=channels, background=config.background)
+    recipe = Recipe(
+        config.size, channels=channels, background=config.background, resize=config.resize
+    )
     return Images(image_folder.decode(some, recipe), labels, test.classes)
 
 
