@@ -176,7 +176,7 @@ def decode(images: Located, recipe: Recipe, seen: Seen | None = None) -> Tensor:
     if needed > free:
         raise ConfigError(
             f"{shown(images.root)}: {len(places)} images of data.size={size} need "
-            f"{needed / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are available; lower "
+            f"{needed / 1e9:.4g} GB of memory and {free / 1e9:.4g} GB are available; lower "
             "data.memory_gb to stream them from disk, or lower data.size"
         )
     pixels = np.zeros((len(places), size, size, channels), dtype=np.uint8)
