@@ -217,7 +217,7 @@ def test_a_run_of_a_version_with_fewer_keys_is_resumed_with_their_defaults(
     folder = encoders_load.checkpoint_of(tmp_path / "tiny").path
     state = {k: v for k, v in checkpoint.read(folder).state.items() if k != "sha256"}
     assert state["config"].pop("init_from") == ""
-    assert state["config"]["data"].pop("skip_unreadable") is False
+    assert state["config"]["data"].pop("limit") == 0
     (folder / "state.json").unlink()
     saving._write_state(folder / "state.json", state)
     config = load(PretrainConfig, [*TINY, f"output={tmp_path}", "name=tiny"])
@@ -225,8 +225,8 @@ def test_a_run_of_a_version_with_fewer_keys_is_resumed_with_their_defaults(
     trainer = run.build(config, session)
     session.close()
     assert trainer.step == 2
-    given = dataclasses.replace(config.data, skip_unreadable=True)
-    with pytest.raises(ConfigError, match=r"\(data\.skip_unreadable: False -> True\)"):
+    given = dataclasses.replace(config.data, limit=100)
+    with pytest.raises(ConfigError, match=r"\(data\.limit: 0 -> 100\)"):
         runs_session.start(dataclasses.replace(config, data=given))
 
 

@@ -30,7 +30,8 @@ def launch(*command: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         [str(part) for part in command],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="backslashreplace",  # some tests have a locale of another encoding
         env=environment,
         cwd=ROOT,
         check=False,

@@ -87,7 +87,8 @@ def _installed() -> Sequence[Path]:
 def _codes(font: Path) -> frozenset[int]:
     """Return the letters that a font has, by number; none if it can't be read."""
     try:
-        with TTFont(font, fontNumber=0, lazy=True) as opened:
+        # The library leaves the file of a font that it can't read open.
+        with font.open("rb") as file, TTFont(file, fontNumber=0, lazy=True) as opened:
             return frozenset(opened.getBestCmap() or {})
     except Exception:  # of many kinds, for a file that is no font
         return frozenset()
