@@ -26,6 +26,8 @@ Schema = TypeVar("Schema")
 # Python's, because libyaml refuses the escapes of a path that is not UTF-8.
 _Loader = yaml.SafeLoader
 _TAG = "tag:yaml.org,2002:"
+# Levels of a configuration are two or three; the time of PyYAML grows with their square.
+_DEEPEST = 20
 _TAGS = {*_Loader.yaml_constructors, f"{_TAG}merge", f"{_TAG}value"}
 # What PyYAML raises besides its own errors for some texts that are no configuration.
 _BROKEN = (OSError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, KeyError)
@@ -47,11 +49,14 @@ def to_yaml(config: Any) -> str:
 def stored(path: Path) -> dict[str, Any]:
     """Return the leaves of a file that any version of `to_yaml` wrote, {} if it can't be read."""
     try:
-        text = path.read_bytes().decode()
-        # `to_yaml` writes no aliases, and a few of them could expand to terabytes.
-        events = yaml.parse(text, Loader=_Loader)
-        strange = any(isinstance(event, yaml.AliasEvent) for event in events)
-        return {} if strange else flat(yaml.safe_load(text))
+        text, depth = path.read_bytes().decode(), 0
+        for event in yaml.parse(text, Loader=_Loader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            # `to_yaml` writes no aliases, and a few of them could expand to terabytes.
+            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+                return {}
+        return flat(yaml.safe_load(text))
     except (yaml.YAMLError, *_BROKEN):
         return {}
 
