@@ -82,7 +82,7 @@ class RuntimeConfig:
     # Required number of processes; 0 accepts any.
     processes: int = 0
     # Compile the views and encoders of pretraining with torch.compile before the first step, which
-    # takes minutes, or seconds from PyTorch's cache. Needs a C++ compiler, and Triton on a GPU.
+    # takes a minute, or seconds from PyTorch's cache. Needs a C++ compiler, and Triton on a GPU.
     compile: bool = False
     # On one GPU, let it repeat the whole step as a CUDA graph once the queue is full.
     cuda_graph: bool = True

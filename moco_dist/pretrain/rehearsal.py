@@ -55,7 +55,7 @@ def settle_buckets(rehearsal: Rehearsal, query: Callable[[Tensor], Tensor]) -> N
 def compile_all(rehearsal: Rehearsal, source: ViewSource, passes: int) -> None:
     """Compile views and encoders for the shapes of a step; ConfigError if that fails."""
     if comms.is_main():
-        text = "compiling views and encoders: minutes at a first launch, then seconds"
+        text = "compiling views and encoders: a minute or more at a first launch, then seconds"
         terminal.write_line(console, text)
     network, (rows, _, _, _) = rehearsal.network, rehearsal.images.shape
     # A process keeps few compiled forms of a function, and may have had other runs.
