@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco_dist.method import batch_norm_kernels
 from moco_dist.method.batch_norm_kernels import NormalizeGroups
 
 # Rows, channels, height, width and groups: more than a tile, less than one, neither a multiple.
@@ -39,6 +40,12 @@ def distances(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> dict
     running = [drawn(groups, size[1]), 1 + drawn(groups, size[1]).square()]
     wide = [each.detach().double().requires_grad_() for each in (x, *affine)]
     known = [each.double().clone() for each in running]
+    alone = [
+        NormalizeGroups.apply(
+            part, *affine, *(each[g : g + 1].clone() for each in running), 0.1, 1e-5
+        )
+        for g, part in enumerate(x.chunk(groups))
+    ]
     y = NormalizeGroups.apply(x, *affine, *running, 0.1, 1e-5)
     y.backward(dy)
     parts = [
@@ -51,6 +58,8 @@ def distances(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> dict
     pairs |= dict(zip(("mean", "var"), zip(running, known, strict=True), strict=True))
     grads = [(a.grad, b.grad) for a, b in zip((x, *affine), wide, strict=True)]
     found = {name: apart(*pair) for name, pair in pairs.items()}
+    # The sums of a group are the same on a process with more groups.
+    found["alone"] = float(not torch.cat(alone).equal(y))
     for name, (mine, theirs) in zip(("dx", "dweight", "dbias"), grads, strict=True):
         assert mine is not None
         assert theirs is not None
@@ -59,6 +68,8 @@ def distances(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> dict
 
 
 if __name__ == "__main__":
+    # So few that the groups of these small batches share them.
+    batch_norm_kernels._PROGRAMS = 8
     print(
         json.dumps(
             [

@@ -277,7 +277,8 @@ class _Cut:
         self.strips = triton.cdiv(self.channels, _COLUMNS)
         wanted = triton.cdiv(_PROGRAMS, self.groups * self.strips)
         tiles = triton.cdiv(self.pixels, _ROWS)
-        self.each = triton.cdiv(tiles, min(wanted, tiles, _MOST)) * _ROWS
+        # By the pixels of a group alone: its sums don't depend on how many groups a process has.
+        self.each = triton.cdiv(tiles, min(tiles, _MOST)) * _ROWS
         self.mine = triton.cdiv(tiles, min(wanted, tiles)) * _ROWS
         self.blocks = triton.cdiv(self.pixels, self.each)
         self.writers = triton.cdiv(self.pixels, self.mine)
