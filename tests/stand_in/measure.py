@@ -32,6 +32,16 @@ SMALL = [
 STEPS = 5
 
 
+def built(words: list[str]) -> Trainer:
+    """Return a trainer with a full queue; `words` are a configuration file and overrides."""
+    AcceleratorState._reset_state()
+    config = load(PretrainConfig, [words[0], *SMALL, *words[1:]])
+    accelerator = session.join(config)
+    trainer = Trainer(config, accelerator, datasets.load(config.data, config.encoder.channels))
+    speed.fill_queue(trainer)
+    return trainer
+
+
 def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
     """Return what a step with a full queue takes, as medians of some steps.
 
@@ -39,11 +49,7 @@ def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
     `waits` the synchronisations, with `where` they come from; `cpu_ms` is process time. `captured`
     counts a step that is repeated as a CUDA graph, as `runtime.cuda_graph` says.
     """
-    AcceleratorState._reset_state()
-    config = load(PretrainConfig, [words[0], *SMALL, *words[1:]])
-    accelerator = session.join(config)
-    trainer = Trainer(config, accelerator, datasets.load(config.data, config.encoder.channels))
-    speed.fill_queue(trainer)
+    trainer = built(words)
     trainer.step = 1  # the first one measures health
     hooks = run_hooks(trainer)
     stepper = Stepper(trainer, hooks)

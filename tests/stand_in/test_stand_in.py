@@ -75,6 +75,14 @@ def test_a_captured_step_is_a_few_launches_without_a_wait(images: list[str]) -> 
     assert memory["cpu_ms"] < 1
 
 
+def test_a_captured_step_with_a_bad_number_is_refused_one_step_later_as_if_it_never_was() -> None:
+    ended = stand_in.python("tests.stand_in.refused", PAPER, "encoder.width=8")
+    assert ended.returncode == 0, ended.stderr
+    marked, told, step, before, enqueued = json.loads(ended.stdout.splitlines()[-1])
+    assert told == marked == step
+    assert enqueued == before
+
+
 def test_whole_commands_run_on_a_gpu(tmp_path: Path) -> None:
     command, output = "tests.stand_in.command", f"output={tmp_path}"
     ended = stand_in.python(command, "pretrain", *TINY, output, "name=run", "precision=bf16")
