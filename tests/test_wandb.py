@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -278,9 +279,8 @@ class Start:
         """Return the process of wandb's own service, once it has a folder of the run."""
         end = time.monotonic() + 300
         while time.monotonic() < end:
-            children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
             with_wandb = list((self.run / "wandb").glob("*run-*/*.wandb"))
-            found = [int(c) for each in children for c in each.read_text().split()]
+            found = [each.pid for each in psutil.Process(self.process.pid).children()]
             if with_wandb and found:
                 return found[0]
             time.sleep(0.01)
