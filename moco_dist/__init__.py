@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moco_dist.config.moco import MocoConfig
     from moco_dist.config.probe import GridConfig, ProbeConfig
     from moco_dist.config.recipe import (
         DataConfig,
         EncoderConfig,
-        MocoConfig,
         OptimConfig,
         PretrainConfig,
         ViewsConfig,
@@ -44,7 +44,8 @@ __all__ = [
 
 # Where each public name is defined, and under which name if that is another one.
 _PLACES = {
-    "config.recipe": "DataConfig EncoderConfig MocoConfig OptimConfig PretrainConfig ViewsConfig",
+    "config.moco": "MocoConfig",
+    "config.recipe": "DataConfig EncoderConfig OptimConfig PretrainConfig ViewsConfig",
     "config.running": "CheckpointConfig KnnConfig RuntimeConfig TrackingConfig",
     "config.probe": "GridConfig ProbeConfig",
     "data.shapes": "draw_shapes=draw",

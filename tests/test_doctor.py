@@ -80,9 +80,9 @@ def test_too_little_disk_and_memory_are_found(
     config = load(PretrainConfig, [*SMALL, f"output={tmp_path}/new/runs"])
     usage = shutil.disk_usage(tmp_path)
     needs = checks.estimate(config, 100, 1)
-    assert not any(f.fault for f in checks.disk(config))
+    assert not any(f.fault for f in checks.disk(config, 100))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    (finding,) = checks.disk(config)
+    (finding,) = checks.disk(config, 100)
     assert "has 0.0 GB free and the checkpoints need" in finding.fault
     cpu = torch.device("cpu")
     for there, fault in ((2 * needs, False), (needs // 2, True)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.config.rules import (
     ANY,
     OWN,
@@ -193,28 +194,6 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class MocoConfig:
-    """Momentum Contrast: queue, momentum and loss."""
-
-    # Keys in the queue, independent of the batch size.
-    queue_size: int = 4096
-    temperature: float = 0.1
-    # Share of the key encoder that each step keeps.
-    momentum: float = 0.99
-    # cosine raises the momentum to 1 at the end of the run.
-    momentum_schedule: Literal["constant", "cosine"] = "constant"
-    # Use each view once as query and once as key, and add the two losses.
-    symmetric: bool = False
-    # Don't count an image's own older keys as its negatives.
-    mask_own_keys: bool = True
-
-    def __post_init__(self) -> None:
-        check("moco.", self, queue_size=(1, None), temperature=OWN, momentum=OWN)
-        check_positive("moco.", self, temperature="0.1 or 0.2 is usual")
-        check_momentum("moco.", self.momentum, 0.99)
-
-
-@dataclass(frozen=True)
 class OptimConfig:
     """SGD and the schedule of its learning rate."""
 
@@ -299,9 +278,9 @@ class PretrainConfig:
             f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; "
             f"BatchNorm needs two or more, use bn_groups={max(1, b // 2)} or fewer",
         )
-        keys = b * (2 if self.moco.symmetric else 1)
+        keys = b * len(self.moco.passes)
         require(
-            self.moco.queue_size >= keys,
+            self.moco.negatives != "queue" or self.moco.queue_size >= keys,
             f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
             f"use {keys} or more",
         )
