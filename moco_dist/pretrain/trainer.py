@@ -131,6 +131,8 @@ class Trainer:
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
         # at each step. It would also give each process the BatchNorm statistics of process 0.
         self.query = accelerator.prepare(self.moco.query_encoder)
+        # DDP has moved the statistics to other memory.
+        self.undo = batch_norm.Undo(*self.moco.encoders.values())
         if processes > 1:
             self.query.broadcast_buffers = False
             rehearsal.settle_buckets(self._rehearsal(), self.query)
