@@ -87,7 +87,7 @@ def test_a_process_has_its_share_of_the_gradient_of_the_whole_loss(
 ) -> None:
     first, second = unit(8, 5, 1).requires_grad_(), unit(8, 5, 2).requires_grad_()
     loss = plain(name, first, second, 0.3)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     for found, gradient, places, _ in processes.run(shares, world_size, name, 0.3):
         assert found == pytest.approx(loss.item() / (2 if name == "nt_xent" else 1), abs=1e-14)
         for view, points in enumerate((first, second)):
@@ -106,7 +106,10 @@ def test_nt_xent_of_equal_views_of_orthogonal_images_has_its_closed_value() -> N
     points, temperature = torch.eye(6, dtype=torch.float64), 0.5
     places = torch.arange(6)[:, None].expand(6, 2)
     mine = torch.stack([points, points], 1)
-    joined = lambda x: torch.cat(x.unbind(1))  # noqa: E731
+
+    def joined(x: Tensor) -> Tensor:
+        return torch.cat(x.unbind(1))
+
     found = pairs.nt_xent(mine, places, joined(mine), joined, temperature)
     closed = math.log(math.exp(1 / temperature) + 10) - 1 / temperature
     assert float(found.loss) == pytest.approx(closed, abs=1e-14)
@@ -130,7 +133,7 @@ def by_autograd(trainer: Trainer, steps: int) -> list[Tensor]:
         first = encoder(trainer.views(rows.samples, epoch, 0))
         second = encoder(trainer.views(rows.samples[rows.key_rows[0]], epoch, 1))
         name = "nt_xent" if config.moco.symmetric else "one_way"
-        plain(name, first, second[rows.unshuffle[0]], config.moco.temperature).backward()  # type: ignore[no-untyped-call]
+        plain(name, first, second[rows.unshuffle[0]], config.moco.temperature).backward()
         trainer.update_query_encoder()
         trainer.step += 1
     return [p.detach().clone() for p in encoder.parameters()]
