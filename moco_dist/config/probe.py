@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from moco_dist.config.recipe import DataConfig, OptimConfig, Precision, ViewsConfig
+from moco_dist.config.optim import OptimConfig
+from moco_dist.config.recipe import DataConfig, Precision, ViewsConfig
 from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 

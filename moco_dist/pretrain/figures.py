@@ -119,12 +119,12 @@ def health(network: MoCo, queries: Tensor, keys: list[Tensor], samples: Tensor) 
     """
     points = comms.all_gather(queries).double()
     older, their_samples = network.queue.negatives()
-    encoders = network.key_encoder.parameters(), network.query_encoder.parameters()
+    encoders = network.key_encoder, network.query_encoder
     figures = {
         Metric.ALIGNMENT: alignment(points, keys[0].double()),
         Metric.UNIFORMITY: uniformity(points),
         Metric.FEATURE_STD: feature_std(points),
-        Metric.EMA_DISTANCE: ema_distance(*encoders),
+        Metric.EMA_DISTANCE: ema_distance(*(each.shared_parameters() for each in encoders)),
         Metric.OWN_IMAGES: own_images(samples, their_samples),
     }
     if len(older):
