@@ -112,6 +112,11 @@ class ProbeConfig:
             "knn.features=head is for pretraining only, because a probe reads the backbone alone; "
             "leave it out",
         )
+        require(
+            self.optim.name == "sgd" and not self.optim.nesterov,
+            f"optim.name={self.optim.name} with optim.nesterov={self.optim.nesterov} is for "
+            "pretraining only, and a probe is trained by plain SGD; leave both out",
+        )
         check_positive("", self, encoder_lr="0.01 is usual")
         chosen = len(self.grid.lr) > 1 or len(self.grid.weight_decay) > 1
         require(

@@ -164,7 +164,8 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     queue = config.moco.queue_size * (config.encoder.dim + rows) * size
     pixels = images * config.encoder.channels * config.data.size**2
     streamed = pixels > 1e9 * config.data.memory_gb
-    return 4 * weights * size + activations + queue + (0 if streamed else pixels)
+    copies = 5 if config.optim.name == "adamw" else 4
+    return copies * weights * size + activations + queue + (0 if streamed else pixels)
 
 
 def disk(config: PretrainConfig) -> Iterator[Finding]:
@@ -177,7 +178,8 @@ def disk(config: PretrainConfig) -> Iterator[Finding]:
         yield Finding("encoder", config.encoder.backbone, str(error))
         return
     size = {"fp64": 8}.get(config.precision, 4)
-    one = 3 * sum(tensor.numel() for tensor in state.values()) * size
+    copies = 4 if config.optim.name == "adamw" else 3
+    one = copies * sum(tensor.numel() for tensor in state.values()) * size
     one += config.moco.queue_size * (config.encoder.dim * size + 8)
     # The newest ones, the best one, and one that is being written.
     needed = one * (keep.keep_last + keep.keep_best + 1)

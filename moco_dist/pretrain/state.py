@@ -47,7 +47,7 @@ def restore(
             if key.startswith(prefix)
         }
         batch_norm.restore_group_statistics(encoder, own)
-    checkpoint.restore_momentum(optimizer, network.query_encoder, saved.optimizer)
+    checkpoint.restore_momentum(optimizer, network.query_encoder, saved)
     network.queue.enqueued = saved.piece("enqueued")
 
 
