@@ -66,8 +66,8 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
     loop.save(trainer, session, wait=True)
     session.close()
     state = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
-    buffers = trainer.optimizer.state.values()
-    state |= {f"momentum {i}": s["momentum_buffer"].clone() for i, s in enumerate(buffers)}
+    for number, buffers in enumerate(trainer.optimizer.state.values()):
+        state |= {f"{name} {number}": buffer.clone() for name, buffer in buffers.items()}
     return {"losses": torch.tensor(losses, dtype=torch.float64), "queues": queues, "state": state}
 
 

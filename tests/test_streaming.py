@@ -12,8 +12,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.config.recipe import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.recipe import DataConfig, PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets, image_file
 from moco_dist.data.image_file import Recipe

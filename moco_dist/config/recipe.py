@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.config.moco import MocoConfig
+from moco_dist.config.optim import OptimConfig
 from moco_dist.config.rules import (
     ANY,
     OWN,
     check,
-    check_momentum,
     check_name,
-    check_positive,
     require,
 )
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
-from moco_dist.errors import shown
 
 
 @dataclass(frozen=True)
@@ -139,81 +138,6 @@ class ViewsConfig:
             f"views.mean={self.mean} and views.std={self.std} are for {len(self.mean)} channels "
             f"and the encoder needs {channels}; give {channels} number(s) each"
             f"{example if channels == 1 else ''}",
-        )
-
-
-# The ResNets, ResNeXts and Wide ResNets of torchvision; `encoder.py` has their shapes.
-BACKBONES = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
-    *("wide_resnet50_2", "wide_resnet101_2"),
-)
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """A backbone with a projection head."""
-
-    # One of BACKBONES, or a model of timm such as timm/regnety_002 (needs timm).
-    backbone: str = "resnet18"
-    # 3 (RGB) or 1 (gray: colour images are converted, and saturation, hue and grayscale have no
-    # effect). Other numbers only for encoders that are built in Python.
-    channels: int = 3
-    # Channels of the first stage; 64 is the published width.
-    width: int = 64
-    # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    # linear: MoCo v1; mlp: MoCo v2, with a hidden layer as wide as the features.
-    head: Literal["linear", "mlp"] = "linear"
-    # Length of a key.
-    dim: int = 128
-
-    def __post_init__(self) -> None:
-        check("encoder.", self, channels=(1, None), width=(1, None), dim=(2, None))
-        name = shown(self.backbone)
-        require(
-            self.is_timm or self.backbone in BACKBONES,
-            f"encoder.backbone={name} is unknown; use one of {', '.join(BACKBONES)}, or timm/NAME",
-        )
-        require(
-            not self.is_timm or (self.width, self.stem) == (64, "imagenet"),
-            f"encoder.backbone={name} has the width and stem that timm gives it; "
-            "use encoder.width=64 encoder.stem=imagenet, or another model of timm",
-        )
-        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}.get(name, 1)
-        require(
-            self.width >= least,
-            f"encoder.width={self.width} leaves the groups of {name} without a channel; "
-            f"use {least} or more",
-        )
-
-    @property
-    def is_timm(self) -> bool:
-        """Whether the backbone is one of timm's."""
-        return self.backbone.startswith("timm/")
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """SGD and the schedule of its learning rate."""
-
-    lr: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    # step multiplies the rate by gamma at each of the milestones, in epochs.
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    milestones: list[int] = field(default_factory=list)
-    gamma: float = 0.1
-    # Epochs over which the rate rises linearly from 0.
-    warmup_epochs: float = 0.0
-
-    def __post_init__(self) -> None:
-        check("optim.", self, gamma=(0, 1), lr=OWN, momentum=OWN)
-        check_positive("optim.", self, lr="give a positive learning rate")
-        check_momentum("optim.", self.momentum, 0.9)
-        require(
-            self.schedule != "step" or bool(self.milestones),
-            "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
         )
 
 

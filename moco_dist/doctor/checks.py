@@ -167,7 +167,9 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     logits = config.moco.candidates(config.batch_size, images) * rows * size
     pixels = images * config.encoder.channels * config.data.size**2
     streamed = pixels > 1e9 * config.data.memory_gb
-    return 4 * weights * size + activations + vectors + logits + (0 if streamed else pixels)
+    copies = 5 if config.optim.name == "adamw" else 4
+    held = copies * weights * size + activations + vectors + logits
+    return held + (0 if streamed else pixels)
 
 
 def disk(config: PretrainConfig, images: int) -> Iterator[Finding]:
@@ -180,7 +182,8 @@ def disk(config: PretrainConfig, images: int) -> Iterator[Finding]:
         yield Finding("encoder", config.encoder.backbone, str(error))
         return
     size = {"fp64": 8}.get(config.precision, 4)
-    one = 3 * sum(tensor.numel() for tensor in state.values()) * size
+    copies = 4 if config.optim.name == "adamw" else 3
+    one = copies * sum(tensor.numel() for tensor in state.values()) * size
     one += config.moco.kept(images) * (config.encoder.dim * size + 8)
     # The newest ones, the best one, and one that is being written.
     needed = one * (keep.keep_last + keep.keep_best + 1)

@@ -39,6 +39,7 @@ class MoCo(nn.Module):
         self.query_encoder = encoder
         if momentum_keys:
             self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+            self.key_encoder.predictor = None
         if queue_size:
             self.queue = KeyQueue(queue_size, dim)
         if bank:
@@ -89,8 +90,8 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self, momentum: float | Tensor) -> None:
         """Move the key parameters to momentum * key + (1 - momentum) * query (equation 2)."""
-        keys: list[Tensor] = list(self.key_encoder.parameters())
-        queries: list[Tensor] = list(self.query_encoder.parameters())
+        keys: list[Tensor] = list(self.key_encoder.shared_parameters())
+        queries: list[Tensor] = list(self.query_encoder.shared_parameters())
         if not keys[0].is_cuda:
             torch._foreach_lerp_(keys, queries, 1 - float(momentum))
         else:  # which has no lerp whose weight is read on the device

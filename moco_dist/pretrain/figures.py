@@ -127,8 +127,8 @@ def health(
         Metric.FEATURE_STD: feature_std(points),
     }
     if "key" in network.encoders:
-        encoders = network.key_encoder.parameters(), network.query_encoder.parameters()
-        figures[Metric.EMA_DISTANCE] = ema_distance(*encoders)
+        weights = (each.shared_parameters() for each in reversed(network.encoders.values()))
+        figures[Metric.EMA_DISTANCE] = ema_distance(*weights)
     spread, others = points, dict[str, float]()
     if hasattr(network, "queue"):
         older, their_samples = network.queue.negatives()

@@ -47,5 +47,5 @@ def restore(
             if key.startswith(prefix)
         }
         batch_norm.restore_group_statistics(encoder, own)
-    checkpoint.restore_momentum(optimizer, network.query_encoder, saved.optimizer)
+    checkpoint.restore_momentum(optimizer, network.query_encoder, saved)
     network.enqueued = saved.piece("enqueued")

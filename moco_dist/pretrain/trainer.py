@@ -20,7 +20,7 @@ from moco_dist.data import datasets
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features, load
-from moco_dist.method import batch_norm, moco, schedule
+from moco_dist.method import batch_norm, moco, optimizers, schedule
 from moco_dist.method.bank import Bank
 from moco_dist.method.encoder import Encoder, build_encoder
 from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images
@@ -109,11 +109,7 @@ class Trainer:
             path = Path(config.init_from).expanduser()
             self.initial = peers.together(lambda: load.start_from(encoder, path))
         self.moco = self._network(encoder).to(self.device, self.dtype)
-        self.optimizer = torch.optim.SGD(
-            self.moco.query_encoder.parameters(),
-            *(config.optim.lr, config.optim.momentum, 0, config.optim.weight_decay),
-            fused=True,
-        )
+        self.optimizer = optimizers.build(config.optim, self.moco.query_encoder.parameters())
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
