@@ -81,10 +81,13 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
 class Encoder(nn.Module):
     """Backbone and head; `forward` returns keys or queries, `backbone` features."""
 
-    def __init__(self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1, span: int = 1
+    ) -> None:
         super().__init__()
         self.config = config
-        norm_layer = partial(GroupedBatchNorm, rows_per_group=rows_per_group, groups=groups)
+        share = {"rows_per_group": rows_per_group, "groups": groups, "span": span}
+        norm_layer = partial(GroupedBatchNorm, **share)
         self.backbone = build_backbone(config, norm_layer)
         features = self.num_features
         layers: list[nn.Module] = [nn.Linear(features, config.dim)]
@@ -124,9 +127,12 @@ class Encoder(nn.Module):
 
 
 def build_encoder(
-    config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1
+    config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1, span: int = 1
 ) -> Encoder:
-    """Return a new float32 encoder on the CPU; its weights depend on `config` and `seed` only."""
+    """Return a new float32 encoder on the CPU; its weights depend on `config` and `seed` only.
+
+    What follows them is of `GroupedBatchNorm`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(config, rows_per_group, groups)
+        return Encoder(config, rows_per_group, groups, span)
