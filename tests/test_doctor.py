@@ -69,9 +69,9 @@ def test_all_planted_faults_are_in_one_list_on_two_processes(tmp_path: Path) -> 
 
 
 def test_a_wrong_number_of_groups_is_found_by_the_runs_own_rule() -> None:
-    (faults, _), (same, _) = processes.run(examined, 2, "bn_groups=1")
+    (faults, _), (same, _) = processes.run(examined, 2, "batch_size=18", "bn_groups=3")
     assert faults == same
-    assert "bn_groups=1 can't be shared by 2 processes" in faults
+    assert "bn_groups=3 can't be shared by 2 processes" in faults
 
 
 def test_too_little_disk_and_memory_are_found(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,24 @@ def test_resumed_on_other_numbers_of_processes_gives_the_same_run(
     for world_size, until in ((8, 13), (4, 23), (1, 37), (2, STEPS)):
         account = one(tmp_path, world_size, straight.symmetric, until=until)
     assert_same(account, straight(1))
+
+
+@pytest.mark.parametrize(("groups", "symmetric", "steps"), [(1, False, 21), (2, True, 9)])
+def test_groups_that_span_processes_give_the_same_run(
+    tmp_path: Path, groups: int, symmetric: bool, steps: int
+) -> None:
+    kind = f"bn_groups={groups}", f"moco.symmetric={symmetric}"
+    reference = one(tmp_path / "1", 1, *kind, until=steps)
+    assert reference["losses"].std() > 0.1
+    for world_size in (2, 4):
+        straight = one(tmp_path / str(world_size), world_size, *kind, until=steps)
+        assert_same(straight, reference)
+    cut = steps // 3
+    one(tmp_path / "cut", 4, *kind, until=cut)
+    shutil.copytree(tmp_path / "cut", tmp_path / "elastic")
+    resumed = one(tmp_path / "cut", 4, *kind, until=steps)
+    assert resumed["losses"].equal(straight["losses"][cut:])
+    assert distance(resumed["state"], straight["state"]) == 0
+    for world_size, until in ((1, 2 * cut), (2, steps)):
+        account = one(tmp_path / "elastic", world_size, *kind, until=until)
+    assert_same(account, reference)

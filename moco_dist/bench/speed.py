@@ -47,7 +47,8 @@ class Speed:
     parts: dict[str, float]
     # Both views of an image, without the rest of a step.
     pipeline_images_per_second: float
-    # Sent by this process in a step; it receives as many bytes.
+    # Sent by this process in a step; it receives as many bytes. Those of keys include the moments
+    # of BatchNorm groups that span processes.
     bytes_of_keys: int
     bytes_of_gradients: int
     memory_gb: float

@@ -155,7 +155,8 @@ class PretrainConfig:
     epochs: int = 200
     # Images per step over all processes.
     batch_size: int = 512
-    # Blocks of the global batch that BatchNorm normalises separately, on any number of processes.
+    # Blocks of the global batch that BatchNorm normalises separately, on any number of processes
+    # that divides it or is a multiple of it.
     bn_groups: int = 8
     # bf16 is mixed precision: queue, loss and weights stay fp32. tf32 is fp32 whose products and
     # convolutions a GPU rounds to 10 bits, many times as fast; a CPU takes it as fp32.

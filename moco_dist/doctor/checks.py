@@ -90,7 +90,7 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
         f"{rows} = {world} x {rows // world}, {groups} BatchNorm groups of {rows // groups}, "
         f"{micro} micro-batch(es)",
         lambda: plan.check_batch(rows, world),
-        lambda: plan.check_groups(groups, world, micro),
+        lambda: plan.check_groups(groups, world, micro, config.runtime.compile),
     )
     if not images:
         return

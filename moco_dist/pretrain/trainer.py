@@ -23,7 +23,7 @@ from moco_dist.encoders import features, load
 from moco_dist.method import batch_norm, moco, optimizers, schedule
 from moco_dist.method.bank import Bank
 from moco_dist.method.encoder import Encoder, build_encoder
-from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images
+from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images, group_share
 from moco_dist.pretrain import mechanisms, rehearsal, state
 from moco_dist.pretrain.hooks import Hooks
 from moco_dist.randomness import Key
@@ -101,8 +101,8 @@ class Trainer:
         self.source = view_source(
             self.splits.train, config.views, self.plan, passes, self.dtype, config.data.keys_by
         )
-        rows, groups = config.batch_size // config.bn_groups, config.bn_groups // processes
-        encoder = build_encoder(config.encoder, config.seed, rows, groups)
+        share = group_share(config.batch_size, config.bn_groups, processes)
+        encoder = build_encoder(config.encoder, config.seed, *share)
         # The names of the tensors taken from `init_from`, and of those left there.
         self.initial: tuple[list[str], list[str]] = [], []
         if config.init_from and not saved:
@@ -139,7 +139,8 @@ class Trainer:
     def _plan(self) -> Plan:
         config, processes = self.config, comms.world_size()
         check_batch(config.batch_size, processes)
-        check_groups(config.bn_groups, processes, config.runtime.micro_batches)
+        pieces, compiled = config.runtime.micro_batches, config.runtime.compile
+        check_groups(config.bn_groups, processes, pieces, compiled)
         check_images(config.batch_size, config.bn_groups, processes, len(self.splits.train))
         return Plan(
             num_samples=len(self.splits.train),
