@@ -203,6 +203,11 @@ class PretrainConfig:
             f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; "
             f"BatchNorm needs two or more, use bn_groups={max(1, b // 2)} or fewer",
         )
+        require(
+            not self.encoder.predictor or self.moco.keys == "momentum",
+            "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
+            "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
+        )
         keys = b * len(self.moco.passes)
         require(
             self.moco.negatives != "queue" or self.moco.queue_size >= keys,

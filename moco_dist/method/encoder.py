@@ -93,9 +93,10 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        share = {"rows_per_group": rows_per_group, "groups": groups, "span": span}
-        norm_layer = partial(GroupedBatchNorm, **share)
-        norm_of_vectors = partial(heads.VectorBatchNorm, **share)
+        norm_layer, norm_of_vectors = (
+            partial(kind, rows_per_group=rows_per_group, groups=groups, span=span)
+            for kind in (GroupedBatchNorm, heads.VectorBatchNorm)
+        )
         self.backbone = build_backbone(config, norm_layer)
         behind = config, self.num_features, norm_of_vectors
         self.head = heads.projection(*behind)
