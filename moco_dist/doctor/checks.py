@@ -101,10 +101,7 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
         lambda: plan.check_images(rows, groups, world, images),
     )
     long = alarms.long_queue(config, images) or ""
-    found = config.moco.described(rows, images)
-    if config.moco.negatives == "queue":
-        found += f"; {config.moco.queue_size / images:.1%} of {images:,} images"
-    yield Finding("negatives", found, long)
+    yield Finding("negatives", config.moco.described(rows, images), long)
 
 
 def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:

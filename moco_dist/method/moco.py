@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -13,6 +14,9 @@ from moco_dist.distributed import comms
 from moco_dist.method.bank import Bank
 from moco_dist.method.encoder import Encoder
 from moco_dist.method.key_queue import KeyQueue
+
+# The name of `MoCo.remembered` in checkpoints.
+REMEMBERED = "enqueued"
 
 
 class MoCo(nn.Module):
@@ -52,12 +56,12 @@ class MoCo(nn.Module):
         return {name: encoder for name, encoder in pairs if encoder is not None}
 
     @property
-    def enqueued(self) -> int:
+    def remembered(self) -> int:
         """Number of keys that have entered the queue; 0 without one."""
         return self.queue.enqueued if hasattr(self, "queue") else 0
 
-    @enqueued.setter
-    def enqueued(self, number: int) -> None:
+    @remembered.setter
+    def remembered(self, number: int) -> None:
         if hasattr(self, "queue"):
             self.queue.enqueued = number
 
@@ -66,23 +70,33 @@ class MoCo(nn.Module):
         """The share of the queue that holds keys; None without a queue."""
         return self.queue.filled / self.queue.size if hasattr(self, "queue") else None
 
+    @torch.no_grad()
+    def fill_up(self, images: int) -> None:
+        """Fill an empty memory with random keys of so many images, as a bench needs it."""
+        if self.fill is None:
+            return
+        keys, device = self.queue.keys, self.queue.keys.device
+        draws = torch.randn(keys.shape, generator=torch.Generator().manual_seed(0))
+        samples = torch.arange(self.queue.size, device=device) % images
+        self.queue.enqueue(F.normalize(draws, dim=1).to(keys), samples)
+
     def remember(
         self,
         vectors: Tensor,
         samples: Tensor,
-        enqueued: Tensor | None = None,
+        remembered: Tensor | None = None,
         good: Tensor | None = None,
     ) -> None:
         """Put `vectors` (n, dim) of `samples` (n,) into the memory, if there is one.
 
-        With `enqueued`, int64 (), and `good`, bool (), the device knows how many keys there are and
-        whether these may enter; the count of this object stays as it is.
+        With `remembered`, int64 (), and `good`, bool (), the device knows how many keys there are
+        and whether these may enter; the count of this object stays as it is.
         """
         if hasattr(self, "queue"):
-            if enqueued is None or good is None:
+            if remembered is None or good is None:
                 self.queue.enqueue(vectors, samples)
             else:
-                self.queue.write(vectors, samples, enqueued, good)
+                self.queue.write(vectors, samples, remembered, good)
         elif hasattr(self, "bank"):
             self.bank.update(vectors, samples, good)
 

@@ -96,8 +96,7 @@ class Watch:
         self._spreads: list[float] = []
         self._speeds: deque[float] = deque(maxlen=1000)
         self._candidates = config.moco.candidates(config.batch_size, images)
-        has_queue = config.moco.negatives == "queue"
-        self._began = "queue was full" if has_queue else "run began"
+        self._began = "queue was full" if config.moco.fills else "run began"
         self._replay()
 
     def sink(self, step: int, metrics: Metrics) -> None:
@@ -193,8 +192,7 @@ class Watch:
 
     def _is_full(self, metrics: Metrics) -> bool:
         """Return whether the step of a line had as many negatives as all later ones."""
-        has_queue = self.config.moco.negatives == "queue"
-        return metrics.get(Metric.QUEUE_FILL, 0 if has_queue else 1) == 1
+        return metrics.get(Metric.FILL, 0 if self.config.moco.fills else 1) == 1
 
     def _ends_span(self, step: int, metrics: Metrics) -> bool:
         """Return whether a span of steps has ended: an epoch, or longer, with the queue full."""

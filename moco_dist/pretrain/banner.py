@@ -20,7 +20,7 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
     """Print the banner and warn of settings that are legal and cost accuracy."""
     config, splits, processes = trainer.config, trainer.splits, comms.world_size()
     left_over = trainer.plan.num_samples - trainer.steps_per_epoch * config.batch_size
-    if config.bn_groups == 1 and config.moco.negatives == "queue":
+    if config.bn_groups == 1 and config.moco.fills:
         logger.warning(
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
