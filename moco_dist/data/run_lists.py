@@ -3,7 +3,8 @@
 A run keeps the lists of its first launch in LISTS. When a later launch finds other files, the
 images keep the numbers that they had: files that are gone are set aside (`set_aside.py`), files of
 another size are read as they are now. That is done if data.skip_unreadable asks for it, or if an
-earlier launch named these very files as unreadable. Anything else is another data set.
+earlier launch named these very files as unreadable. Anything else is another data set, and so is
+a table with any change: its rows have no names by which they would be known again.
 """
 
 from __future__ import annotations
@@ -214,6 +215,8 @@ def _compared(begun: ImageIndex, now: ImageIndex) -> Changes:
         offsets=offsets,
         warnings=now.warnings,
         begun=begun.fingerprint(),
+        rows=now.rows,
+        head=now.head,
     )
     return Changes(
         index,
@@ -230,6 +233,7 @@ def _settled(run: Path, changes: Changes, aside: Aside, begun: ImageIndex) -> li
     known = {*aside.rows, *aside.named}
     allowed = aside.skips or known.issuperset((*changes.gone, *changes.changed))
     few = len(changes.gone) <= max(1, MOST_GONE * len(begun))
+    few = few and not (changes.images.rows and changes.images.begun)
     facts = [
         (len(changes.gone), "gone", _first(begun, changes.gone)),
         (len(changes.changed), "of another size", _first(begun, changes.changed)),
@@ -243,8 +247,8 @@ def _settled(run: Path, changes: Changes, aside: Aside, begun: ImageIndex) -> li
             asked = "give data.skip_unreadable=true to go on without those that are gone, "
         raise ConfigError(
             f"{run}: was trained on other images: of {len(begun):,} files in "
-            f"{shown(changes.images.root)} there are {what}; put them back as they were, {asked}or "
-            "give name=... for a new run"
+            f"{shown(changes.images.root)} there are {what or 'other shapes'}; put them back as "
+            f"they were, {asked}or give name=... for a new run"
         )
     for row in gone:
         aside.rows[row] = GONE
