@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import folder_layout, image_archive, image_index, parts, tables, tar_shards
+from moco_dist.data.arrays import Arrays
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.label_table import LabelTable
 from moco_dist.errors import DataError, MissingError, shown
@@ -78,7 +79,8 @@ def find(config: DataConfig, given: Path, kept: Path | None) -> FileSet:
     Of the parts that may be tested on, the first with labels is chosen. Raises UserError if there
     is nothing to train on.
     """
-    sources = {"shards": _shards, "huggingface": _tables}.get(config.name, _folders)
+    kinds = {"shards": _shards, "huggingface": _tables, "arrays": _arrays}
+    sources = kinds.get(config.name, _folders)
     train, tests, said, late = sources(config, given, kept)
     images = train.list(())
     chosen, words, fault, aside = None, [f"trains on {train.name}"], "", list[str]()
@@ -160,3 +162,17 @@ def _tables(config: DataConfig, given: Path, kept: Path | None) -> Sources:
         return Source(ALL if len(splits) == 1 else f"split {shown(name)}", listed)
 
     return Sources(of(train), [of(name) for name in tests], said)
+
+
+def _arrays(config: DataConfig, given: Path, kept: Path | None) -> Sources:
+    arrays = Arrays(config, cache(config))
+    pairs = arrays.parts()
+
+    def of(part: parts.Part) -> Source:
+        def listed(classes: tuple[str, ...]) -> ImageIndex:
+            return arrays.images(pairs[part], classes or None)
+
+        return Source(ALL if len(pairs) == 1 else shown(pairs[part].images), listed)
+
+    tests: list[parts.Part] = ["test", "validation"]
+    return Sources(of("train"), [of(part) for part in tests if part in pairs], ())

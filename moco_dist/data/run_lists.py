@@ -72,7 +72,8 @@ def write(run: Path, lists: Lists) -> None:
     arrays: dict[str, Any] = {}
     for part, index in lists.items():
         arrays |= {f"{part}.{name}": getattr(index, name).numpy() for name in COLUMNS}
-        texts = json.dumps([index.classes, index.tars]).encode()
+        heads = [index.head] if index.head else []
+        texts = json.dumps([index.classes, index.tars, *heads]).encode()
         arrays[f"{part}.texts"] = np.frombuffer(texts, np.uint8)
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
@@ -91,8 +92,9 @@ def read(run: Path) -> Lists:
                 columns: dict[str, Any] = {
                     name: torch.from_numpy(file[f"{part}.{name}"]) for name in COLUMNS
                 }
-                classes, tars = json.loads(file[f"{part}.texts"].tobytes())
-                lists[part] = ImageIndex(run, classes=tuple(classes), tars=tuple(tars), **columns)
+                classes, tars, *heads = json.loads(file[f"{part}.texts"].tobytes())
+                texts = {"classes": tuple(classes), "tars": tuple(tars), "head": "".join(heads)}
+                lists[part] = ImageIndex(run, **texts, **columns)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(
             f"{shown(run / LISTS)}: can't be read ({shown(error)}); bring it back, or remove it to "
