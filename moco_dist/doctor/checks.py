@@ -27,7 +27,7 @@ from moco_dist.doctor.finding import Finding
 from moco_dist.errors import ConfigError, UserError, shown
 from moco_dist.method import plan
 from moco_dist.method.encoder import build_encoder
-from moco_dist.pretrain import alarms
+from moco_dist.pretrain import alarms, set_size
 from moco_dist.runs.memory import available
 from moco_dist.tracking import wandb_run
 
@@ -103,6 +103,8 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
     long = alarms.long_queue(config, images) or ""
     queue = config.moco.queue_size
     yield Finding("queue", f"{queue:,} keys, {queue / images:.1%} of {images:,} images", long)
+    if few := set_size.few_images(config, images):
+        yield Finding("expect", few)
 
 
 def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:

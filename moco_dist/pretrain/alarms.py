@@ -18,6 +18,7 @@ from typing import Any
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.errors import NumbersError, output_errors
+from moco_dist.pretrain.set_size import fitting_queue
 from moco_dist.runs.record import Metric
 from moco_dist.tracking.tracker import Metrics
 
@@ -62,7 +63,7 @@ def long_queue(config: PretrainConfig, images: int) -> str | None:
     masked = " (masked)" if config.moco.mask_own_keys else " as negatives"
     return (
         f"moco.queue_size={size} is not below the {images} training images: every image meets its "
-        f"own older keys{masked}; use moco.queue_size={max(config.batch_size, images // 4)} or less"
+        f"own older keys{masked}; use moco.queue_size={fitting_queue(config, images)} or so"
     )
 
 

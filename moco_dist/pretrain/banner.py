@@ -7,6 +7,7 @@ import logging
 from moco_dist.distributed import comms
 from moco_dist.encoders import load
 from moco_dist.pretrain import alarms
+from moco_dist.pretrain.set_size import few_images
 from moco_dist.pretrain.step_graph import why_not
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.session import Session
@@ -53,6 +54,8 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
     if trainer.device.type == "cuda":
         why = why_not(trainer)
         rows["graph"] = f"none: {why}" if why else "each step is one once the queue is full"
+    if few := few_images(config, len(splits.train)):
+        rows["expect"] = few
     if splits.parts:
         rows["parts"] = splits.parts
     if config.runtime.compile:
