@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,6 +11,13 @@ from typing import Any, Literal
 
 from moco_dist.config.rules import OWN, check, check_momentum, check_positive, require
 from moco_dist.errors import ConfigError
+
+# The queue that MoCo uses for the 1.28 million images of ImageNet.
+LONGEST = 65_536
+# Share of the images whose keys are in the queue. With a quarter, an image meets its own key of the
+# epoch before in one step of 32: two places in orders of n images lie less than n / 4 apart with a
+# probability of (1 / 4)^2 / 2. With as many keys as images it is one step of two.
+SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,25 @@ class MocoConfig:
             self.negatives != "queue" or self.queue_size >= keys,
             f"moco.queue_size={self.queue_size} can't hold the {keys} keys of one step; "
             f"use {keys} or more",
+        )
+
+    def fitting_queue(self, batch_size: int, images: int) -> int:
+        """Return the power of two nearest to a quarter of the images that a step's keys fit into.
+
+        It is 2,048 for 10,000 images and 16,384 for 60,000, and never more than MoCo's 65,536.
+        """
+        keys = batch_size * len(self.passes)
+        return max(keys, min(LONGEST, 2 ** round(math.log2(max(1, SHARE * images)))))
+
+    def too_long(self, batch_size: int, images: int) -> str:
+        """Return the sentence about a queue of more keys than there are images, or nothing."""
+        if not self.fills or self.queue_size < images:
+            return ""
+        masked = " (masked)" if self.mask_own_keys else " as negatives"
+        fits = self.fitting_queue(batch_size, images)
+        return (
+            f"moco.queue_size={self.queue_size} is not below the {images} training images: every "
+            f"image meets its own older keys{masked}; use moco.queue_size={fits} or so"
         )
 
     def candidates(self, batch_size: int, images: int) -> int:

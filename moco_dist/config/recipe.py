@@ -16,17 +16,28 @@ from moco_dist.config.rules import (
     require,
 )
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
+from moco_dist.errors import shown
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The source of the images, and their split."""
 
-    name: Literal["cifar10", "cifar100", "stl10", "folder", "shards", "shapes"] = "shapes"
+    name: Literal[
+        "cifar10", "cifar100", "stl10", "folder", "shards", "huggingface", "arrays", "shapes"
+    ] = "shapes"
     # Folder of the data set; cifar10, cifar100 and stl10 are downloaded to it on first use.
     # folder: also a tar or zip file of a folder, which each machine unpacks into the cache.
     # shards: a folder of tar files in WebDataset's layout, KEY.jpg and KEY.cls or KEY.json.
+    # huggingface: a NAME or NAME:CONFIG on the hub, a folder saved by save_to_disk, or parquet or
+    # arrow files. arrays: an .npz file, a folder of .npy files, or one .npy file.
     root: str = "data"
+    # huggingface: the split to train on; empty: the one called train.
+    split: str = ""
+    # huggingface and tables of labels: columns of images (or files) and classes; arrays: arrays.
+    # Empty: found by type and name.
+    image_column: str = ""
+    label_column: str = ""
     # Side in pixels of squares (shorter side resized, centre cropped), which are held in memory and
     # used for features. Training views of streamed images are cut from the whole image.
     size: int = 32
@@ -44,8 +55,9 @@ class DataConfig:
     workers: int = 0
     # exchange: processes send each other the crops of streamed keys; plan: each decodes its own.
     keys_by: Literal["exchange", "plan"] = "exchange"
-    # folders: an image's class is its first-level folder (in shards its .cls or .json).
-    labels: Literal["folders", "none"] = "folders"
+    # folders: an image's class is its first-level folder (in shards its .cls or .json; in tables
+    # and arrays what they say). Or none, or FILE.csv, which has the file and label of each image.
+    labels: str = "folders"
     # Share of the training images held out for validation, drawn by split_seed.
     validation: float = 0.1
     split_seed: int = 0
@@ -67,6 +79,16 @@ class DataConfig:
             validation=(0, 0.9),
             shapes_train=(10, None),
             shapes_test=(10, None),
+        )
+        is_table = self.labels.lower().endswith((".csv", ".tsv"))
+        require(
+            self.labels in ("folders", "none") or is_table,
+            f"data.labels={shown(self.labels)} is unknown; use folders, none, or a FILE.csv",
+        )
+        require(
+            not is_table or self.name == "folder",
+            f"data.labels={shown(self.labels)} is a table for data.name=folder, and "
+            f"data.name={self.name} has labels of its own; use data.labels=folders or none",
         )
         colour = len(self.background) == 3 and all(0 <= part <= 255 for part in self.background)
         rule = "it must be three numbers from 0 to 255"

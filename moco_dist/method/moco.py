@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.distributed import comms
 from moco_dist.method.bank import Bank
 from moco_dist.method.encoder import Encoder
@@ -112,6 +113,16 @@ class MoCo(nn.Module):
             ways, share = torch._foreach_sub(queries, keys), 1 - momentum
             torch._foreach_mul_(ways, share.to(keys[0]) if isinstance(share, Tensor) else share)
             torch._foreach_add_(keys, ways)
+
+
+def build(encoder: Encoder, settings: MocoConfig, dim: int, seed: int, images: int) -> MoCo:
+    """Return the encoders and the memory that `settings` ask for, for so many training images."""
+    if settings.negatives == "queue":
+        return MoCo(encoder, settings.queue_size, dim)
+    if settings.negatives == "batch":
+        return MoCo(encoder, momentum_keys=settings.keys == "momentum")
+    bank = Bank(images, dim, seed, settings.bank_draws, settings.bank_momentum)
+    return MoCo(encoder, bank=bank, momentum_keys=False)
 
 
 @torch.no_grad()
