@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from moco_dist.config.recipe import DataConfig, OptimConfig, Precision, ViewsConfig
-from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, require
+from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, of_sweep, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
 # Files that hold an encoder.
@@ -140,4 +140,4 @@ class ProbeConfig:
 
     def run_name(self) -> str:
         """Return the name of this run."""
-        return self.name or f"{self.pretraining()}-probe"
+        return self.name or f"{self.pretraining()}-probe{of_sweep()}"
