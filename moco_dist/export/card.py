@@ -21,15 +21,10 @@ _SETTINGS = (
 )
 
 
-def text(found: Found, which: str, target: str, lines: str, folder: Path) -> str:
-    """Return the card of an encoder for `target`, exported to `folder`."""
+def text(found: Found, which: str, target: str, lines: str, folder: Path | str) -> str:
+    """Return the card of an encoder for `target`, exported to `folder` or to a name on the hub."""
     run = run_directory(found.checkpoint)
     name = run.resolve().name if run else found.checkpoint.path.name.partition(".")[0]
-    load = (
-        f"```yaml\n{detectron2_config(found, folder)}```"
-        if target == "detectron2"
-        else f'```python\nfolder = "{folder}"\n{lines}```'
-    )
     views, channels = found.fed, found.architecture.channels
     kind = {1: "gray", 3: "RGB"}.get(channels, f"of {channels} channels")
     usual = " (the defaults, because the exported file doesn't contain its own)"
@@ -49,9 +44,11 @@ def text(found: Found, which: str, target: str, lines: str, folder: Path) -> str
     settings = flat(recorded) if isinstance(recorded, dict) else {}
     what |= training(found.checkpoint, settings)
     words, tags = whose(origin(found), which)
+    library = {"timm": "timm", "huggingface": "transformers"}.get(target)
     return f"""\
 ---
-tags: [{", ".join(tags)}]
+{f"library_name: {library}{chr(10)}" if library else ""}tags: [{", ".join(tags)}]
+pipeline_tag: image-feature-extraction
 ---
 
 # {name}, for {target}
@@ -64,7 +61,7 @@ tags: [{", ".join(tags)}]
 
 ## Use
 
-{load}
+{use(found, target, lines, folder)}
 
 `images` are {kind}, float (n, {channels}, {views.size}, {views.size}): pixels in [0, 1],
 less the mean {views.mean}, divided by {views.std}{"" if found.views else usual}.
@@ -79,6 +76,24 @@ less the mean {views.mean}, divided by {views.std}{"" if found.views else usual}
 The MIT licence of moco_dist does not cover these weights: whoever trained them sets their terms,
 and the terms of the training images apply as well.
 """
+
+
+def use(found: Found, target: str, lines: str, folder: Path | str) -> str:
+    """Return the block of a card that loads the encoder, from a folder or a name on the hub."""
+    on_hub, beginning = isinstance(folder, str), f'folder = "{folder}"\n'
+    if target == "detectron2":
+        block = f"```yaml\n{detectron2_config(found, folder)}```"
+        download = f"```bash\nhf download {folder} --local-dir {folder}\n```\n\n"
+        return download + block if on_hub else block
+    if on_hub:
+        lines = lines.replace('f"local-dir:{folder}"', f'"hf-hub:{folder}"')
+        if target != "huggingface":  # which takes the name for the folder
+            beginning = f"""\
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{folder}")
+"""
+    return f"```python\n{beginning if 'folder' in lines else ''}{lines}```"
 
 
 def origin(found: Found) -> dict[str, str]:
@@ -115,7 +130,7 @@ def whose(trained: dict[str, str], which: str) -> tuple[str, tuple[str, ...]]:
         trained["kind"],
         ("that moco_dist did not train. Whether it was trained with labels is\nnot known.", ()),
     )
-    return f"An image encoder {words}", (*tags, "image-feature-extraction")
+    return f"An image encoder {words}", tags
 
 
 def training(found: Checkpoint, settings: dict[str, Any]) -> dict[str, str]:
@@ -186,7 +201,7 @@ def run_directory(found: Checkpoint) -> Path | None:
     return found.path.parent.parent if inside else None
 
 
-def detectron2_config(found: Found, folder: Path) -> str:
+def detectron2_config(found: Found, folder: Path | str) -> str:
     """Return the part of a detectron2 configuration that matches the weights."""
     config, views = found.architecture, found.fed
     depth = int("".join(filter(str.isdigit, config.backbone.partition("_")[0])))
