@@ -90,7 +90,12 @@ def moved(trainer: Trainer) -> Trainer:
     trainer.plan = dataclasses.replace(trainer.plan, device=device)
     trainer.splits = trainer.splits.to(device)
     trainer.source = view_source(
-        trainer.splits.train, config.views, trainer.plan, trainer.passes, trainer.dtype, "exchange"
+        trainer.splits.train,
+        [config.views],
+        trainer.plan,
+        trainer.passes,
+        trainer.dtype,
+        "exchange",
     )
     return trainer
 

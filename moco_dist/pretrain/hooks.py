@@ -52,7 +52,7 @@ class RunHooks(Hooks):
     ) -> None:
         self.config, self.network, self.optimizer = config, network, optimizer
         self.source, self.session = source, session
-        self.parameters = list(network.query_encoder.parameters())
+        self.parameters = [p for p in network.query_encoder.parameters() if p.requires_grad]
         self.undo = batch_norm.Undo(network.query_encoder, network.key_encoder)
         # Whether this process wants a checkpoint after the next step, and what all agreed on.
         self.wants_save = False

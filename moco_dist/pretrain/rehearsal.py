@@ -63,11 +63,11 @@ def compile_all(rehearsal: Rehearsal, source: ViewSource, passes: int) -> None:
     source.maker.compile_step()
     for encoder in (network.query_encoder, network.key_encoder):
         encoder.compile_training()
-    number = 2 * passes * rows if rehearsal.micro_batches == 1 else rows
-    device = rehearsal.images.device
-    images = torch.zeros(number, *source.shape, dtype=torch.uint8, device=device)
-    samples = torch.arange(number, device=device)
+    together = [[0, 1] * passes] if rehearsal.micro_batches == 1 else [[0], [1]]
+    samples = torch.arange(rows, device=rehearsal.images.device)
+    images = samples.new_zeros(len(together[0]) * rows, *source.shape, dtype=torch.uint8)
     with compile_errors():
-        source.maker.of_step(images, [(samples, 0)], 0)
+        for views in together:
+            source.maker.of_step(images, [(samples, view) for view in views], 0)
         # The key encoder runs without gradients, as in a step: with them it is another graph.
         rehearsal.encode(network.query_encoder, torch.no_grad()(network.key_encoder.forward))

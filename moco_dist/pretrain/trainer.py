@@ -101,7 +101,8 @@ class Trainer:
         self.total_steps = config.epochs * self.steps_per_epoch
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.source = view_source(
-            self.splits.train, config.views, self.plan, self.passes, self.dtype, config.data.keys_by
+            *(self.splits.train, config.view_recipes, self.plan, self.passes, self.dtype),
+            config.data.keys_by,
         )
         rows, groups = config.batch_size // config.bn_groups, config.bn_groups // processes
         encoder = build_encoder(config.encoder, config.seed, rows, groups)
