@@ -184,7 +184,7 @@ def test_a_bank_of_all_images_gives_a_cross_entropy_over_the_images() -> None:
     network.load_state_dict(trainer.moco.state_dict())
     queries = network.train().query_encoder(trainer.views(rows.samples, 0, 0))
     expected = F.cross_entropy(queries @ vectors.T / 0.1, rows.samples)
-    assert float(trainer.train_step()[0]) == pytest.approx(float(expected), abs=1e-12)
+    assert float(trainer.train_step()[0]) == pytest.approx(expected.item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.0])
