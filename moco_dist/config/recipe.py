@@ -15,7 +15,13 @@ from moco_dist.config.rules import (
     check_name,
     require,
 )
-from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
+from moco_dist.config.running import (
+    CheckpointConfig,
+    KnnConfig,
+    MonitorConfig,
+    RuntimeConfig,
+    TrackingConfig,
+)
 from moco_dist.errors import shown
 
 
@@ -199,6 +205,7 @@ class PretrainConfig:
     moco: MocoConfig = field(default_factory=MocoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     knn: KnnConfig = field(default_factory=KnnConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -244,6 +251,11 @@ class PretrainConfig:
             "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
         self.moco.check_batch(b)
+        require(
+            self.knn.every_epochs > 0 or not self.monitor.linear,
+            "monitor.linear=true is measured with each kNN evaluation, and knn.every_epochs=0 is "
+            "never; use knn.every_epochs=1 or more",
+        )
 
     @property
     def view_recipes(self) -> list[ViewsConfig]:
@@ -256,5 +268,5 @@ class PretrainConfig:
 FREE_ON_RESUME = (
     *("name", "output", "encoder", "epochs", "stop_at_step", "data.root", "data.cache"),
     *("data.memory_gb", "data.workers", "data.keys_by", "data.skip_unreadable"),
-    *("knn.", "checkpoint.", "tracking.", "runtime."),
+    *("knn.", "monitor.", "checkpoint.", "tracking.", "runtime."),
 )

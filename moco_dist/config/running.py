@@ -28,6 +28,15 @@ class KnnConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    """What watches an encoder while it learns, besides the nearest-neighbour classifier."""
+
+    # Train a linear classifier on the backbone's features along the way, which the encoder does not
+    # notice, and log its accuracy on the validation images with each kNN evaluation (online/top1).
+    linear: bool = False
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and which ones are kept."""
 

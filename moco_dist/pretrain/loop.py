@@ -146,7 +146,10 @@ def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> float:
     peers.me.mark(step, "evaluating kNN")
     tracker.unfinished = True
     accuracy = trainer.knn_top1(partial(session.pause, "evaluating kNN"))
-    tracker.log(step, {"epoch": step / trainer.steps_per_epoch, Metric.KNN_TOP1: accuracy})
+    found = {"epoch": step / trainer.steps_per_epoch, Metric.KNN_TOP1: accuracy}
+    if trainer.online_top1 is not None:
+        found[Metric.ONLINE_TOP1] = trainer.online_top1
+    tracker.log(step, found)
     tracker.unfinished = False
     trainer.evaluated = step
     if step and (trainer.best is None or accuracy > trainer.best["knn_top1"]):
@@ -163,7 +166,7 @@ def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
     """Write a checkpoint of the state after `step` steps, in the background, or `wait` for it."""
     peers.me.mark(trainer.step, "saving")
     share_aside(trainer, session)
-    model, training = state.tensors(trainer.moco, trainer.optimizer)
+    model, training = state.tensors(trainer.moco, trainer.optimizer, trainer.online)
     momentum = [value for key, value in training.items() if key.startswith("momentum.")]
     peers.same_everywhere(
         f"the checksum of the state after step {trainer.step}",

@@ -20,8 +20,10 @@ from moco_dist.data import datasets
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features, load
-from moco_dist.method import batch_norm, moco, optimizers, schedule
+from moco_dist.errors import ConfigError
+from moco_dist.method import batch_norm, moco, online_probe, optimizers, schedule
 from moco_dist.method.encoder import build_encoder
+from moco_dist.method.online_probe import OnlineProbe
 from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images, group_share
 from moco_dist.pretrain import mechanisms, rehearsal, state
 from moco_dist.pretrain.hooks import Hooks
@@ -34,6 +36,10 @@ GATHER_ONLY = Hooks()
 
 class HostClock:
     """What a step depends on besides the state, as numbers that the host knows."""
+
+    @property
+    def good(self) -> None:
+        """Nothing: what was not finite has been refused before."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -70,6 +76,8 @@ class HostClock:
 class Clock(Protocol):
     """What a step depends on besides the state."""
 
+    @property
+    def good(self) -> Tensor | None: ...
     @property
     def now(self) -> Key: ...
     def rows(self) -> Step: ...
@@ -112,6 +120,9 @@ class Trainer:
         network = moco.build(encoder, config.moco, config.encoder.dim, config.seed, images)
         self.moco = network.to(self.device, self.dtype)
         self.optimizer = optimizers.build(config.optim, self.moco.query_encoder.parameters())
+        self.online = self._online_probe() if config.monitor.linear else None
+        # Its accuracy at the last evaluation.
+        self.online_top1: float | None = None
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
@@ -179,6 +190,7 @@ class Trainer:
         hooks.begin(self.step, rows)
         found = self.contrast(rows, self.clock.now, hooks)  # loss.backward()
         hooks.before_update(found.made, found.losses)
+        self.watch(rows, found.features)
         self.update_query_encoder()  # update(f_q.params)
         if "key" in self.moco.encoders:  # f_k.params = m f_k.params + (1 - m) f_q.params
             self.moco.update_key_encoder(self.clock.momentum())
@@ -187,6 +199,24 @@ class Trainer:
         self.clock.remember(torch.cat(found.made), samples)  # enqueue(queue, k), dequeue(queue)
         self.step += 1
         return found.losses.mean(), found.logits
+
+    def _online_probe(self) -> OnlineProbe:
+        classes, encoder = len(self.splits.train.classes), self.moco.query_encoder
+        if not classes or not len(self.splits.validation):
+            raise ConfigError(
+                "monitor.linear=true needs labels and validation images, as kNN does; leave it "
+                "out, or give images with classes and data.validation above 0"
+            )
+        encoder.keeps_features = True
+        probe = OnlineProbe(encoder.num_features, classes)
+        return probe.to(self.device, self.dtype)
+
+    def watch(self, rows: Step, features: list[Tensor]) -> None:
+        """Let the online probe learn from the features of the first view, (rows, features) each."""
+        if self.online:
+            batch = comms.all_gather(torch.cat(features))
+            rate = self.clock.rate() * (online_probe.RATE / self.config.optim.lr)
+            self.online.learn(batch, self.splits.train.labels[rows.samples], rate, self.clock.good)
 
     @record_function("optimizer")
     def update_query_encoder(self) -> None:
@@ -233,12 +263,19 @@ class Trainer:
             *(config.knn.k, config.knn.temperature),
         )
         right = comms.total((predicted == validation.labels[mine]).sum())
+        if self.online:
+            if seen is encoder:
+                with self.accelerator.autocast():
+                    settings = config.views, config.batch_size, pause
+                    queries = features.extract(encoder.backbone, validation, *settings)
+            learnt = comms.total(self.online.right(queries[mine], validation.labels[mine]))
+            self.online_top1 = float(learnt) / len(queries)
         return float(right) / len(queries)
 
     def restore(self, saved: Checkpoint) -> None:
         """Take over the state of a checkpoint, whatever number of processes wrote it."""
         datasets.require_same(saved.piece("data"), self.splits, saved.path)
-        state.restore(self.moco, self.optimizer, self.config.bn_groups, saved)
+        state.restore(self.moco, self.optimizer, self.online, self.config.bn_groups, saved)
         self.evaluated, self.best = saved.piece("evaluated"), saved.piece("best")
         self.step = saved.step
         peers.me.mark(self.step, "starting")

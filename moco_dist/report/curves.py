@@ -31,6 +31,11 @@ EVALUATION = Course(
 )
 PRETRAINING = (
     Course(
+        *(Metric.ONLINE_TOP1, "online", "Online linear probe top-1, validation images", "%"),
+        "Share of the validation images that a linear classifier gets right, which learns from the "
+        "training views along the way (monitor.linear). A probe of the finished encoder is better.",
+    ),
+    Course(
         *(Metric.ACCURACY_TOP1, "instance_top1", "Instance top-1, training batches", "%"),
         "Share of the queries that are closer to their own key than to any key in the queue. If it "
         "is near 100% while kNN does not rise, the encoder has found a shortcut, such as a leak "

@@ -48,6 +48,7 @@ class Metric(StrEnum):
     RANKME = "health/rankme"
     EMA_DISTANCE = "health/ema_distance"
     KNN_TOP1 = "knn/top1"
+    ONLINE_TOP1 = "online/top1"
     PROBE_TOP1 = f"{TRAINED}/top1"
     CONTROL_TOP1 = f"{CONTROL}/top1"
     MEMORY_GB = "system/memory_gb"

@@ -227,6 +227,7 @@ def figures(metrics: Mapping[str, float]) -> dict[str, str]:
         Metric.PROBE_TOP1: ("probe", share),
         Metric.CONTROL_TOP1: ("control", share),
         Metric.KNN_TOP1: ("kNN", share),
+        Metric.ONLINE_TOP1: ("linear", share),
         Metric.IMAGES_PER_SECOND: ("img/s", lambda value: f"{value:4.0f}"),
     }
     return {shown: text(metrics[name]) for name, (shown, text) in names.items() if name in metrics}
