@@ -47,7 +47,8 @@ class Speed:
     parts: dict[str, float]
     # Both views of an image, without the rest of a step.
     pipeline_images_per_second: float
-    # Sent by this process in a step; it receives as many bytes.
+    # Sent by this process in a step; it receives as many bytes. Those of keys include the moments
+    # of BatchNorm groups that span processes.
     bytes_of_keys: int
     bytes_of_gradients: int
     memory_gb: float
@@ -111,7 +112,9 @@ def seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float
 
 
 def fill_queue(trainer: Trainer) -> None:
-    """Fill the queue with random keys of the training images, as it is in most steps."""
+    """Fill the queue, if there is one, with random keys of the training images."""
+    if trainer.moco.fill is None:
+        return
     queue = trainer.moco.queue
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(queue.keys.shape, generator=generator)
@@ -163,9 +166,10 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
 def both_views(trainer: Trainer, step: int) -> None:
     """Make the views of a step, of queries and of keys."""
     trainer.source.begin(step)
-    rows = trainer.plan.step(step, len(trainer.passes))
+    rows = trainer.plan.step(step, len(trainer.config.moco.passes))
     micro_batches = trainer.config.runtime.micro_batches
-    for views in views_of(rows, trainer.passes, trainer.source, micro_batches):
+    passes = trainer.config.moco.passes
+    for views in views_of(rows, passes, trainer.source, micro_batches):
         for make in chain.from_iterable(views):
             make()
 
@@ -224,13 +228,14 @@ def _multiply(a: Tensor, b: Tensor, product: Tensor, times: int) -> None:
 @torch.no_grad()
 def tracking_seconds(trainer: Trainer, taken: Taken) -> float:
     """Return the seconds of a line of metrics and of the figures of health, for each step."""
-    settings, device, queue = trainer.config.tracking, trainer.device, trainer.moco.queue
+    settings, device, config = trainer.config.tracking, trainer.device, trainer.config
     line = partial(figures_of, trainer, trainer.step, taken, {}, 1.0)
     total = statistics.median(seconds(line, device)[0] for _ in range(3)) / settings.every_steps
     if every := settings.health_every_steps:
-        keys = queue.keys[: trainer.config.batch_size]
+        keys = torch.randn(config.batch_size, config.encoder.dim, device=device).to(trainer.dtype)
+        keys, samples = F.normalize(keys, dim=1), trainer.plan.step(0).samples
         mine = keys[trainer.plan.local_rows]
-        work = partial(figures.health, trainer.moco, mine, [keys], queue.samples[: len(keys)])
+        work = partial(figures.health, trainer.moco, mine, [keys], samples)
         total += statistics.median(seconds(work, device)[0] for _ in range(3)) / every
     return total
 

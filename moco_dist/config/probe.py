@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from moco_dist.config.recipe import DataConfig, OptimConfig, Precision, ViewsConfig
+from moco_dist.config.optim import OptimConfig
+from moco_dist.config.recipe import DataConfig, Precision, ViewsConfig
 from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
@@ -110,6 +111,11 @@ class ProbeConfig:
             self.knn.features == "backbone",
             "knn.features=head is for pretraining only, because a probe reads the backbone alone; "
             "leave it out",
+        )
+        require(
+            self.optim.name == "sgd" and not self.optim.nesterov,
+            f"optim.name={self.optim.name} with optim.nesterov={self.optim.nesterov} is for "
+            "pretraining only, and a probe is trained by plain SGD; leave both out",
         )
         check_positive("", self, encoder_lr="0.01 is usual")
         chosen = len(self.grid.lr) > 1 or len(self.grid.weight_decay) > 1

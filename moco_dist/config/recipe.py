@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.moco import MocoConfig
+from moco_dist.config.optim import OptimConfig
 from moco_dist.config.rules import (
     ANY,
     OWN,
     check,
-    check_momentum,
     check_name,
-    check_positive,
     require,
 )
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
@@ -162,103 +163,6 @@ class ViewsConfig:
         )
 
 
-# The ResNets, ResNeXts and Wide ResNets of torchvision; `encoder.py` has their shapes.
-BACKBONES = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
-    *("wide_resnet50_2", "wide_resnet101_2"),
-)
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """A backbone with a projection head."""
-
-    # One of BACKBONES, or a model of timm such as timm/regnety_002 (needs timm).
-    backbone: str = "resnet18"
-    # 3 (RGB) or 1 (gray: colour images are converted, and saturation, hue and grayscale have no
-    # effect). Other numbers only for encoders that are built in Python.
-    channels: int = 3
-    # Channels of the first stage; 64 is the published width.
-    width: int = 64
-    # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    # linear: MoCo v1; mlp: MoCo v2, with a hidden layer as wide as the features.
-    head: Literal["linear", "mlp"] = "linear"
-    # Length of a key.
-    dim: int = 128
-
-    def __post_init__(self) -> None:
-        check("encoder.", self, channels=(1, None), width=(1, None), dim=(2, None))
-        name = shown(self.backbone)
-        require(
-            self.is_timm or self.backbone in BACKBONES,
-            f"encoder.backbone={name} is unknown; use one of {', '.join(BACKBONES)}, or timm/NAME",
-        )
-        require(
-            not self.is_timm or (self.width, self.stem) == (64, "imagenet"),
-            f"encoder.backbone={name} has the width and stem that timm gives it; "
-            "use encoder.width=64 encoder.stem=imagenet, or another model of timm",
-        )
-        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}.get(name, 1)
-        require(
-            self.width >= least,
-            f"encoder.width={self.width} leaves the groups of {name} without a channel; "
-            f"use {least} or more",
-        )
-
-    @property
-    def is_timm(self) -> bool:
-        """Whether the backbone is one of timm's."""
-        return self.backbone.startswith("timm/")
-
-
-@dataclass(frozen=True)
-class MocoConfig:
-    """Momentum Contrast: queue, momentum and loss."""
-
-    # Keys in the queue, independent of the batch size.
-    queue_size: int = 4096
-    temperature: float = 0.1
-    # Share of the key encoder that each step keeps.
-    momentum: float = 0.99
-    # cosine raises the momentum to 1 at the end of the run.
-    momentum_schedule: Literal["constant", "cosine"] = "constant"
-    # Use each view once as query and once as key, and add the two losses.
-    symmetric: bool = False
-    # Don't count an image's own older keys as its negatives.
-    mask_own_keys: bool = True
-
-    def __post_init__(self) -> None:
-        check("moco.", self, queue_size=(1, None), temperature=OWN, momentum=OWN)
-        check_positive("moco.", self, temperature="0.1 or 0.2 is usual")
-        check_momentum("moco.", self.momentum, 0.99)
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """SGD and the schedule of its learning rate."""
-
-    lr: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    # step multiplies the rate by gamma at each of the milestones, in epochs.
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    milestones: list[int] = field(default_factory=list)
-    gamma: float = 0.1
-    # Epochs over which the rate rises linearly from 0.
-    warmup_epochs: float = 0.0
-
-    def __post_init__(self) -> None:
-        check("optim.", self, gamma=(0, 1), lr=OWN, momentum=OWN)
-        check_positive("optim.", self, lr="give a positive learning rate")
-        check_momentum("optim.", self.momentum, 0.9)
-        require(
-            self.schedule != "step" or bool(self.milestones),
-            "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
-        )
-
-
 Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 
@@ -273,7 +177,8 @@ class PretrainConfig:
     epochs: int = 200
     # Images per step over all processes.
     batch_size: int = 512
-    # Blocks of the global batch that BatchNorm normalises separately, on any number of processes.
+    # Blocks of the global batch that BatchNorm normalises separately, on any number of processes
+    # that divides it or is a multiple of it.
     bn_groups: int = 8
     # bf16 is mixed precision: queue, loss and weights stay fp32. tf32 is fp32 whose products and
     # convolutions a GPU rounds to 10 bits, many times as fast; a CPU takes it as fp32.
@@ -320,9 +225,14 @@ class PretrainConfig:
             f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; "
             f"BatchNorm needs two or more, use bn_groups={max(1, b // 2)} or fewer",
         )
-        keys = b * (2 if self.moco.symmetric else 1)
         require(
-            self.moco.queue_size >= keys,
+            not self.encoder.predictor or self.moco.keys == "momentum",
+            "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
+            "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
+        )
+        keys = b * len(self.moco.passes)
+        require(
+            self.moco.negatives != "queue" or self.moco.queue_size >= keys,
             f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
             f"use {keys} or more",
         )

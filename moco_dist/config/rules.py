@@ -60,10 +60,10 @@ def check_positive(group: str, config: Any, **hints: str) -> None:
         require(value > 0, f"{group}{name}={value} is not above 0; {hint}")
 
 
-def check_momentum(group: str, momentum: float, usual: float) -> None:
+def check_momentum(group: str, momentum: float, usual: float, name: str = "momentum") -> None:
     """Raise ConfigError unless a momentum lies in [0, 1)."""
     rule = f"it must lie in [0, 1), {usual} is usual"
-    require(0 <= momentum < 1, f"{group}momentum={momentum} is out of range; {rule}")
+    require(0 <= momentum < 1, f"{group}{name}={momentum} is out of range; {rule}")
 
 
 def check_name(name: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moco_dist.config.recipe import EncoderConfig
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.encoders import original
 from moco_dist.encoders.library_folder import PROCESSOR
 from moco_dist.encoders.load import Found
@@ -198,6 +198,10 @@ def moco(found: Found, folder: Path) -> str:
     refuse(found, "moco", config.channels == 3, _RGB, "torchvision or onnx")
     whole = "query_encoder.head.0.weight" in model
     refuse(found, "moco", whole, "its file has no projection head", "torchvision or onnx")
+    usual = config.head_layers == 2 and config.head_width in (0, found.backbone.num_features)
+    theirs = config.head != "mlp_bn" and usual
+    reason = "its heads are a linear layer, or an MLP of two layers as wide as the features"
+    refuse(found, "moco", theirs, reason, "torchvision or onnx")
     epoch, enqueued = int(state.get("epoch") or 0), state.get("enqueued") or 0
     torch.save(original.write(model, config, epoch, enqueued), folder / "model.pth.tar")
     head = """\

@@ -39,17 +39,6 @@ class KeyQueue(nn.Module):
         return self.keys[: self.filled], self.samples[: self.filled]
 
     @record_function("queue")
-    def owners(self, samples: Tensor) -> Tensor:
-        """Return for each filled slot the row of `samples` that its key belongs to, -1 for none.
-
-        int64 (filled,); `samples`, int64 (rows,), are distinct. Builds no matrix of rows by slots.
-        """
-        theirs = self.samples[: self.filled]
-        ordered, rows = samples.sort()
-        place = torch.searchsorted(ordered, theirs).clamp_(max=len(samples) - 1)
-        return torch.where(ordered[place] == theirs, rows[place], -1)
-
-    @record_function("queue")
     @torch.no_grad()
     def enqueue(self, keys: Tensor, samples: Tensor) -> None:
         """Replace the oldest keys by `keys` (n, dim) of `samples` (n,); n is at most `size`."""

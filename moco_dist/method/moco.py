@@ -1,4 +1,4 @@
-"""Momentum Contrast (He, Fan, Wu, Xie, Girshick, CVPR 2020): encoders, queue, shuffled keys."""
+"""Momentum Contrast (He, Fan, Wu, Xie, Girshick, CVPR 2020): encoders, memory, shuffled keys."""
 
 from __future__ import annotations
 
@@ -10,25 +10,88 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from moco_dist.distributed import comms
+from moco_dist.method.bank import Bank
 from moco_dist.method.encoder import Encoder
 from moco_dist.method.key_queue import KeyQueue
 
 
 class MoCo(nn.Module):
-    """The two encoders and the queue: all state of the method except the optimizer's."""
+    """The encoders and the memory: all state of the method except the optimizer's.
 
-    def __init__(self, encoder: Encoder, queue_size: int, dim: int) -> None:
+    `key_encoder` exists only with keys by momentum, `queue` only with a `queue_size` above 0, and
+    `bank` only if one is given (figure 2 of the paper).
+    """
+
+    key_encoder: Encoder
+    queue: KeyQueue
+    bank: Bank
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        queue_size: int = 0,
+        dim: int = 0,
+        *,
+        bank: Bank | None = None,
+        momentum_keys: bool = True,
+    ) -> None:
         super().__init__()
         self.query_encoder = encoder
-        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.queue = KeyQueue(queue_size, dim)
+        if momentum_keys:
+            self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+            self.key_encoder.predictor = None
+        if queue_size:
+            self.queue = KeyQueue(queue_size, dim)
+        if bank:
+            self.bank = bank
+
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        """The encoders that there are, as "query" and "key"."""
+        pairs = ((name, getattr(self, f"{name}_encoder", None)) for name in ("query", "key"))
+        return {name: encoder for name, encoder in pairs if encoder is not None}
+
+    @property
+    def enqueued(self) -> int:
+        """Number of keys that have entered the queue; 0 without one."""
+        return self.queue.enqueued if hasattr(self, "queue") else 0
+
+    @enqueued.setter
+    def enqueued(self, number: int) -> None:
+        if hasattr(self, "queue"):
+            self.queue.enqueued = number
+
+    @property
+    def fill(self) -> float | None:
+        """The share of the queue that holds keys; None without a queue."""
+        return self.queue.filled / self.queue.size if hasattr(self, "queue") else None
+
+    def remember(
+        self,
+        vectors: Tensor,
+        samples: Tensor,
+        enqueued: Tensor | None = None,
+        good: Tensor | None = None,
+    ) -> None:
+        """Put `vectors` (n, dim) of `samples` (n,) into the memory, if there is one.
+
+        With `enqueued`, int64 (), and `good`, bool (), the device knows how many keys there are and
+        whether these may enter; the count of this object stays as it is.
+        """
+        if hasattr(self, "queue"):
+            if enqueued is None or good is None:
+                self.queue.enqueue(vectors, samples)
+            else:
+                self.queue.write(vectors, samples, enqueued, good)
+        elif hasattr(self, "bank"):
+            self.bank.update(vectors, samples, good)
 
     @record_function("momentum")
     @torch.no_grad()
     def update_key_encoder(self, momentum: float | Tensor) -> None:
         """Move the key parameters to momentum * key + (1 - momentum) * query (equation 2)."""
-        keys: list[Tensor] = list(self.key_encoder.parameters())
-        queries: list[Tensor] = list(self.query_encoder.parameters())
+        keys: list[Tensor] = list(self.key_encoder.shared_parameters())
+        queries: list[Tensor] = list(self.query_encoder.shared_parameters())
         if not keys[0].is_cuda:
             torch._foreach_lerp_(keys, queries, 1 - float(momentum))
         else:  # which has no lerp whose weight is read on the device

@@ -58,7 +58,7 @@ SLOW_LINES = 30
 def long_queue(config: PretrainConfig, images: int) -> str | None:
     """Return the sentence about a queue that holds more keys than there are images, or None."""
     size = config.moco.queue_size
-    if size < images:
+    if config.moco.negatives != "queue" or size < images:
         return None
     masked = " (masked)" if config.moco.mask_own_keys else " as negatives"
     return (
@@ -96,6 +96,9 @@ class Watch:
         self._losses: list[float] = []
         self._spreads: list[float] = []
         self._speeds: deque[float] = deque(maxlen=1000)
+        self._candidates = config.moco.candidates(config.batch_size, images)
+        has_queue = config.moco.negatives == "queue"
+        self._began = "queue was full" if has_queue else "run began"
         self._replay()
 
     def sink(self, step: int, metrics: Metrics) -> None:
@@ -156,7 +159,7 @@ class Watch:
 
     def _collapse(self, metrics: Metrics) -> str | None:
         spread, rank = metrics.get(Metric.FEATURE_STD), metrics.get(Metric.RANKME)
-        if spread is None or rank is None or metrics.get(Metric.QUEUE_FILL, 0) < 1:
+        if spread is None or rank is None or not self._is_full(metrics):
             return None
         bad = spread < COLLAPSED_STD or rank < COLLAPSED_RANK
         bad = bad or (spread < NARROW_STD and rank < NARROW_RANK)
@@ -170,7 +173,7 @@ class Watch:
         )
 
     def _leak(self, metrics: Metrics) -> str | None:
-        if metrics.get(Metric.QUEUE_FILL) == 1:
+        if Metric.ACCURACY_TOP1 in metrics and self._is_full(metrics):
             self._instances.append(metrics[Metric.ACCURACY_TOP1])
         accuracy = metrics.get(Metric.KNN_TOP1)
         if accuracy is None:
@@ -183,16 +186,21 @@ class Watch:
             return None
         return (
             f"{fmean(instances):.1%} of the queries find their own image among "
-            f"{self.config.moco.queue_size} others, and kNN went from {first:.1%} over {best:.1%} "
+            f"{self._candidates - 1} others, and kNN went from {first:.1%} over {best:.1%} "
             f"to {accuracy:.1%}: the encoder recognises them by something else, such as shared "
             f"BatchNorm statistics; use bn_groups=8 (now {self.config.bn_groups}), and run "
             "python -m moco_dist.doctor RUN --bn-leak; or else the two views are too similar"
         )
 
+    def _is_full(self, metrics: Metrics) -> bool:
+        """Return whether the step of a line had as many negatives as all later ones."""
+        has_queue = self.config.moco.negatives == "queue"
+        return metrics.get(Metric.QUEUE_FILL, 0 if has_queue else 1) == 1
+
     def _ends_span(self, step: int, metrics: Metrics) -> bool:
         """Return whether a span of steps has ended: an epoch, or longer, with the queue full."""
         loss, config = metrics.get(Metric.LOSS), self.config
-        if loss is None or metrics.get(Metric.QUEUE_FILL, 0) < 1:
+        if loss is None or not self._is_full(metrics):
             return False
         if self._full is None:
             self._full = step
@@ -211,28 +219,29 @@ class Watch:
         return ends
 
     def _guess(self, step: int) -> str | None:
-        loss, chance = self._ended[-1][0], math.log(1 + self.config.moco.queue_size)
+        loss, chance = self._ended[-1][0], math.log(self._candidates)
         if loss < GUESSING * chance:
             return None
         steps = step - (self._full or 0)
         return (
             f"train/loss {loss:.3f} is that of guessing ({chance:.3f}), {steps} steps after the "
-            f"queue was full: the encoder tells no image from another; {self._retrain()}"
+            f"{self._began}: the encoder tells no image from another; {self._retrain()}"
         )
 
     def _rise(self) -> str | None:
         (first, narrow), (last, spread) = self._ended[0], self._ended[-1]
-        chance = math.log(1 + self.config.moco.queue_size)
+        chance = math.log(self._candidates)
         if last < max(loss for loss, _ in self._ended) or not spread < narrow:
             return None
         if last - first < max(LOST_LEAD * (chance - first), 0.02 * chance):
             return None
+        by_momentum = self.config.moco.keys == "momentum"
+        slower = f"moco.momentum above {self.config.moco.momentum:g} or " if by_momentum else ""
         return (
-            f"train/loss rose from {first:.3f} to {last:.3f} since the queue was full at step "
-            f"{self._full} (guessing gives {chance:.3f}), and the queries don't spread: its keys "
-            f"are useless as negatives; train again with moco.momentum above "
-            f"{self.config.moco.momentum:g} or optim.lr below {self.config.optim.lr:g}, and "
-            "name=..."
+            f"train/loss rose from {first:.3f} to {last:.3f} since the {self._began} at step "
+            f"{self._full} (guessing gives {chance:.3f}), and the queries don't spread: the "
+            f"negatives are useless; train again with {slower}optim.lr below "
+            f"{self.config.optim.lr:g}, and name=..."
         )
 
     def _retrain(self) -> str:

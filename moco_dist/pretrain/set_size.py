@@ -21,7 +21,7 @@ def fitting_queue(config: PretrainConfig, images: int) -> int:
 
     It is 2,048 for 10,000 images and 16,384 for 60,000, and never more than MoCo's 65,536.
     """
-    keys = config.batch_size * (2 if config.moco.symmetric else 1)
+    keys = config.batch_size * len(config.moco.passes)
     return max(keys, min(LONGEST, 1 << round(math.log2(max(1, SHARE * images)))))
 
 
