@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from moco_dist.config.moco import SHARE
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.doctor import checks
 from moco_dist.method.plan import Plan
-from moco_dist.pretrain.alarms import long_queue
-from moco_dist.pretrain.set_size import SHARE, few_images, fitting_queue
+from moco_dist.pretrain.set_size import few_images
 from tests.faults.jobs import TINY, Job
 
 
@@ -28,15 +28,15 @@ from tests.faults.jobs import TINY, Job
 )
 def test_a_queue_fits_the_images_and_holds_a_step(images: int, batch: int, queue: int) -> None:
     config = load(PretrainConfig, [f"batch_size={batch}", "bn_groups=1", "moco.queue_size=99999"])
-    assert fitting_queue(config, images) == queue
-    sentence = long_queue(config, images)
-    assert (sentence is None) == (images > 99999)
-    assert sentence is None or sentence.endswith(f"; use moco.queue_size={queue} or so")
+    assert config.moco.fitting_queue(batch, images) == queue
+    sentence = config.moco.too_long(batch, images)
+    assert (sentence == "") == (images > 99999)
+    assert not sentence or sentence.endswith(f"; use moco.queue_size={queue} or so")
     symmetric = load(
         PretrainConfig,
         [f"batch_size={batch}", "bn_groups=1", "moco.queue_size=99999", "moco.symmetric=true"],
     )
-    assert fitting_queue(symmetric, images) == max(queue, 2 * batch)
+    assert symmetric.moco.fitting_queue(batch, images) == max(queue, 2 * batch)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(SHARE, 1 / 32), (1.0, 1 / 2)])

@@ -230,12 +230,7 @@ class PretrainConfig:
             "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
             "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
-        keys = b * len(self.moco.passes)
-        require(
-            self.moco.negatives != "queue" or self.moco.queue_size >= keys,
-            f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
-            f"use {keys} or more",
-        )
+        self.moco.check_batch(b)
 
 
 # Keys, and groups (with a dot), that may change when a run is resumed: the run's length, its

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 from moco_dist.errors import ConfigError, shown
@@ -64,6 +65,12 @@ def check_momentum(group: str, momentum: float, usual: float, name: str = "momen
     """Raise ConfigError unless a momentum lies in [0, 1)."""
     rule = f"it must lie in [0, 1), {usual} is usual"
     require(0 <= momentum < 1, f"{group}{name}={momentum} is out of range; {rule}")
+
+
+def of_sweep() -> str:
+    """Return '-' and the id of this run of a W&B sweep, to end its name with; '' outside of one."""
+    run, sweep = os.environ.get("WANDB_RUN_ID"), os.environ.get("WANDB_SWEEP_ID")
+    return f"-{run}" if run and sweep else ""
 
 
 def check_name(name: str) -> None:
