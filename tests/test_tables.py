@@ -214,6 +214,13 @@ def test_cells_are_read_like_files_of_any_kind(tmp_path: Path) -> None:
     skipped = datasets.load(config(tmp_path / "bad", tmp_path, skip_unreadable=True, **colours))
     assert isinstance(skipped.train, datasets.Images)
     assert skipped.train.pixels.equal(theirs.train.pixels[[0, 3]])
+    streamed = datasets.load(
+        config(tmp_path / "bad", tmp_path, memory_gb=0.0, skip_unreadable=True, **colours)
+    ).train
+    assert isinstance(streamed, StreamedImages)
+    assert streamed.squares(torch.arange(4))[[0, 3]].equal(theirs.train.pixels[[0, 3]])
+    assert streamed.aside.rows.keys() == {1, 2}
+    streamed.pool.close()
 
 
 def test_paths_in_a_table_are_files(folder: Path, tmp_path: Path) -> None:
