@@ -27,9 +27,10 @@ from moco_dist.doctor import images
 from moco_dist.encoders.load import load_encoder
 from moco_dist.errors import DataError, UserError
 from moco_dist.report import encoder as report
-from tests import data_hub, image_sets
+from tests import image_sets
 from tests.faults.jobs import KILL, Job, metrics
 from tests.faults.stops import slow_steps
+from tests.hub_server import HubServer, Repository
 from tests.test_streaming import RUN, on
 
 CLASSES = [f"class_{number}" for number in range(3)]
@@ -284,13 +285,14 @@ for name in sys.argv[2:]:
 def test_a_name_on_the_hub_is_downloaded_once_and_read_without_a_network(
     folder: Path, tmp_path: Path
 ) -> None:
-    photos = tmp_path / "hub" / "someone" / "photos"
-    photos.parent.mkdir(parents=True)
-    parquet(folder, photos)
-    (photos / "README.md").write_text(
+    photos = Repository(private=False)
+    made = Path(parquet(folder, tmp_path / "made"))
+    card = (
         "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n"
         "    path: train-*\n- config_name: other\n  data_files: validation-*\n---\n"
     )
+    files = {file.name: file.read_bytes() for file in made.iterdir()}
+    photos.commit({"README.md": card.encode(), **files})
     expected = datasets.load(config(folder, tmp_path, name="folder")).train
     assert isinstance(expected, datasets.Images)
     found = f"found {fingerprint.of_tensors(expected.pixels)}"
@@ -307,8 +309,9 @@ def test_a_name_on_the_hub_is_downloaded_once_and_read_without_a_network(
         return done.stdout.splitlines()
 
     names = ["someone/photos:small", "someone/photos", "someone/photos:big", "someone/else"]
-    with data_hub.serving(tmp_path / "hub") as address:
-        lines = read(*names, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    with HubServer() as server:
+        server.repositories["someone/photos"] = photos
+        lines = read(*names, HF_HUB_OFFLINE="0", **server.environment)
     assert lines[:2] == [found, found]
     assert lines[2].startswith("error 78 data.root=someone/photos: Config name is missing. Please")
     assert lines[3].startswith("error 78 data.root=someone/photos:big: BuilderConfig 'big' not")
