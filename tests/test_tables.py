@@ -311,7 +311,7 @@ def test_a_name_on_the_hub_is_downloaded_once_and_read_without_a_network(
     names = ["someone/photos:small", "someone/photos", "someone/photos:big", "someone/else"]
     with HubServer() as server:
         server.repositories["someone/photos"] = photos
-        lines = read(*names, HF_HUB_OFFLINE="0", **server.environment)
+        lines = read(*names, **server.environment)
     assert lines[:2] == [found, found]
     assert lines[2].startswith("error 78 data.root=someone/photos: Config name is missing. Please")
     assert lines[3].startswith("error 78 data.root=someone/photos:big: BuilderConfig 'big' not")
@@ -320,7 +320,12 @@ def test_a_name_on_the_hub_is_downloaded_once_and_read_without_a_network(
         assert line.endswith("; give one as data.root=someone/photos:CONFIG")
     assert lines[4].startswith("error 66 data.root=someone/else: neither a file or folder here nor")
     assert len(lines) == 5
-    assert read(names[0]) == [found, found]
+    *lines, refused = read(names[0], "nobody/nothing", HF_HUB_OFFLINE="1")
+    assert lines == [found, found]
+    assert refused.startswith(
+        "error 69 data.root=nobody/nothing: not a file or folder here, not in"
+    )
+    assert refused.endswith("; unset HF_HUB_OFFLINE, or download it on a machine with a network")
 
 
 def test_what_is_unclear_or_missing_is_said_in_one_sentence(folder: Path, tmp_path: Path) -> None:
@@ -360,8 +365,6 @@ def test_what_is_unclear_or_missing_is_said_in_one_sentence(folder: Path, tmp_pa
         ),
         (str(tmp_path / "gone"), {}, 66, "no such file or folder; give a folder saved by save_to_"),
         (str(tmp_path / "cut.parquet"), {}, 65, "the datasets library can't read it ("),
-        ("nobody/nothing", {}, 69, "and the hub can't be reached (Couldn't reach 'nobody/nothing'"),
-        ("nobody/nothing", {}, 69, "unset HF_HUB_OFFLINE, or download it on a machine with a net"),
     ]
     for place, values, status, sentence in cases:
         with pytest.raises(UserError) as error:
