@@ -98,7 +98,7 @@ def test_arrays_have_the_pixels_and_crops_of_a_folder_of_png_files(
     assert held.train.classes == (("no", "yes") if root.is_dir() else ("0", "1"))
     samples, view = torch.arange(36), ViewsConfig(size=12)
     ours, theirs = (
-        part.order_crops(view, 3, 1, samples, (0, 1)).collect(torch.device("cpu"))
+        part.order_crops([view], 3, 1, samples, (0, 1)).collect(torch.device("cpu"))
         for part in (streamed.train, from_disk.train)
     )
     assert ours.equal(theirs)

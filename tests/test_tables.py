@@ -110,7 +110,7 @@ def test_a_table_has_the_pixels_and_crops_of_the_folder_it_was_made_of(
             assert ours.classes == theirs.classes == tuple(CLASSES)
     samples = torch.arange(54)
     ours, theirs = (
-        part.order_crops(ViewsConfig(size=24), 3, 1, samples, (0, 1)).collect(torch.device("cpu"))
+        part.order_crops([ViewsConfig(size=24)], 3, 1, samples, (0, 1)).collect(torch.device("cpu"))
         for part in (streamed.train, views)
     )
     assert ours.equal(theirs)
