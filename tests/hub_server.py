@@ -140,7 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._of_repository(path, body, user)
 
     def _of_repository(self, path: str, body: bytes, user: str | None) -> None:
-        asked = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+?)(\.git/.*|/.*)?", path)
+        asked = re.fullmatch(
+            r"(?:/api/models|(?:/api)?/datasets)?/([^/]+/[^/]+?)(\.git/.*|/.*)?", path
+        )
         name, rest = (asked[1], asked[2] or "") if asked else ("", "")
         repository = self.hub.repositories.get(name)
         if not repository or (repository.private and not user):
@@ -171,18 +173,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, repository: Repository, name: str, rest: str) -> None:
         """Answer what a repository holds, as information or as a tree."""
-        asked = re.fullmatch("(?:/(tree|revision)/([^/]+).*)?", rest)
+        asked = re.fullmatch("(?:/(tree|revision)/([^/]+)/?(.*))?", rest)
         found = repository.at(asked[2] or "main") if asked else None
         if not asked or not found:
             self._send(404, "Revision not found", "RevisionNotFound")
         elif asked[1] == "tree":
-            self._send(
-                200,
-                [
-                    {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
-                    for p, c in found[1].items()
-                ],
-            )
+            files = [
+                {"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+                for p, c in found[1].items()
+                if p.startswith(asked[3] and f"{asked[3]}/")
+            ]
+            self._send(*((200, files) if files else (404, "Entry not found", "EntryNotFound")))
         else:
             siblings = [{"rfilename": p, "size": len(c)} for p, c in found[1].items()]
             about = {"id": name, "sha": found[0], "private": repository.private}

@@ -27,9 +27,10 @@ from moco_dist.doctor import images
 from moco_dist.encoders.load import load_encoder
 from moco_dist.errors import DataError, UserError
 from moco_dist.report import encoder as report
-from tests import data_hub, image_sets
+from tests import image_sets
 from tests.faults.jobs import KILL, Job, metrics
 from tests.faults.stops import slow_steps
+from tests.hub_server import HubServer, Repository
 from tests.test_streaming import RUN, on
 
 CLASSES = [f"class_{number}" for number in range(3)]
@@ -214,6 +215,13 @@ def test_cells_are_read_like_files_of_any_kind(tmp_path: Path) -> None:
     skipped = datasets.load(config(tmp_path / "bad", tmp_path, skip_unreadable=True, **colours))
     assert isinstance(skipped.train, datasets.Images)
     assert skipped.train.pixels.equal(theirs.train.pixels[[0, 3]])
+    streamed = datasets.load(
+        config(tmp_path / "bad", tmp_path, memory_gb=0.0, skip_unreadable=True, **colours)
+    ).train
+    assert isinstance(streamed, StreamedImages)
+    assert streamed.squares(torch.arange(4))[[0, 3]].equal(theirs.train.pixels[[0, 3]])
+    assert streamed.aside.rows.keys() == {1, 2}
+    streamed.pool.close()
 
 
 def test_paths_in_a_table_are_files(folder: Path, tmp_path: Path) -> None:
@@ -277,13 +285,14 @@ for name in sys.argv[2:]:
 def test_a_name_on_the_hub_is_downloaded_once_and_read_without_a_network(
     folder: Path, tmp_path: Path
 ) -> None:
-    photos = tmp_path / "hub" / "someone" / "photos"
-    photos.parent.mkdir(parents=True)
-    parquet(folder, photos)
-    (photos / "README.md").write_text(
+    photos = Repository(private=False)
+    made = Path(parquet(folder, tmp_path / "made"))
+    card = (
         "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n"
         "    path: train-*\n- config_name: other\n  data_files: validation-*\n---\n"
     )
+    files = {file.name: file.read_bytes() for file in made.iterdir()}
+    photos.commit({"README.md": card.encode(), **files})
     expected = datasets.load(config(folder, tmp_path, name="folder")).train
     assert isinstance(expected, datasets.Images)
     found = f"found {fingerprint.of_tensors(expected.pixels)}"
@@ -300,8 +309,9 @@ def test_a_name_on_the_hub_is_downloaded_once_and_read_without_a_network(
         return done.stdout.splitlines()
 
     names = ["someone/photos:small", "someone/photos", "someone/photos:big", "someone/else"]
-    with data_hub.serving(tmp_path / "hub") as address:
-        lines = read(*names, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    with HubServer() as server:
+        server.repositories["someone/photos"] = photos
+        lines = read(*names, **server.environment)
     assert lines[:2] == [found, found]
     assert lines[2].startswith("error 78 data.root=someone/photos: Config name is missing. Please")
     assert lines[3].startswith("error 78 data.root=someone/photos:big: BuilderConfig 'big' not")
@@ -310,7 +320,12 @@ def test_a_name_on_the_hub_is_downloaded_once_and_read_without_a_network(
         assert line.endswith("; give one as data.root=someone/photos:CONFIG")
     assert lines[4].startswith("error 66 data.root=someone/else: neither a file or folder here nor")
     assert len(lines) == 5
-    assert read(names[0]) == [found, found]
+    *lines, refused = read(names[0], "nobody/nothing", HF_HUB_OFFLINE="1")
+    assert lines == [found, found]
+    assert refused.startswith(
+        "error 69 data.root=nobody/nothing: not a file or folder here, not in"
+    )
+    assert refused.endswith("; unset HF_HUB_OFFLINE, or download it on a machine with a network")
 
 
 def test_what_is_unclear_or_missing_is_said_in_one_sentence(folder: Path, tmp_path: Path) -> None:
@@ -350,8 +365,6 @@ def test_what_is_unclear_or_missing_is_said_in_one_sentence(folder: Path, tmp_pa
         ),
         (str(tmp_path / "gone"), {}, 66, "no such file or folder; give a folder saved by save_to_"),
         (str(tmp_path / "cut.parquet"), {}, 65, "the datasets library can't read it ("),
-        ("nobody/nothing", {}, 69, "and the hub can't be reached (Couldn't reach 'nobody/nothing'"),
-        ("nobody/nothing", {}, 69, "unset HF_HUB_OFFLINE, or download it on a machine with a net"),
     ]
     for place, values, status, sentence in cases:
         with pytest.raises(UserError) as error:
