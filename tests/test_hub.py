@@ -15,6 +15,7 @@ import yaml
 from torchvision.transforms.v2.functional import to_pil_image
 
 import moco_dist
+from moco_dist.errors import OutputError, UnavailableError
 from moco_dist.export import hub
 from moco_dist.export.run import run
 from tests.hub_server import HubServer
@@ -203,9 +204,9 @@ def test_a_change_since_the_plan_and_a_file_that_did_not_arrive_are_named(
     repository, folder = server.repositories["me/c"], cifar / "export/torchvision"
     planned = hub.find("c", public=False)
     repository.commit(repository.commits[-1][1] | {"other.txt": b""})
-    with pytest.raises(hub.UnavailableError, match="somebody else changed it"):
+    with pytest.raises(UnavailableError, match="somebody else changed it"):
         planned.push(folder)
     assert "other.txt" in repository.commits[-1][1]
     server.ignored = {"model.safetensors"}
-    with pytest.raises(hub.OutputError, match=r"model.safetensors did not arrive in http"):
+    with pytest.raises(OutputError, match=r"model.safetensors did not arrive in http"):
         hub.find("d", public=False).push(folder)

@@ -82,7 +82,7 @@ class Repository:
         with _sentences(self.name, f"no file was sent; {made}"):
             if head is None:
                 head = self.api.model_info(self.name).sha
-            operations = [
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 *(CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())),
                 *(CommitOperationDelete(name) for name in self.outdated(folder)),
             ]
