@@ -59,7 +59,8 @@ def test_all_planted_faults_are_in_one_list_on_two_processes(tmp_path: Path) -> 
         for sentence in (
             "runtime.processes=3 and 2 took part",
             "batch_size=9 can't be split over 2 processes",
-            "moco.queue_size=500 is not below the 13 training images",
+            "moco.queue_size=500 is not below the 13 training images: every image meets its own "
+            "older keys (masked); use moco.queue_size=9 or so",
             "2 of 14 sampled images can't be read",
             "text.jpg",
             "cut.png",

@@ -60,14 +60,23 @@ def test_the_kernels_of_a_gpu_normalise_each_group_as_one_batch_norm_for_each() 
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     allowed = {"torch.float64": 1e-13, "torch.float32": 1e-5, "torch.bfloat16": 1e-2}
-    cases = json.loads(ended.stdout)
-    assert len(cases) == 12
-    for dtype, shape, found in cases:
-        assert found.pop("alone") == 0, (dtype, shape)
-        assert found.keys() == {"y", "mean", "var", "dx", "dweight", "dbias"}
-        assert max(found.values()) < allowed[dtype], (dtype, shape, found)
+    layers, spanning, encoders = json.loads(ended.stdout)
+    assert len(layers) == 20
+    for dtype, shape, kind, found in layers:
+        case = dtype, shape, kind, found
+        assert found.pop("alone") == 0, case
+        names = {"y", "mean", "var", "dx", "dweight", "dbias"}
+        assert found.keys() == names | ({"dshortcut"} if kind == "shortcut" else set())
+        assert max(found.values()) < allowed[dtype], case
         # Sums are float32 at least, also for bfloat16 images.
-        assert max(found["mean"], found["var"], found["dbias"]) < 1e-5, (dtype, shape, found)
+        assert max(found["mean"], found["var"], found["dbias"]) < 1e-5, case
+    # A group that spans two processes, as each of them sees it, without and with a shortcut.
+    assert [len(found) for found in spanning] == [6, 6, 7, 7]
+    assert all(max(found.values()) < 1e-13 for found in spanning), spanning
+    # All ReLUs of an encoder are those of its norms, and nothing else changes.
+    for name, norms in (("resnet18", 17), ("resnet50", 49)):
+        assert encoders[name].pop("rectified") == norms
+        assert max(encoders[name].values()) < 1e-9, encoders
 
 
 def test_evaluation_uses_the_mean_of_the_groups_statistics() -> None:
@@ -202,6 +211,11 @@ def test_a_model_of_timm_without_batchnorm_has_no_statistics() -> None:
         ({"backbone": "resnext50_32x4d", "width": 8}, "use 16 or more"),
         ({"backbone": "timm/none_such", "stem": "imagenet"}, "timm has no such model"),
         ({"backbone": "timm/levit_128s", "stem": "imagenet"}, "is a BatchNorm1d"),
+        ({"patches": "frozen"}, "frozen is for timm's Vision Transformers, and resnet18 has no"),
+        (
+            {"backbone": "timm/regnety_002", "stem": "imagenet", "patches": "frozen"},
+            "timm/regnety_002 has no projection of patches; use a Vision Transformer, or",
+        ),
     ],
 )
 def test_a_backbone_that_can_not_be_trained_is_one_sentence(
@@ -209,6 +223,22 @@ def test_a_backbone_that_can_not_be_trained_is_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         build_encoder(EncoderConfig(**settings), seed=0)
+
+
+def test_frozen_patches_are_moco_v3s_and_need_no_gradient() -> None:
+    settings: dict[str, Any] = {"backbone": "timm/vit_tiny_patch16_224", "stem": "imagenet"}
+    frozen = build_encoder(EncoderConfig(**settings, patches="frozen"), seed=0)
+    trained = build_encoder(EncoderConfig(**settings), seed=0)
+    projection = frozen.backbone.patch_embed.proj
+    bound = (6 / (3 * 16 * 16 + 192)) ** 0.5  # moco-v3, vits.py
+    numbers = projection.weight.detach()
+    assert 0.99 * bound < float(numbers.abs().max()) <= bound
+    assert float(numbers.std()) == pytest.approx(bound / 3**0.5, rel=0.01)
+    assert not projection.bias.any()
+    names = [name for name, p in frozen.named_parameters() if not p.requires_grad]
+    assert names == [f"backbone.patch_embed.proj.{part}" for part in ("weight", "bias")]
+    assert all(p.requires_grad for p in trained.parameters())
+    assert frozen.state_dict().keys() == trained.state_dict().keys()
 
 
 def test_without_timm_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

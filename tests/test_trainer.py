@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco_dist.bench.speed import fill_queue
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
@@ -174,7 +173,7 @@ def _is(leaf: object) -> bool:
 def test_a_step_makes_no_tensor_as_large_as_the_queue(masked: str) -> None:
     queue = ["moco.queue_size=65536", "encoder.dim=128", f"moco.mask_own_keys={masked}"]
     trainer = build(*queue, "tracking.health_every_steps=0")
-    fill_queue(trainer)
+    trainer.moco.fill_up(len(trainer.splits.train))
     for _ in range(2):  # before the second one the momentum of SGD is made
         with Largest() as largest:  # type: ignore[no-untyped-call]
             trainer.train_step()
@@ -205,18 +204,26 @@ def test_memory_is_the_peak_of_what_the_system_says_this_process_has() -> None:
     assert environment.memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.02)
 
 
-def test_a_backbone_without_batchnorm_is_trained_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_a_vision_transformer_is_trained_and_resumed_with_its_patches_frozen(
+    optimizer: str, tmp_path: Path
+) -> None:
     architecture = ["encoder.backbone=timm/test_vit", "encoder.stem=imagenet", "encoder.width=64"]
+    architecture += ["encoder.patches=frozen", f"optim.name={optimizer}"]
     config = load(PretrainConfig, [*TINY, f"output={tmp_path}", *architecture])
     opened = session.start(config)
     trainer = run.build(config, opened)
-    trainer.train_step()
+    first = {name: p.clone() for name, p in trainer.moco.query_encoder.named_parameters()}
+    for _ in range(2):  # the first has no negatives, and so no gradient
+        trainer.train_step()
+    for name, parameter in trainer.moco.query_encoder.named_parameters():
+        assert torch.equal(parameter, first[name]) == ("patch_embed" in name), name
     loop.save(trainer, opened, wait=True)
     ours, _ = trainer.train_step()
     opened.close()
     opened = session.start(config)
     again = run.build(config, opened)
-    assert again.step == 1
+    assert again.step == 2
     theirs, _ = again.train_step()
     assert torch.equal(ours, theirs)
     opened.close()

@@ -30,7 +30,7 @@ from moco_dist.runs import environment
 # The parts of a step, in order. Gradients of several processes are summed within "backward"; "rest"
 # is the plan of the rows and what all processes agree on.
 PARTS = (
-    *("views", "key", "query", "loss", "backward", "optimizer", "momentum", "queue"),
+    *("views", "key", "query", "loss", "backward", "optimizer", "momentum", "memory"),
     *("communication", "tracking", "rest"),
 )
 
@@ -111,18 +111,6 @@ def seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def fill_queue(trainer: Trainer) -> None:
-    """Fill the queue, if there is one, with random keys of the training images."""
-    if trainer.moco.fill is None:
-        return
-    queue = trainer.moco.queue
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(queue.keys.shape, generator=generator)
-    samples = torch.arange(queue.size) % len(trainer.splits.train)
-    device = trainer.device
-    queue.enqueue(F.normalize(keys, dim=1).to(device, trainer.dtype), samples.to(device))
-
-
 def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
     """Return the speed of the trainer's step, from `repeats` times `steps` real steps.
 
@@ -130,7 +118,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
     """
     device, config, hooks = trainer.device, trainer.config, run_hooks(trainer)
     take = Stepper(trainer, hooks)
-    fill_queue(trainer)
+    trainer.moco.fill_up(len(trainer.splits.train))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(warm_up):

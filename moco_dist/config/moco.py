@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moco_dist.config.rules import OWN, check, check_momentum, check_positive, require
+from moco_dist.errors import ConfigError
+
+# The queue that MoCo uses for the 1.28 million images of ImageNet.
+LONGEST = 65_536
+# Share of the images whose keys are in the queue. With a quarter, an image meets its own key of the
+# epoch before in one step of 32: two places in orders of n images lie less than n / 4 apart with a
+# probability of (1 / 4)^2 / 2. With as many keys as images it is one step of two.
+SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,52 @@ class MocoConfig:
             return [(0, None)]
         return [(0, 1), (1, 0)] if self.symmetric and self.keys == "momentum" else [(0, 1)]
 
+    @classmethod
+    def stored(cls, found: Mapping[str, Any]) -> MocoConfig | None:
+        """Return the group that the leaves of a run's config.yaml hold; None if they are no such.
+
+        A key that an older version did not know has its default.
+        """
+        own = {key.removeprefix("moco."): value for key, value in found.items()}
+        names = {field.name for field in dataclasses.fields(cls)}
+        with suppress(ConfigError, TypeError):
+            return cls(**{name: value for name, value in own.items() if name in names})
+        return None
+
+    @property
+    def fills(self) -> bool:
+        """Whether the memory is empty at first, so that the loss rises while it fills."""
+        return self.negatives == "queue"
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raise ConfigError unless the memory can take what a step makes."""
+        keys = batch_size * len(self.passes)
+        require(
+            self.negatives != "queue" or self.queue_size >= keys,
+            f"moco.queue_size={self.queue_size} can't hold the {keys} keys of one step; "
+            f"use {keys} or more",
+        )
+
+    def fitting_queue(self, batch_size: int, images: int) -> int:
+        """Return the power of two nearest to a quarter of the images that a step's keys fit into.
+
+        It is 2,048 for 10,000 images and 16,384 for 60,000, and never more than MoCo's 65,536.
+        """
+        keys = batch_size * len(self.passes)
+        nearest = 1 << round(math.log2(max(1, SHARE * images)))
+        return max(keys, min(LONGEST, nearest))
+
+    def too_long(self, batch_size: int, images: int) -> str:
+        """Return the sentence about a queue of more keys than there are images, or nothing."""
+        if not self.fills or self.queue_size < images:
+            return ""
+        masked = " (masked)" if self.mask_own_keys else " as negatives"
+        fits = self.fitting_queue(batch_size, images)
+        return (
+            f"moco.queue_size={self.queue_size} is not below the {images} training images: every "
+            f"image meets its own older keys{masked}; use moco.queue_size={fits} or so"
+        )
+
     def candidates(self, batch_size: int, images: int) -> int:
         """Return how many vectors a query is compared with, its own positive included.
 
@@ -84,11 +142,25 @@ class MocoConfig:
         others = f"{self.candidates(batch_size, images) - 1:,}"
         if self.negatives == "queue":
             steps = -(-self.queue_size // (batch_size * len(self.passes)))
-            return (
-                f"{others} keys in a queue, full after {steps:,} steps; the loss rises until then"
-            )
+            share = f" ({self.queue_size / images:.1%} of the images)" if images else ""
+            full = f"full after {steps:,} steps; the loss rises until then"
+            return f"{others} keys in a queue{share}, {full}"
         if self.negatives == "bank":
             return f"{others} of a bank's {images:,} vectors, one for each image"
         views = "both views" if self.keys == "gradient" and self.symmetric else "the other view"
         learns = "by momentum" if self.keys == "momentum" else "with gradients"
         return f"{others} vectors of the same step, {views} of its other images, {learns}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keys of the group that have an effect, with their values."""
+        names = ["negatives", "keys", "temperature"]
+        if self.negatives == "queue":
+            names += ["queue_size", "mask_own_keys"]
+        if self.negatives == "bank":
+            names += ["bank_draws", "bank_momentum", "bank_start"]
+        else:
+            names += ["symmetric"]
+        if self.keys == "momentum":
+            names += ["momentum", "momentum_schedule"]
+        return {name: getattr(self, name) for name in names}

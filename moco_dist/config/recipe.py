@@ -16,17 +16,28 @@ from moco_dist.config.rules import (
     require,
 )
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
+from moco_dist.errors import shown
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The source of the images, and their split."""
 
-    name: Literal["cifar10", "cifar100", "stl10", "folder", "shards", "shapes"] = "shapes"
+    name: Literal[
+        "cifar10", "cifar100", "stl10", "folder", "shards", "huggingface", "arrays", "shapes"
+    ] = "shapes"
     # Folder of the data set; cifar10, cifar100 and stl10 are downloaded to it on first use.
     # folder: also a tar or zip file of a folder, which each machine unpacks into the cache.
     # shards: a folder of tar files in WebDataset's layout, KEY.jpg and KEY.cls or KEY.json.
+    # huggingface: a NAME or NAME:CONFIG on the hub, a folder saved by save_to_disk, or parquet or
+    # arrow files. arrays: an .npz file, a folder of .npy files, or one .npy file.
     root: str = "data"
+    # huggingface: the split to train on; empty: the one called train.
+    split: str = ""
+    # huggingface and tables of labels: columns of images (or files) and classes; arrays: arrays.
+    # Empty: found by type and name.
+    image_column: str = ""
+    label_column: str = ""
     # Side in pixels of squares (shorter side resized, centre cropped), which are held in memory and
     # used for features. Training views of streamed images are cut from the whole image.
     size: int = 32
@@ -44,8 +55,9 @@ class DataConfig:
     workers: int = 0
     # exchange: processes send each other the crops of streamed keys; plan: each decodes its own.
     keys_by: Literal["exchange", "plan"] = "exchange"
-    # folders: an image's class is its first-level folder (in shards its .cls or .json).
-    labels: Literal["folders", "none"] = "folders"
+    # folders: an image's class is its first-level folder (in shards its .cls or .json; in tables
+    # and arrays what they say). Or none, or FILE.csv, which has the file and label of each image.
+    labels: str = "folders"
     # Share of the training images held out for validation, drawn by split_seed.
     validation: float = 0.1
     split_seed: int = 0
@@ -68,6 +80,16 @@ class DataConfig:
             shapes_train=(10, None),
             shapes_test=(10, None),
         )
+        is_table = self.labels.lower().endswith((".csv", ".tsv"))
+        require(
+            self.labels in ("folders", "none") or is_table,
+            f"data.labels={shown(self.labels)} is unknown; use folders, none, or a FILE.csv",
+        )
+        require(
+            not is_table or self.name == "folder",
+            f"data.labels={shown(self.labels)} is a table for data.name=folder, and "
+            f"data.name={self.name} has labels of its own; use data.labels=folders or none",
+        )
         colour = len(self.background) == 3 and all(0 <= part <= 255 for part in self.background)
         rule = "it must be three numbers from 0 to 255"
         require(colour, f"data.background={self.background} is no colour; {rule}")
@@ -75,7 +97,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """The random views of an image: crop, flip, colour jitter, grayscale, blur."""
+    """The random views of an image: crop, flip, colour jitter, grayscale, blur, solarisation."""
 
     # Side in pixels.
     size: int = 32
@@ -84,11 +106,13 @@ class ViewsConfig:
     scale_max: float = 1.0
     ratio_min: float = 0.75
     ratio_max: float = 1.3333333333333333
-    # Probabilities of flip, colour jitter, grayscale and blur.
+    # Probabilities of flip, colour jitter, grayscale, blur and solarisation (the bright half of the
+    # values inverted).
     flip: float = 0.5
     jitter: float = 0.8
     grayscale: float = 0.2
     blur: float = 0.0
+    solarize: float = 0.0
     # Strength of the jitter: factors in [1 - x, 1 + x]; hue in turns in [-x, x].
     brightness: float = 0.4
     contrast: float = 0.4
@@ -114,6 +138,7 @@ class ViewsConfig:
             jitter=(0, 1),
             grayscale=(0, 1),
             blur=(0, 1),
+            solarize=(0, 1),
             scale_max=(0.001, 1),
             scale_min=(0.001, self.scale_max),
             ratio_max=(0.1, 10),
@@ -167,6 +192,9 @@ class PretrainConfig:
     init_from: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    # Keys in which an image's second view differs from `views`, such as {blur: 0.1, solarize: 0.2}
+    # in BYOL and MoCo v3. Both views share size, ratio, mean and std.
+    views_2: ViewsConfig | None = None
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     moco: MocoConfig = field(default_factory=MocoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -191,6 +219,13 @@ class PretrainConfig:
             f"encoder.channels={channels} can't be read from images; use 3 (RGB) or 1 (gray)",
         )
         self.views.check_channels(channels)
+        for key in ("size", "ratio_min", "ratio_max", "mean", "std"):
+            ours, theirs = (getattr(each, key) for each in (self.views, self.view_recipes[-1]))
+            require(
+                ours == theirs,
+                f"views_2.{key}={theirs} is not views.{key}={ours}, which both views share; leave "
+                "it out",
+            )
         b, g = self.batch_size, self.bn_groups
         lower = max(g, b // g * g)
         require(
@@ -208,12 +243,12 @@ class PretrainConfig:
             "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
             "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
-        keys = b * len(self.moco.passes)
-        require(
-            self.moco.negatives != "queue" or self.moco.queue_size >= keys,
-            f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
-            f"use {keys} or more",
-        )
+        self.moco.check_batch(b)
+
+    @property
+    def view_recipes(self) -> list[ViewsConfig]:
+        """The recipe of all views, or those of the first and of the second one."""
+        return [self.views, self.views_2] if self.views_2 else [self.views]
 
 
 # Keys, and groups (with a dot), that may change when a run is resumed: the run's length, its

@@ -27,7 +27,7 @@ from moco_dist.doctor.finding import Finding
 from moco_dist.errors import ConfigError, UserError, shown
 from moco_dist.method import plan
 from moco_dist.method.encoder import build_encoder
-from moco_dist.pretrain import alarms
+from moco_dist.pretrain import set_size
 from moco_dist.runs.memory import available
 from moco_dist.tracking import wandb_run
 
@@ -100,11 +100,10 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
         f"{steps:,} an epoch, {steps * config.epochs:,} in {config.epochs} epochs",
         lambda: plan.check_images(rows, groups, world, images),
     )
-    long = alarms.long_queue(config, images) or ""
-    found = config.moco.described(rows, images)
-    if config.moco.negatives == "queue":
-        found += f"; {config.moco.queue_size / images:.1%} of {images:,} images"
-    yield Finding("negatives", found, long)
+    long = config.moco.too_long(rows, images)
+    yield Finding("negatives", config.moco.described(rows, images), long)
+    if few := set_size.few_images(config, images):
+        yield Finding("expect", few)
 
 
 def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:

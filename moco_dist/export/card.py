@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.config.yaml_files import flat, to_dict
 from moco_dist.distributed import fingerprint
 from moco_dist.encoders.load import Found
@@ -16,8 +17,8 @@ from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric, read, read_ob
 
 # Keys of the pretraining that the card shows.
 _SETTINGS = (
-    *("batch_size", "bn_groups", "moco.queue_size", "moco.temperature", "moco.momentum"),
-    *("moco.symmetric", "optim.lr", "optim.weight_decay", "optim.schedule", "precision", "seed"),
+    *("batch_size", "bn_groups", "optim.name", "optim.lr", "optim.weight_decay", "optim.schedule"),
+    *("precision", "seed"),
 )
 
 
@@ -139,7 +140,9 @@ def training(found: Checkpoint, settings: dict[str, Any]) -> dict[str, str]:
         return {"training": "unknown: the file holds only the encoder"}
     epoch = float(found.state.get("epoch") or 0)
     limit = f", {settings['data.limit']} images of it" if settings.get("data.limit") else ""
-    values = [f"{key}={settings[key]}" for key in _SETTINGS if key in settings]
+    moco = MocoConfig.stored(settings)
+    values = [f"moco.{key}={value}" for key, value in (moco.settings if moco else {}).items()]
+    values += [f"{key}={settings[key]}" for key in _SETTINGS if key in settings]
     return {
         "data": f"{settings['data.name']} at {settings['data.size']} pixels{limit}, "
         f"{settings['data.validation']:.0%} held out; fingerprint {found.state.get('data')}",

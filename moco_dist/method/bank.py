@@ -44,13 +44,13 @@ class Bank(nn.Module):
             return slots
         return (uniform(self.seed, Purpose.BANK_DRAW, step, slots) * images).long()
 
-    @record_function("queue")
+    @record_function("memory")
     def negatives(self, step: Key, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return a step's negatives, float (draws, dim), and the row of `samples` each shows."""
         drawn = self.drawn(step)
         return self.vectors[drawn], owners(drawn, samples)
 
-    @record_function("queue")
+    @record_function("memory")
     @torch.no_grad()
     def update(self, queries: Tensor, samples: Tensor, good: Tensor | None = None) -> None:
         """Move the vectors of `samples` (n,), all different, towards `queries` (n, dim).

@@ -6,13 +6,18 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.distributed import comms
 from moco_dist.method.bank import Bank
 from moco_dist.method.encoder import Encoder
 from moco_dist.method.key_queue import KeyQueue
+
+# The name of `MoCo.remembered` in checkpoints.
+REMEMBERED = "enqueued"
 
 
 class MoCo(nn.Module):
@@ -52,12 +57,12 @@ class MoCo(nn.Module):
         return {name: encoder for name, encoder in pairs if encoder is not None}
 
     @property
-    def enqueued(self) -> int:
+    def remembered(self) -> int:
         """Number of keys that have entered the queue; 0 without one."""
         return self.queue.enqueued if hasattr(self, "queue") else 0
 
-    @enqueued.setter
-    def enqueued(self, number: int) -> None:
+    @remembered.setter
+    def remembered(self, number: int) -> None:
         if hasattr(self, "queue"):
             self.queue.enqueued = number
 
@@ -66,23 +71,33 @@ class MoCo(nn.Module):
         """The share of the queue that holds keys; None without a queue."""
         return self.queue.filled / self.queue.size if hasattr(self, "queue") else None
 
+    @torch.no_grad()
+    def fill_up(self, images: int) -> None:
+        """Fill an empty memory with random keys of so many images, as a bench needs it."""
+        if self.fill is None:
+            return
+        keys, device = self.queue.keys, self.queue.keys.device
+        draws = torch.randn(keys.shape, generator=torch.Generator().manual_seed(0))
+        samples = torch.arange(self.queue.size, device=device) % images
+        self.queue.enqueue(F.normalize(draws, dim=1).to(keys), samples)
+
     def remember(
         self,
         vectors: Tensor,
         samples: Tensor,
-        enqueued: Tensor | None = None,
+        remembered: Tensor | None = None,
         good: Tensor | None = None,
     ) -> None:
         """Put `vectors` (n, dim) of `samples` (n,) into the memory, if there is one.
 
-        With `enqueued`, int64 (), and `good`, bool (), the device knows how many keys there are and
-        whether these may enter; the count of this object stays as it is.
+        With `remembered`, int64 (), and `good`, bool (), the device knows how many keys there are
+        and whether these may enter; the count of this object stays as it is.
         """
         if hasattr(self, "queue"):
-            if enqueued is None or good is None:
+            if remembered is None or good is None:
                 self.queue.enqueue(vectors, samples)
             else:
-                self.queue.write(vectors, samples, enqueued, good)
+                self.queue.write(vectors, samples, remembered, good)
         elif hasattr(self, "bank"):
             self.bank.update(vectors, samples, good)
 
@@ -98,6 +113,16 @@ class MoCo(nn.Module):
             ways, share = torch._foreach_sub(queries, keys), 1 - momentum
             torch._foreach_mul_(ways, share.to(keys[0]) if isinstance(share, Tensor) else share)
             torch._foreach_add_(keys, ways)
+
+
+def build(encoder: Encoder, settings: MocoConfig, dim: int, seed: int, images: int) -> MoCo:
+    """Return the encoders and the memory that `settings` ask for, for so many training images."""
+    if settings.negatives == "queue":
+        return MoCo(encoder, settings.queue_size, dim)
+    if settings.negatives == "batch":
+        return MoCo(encoder, momentum_keys=settings.keys == "momentum")
+    bank = Bank(images, dim, seed, settings.bank_draws, settings.bank_momentum)
+    return MoCo(encoder, bank=bank, momentum_keys=False)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from moco_dist.tracking.tracker import Metrics
 
 logger = logging.getLogger(__name__)
 
-LONG_QUEUE, NOT_FINITE = "queue longer than the data", "not finite"
+TOO_LONG, NOT_FINITE = "queue longer than the data", "not finite"
 OTHER_LENGTH = "another length"
 
 # Spread and effective rank of the unit vectors. Below either of the first pair the vectors are
@@ -52,18 +52,6 @@ CLEAR = 0.05
 # Lines whose median speed is compared with that of at least twice as many lines before them. One
 # evaluation, save or busy minute doesn't move a median.
 SLOW_LINES = 30
-
-
-def long_queue(config: PretrainConfig, images: int) -> str | None:
-    """Return the sentence about a queue that holds more keys than there are images, or None."""
-    size = config.moco.queue_size
-    if config.moco.negatives != "queue" or size < images:
-        return None
-    masked = " (masked)" if config.moco.mask_own_keys else " as negatives"
-    return (
-        f"moco.queue_size={size} is not below the {images} training images: every image meets its "
-        f"own older keys{masked}; use moco.queue_size={max(config.batch_size, images // 4)} or less"
-    )
 
 
 class Watch:
@@ -96,14 +84,13 @@ class Watch:
         self._spreads: list[float] = []
         self._speeds: deque[float] = deque(maxlen=1000)
         self._candidates = config.moco.candidates(config.batch_size, images)
-        has_queue = config.moco.negatives == "queue"
-        self._began = "queue was full" if has_queue else "run began"
+        self._began = "queue was full" if config.moco.fills else "run began"
         self._replay()
 
     def sink(self, step: int, metrics: Metrics) -> None:
         """Give the alarms that `look` finds; this is a sink of a Tracker."""
         for name, text in self.look(step, metrics).items():
-            if name != LONG_QUEUE:  # given before the first step
+            if name != TOO_LONG:  # given before the first step
                 logger.warning("%s at step %d: %s", name, step, text)
             self._write(step, name, text)
             self.shown(step, {"alarm": name, "text": text})
@@ -123,7 +110,7 @@ class Watch:
     def look(self, step: int, metrics: Metrics) -> dict[str, str]:
         """Return a sentence for each new alarm in the line `metrics` of `step`, under its name."""
         found = {
-            LONG_QUEUE: long_queue(self.config, self.images),
+            TOO_LONG: self.config.moco.too_long(self.config.batch_size, self.images),
             "collapse": self._collapse(metrics),
             "BatchNorm leak": self._leak(metrics),
             "loss rises": None,
@@ -193,8 +180,7 @@ class Watch:
 
     def _is_full(self, metrics: Metrics) -> bool:
         """Return whether the step of a line had as many negatives as all later ones."""
-        has_queue = self.config.moco.negatives == "queue"
-        return metrics.get(Metric.QUEUE_FILL, 0 if has_queue else 1) == 1
+        return metrics.get(Metric.FILL, 0 if self.config.moco.fills else 1) == 1
 
     def _ends_span(self, step: int, metrics: Metrics) -> bool:
         """Return whether a span of steps has ended: an epoch, or longer, with the queue full."""

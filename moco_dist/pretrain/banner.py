@@ -6,7 +6,7 @@ import logging
 
 from moco_dist.distributed import comms
 from moco_dist.encoders import load
-from moco_dist.pretrain import alarms
+from moco_dist.pretrain.set_size import few_images
 from moco_dist.pretrain.step_graph import why_not
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.session import Session
@@ -20,12 +20,12 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
     """Print the banner and warn of settings that are legal and cost accuracy."""
     config, splits, processes = trainer.config, trainer.splits, comms.world_size()
     left_over = trainer.plan.num_samples - trainer.steps_per_epoch * config.batch_size
-    if config.bn_groups == 1 and config.moco.negatives == "queue":
+    if config.bn_groups == 1 and config.moco.fills:
         logger.warning(
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
-    if sentence := alarms.long_queue(config, len(splits.train)):
+    if sentence := config.moco.too_long(config.batch_size, len(splits.train)):
         logger.warning(sentence)
     monitor = (
         "every " + _counted(config.knn.every_epochs, "epoch", "epochs")
@@ -51,6 +51,8 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
     if trainer.device.type == "cuda":
         why = why_not(trainer)
         rows["graph"] = f"none: {why}" if why else "each step is one once the memory is full"
+    if few := few_images(config, len(splits.train)):
+        rows["expect"] = few
     if splits.parts:
         rows["parts"] = splits.parts
     if config.runtime.compile:

@@ -12,6 +12,7 @@ from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import run_lists
 from moco_dist.distributed import fingerprint, peers
 from moco_dist.errors import DataError, StoppedError
+from moco_dist.method.moco import REMEMBERED
 from moco_dist.method.schedule import due, learning_rate
 from moco_dist.pretrain import pictures, state
 from moco_dist.pretrain.hooks import RunHooks
@@ -105,7 +106,7 @@ def figures_of(
     return {
         "epoch": step / trainer.steps_per_epoch,
         **found,
-        **({} if fill is None else {Metric.QUEUE_FILL: fill}),
+        **({} if fill is None else {Metric.FILL: fill}),
         Metric.LR: learning_rate(optim, step - 1, trainer.steps_per_epoch, trainer.total_steps),
         Metric.GRADIENT_NORM: norm,
         Metric.IMAGES_PER_SECOND: trainer.config.batch_size / seconds,
@@ -171,7 +172,7 @@ def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
     )
     others = {
         "epoch": trainer.step / trainer.steps_per_epoch,
-        "enqueued": trainer.moco.enqueued,
+        REMEMBERED: trainer.moco.remembered,
         "evaluated": trainer.evaluated,
         "best": trainer.best,
         "run_id": session.run_id,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.method import batch_norm
-from moco_dist.method.moco import MoCo
+from moco_dist.method.moco import REMEMBERED, MoCo
 from moco_dist.runs import checkpoint
 from moco_dist.runs.checkpoint import Checkpoint
 
@@ -48,4 +48,4 @@ def restore(
         }
         batch_norm.restore_group_statistics(encoder, own)
     checkpoint.restore_momentum(optimizer, network.query_encoder, saved)
-    network.enqueued = saved.piece("enqueued")
+    network.remembered = saved.piece(REMEMBERED)

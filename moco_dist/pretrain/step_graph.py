@@ -73,7 +73,7 @@ class DeviceClock:
         momenta = [schedule.key_momentum(config.moco, step, total) for step in range(total)]
         self.rates = torch.tensor(rates, dtype=torch.float32, device=trainer.device)
         self.momenta = torch.tensor(momenta, dtype=torch.float64, device=trainer.device)
-        self.step, self.enqueued, self.count = torch.zeros(
+        self.step, self.remembered, self.count = torch.zeros(
             3, dtype=torch.int64, device=trainer.device
         )
         self.good = torch.ones((), dtype=torch.bool, device=trainer.device)
@@ -85,7 +85,7 @@ class DeviceClock:
         step = self.trainer.step
         if step != self._place:
             self.step.fill_(step)
-            self.enqueued.fill_(self.trainer.moco.enqueued)
+            self.remembered.fill_(self.trainer.moco.remembered)
         epoch = step // self.trainer.steps_per_epoch
         if epoch != self._epoch:
             self.order.copy_(self.trainer.plan.order(epoch))
@@ -120,9 +120,9 @@ class DeviceClock:
 
     def remember(self, vectors: Tensor, samples: Tensor) -> None:
         """Put vectors into the memory, and advance."""
-        self.trainer.moco.remember(vectors, samples, self.enqueued, self.good)
+        self.trainer.moco.remember(vectors, samples, self.remembered, self.good)
         self.step += self.good
-        self.enqueued += self.good * len(vectors)
+        self.remembered += self.good * len(vectors)
 
 
 class _Guard(Hooks):
@@ -259,7 +259,7 @@ class Stepper:
         self.events[number % _KEPT].record()
         self.count += 1
         trainer.step += 1
-        trainer.moco.enqueued += self._keys
+        trainer.moco.remembered += self._keys
         if self.checked < number - 1:
             self._figures(number - 1, step - 1)
         return Taken(self.logits, partial(self._figures, number, step))
@@ -284,7 +284,7 @@ class Stepper:
         trainer = self.trainer
         torch.cuda.synchronize(trainer.device)
         trainer.step = step
-        trainer.moco.enqueued -= (self.count - number) * self._keys
+        trainer.moco.remembered -= (self.count - number) * self._keys
         row = dict(zip(_NAMES, self.read[number % _KEPT], strict=True))
         suspects = {
             "keys": row["keys"],

@@ -21,8 +21,7 @@ from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features, load
 from moco_dist.method import batch_norm, moco, optimizers, schedule
-from moco_dist.method.bank import Bank
-from moco_dist.method.encoder import Encoder, build_encoder
+from moco_dist.method.encoder import build_encoder
 from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images, group_share
 from moco_dist.pretrain import mechanisms, rehearsal, state
 from moco_dist.pretrain.hooks import Hooks
@@ -99,7 +98,8 @@ class Trainer:
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         passes = config.moco.passes
         self.source = view_source(
-            self.splits.train, config.views, self.plan, passes, self.dtype, config.data.keys_by
+            *(self.splits.train, config.view_recipes, self.plan, passes, self.dtype),
+            config.data.keys_by,
         )
         share = group_share(config.batch_size, config.bn_groups, processes)
         encoder = build_encoder(config.encoder, config.seed, *share)
@@ -108,7 +108,9 @@ class Trainer:
         if config.init_from and not saved:
             path = Path(config.init_from).expanduser()
             self.initial = peers.together(lambda: load.start_from(encoder, path))
-        self.moco = self._network(encoder).to(self.device, self.dtype)
+        images = len(self.splits.train)
+        network = moco.build(encoder, config.moco, config.encoder.dim, config.seed, images)
+        self.moco = network.to(self.device, self.dtype)
         self.optimizer = optimizers.build(config.optim, self.moco.query_encoder.parameters())
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
@@ -164,16 +166,6 @@ class Trainer:
         """Return what finds the loss and gradients of a step, from the parts of this trainer."""
         parts = self.moco, self.query, self.accelerator, self.source, self.plan, self.undo
         return mechanisms.of(self.config)(self.config, *parts)
-
-    def _network(self, encoder: Encoder) -> moco.MoCo:
-        settings, dim = self.config.moco, self.config.encoder.dim
-        if settings.negatives == "queue":
-            return moco.MoCo(encoder, settings.queue_size, dim)
-        if settings.negatives == "batch":
-            return moco.MoCo(encoder, momentum_keys=settings.keys == "momentum")
-        draws, images = settings.bank_draws, len(self.splits.train)
-        bank = Bank(images, dim, self.config.seed, draws, settings.bank_momentum)
-        return moco.MoCo(encoder, bank=bank, momentum_keys=False)
 
     def train_step(self, hooks: Hooks = GATHER_ONLY) -> tuple[Tensor, list[Tensor]]:
         """Take one step: for MoCo Algorithm 1 (He et al. 2020), whose lines stand on the right.
