@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hf_xet
 import huggingface_hub.constants
 import pytest
 import torch
@@ -15,6 +17,7 @@ import yaml
 from torchvision.transforms.v2.functional import to_pil_image
 
 import moco_dist
+from moco_dist.errors import OutputError, UnavailableError, UserError
 from moco_dist.export import hub
 from moco_dist.export.run import run
 from tests.hub_server import HubServer
@@ -60,6 +63,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
             monkeypatch.setenv(name, value)
         # The library has read its environment when it was imported.
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         yield server
@@ -203,9 +208,27 @@ def test_a_change_since_the_plan_and_a_file_that_did_not_arrive_are_named(
     repository, folder = server.repositories["me/c"], cifar / "export/torchvision"
     planned = hub.find("c", public=False)
     repository.commit(repository.commits[-1][1] | {"other.txt": b""})
-    with pytest.raises(hub.UnavailableError, match="somebody else changed it"):
+    with pytest.raises(UnavailableError, match="somebody else changed it"):
         planned.push(folder)
     assert "other.txt" in repository.commits[-1][1]
     server.ignored = {"model.safetensors"}
-    with pytest.raises(hub.OutputError, match=r"model.safetensors did not arrive in http"):
+    with pytest.raises(OutputError, match=r"model.safetensors did not arrive in http"):
         hub.find("d", public=False).push(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        # What the library's fast way of uploading raises, which this server doesn't have.
+        (hf_xet.XetAuthenticationError("scope"), 77, "this login may not write there (scope)"),
+        (RuntimeError("connection reset"), 69, "the hub can't be reached (connection reset)"),
+        (ValueError("malformed"), 74, "the hub refused it (ValueError: malformed)"),
+    ],
+)
+def test_failures_without_an_http_status_have_their_sentence(
+    error: Exception, status: int, words: str
+) -> None:
+    sentence = re.escape(f"--push a/b: empty; {words}")
+    with pytest.raises(UserError, match=sentence) as found, hub._sentences("a/b", "empty; "):
+        raise error
+    assert found.value.exit_status == status

@@ -42,7 +42,7 @@ def test_the_pods_find_each_other_share_the_disk_and_have_time_to_save() -> None
 
 
 def test_each_exit_status_leads_to_what_helps() -> None:
-    actions = {}
+    actions: dict[int, str] = {}
     for rule in JOB["spec"]["podFailurePolicy"]["rules"]:
         if codes := rule.get("onExitCodes"):
             assert codes["containerName"] == CONTAINER["name"]

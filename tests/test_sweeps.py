@@ -18,6 +18,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.running import TrackingConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.runs import slurm_job
+from moco_dist.runs.record import Metric
 from moco_dist.tracking.wandb_run import WandbRun
 from tests.test_documents import blocks
 from tests.test_launch import BIN, ROOT, TINY, lines
@@ -87,6 +88,36 @@ def test_a_task_of_slurm_is_an_agent_that_passes_signals_on(tmp_path: Path) -> N
     assert asked == "--ntasks=1 wandb agent --forward-signals me/project/s1"
     assert environment.split()[0] == "online"
     assert "SIGUSR1" in environment
+
+
+def test_the_example_of_a_report_shows_metrics_and_keys_that_runs_have(tmp_path: Path) -> None:
+    (code,) = blocks(ROOT / "docs/tracking.md", "python")
+    with WandbServer() as server:
+        environment = os.environ | server.environment | {"WANDB_DIR": str(tmp_path)}
+        environment.pop("WANDB_MODE", None)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert f"Saved report to: {server.url}/me/moco_dist/reports/" in done.stderr, done.stderr
+        (report,) = server.reports
+    panels = [panel for panel in asked(json.loads(report["spec"])) if "metrics" in panel]
+    shown = {name for panel in panels for name in panel["metrics"]}
+    assert shown == {"knn/top1", "train/loss", "health/rankme"} & set(Metric)
+    axes = {
+        axis["accessor"]
+        for panel in asked(json.loads(report["spec"]))
+        for axis in panel.get("columns", [])
+    }
+    # A run's configuration is nested, and W&B puts a value around each of its groups.
+    assert axes == {"config:optim.value.lr", "summary:knn/top1"}
+
+
+def asked(spec: Any) -> list[dict[str, Any]]:
+    """Return the configurations of all panels in the specification of a report."""
+    if isinstance(spec, dict):
+        own = [spec["config"]] if isinstance(spec.get("config"), dict) else []
+        return own + [found for value in spec.values() for found in asked(value)]
+    return [found for value in spec for found in asked(value)] if isinstance(spec, list) else []
 
 
 @pytest.mark.slow

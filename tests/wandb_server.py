@@ -13,6 +13,10 @@ from typing import Any, Self
 import yaml
 
 PROJECT = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
+DAY = "2026-01-01T00:00:00"
+LISTED = {"__typename": "Project", "id": "p", "name": "moco_dist", "entityName": "me"}
+LISTED |= {"createdAt": DAY, "isBenchmark": False, "user": None}
+LAST = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
 
 
 class WandbServer:
@@ -24,6 +28,7 @@ class WandbServer:
         # Configurations of sweeps by their ids, and the places in their grids that are begun.
         self.sweeps: dict[str, dict[str, Any]] = {}
         self.begun: dict[str, list[str]] = {}
+        self.reports: list[dict[str, Any]] = []
         self.mute = False  # while set, nothing is answered
         outer = self
 
@@ -105,6 +110,15 @@ class WandbServer:
             commands = [] if json.loads(variables["runState"]) else [self._next(variables["id"])]
             answer = {"agent": {"id": "a"}, "commands": json.dumps(commands)}
             return {"agentHeartbeat": answer}
+        if operation == "ProjectInternalId":
+            return {"project": {"id": "p", "internalId": "1"}}
+        if operation == "GetProjects":
+            return {"models": {"edges": [{"node": LISTED, "cursor": ""}], "pageInfo": LAST}}
+        if operation == "upsertView":
+            self.reports.append(variables)
+            view = {name: variables[name] for name in ("name", "type", "spec", "displayName")}
+            view |= {"id": "r", "description": "", "project": LISTED, "updatedAt": DAY}
+            return {"upsertView": {"view": view, "inserted": True}}
         viewer = {
             "id": "v",
             "flags": "{}",

@@ -33,8 +33,8 @@ def text(found: Found, which: str, target: str, lines: str, folder: Path | str) 
         "The model was not built with detectron2: a second map translated the names back to "
         "torchvision's, and the features agreed with the encoder's within 1e-5."
         if target == "detectron2"
-        else "Before the files were kept, this code was run on drawn images, and its features "
-        "agreed with the encoder's within 1e-5."
+        else "Before the files were kept, this code was run on drawn images (from a folder), and "
+        "its features agreed with the encoder's within 1e-5."
     )
     config = found.architecture
     stem = "" if config.is_timm else f", {config.stem} stem, width {config.width}"

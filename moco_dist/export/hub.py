@@ -82,7 +82,7 @@ class Repository:
         with _sentences(self.name, f"no file was sent; {made}"):
             if head is None:
                 head = self.api.model_info(self.name).sha
-            operations = [
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 *(CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir())),
                 *(CommitOperationDelete(name) for name in self.outdated(folder)),
             ]
@@ -169,14 +169,14 @@ def _sentence(what: str, state: str, error: BaseException) -> UserError:
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         who = "nobody is logged in to the hub" if not status else "the hub does not know this login"
         return DeniedError(f"{what}: {state}{who}; run hf auth login, or set HF_TOKEN")
-    if status == 403:
+    if status == 403 or isinstance(error, PermissionError):  # the latter is that of hf_xet
         fix = "use a token that may write, and a name that belongs to you or your organization"
         return DeniedError(f"{what}: {state}this login may not write there ({said}); {fix}")
     if isinstance(error, OfflineModeIsEnabled):
         return UnavailableError(f"{what}: {state}HF_HUB_OFFLINE is set; unset it to upload")
     if status in (409, 412):
         return UnavailableError(f"{what}: {state}somebody else changed it ({said}); try again")
-    if status >= 500 or status == 429 or (not status and isinstance(error, HTTPError | OSError)):
+    if status >= 500 or status == 429 or (not status and not isinstance(error, ValueError)):
         return UnavailableError(f"{what}: {state}the hub can't be reached ({said}); try again")
     refused = f"the hub refused it ({status or type(error).__name__}: {said})"
     return OutputError(f"{what}: {state}{refused}; correct that, and repeat the command")

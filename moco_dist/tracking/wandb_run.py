@@ -203,8 +203,8 @@ class WandbRun:
         row = {"step": step, **metrics, **self._pictures(step)}
         for name in row.keys() - self._defined:
             axis = "epoch" if name.startswith(EVALUATIONS) else "step"
-            summary = ",".join(self._figures.get(name, ["none"]))
-            summary = None if self.sweep else summary  # a sweep wants numbers, here the last ones
+            # A sweep wants numbers: without a summary of ours, it is the last one.
+            summary = None if self.sweep else ",".join(self._figures.get(name, ["none"]))
             self.run.define_metric(name, step_metric=axis, summary=summary)
             self._defined.add(name)
         self.run.log(row, step=step, commit=True)
