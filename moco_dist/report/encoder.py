@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def look(path: Path, data: DataConfig | None = None) -> Look:
         raise MissingError(f"{found.place}: doesn't say which images it was trained on; give a run")
     config = data or from_dict(DataConfig, settings["data"])
     view = replace(found.fed, size=min(found.fed.size, config.size))
+    recipes = [view]
+    if second := settings.get("views_2"):
+        recipes.append(replace(from_dict(ViewsConfig, second), size=view.size))
     part, images = held_out(config, found.architecture.channels)
     points = extract(found.backbone, images, view)
     images = images[torch.arange(len(points))]
@@ -81,7 +85,7 @@ def look(path: Path, data: DataConfig | None = None) -> Look:
         variance,
         embedding(points[:NEIGHBOUR_EMBEDDING]),
         neighbours(points, images),
-        pairs(images, view),
+        pairs(images, recipes),
     )
 
 
@@ -198,11 +202,14 @@ def _queries(labels: Tensor) -> list[int]:
     return [*chosen, *(row for row in range(len(labels)) if row not in chosen)][:QUERIES]
 
 
-def pairs(images: Images, config: ViewsConfig) -> list[list[Tile]]:
+def pairs(images: Images, recipes: Sequence[ViewsConfig]) -> list[list[Tile]]:
     """Return two rows of tiles, the two views of some images with the run's settings."""
     rows = torch.arange(min(PAIRS, len(images)))
-    mean, std = (torch.tensor(each)[:, None, None] for each in (config.mean, config.std))
-    both = (views.make(images.pixels[rows], config, 0, 0, rows, view) for view in (0, 1))
+    mean, std = (torch.tensor(each)[:, None, None] for each in (recipes[0].mean, recipes[0].std))
+    both = (
+        views.make(images.pixels[rows], views.recipe(recipes, view), 0, 0, rows, view)
+        for view in (0, 1)
+    )
     return [
         [Tile(_pixels(((each * std + mean) * 255).clamp(0, 255).byte())) for each in made]
         for made in both
