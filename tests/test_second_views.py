@@ -92,7 +92,9 @@ def test_views_of_a_batch_with_two_recipes_are_those_made_one_by_one(order: list
 def test_queries_and_keys_of_a_step_have_their_recipes() -> None:
     trainer = build("views.blur=1", "views_2.blur=0", "views_2.solarize=1", "views_2.jitter=0")
     rows = trainer.plan.step(0)
-    (keys,), (queries,) = ([piece() for piece in part[0]] for part in trainer.contrast.make_views(rows))
+    (keys,), (queries,) = (
+        [piece() for piece in part[0]] for part in trainer.contrast.make_views(rows)
+    )
     config = trainer.config
     samples = rows.samples[rows.query_rows], rows.samples[rows.key_rows[0]]
     for view, (made, mine) in enumerate(zip((queries, keys), samples, strict=True)):
