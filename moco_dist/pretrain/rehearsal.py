@@ -64,8 +64,8 @@ def compile_all(rehearsal: Rehearsal, source: ViewSource, config: PretrainConfig
     source.maker.compile_step()
     for encoder in network.encoders.values():
         encoder.compile_training()
-    made = [view for views in config.moco.passes for view in views if view is not None]
-    together = [made] if rehearsal.micro_batches == 1 else [[view] for view in sorted({*made})]
+    views = [view for views in config.moco.passes for view in views if view is not None]
+    together = [views] if rehearsal.micro_batches == 1 else [[view] for view in {*views}]
     samples = torch.arange(rows, device=rehearsal.images.device)
     images = samples.new_zeros(len(together[0]) * rows, *source.shape, dtype=torch.uint8)
     with compile_errors():
