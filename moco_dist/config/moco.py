@@ -152,6 +152,15 @@ class MocoConfig:
         return f"{others} vectors of the same step, {views} of its other images, {learns}"
 
     @property
+    def unused(self) -> list[str]:
+        """Those given keys that have no effect with these negatives and keys, KEY=VALUE."""
+        return [
+            f"moco.{each.name}={getattr(self, each.name)}"
+            for each in dataclasses.fields(self)
+            if each.name not in self.settings and getattr(self, each.name) != each.default
+        ]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The keys of the group that have an effect, with their values."""
         names = ["negatives", "keys", "temperature"]

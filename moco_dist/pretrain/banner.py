@@ -48,6 +48,8 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
+    if config.moco.unused:
+        rows["no effect"] = ", ".join(config.moco.unused)
     if trainer.device.type == "cuda":
         why = why_not(trainer)
         rows["graph"] = f"none: {why}" if why else "each step is one once the memory is full"

@@ -37,9 +37,9 @@ PRETRAINING = (
     ),
     Course(
         *(Metric.ACCURACY_TOP1, "instance_top1", "Instance top-1, training batches", "%"),
-        "Share of the queries that are closer to their own key than to any key in the queue. If it "
-        "is near 100% while kNN does not rise, the encoder has found a shortcut, such as a leak "
-        "through BatchNorm.",
+        "Share of the queries that are closer to their positive than to any of their negatives. If "
+        "it is near 100% while kNN does not rise, the encoder has found a shortcut, such as a leak "
+        "through BatchNorm. The more negatives, the lower it is.",
     ),
     Course(Metric.LR, "learning_rate", "Learning rate", "", "The learning rate of each step."),
     Course(
@@ -54,14 +54,14 @@ HEALTH = (
         "Below 0.02 the run has collapsed.",
     ),
     Course(
-        *(Metric.RANKME, "health_rankme", "Effective rank of the keys (RankMe)", ""),
-        "The number of dimensions over which the keys in the queue spread (Garrido et al. 2023). "
-        "Below 1.5 the run has collapsed.",
+        *(Metric.RANKME, "health_rankme", "Effective rank (RankMe)", ""),
+        "The number of dimensions over which the keys in the queue spread, or without a queue the "
+        "queries of a step (Garrido et al. 2023). Below 1.5 the run has collapsed.",
     ),
     Course(
         *(Metric.ALIGNMENT, "health_alignment", "Alignment", ""),
-        "Mean squared distance between a query and its positive key (Wang and Isola 2020): 0 if "
-        "they coincide, 2 if they are unrelated.",
+        "Mean squared distance between a query and its positive (Wang and Isola 2020): 0 if they "
+        "coincide, 2 if they are unrelated.",
     ),
     Course(
         *(Metric.UNIFORMITY, "health_uniformity", "Uniformity", ""),
