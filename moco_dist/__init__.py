@@ -10,15 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moco_dist.config.encoder import EncoderConfig
+    from moco_dist.config.moco import MocoConfig
+    from moco_dist.config.optim import OptimConfig
     from moco_dist.config.probe import GridConfig, ProbeConfig
-    from moco_dist.config.recipe import (
-        DataConfig,
-        EncoderConfig,
-        MocoConfig,
-        OptimConfig,
-        PretrainConfig,
-        ViewsConfig,
-    )
+    from moco_dist.config.recipe import DataConfig, PretrainConfig, ViewsConfig
     from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
     from moco_dist.data.shapes import draw as draw_shapes
     from moco_dist.encoders.features import predict as knn_predict
@@ -44,7 +40,10 @@ __all__ = [
 
 # Where each public name is defined, and under which name if that is another one.
 _PLACES = {
-    "config.recipe": "DataConfig EncoderConfig MocoConfig OptimConfig PretrainConfig ViewsConfig",
+    "config.encoder": "EncoderConfig",
+    "config.moco": "MocoConfig",
+    "config.optim": "OptimConfig",
+    "config.recipe": "DataConfig PretrainConfig ViewsConfig",
     "config.running": "CheckpointConfig KnnConfig RuntimeConfig TrackingConfig",
     "config.probe": "GridConfig ProbeConfig",
     "data.shapes": "draw_shapes=draw",

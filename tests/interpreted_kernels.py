@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco_dist.config.recipe import EncoderConfig
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.distributed import comms
 from moco_dist.method import batch_norm_gpu
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms

@@ -95,7 +95,7 @@ def test_flops_of_a_step_are_those_of_its_convolutions_and_products(width: int) 
     trainer = build(*LARGE, f"encoder.width={width}")
     ours = [m for m in trainer.moco.modules() if isinstance(m, SmallMapConv)]
     assert bool(ours) == (width == 32)  # whose products are counted with the padding, too
-    bench_speed.fill_queue(trainer)
+    trainer.moco.fill_up(len(trainer.splits.train))
     macs = 0
 
     def count(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 import moco_dist
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.config.recipe import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.recipe import DataConfig, PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets, image_folder
 from moco_dist.data.image_file import Recipe

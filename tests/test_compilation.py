@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from moco_dist.config.recipe import EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.recipe import PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets, view_source
 from moco_dist.data.view_source import Maker
@@ -71,10 +72,12 @@ def test_the_formula_is_a_norm_for_each_group(memory_format: torch.memory_format
     assert torch.equal(grouped.group_mean, before)
 
 
-def test_a_compiled_block_has_the_gradients_of_the_block() -> None:
+@pytest.mark.parametrize("part", ["block", "head"])
+def test_a_compiled_block_has_the_gradients_of_the_block(part: str) -> None:
     def block() -> nn.Module:
-        encoder = build_encoder(EncoderConfig(width=2), 0, rows_per_group=4, groups=2)
-        return encoder.double().backbone.layer2[0]  # type: ignore[no-any-return]
+        config = EncoderConfig(width=2, head="mlp_bn", dim=5)
+        encoder = build_encoder(config, 0, rows_per_group=4, groups=2).double()
+        return encoder.head if part == "head" else encoder.backbone.layer2[0]
 
     plain, other = block(), block()
     for norm in batch_norms(other):
@@ -82,8 +85,9 @@ def test_a_compiled_block_has_the_gradients_of_the_block() -> None:
     fast = compiled(other)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
-        x = torch.randn(8, 2, 6, 6, generator=generator, dtype=torch.float64)
-        x = x.to(memory_format=torch.channels_last)
+        shape = (8, 16) if part == "head" else (8, 2, 6, 6)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = x if part == "head" else x.to(memory_format=torch.channels_last)
         outs = plain(x), fast(x)
         take_in(batch_norms(other))
         of_out = torch.randn(outs[0].shape, generator=generator, dtype=torch.float64)

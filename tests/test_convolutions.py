@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moco_dist.config.recipe import EncoderConfig
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.method import convolutions
 from moco_dist.method.convolutions import SmallMapConv
 from moco_dist.method.encoder import build_encoder
@@ -92,7 +92,7 @@ def test_shortcuts_of_narrow_encoders_do_not_write_beyond_their_memory() -> None
     """In a separate process, which oneDNN's fault would end; against the sum of products."""
     code = """
 import torch
-from moco_dist.config.recipe import EncoderConfig
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.method.encoder import build_encoder
 for width in (4, 8):
     shortcut = build_encoder(EncoderConfig(width=width), 0).backbone.layer2[0].downsample[0]

@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
-from moco_dist.config.recipe import BACKBONES, EncoderConfig
+from moco_dist.config.encoder import BACKBONES, EncoderConfig
 from moco_dist.errors import ConfigError
 from moco_dist.method import batch_norm
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moco_dist
-from moco_dist.config.recipe import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.recipe import DataConfig, PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import datasets
 from moco_dist.encoders import load

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 import moco_dist
-from moco_dist.config.recipe import EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.recipe import PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import to_dict
 from moco_dist.distributed import fingerprint
 from moco_dist.encoders import original

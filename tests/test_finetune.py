@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_dist.config.recipe import EncoderConfig
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.method import views
 from moco_dist.method.batch_norm import batch_norms
 from moco_dist.method.encoder import build_encoder

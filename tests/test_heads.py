@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from moco_dist.config.optim import OptimConfig
 from moco_dist.config.probe import GridConfig
-from moco_dist.config.recipe import OptimConfig
 from moco_dist.probe import heads
 from tests.probes import prepared, pretrained, tinted
 

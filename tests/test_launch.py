@@ -230,7 +230,7 @@ def test_warnings_say_what_is_lost(tmp_path: Path) -> None:
     long = python("pretrain", *tiny, "moco.queue_size=90", "name=long")
     assert long.stderr == (
         "WARNING: moco.queue_size=90 is not below the 90 training images: every image meets its "
-        "own older keys (masked); use moco.queue_size=22 or less\n"
+        "own older keys (masked); use moco.queue_size=16 or so\n"
     )
 
 

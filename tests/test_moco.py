@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco_dist.config.recipe import EncoderConfig, MocoConfig, OptimConfig
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.moco import MocoConfig
+from moco_dist.config.optim import OptimConfig
 from moco_dist.method import loss as method_loss
 from moco_dist.method import moco, schedule
 from moco_dist.method.encoder import build_encoder

@@ -52,7 +52,7 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
     trainer = Trainer(config, session.accelerator, splits, session.resumed)
     hooks = loop.run_hooks(trainer, session)
     if nudge:
-        for module in (trainer.moco.query_encoder, trainer.moco.key_encoder):
+        for module in trainer.moco.encoders.values():
             draws = torch.Generator().manual_seed(0)
             for parameter in module.parameters():
                 share = 2 * torch.rand(parameter.shape, generator=draws, dtype=torch.float64) - 1
@@ -61,13 +61,14 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
     while trainer.step < until:
         loss, _ = trainer.train_step(hooks)
         losses.append(float(comms.mean(loss)))
-        queue = trainer.moco.queue
-        queues.append(fingerprint.of_tensors(queue.keys, queue.samples))
+        state = trainer.moco.state_dict()
+        memory = [state[name] for name in state if name.startswith(("queue.", "bank."))]
+        queues.append(fingerprint.of_tensors(*memory))
     loop.save(trainer, session, wait=True)
     session.close()
     state = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
-    buffers = trainer.optimizer.state.values()
-    state |= {f"momentum {i}": s["momentum_buffer"].clone() for i, s in enumerate(buffers)}
+    for number, buffers in enumerate(trainer.optimizer.state.values()):
+        state |= {f"{name} {number}": buffer.clone() for name, buffer in buffers.items()}
     return {"losses": torch.tensor(losses, dtype=torch.float64), "queues": queues, "state": state}
 
 

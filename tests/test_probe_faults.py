@@ -12,8 +12,8 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.config.recipe import EncoderConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.data.shapes import CLASSES

@@ -15,8 +15,8 @@ from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy, linear
 from torchvision import models
 
+from moco_dist.config.encoder import BACKBONES
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.config.recipe import BACKBONES
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.encoders.load import checkpoint_of, find

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco_dist.config.recipe import EncoderConfig
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.distributed import comms
 from moco_dist.errors import ConfigError
 from moco_dist.method import batch_norm

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.config.recipe import DataConfig, EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.recipe import DataConfig, PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets, image_file
 from moco_dist.data.image_file import Recipe
@@ -134,7 +135,7 @@ def followed(output: str, root: str, until: int, overrides: list[str]) -> dict[s
     trainer, opened = start(output, root, *overrides)
     first, found = trainer.step, {}
     while trainer.step < until:
-        step, rows = trainer.step, trainer.plan.step(trainer.step, len(trainer.passes))
+        step, rows = trainer.step, trainer.plan.step(trainer.step, len(trainer.config.moco.passes))
         trainer.train_step()
         assert isinstance(trainer.source, StreamedSource)
         found[step] = step_hash(trainer.source, rows)

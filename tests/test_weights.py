@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import moco_dist
-from moco_dist.config.recipe import BACKBONES, EncoderConfig
+from moco_dist.config.encoder import BACKBONES, EncoderConfig
 from moco_dist.data import datasets
 from moco_dist.encoders import layouts, state_dict
 from moco_dist.encoders.load import find

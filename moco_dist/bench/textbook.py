@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from moco_dist.config.recipe import EncoderConfig, PretrainConfig, ViewsConfig
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.recipe import PretrainConfig, ViewsConfig
 from moco_dist.distributed import comms
-from moco_dist.method import views
+from moco_dist.method import heads, views
 from moco_dist.method.encoder import Backbone
 
 
@@ -57,8 +58,7 @@ class PilViews(Dataset[tuple[Tensor, Tensor]]):
 def _encoder(config: EncoderConfig) -> nn.Sequential:
     backbone = Backbone(config, nn.BatchNorm2d)
     features = backbone.num_features
-    hidden = [nn.Linear(features, features), nn.ReLU()] if config.head == "mlp" else []
-    return nn.Sequential(backbone, *hidden, nn.Linear(features, config.dim))
+    return nn.Sequential(backbone, heads.projection(config, features, nn.BatchNorm1d))
 
 
 class TextbookMoCo(nn.Module):

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from moco_dist.config.recipe import DataConfig, OptimConfig, Precision, ViewsConfig
-from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, require
+from moco_dist.config.optim import OptimConfig
+from moco_dist.config.recipe import DataConfig, Precision, ViewsConfig
+from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, of_sweep, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
 # Files that hold an encoder.
@@ -111,6 +112,11 @@ class ProbeConfig:
             "knn.features=head is for pretraining only, because a probe reads the backbone alone; "
             "leave it out",
         )
+        require(
+            self.optim.name == "sgd" and not self.optim.nesterov,
+            f"optim.name={self.optim.name} with optim.nesterov={self.optim.nesterov} is for "
+            "pretraining only, and a probe is trained by plain SGD; leave both out",
+        )
         check_positive("", self, encoder_lr="0.01 is usual")
         chosen = len(self.grid.lr) > 1 or len(self.grid.weight_decay) > 1
         require(
@@ -140,4 +146,4 @@ class ProbeConfig:
 
     def run_name(self) -> str:
         """Return the name of this run."""
-        return self.name or f"{self.pretraining()}-probe"
+        return self.name or f"{self.pretraining()}-probe{of_sweep()}"

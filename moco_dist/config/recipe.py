@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.moco import MocoConfig
+from moco_dist.config.optim import OptimConfig
 from moco_dist.config.rules import (
     ANY,
     OWN,
     check,
-    check_momentum,
     check_name,
-    check_positive,
     require,
 )
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
@@ -22,11 +23,21 @@ from moco_dist.errors import shown
 class DataConfig:
     """The source of the images, and their split."""
 
-    name: Literal["cifar10", "cifar100", "stl10", "folder", "shards", "shapes"] = "shapes"
+    name: Literal[
+        "cifar10", "cifar100", "stl10", "folder", "shards", "huggingface", "arrays", "shapes"
+    ] = "shapes"
     # Folder of the data set; cifar10, cifar100 and stl10 are downloaded to it on first use.
     # folder: also a tar or zip file of a folder, which each machine unpacks into the cache.
     # shards: a folder of tar files in WebDataset's layout, KEY.jpg and KEY.cls or KEY.json.
+    # huggingface: a NAME or NAME:CONFIG on the hub, a folder saved by save_to_disk, or parquet or
+    # arrow files. arrays: an .npz file, a folder of .npy files, or one .npy file.
     root: str = "data"
+    # huggingface: the split to train on; empty: the one called train.
+    split: str = ""
+    # huggingface and tables of labels: columns of images (or files) and classes; arrays: arrays.
+    # Empty: found by type and name.
+    image_column: str = ""
+    label_column: str = ""
     # Side in pixels of squares (shorter side resized, centre cropped), which are held in memory and
     # used for features. Training views of streamed images are cut from the whole image.
     size: int = 32
@@ -44,8 +55,9 @@ class DataConfig:
     workers: int = 0
     # exchange: processes send each other the crops of streamed keys; plan: each decodes its own.
     keys_by: Literal["exchange", "plan"] = "exchange"
-    # folders: an image's class is its first-level folder (in shards its .cls or .json).
-    labels: Literal["folders", "none"] = "folders"
+    # folders: an image's class is its first-level folder (in shards its .cls or .json; in tables
+    # and arrays what they say). Or none, or FILE.csv, which has the file and label of each image.
+    labels: str = "folders"
     # Share of the training images held out for validation, drawn by split_seed.
     validation: float = 0.1
     split_seed: int = 0
@@ -67,6 +79,16 @@ class DataConfig:
             validation=(0, 0.9),
             shapes_train=(10, None),
             shapes_test=(10, None),
+        )
+        is_table = self.labels.lower().endswith((".csv", ".tsv"))
+        require(
+            self.labels in ("folders", "none") or is_table,
+            f"data.labels={shown(self.labels)} is unknown; use folders, none, or a FILE.csv",
+        )
+        require(
+            not is_table or self.name == "folder",
+            f"data.labels={shown(self.labels)} is a table for data.name=folder, and "
+            f"data.name={self.name} has labels of its own; use data.labels=folders or none",
         )
         colour = len(self.background) == 3 and all(0 <= part <= 255 for part in self.background)
         rule = "it must be three numbers from 0 to 255"
@@ -141,103 +163,6 @@ class ViewsConfig:
         )
 
 
-# The ResNets, ResNeXts and Wide ResNets of torchvision; `encoder.py` has their shapes.
-BACKBONES = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
-    *("wide_resnet50_2", "wide_resnet101_2"),
-)
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """A backbone with a projection head."""
-
-    # One of BACKBONES, or a model of timm such as timm/regnety_002 (needs timm).
-    backbone: str = "resnet18"
-    # 3 (RGB) or 1 (gray: colour images are converted, and saturation, hue and grayscale have no
-    # effect). Other numbers only for encoders that are built in Python.
-    channels: int = 3
-    # Channels of the first stage; 64 is the published width.
-    width: int = 64
-    # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
-    stem: Literal["cifar", "imagenet"] = "cifar"
-    # linear: MoCo v1; mlp: MoCo v2, with a hidden layer as wide as the features.
-    head: Literal["linear", "mlp"] = "linear"
-    # Length of a key.
-    dim: int = 128
-
-    def __post_init__(self) -> None:
-        check("encoder.", self, channels=(1, None), width=(1, None), dim=(2, None))
-        name = shown(self.backbone)
-        require(
-            self.is_timm or self.backbone in BACKBONES,
-            f"encoder.backbone={name} is unknown; use one of {', '.join(BACKBONES)}, or timm/NAME",
-        )
-        require(
-            not self.is_timm or (self.width, self.stem) == (64, "imagenet"),
-            f"encoder.backbone={name} has the width and stem that timm gives it; "
-            "use encoder.width=64 encoder.stem=imagenet, or another model of timm",
-        )
-        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}.get(name, 1)
-        require(
-            self.width >= least,
-            f"encoder.width={self.width} leaves the groups of {name} without a channel; "
-            f"use {least} or more",
-        )
-
-    @property
-    def is_timm(self) -> bool:
-        """Whether the backbone is one of timm's."""
-        return self.backbone.startswith("timm/")
-
-
-@dataclass(frozen=True)
-class MocoConfig:
-    """Momentum Contrast: queue, momentum and loss."""
-
-    # Keys in the queue, independent of the batch size.
-    queue_size: int = 4096
-    temperature: float = 0.1
-    # Share of the key encoder that each step keeps.
-    momentum: float = 0.99
-    # cosine raises the momentum to 1 at the end of the run.
-    momentum_schedule: Literal["constant", "cosine"] = "constant"
-    # Use each view once as query and once as key, and add the two losses.
-    symmetric: bool = False
-    # Don't count an image's own older keys as its negatives.
-    mask_own_keys: bool = True
-
-    def __post_init__(self) -> None:
-        check("moco.", self, queue_size=(1, None), temperature=OWN, momentum=OWN)
-        check_positive("moco.", self, temperature="0.1 or 0.2 is usual")
-        check_momentum("moco.", self.momentum, 0.99)
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """SGD and the schedule of its learning rate."""
-
-    lr: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    # step multiplies the rate by gamma at each of the milestones, in epochs.
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    milestones: list[int] = field(default_factory=list)
-    gamma: float = 0.1
-    # Epochs over which the rate rises linearly from 0.
-    warmup_epochs: float = 0.0
-
-    def __post_init__(self) -> None:
-        check("optim.", self, gamma=(0, 1), lr=OWN, momentum=OWN)
-        check_positive("optim.", self, lr="give a positive learning rate")
-        check_momentum("optim.", self.momentum, 0.9)
-        require(
-            self.schedule != "step" or bool(self.milestones),
-            "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
-        )
-
-
 Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 
@@ -300,12 +225,12 @@ class PretrainConfig:
             f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; "
             f"BatchNorm needs two or more, use bn_groups={max(1, b // 2)} or fewer",
         )
-        keys = b * (2 if self.moco.symmetric else 1)
         require(
-            self.moco.queue_size >= keys,
-            f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
-            f"use {keys} or more",
+            not self.encoder.predictor or self.moco.keys == "momentum",
+            "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
+            "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
+        self.moco.check_batch(b)
 
 
 # Keys, and groups (with a dot), that may change when a run is resumed: the run's length, its

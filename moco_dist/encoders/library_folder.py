@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moco_dist.config.recipe import BACKBONES, ViewsConfig
+from moco_dist.config.encoder import BACKBONES
+from moco_dist.config.recipe import ViewsConfig
 from moco_dist.config.yaml_files import from_dict
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
 from moco_dist.method import timm_backbone

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional
 
-from moco_dist.config.recipe import EncoderConfig, ViewsConfig
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.recipe import ViewsConfig
 from moco_dist.config.yaml_files import from_dict, to_dict
 from moco_dist.encoders import library_folder, names, original, recognise, state_dict
 from moco_dist.errors import ConfigError, DataError, MissingError, output_errors, shown
@@ -158,7 +159,8 @@ def of_checkpoint(saved: Checkpoint, which: Which = "query") -> Found:
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise DataError(f"{path}: not readable by this version ({reason})") from error
-    checkpoint.check_tensors(state_dict.shapes(config, path), tensors, path)
+    whole = replace(config, predictor=config.predictor and which == "query")
+    checkpoint.check_tensors(state_dict.shapes(whole, path), tensors, path)
     prefix = "backbone."
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     backbone = state_dict.filled(config, own, path)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moco_dist.config.recipe import BACKBONES, EncoderConfig, ViewsConfig
+from moco_dist.config.encoder import BACKBONES, EncoderConfig
+from moco_dist.config.recipe import ViewsConfig
 from moco_dist.config.yaml_files import from_dict, to_dict
 from moco_dist.encoders import state_dict
 from moco_dist.errors import ConfigError, DataError, shown

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moco_dist.config.recipe import BACKBONES, EncoderConfig
+from moco_dist.config.encoder import BACKBONES, EncoderConfig
 from moco_dist.config.yaml_files import from_dict
 from moco_dist.encoders import layouts
 from moco_dist.encoders.layouts import HEADS, NAMINGS, SAME_NAMES, Naming

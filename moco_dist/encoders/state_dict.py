@@ -14,7 +14,7 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from moco_dist.config.recipe import EncoderConfig
+from moco_dist.config.encoder import EncoderConfig
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
 from moco_dist.method.encoder import build_encoder
 from moco_dist.runs import checkpoint

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from moco_dist.config.recipe import EncoderConfig
-from moco_dist.method import convolutions, timm_backbone
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.method import convolutions, heads, timm_backbone
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
 from moco_dist.method.compilation import compiled
 from moco_dist.method.residual_blocks import BasicBlock, Bottleneck, fuses
@@ -86,22 +87,27 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
 
 
 class Encoder(nn.Module):
-    """Backbone and head; `forward` returns keys or queries, `backbone` features."""
+    """Backbone, head and perhaps a predictor; `forward` returns keys or queries.
+
+    `backbone` returns features. The predictor is a part of the loss, which evaluation leaves out; a
+    key encoder is a copy whose `predictor` is None.
+    """
+
+    predictor: nn.Module | None
 
     def __init__(
         self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1, span: int = 1
     ) -> None:
         super().__init__()
         self.config = config
-        share = {"rows_per_group": rows_per_group, "groups": groups, "span": span}
-        norm_layer = partial(GroupedBatchNorm, **share)
+        norm_layer, norm_of_vectors = (
+            partial(kind, rows_per_group=rows_per_group, groups=groups, span=span)
+            for kind in (GroupedBatchNorm, heads.VectorBatchNorm)
+        )
         self.backbone = build_backbone(config, norm_layer)
-        features = self.num_features
-        layers: list[nn.Module] = [nn.Linear(features, config.dim)]
-        if config.head == "mlp":
-            layers += [nn.Linear(features, features), nn.ReLU(inplace=True)]
-        # The last layer draws its weights first.
-        self.head = nn.Sequential(*layers[1:], layers[0])
+        behind = config, self.num_features, norm_of_vectors
+        self.head = heads.projection(*behind)
+        self.predictor = heads.predictor(*behind) if config.predictor else None
         # It makes convolutions 1.3 times as fast, also on a CPU.
         self.to(memory_format=torch.channels_last)
         self._compiled: Callable[[Tensor], Tensor] | None = None
@@ -122,7 +128,13 @@ class Encoder(nn.Module):
 
     def _vectors(self, views: Tensor) -> Tensor:
         out = self.head(self.backbone(views))
+        if self.training and self.predictor is not None:
+            out = self.predictor(out)
         return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=1)
+
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that a key encoder has too, which are not the predictor's."""
+        return chain(self.backbone.parameters(), self.head.parameters())
 
     @property
     def num_features(self) -> int:

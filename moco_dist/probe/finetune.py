@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from moco_dist.config.recipe import OptimConfig
+from moco_dist.config.optim import OptimConfig
 from moco_dist.distributed import comms
 from moco_dist.method import schedule
 from moco_dist.method.batch_norm import batch_norms

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from moco_dist.config.optim import OptimConfig
 from moco_dist.config.probe import GridConfig
-from moco_dist.config.recipe import OptimConfig
 from moco_dist.distributed import comms
 from moco_dist.method import schedule
 

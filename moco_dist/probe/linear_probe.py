@@ -344,6 +344,6 @@ class LinearProbe:
         for name, tensor in self.optimizer.buffers.items():
             tensor.copy_(saved.optimizer[f"momentum.heads.{name}"])
         if self.tuning:
-            checkpoint.restore_momentum(*trained, saved.optimizer)
+            checkpoint.restore_momentum(*trained, saved)
         self.step = self.settled = saved.step
         peers.me.mark(self.step, "starting")

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 FILES = ("model.safetensors", "optimizer.safetensors")
+# What an optimizer remembers of a parameter: the names in a checkpoint, and PyTorch's.
+_BUFFERS = {"momentum": "momentum_buffer", "first": "exp_avg", "second": "exp_avg_sq"}
 # state.json is some kilobytes; nothing larger is read into memory.
 _MAX_STATE = 2**24
 
@@ -128,30 +130,40 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path)
 
 
 def momentum_buffers(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """Return SGD's momentum of each parameter, under the parameter's name."""
+    """Return what the optimizer remembers of each parameter, under the parameter's name.
+
+    That is SGD's and LARS's momentum, or the first and second moments of AdamW.
+    """
     return {
-        f"momentum.{name}": buffer
+        f"{ours}.{name}": buffer
         for name, parameter in module.named_parameters()
-        if (buffer := optimizer.state.get(parameter, {}).get("momentum_buffer")) is not None
+        for ours, theirs in _BUFFERS.items()
+        if (buffer := optimizer.state.get(parameter, {}).get(theirs)) is not None
     }
 
 
 def momentum_shapes(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Size]:
     """Return the shapes of what `momentum_buffers` returns after a step."""
-    if not optimizer.defaults["momentum"]:
-        return {}
-    return {f"momentum.{name}": p.shape for name, p in module.named_parameters()}
+    adam, settings = isinstance(optimizer, torch.optim.AdamW), optimizer.defaults
+    kinds = ["first", "second"] if adam else ["momentum"] if settings["momentum"] else []
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return {f"{kind}.{name}": p.shape for kind in kinds for name, p in trained}
 
 
 def restore_momentum(
-    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, module: nn.Module, saved: Checkpoint
 ) -> None:
-    """Restore the momentum that `momentum_buffers` returned."""
+    """Restore what `momentum_buffers` returned; the step of AdamW is the run's."""
     for name, parameter in module.named_parameters():
-        if (buffer := tensors.get(f"momentum.{name}")) is not None:
-            # In the parameter's own memory format, as SGD made it.
+        for ours, theirs in _BUFFERS.items():
+            if (buffer := saved.optimizer.get(f"{ours}.{name}")) is None:
+                continue
+            # In the parameter's own memory format, as the optimizer made it.
             own = torch.empty_like(parameter, dtype=buffer.dtype, requires_grad=False)
-            optimizer.state[parameter]["momentum_buffer"] = own.copy_(buffer)
+            optimizer.state[parameter][theirs] = own.copy_(buffer)
+            if ours == "first":
+                step = torch.tensor(float(saved.step), device=parameter.device)
+                optimizer.state[parameter]["step"] = step
 
 
 def _newest_whole(run: Path, set_aside: bool) -> Path | None:

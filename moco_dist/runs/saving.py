@@ -191,10 +191,16 @@ def write_encoder(
 ) -> Path:
     """Write the query encoder alone as a checkpoint to RUN/encoder; return its folder.
 
-    It has the part of the configuration that `load_encoder` needs, and no path of this machine.
+    It has the part of the configuration that `load_encoder` needs, and no path of this machine. The
+    predictor, which is a part of the loss, is left out.
     """
-    own = {k: v.detach().cpu() for k, v in model.items() if k.startswith("query_encoder.")}
-    needed = {key: config[key] for key in ("encoder", "views")}
+    own = {
+        name: tensor.detach().cpu()
+        for name, tensor in model.items()
+        if name.startswith(("query_encoder.backbone.", "query_encoder.head."))
+    }
+    encoder = {**config["encoder"], "predictor": False}
+    needed = {"encoder": encoder, "views": config["views"]}
     needed["init_from"] = Path(config.get("init_from", "")).name
     return write(run / "encoder", step, own, {}, {"config": needed})
 

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from moco_dist.config.recipe import EncoderConfig, PretrainConfig
+from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.running import CheckpointConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets

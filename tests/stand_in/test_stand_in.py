@@ -67,8 +67,14 @@ def test_a_step_launches_few_kernels_and_waits_once(images: list[str]) -> None:
 
 
 def test_a_captured_step_is_a_few_launches_without_a_wait(images: list[str]) -> None:
-    memory, streamed = stand_in.measured([PAPER, "precision=bf16"], [PAPER, *images], captured=True)
-    for found in (memory, streamed):
+    memory, *others = stand_in.measured(
+        [PAPER, "precision=bf16"],
+        [PAPER, *images],
+        [PAPER, "encoder.width=8", "encoder.head=mlp_bn", "optim.name=lars"],
+        [PAPER, "encoder.width=8", "optim.name=adamw"],
+        captured=True,
+    )
+    for found in (memory, *others):
         assert found["waits"] == 0, found["where"]
         assert not found["where"]
     assert memory["launches"] <= 3

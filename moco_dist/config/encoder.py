@@ -1,0 +1,78 @@
+"""The `encoder.` group of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moco_dist.config.rules import check, require
+from moco_dist.errors import shown
+
+# The ResNets, ResNeXts and Wide ResNets of torchvision; `encoder.py` has their shapes.
+BACKBONES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """A backbone with a projection head."""
+
+    # One of BACKBONES, or a model of timm such as timm/regnety_002 (needs timm).
+    backbone: str = "resnet18"
+    # 3 (RGB) or 1 (gray: colour images are converted, and saturation, hue and grayscale have no
+    # effect). Other numbers only for encoders that are built in Python.
+    channels: int = 3
+    # Channels of the first stage; 64 is the published width.
+    width: int = 64
+    # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    # linear: MoCo v1; mlp: MoCo v2; mlp_bn: SimCLR and MoCo v3, with BatchNorm behind each layer.
+    head: Literal["linear", "mlp", "mlp_bn"] = "linear"
+    # Layers of mlp and mlp_bn, 2 or 3, and the width of the hidden ones; 0: that of the features.
+    head_layers: int = 2
+    head_width: int = 0
+    # MoCo v3: a second MLP of two layers with BatchNorm, behind the query's head alone.
+    predictor: bool = False
+    # Length of a key.
+    dim: int = 128
+
+    def __post_init__(self) -> None:
+        check(
+            "encoder.",
+            self,
+            channels=(1, None),
+            width=(1, None),
+            head_layers=(2, 3),
+            dim=(2, None),
+        )
+        name = shown(self.backbone)
+        require(
+            self.is_timm or self.backbone in BACKBONES,
+            f"encoder.backbone={name} is unknown; use one of {', '.join(BACKBONES)}, or timm/NAME",
+        )
+        require(
+            not self.is_timm or (self.width, self.stem) == (64, "imagenet"),
+            f"encoder.backbone={name} has the width and stem that timm gives it; "
+            "use encoder.width=64 encoder.stem=imagenet, or another model of timm",
+        )
+        least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}.get(name, 1)
+        require(
+            self.width >= least,
+            f"encoder.width={self.width} leaves the groups of {name} without a channel; "
+            f"use {least} or more",
+        )
+        wide = self.head_width > 0 and not self.predictor
+        require(
+            self.head != "linear" or (self.head_layers == 2 and not wide),
+            f"encoder.head=linear is one layer, which encoder.head_layers={self.head_layers} and "
+            f"encoder.head_width={self.head_width} don't change; leave them out, or use "
+            "encoder.head=mlp or mlp_bn",
+        )
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the backbone is one of timm's."""
+        return self.backbone.startswith("timm/")
