@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moco_dist.config.encoder import EncoderConfig
+    from moco_dist.config.moco import MocoConfig
     from moco_dist.config.optim import OptimConfig
     from moco_dist.config.probe import GridConfig, ProbeConfig
-    from moco_dist.config.recipe import DataConfig, MocoConfig, PretrainConfig, ViewsConfig
+    from moco_dist.config.recipe import DataConfig, PretrainConfig, ViewsConfig
     from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
     from moco_dist.data.shapes import draw as draw_shapes
     from moco_dist.encoders.features import predict as knn_predict
@@ -40,8 +41,9 @@ __all__ = [
 # Where each public name is defined, and under which name if that is another one.
 _PLACES = {
     "config.encoder": "EncoderConfig",
+    "config.moco": "MocoConfig",
     "config.optim": "OptimConfig",
-    "config.recipe": "DataConfig MocoConfig PretrainConfig ViewsConfig",
+    "config.recipe": "DataConfig PretrainConfig ViewsConfig",
     "config.running": "CheckpointConfig KnnConfig RuntimeConfig TrackingConfig",
     "config.probe": "GridConfig ProbeConfig",
     "data.shapes": "draw_shapes=draw",

@@ -23,6 +23,7 @@ STATES = {
     73: "in use",
     74: "output",
     75: "stopped",
+    77: "denied",
     78: "configuration",
     130: "interrupted",
 }
@@ -71,6 +72,12 @@ class UnavailableError(UserError):
 
     exit_status = 69
     again = True
+
+
+class DeniedError(UserError):
+    """A service that needs a login, or a right that this login doesn't have (EX_NOPERM)."""
+
+    exit_status = 77
 
 
 class MachineError(UserError):

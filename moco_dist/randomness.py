@@ -32,6 +32,8 @@ class Purpose(IntEnum):
     SHAPES = 5
     LABELS = 6
     STAND_IN = 7
+    BANK_START = 8
+    BANK_DRAW = 9
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

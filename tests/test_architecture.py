@@ -97,3 +97,14 @@ def test_no_file_is_a_drawer_and_none_at_the_root_hides_the_standard_library() -
     drawers = {"utils", "common", "helpers", "base", "core", "misc"}
     assert not {path.stem for path in FILES} & drawers
     assert not {path.stem for path in PACKAGE.glob("*.py")} & set(sys.stdlib_module_names)
+
+
+def test_few_files_know_the_queue() -> None:
+    """What a mechanism keeps is asked of its settings and of its model, not looked up."""
+    word = re.compile(r"queue_size|KeyQueue|\.queue\b|[\"']queue[\"']|\bQUEUE_|\benqueued")
+    known = {place(path) for path in FILES if word.search(path.read_text())}
+    assert known <= {
+        *("config/moco.py", "method/key_queue.py", "method/moco.py", "pretrain/mechanisms.py"),
+        *("pretrain/figures.py", "runs/record.py"),
+        *("encoders/original.py", "bench/textbook.py"),  # other people's MoCo
+    }

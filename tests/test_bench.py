@@ -48,9 +48,9 @@ def received() -> int:
     return total
 
 
-def traffic() -> tuple[float, int, int, int]:
+def traffic(*more: str) -> tuple[float, int, int, int]:
     """Return per step: bytes received, counted for keys, and reckoned for gradients; parameters."""
-    trainer = build(*LARGE)
+    trainer = build(*LARGE, *more)
     hooks = loop.run_hooks(trainer)
     for _ in range(3):
         trainer.train_step(hooks)
@@ -79,12 +79,23 @@ def test_a_step_sends_keys_notes_and_gradients_and_no_images(world_size: int) ->
         assert got == pytest.approx(keys + gradients, rel=0.01)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_groups_that_span_processes_exchange_two_numbers_a_channel() -> None:
+    share = 64 // 2 * 64 * 4 + 5 * 8
+    # ResNet-18 has its stem and five layers of width 16, and five of each of the others.
+    channels = 5 * 16 + 5 * 32 + 5 * 64 + 5 * 128
+    for got, sent, gradients, _ in processes.run(traffic, 2, "bn_groups=1"):
+        # Forward for keys, forward and backward for queries; float32.
+        assert sent == share + 3 * 2 * channels * 4
+        assert got == pytest.approx(sent + gradients, rel=0.01)
+
+
 @pytest.mark.parametrize("width", [16, 32])
 def test_flops_of_a_step_are_those_of_its_convolutions_and_products(width: int) -> None:
     trainer = build(*LARGE, f"encoder.width={width}")
     ours = [m for m in trainer.moco.modules() if isinstance(m, SmallMapConv)]
     assert bool(ours) == (width == 32)  # whose products are counted with the padding, too
-    bench_speed.fill_queue(trainer)
+    trainer.moco.fill_up(len(trainer.splits.train))
     macs = 0
 
     def count(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:

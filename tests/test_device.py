@@ -23,6 +23,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import agreement
+from moco_dist.method import batch_norm
 from moco_dist.pretrain import loop
 from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
@@ -93,10 +94,12 @@ def moved(trainer: Trainer) -> Trainer:
         trainer.splits.train,
         [config.views],
         trainer.plan,
-        trainer.passes,
+        trainer.config.moco.passes,
         trainer.dtype,
         "exchange",
     )
+    trainer.undo = batch_norm.Undo(*trainer.moco.encoders.values())
+    trainer.contrast = trainer.mechanism()
     return trainer
 
 

@@ -59,7 +59,8 @@ def test_all_planted_faults_are_in_one_list_on_two_processes(tmp_path: Path) -> 
         for sentence in (
             "runtime.processes=3 and 2 took part",
             "batch_size=9 can't be split over 2 processes",
-            "moco.queue_size=500 is not below the 13 training images",
+            "moco.queue_size=500 is not below the 13 training images: every image meets its own "
+            "older keys (masked); use moco.queue_size=9 or so",
             "2 of 14 sampled images can't be read",
             "text.jpg",
             "cut.png",
@@ -69,9 +70,9 @@ def test_all_planted_faults_are_in_one_list_on_two_processes(tmp_path: Path) -> 
 
 
 def test_a_wrong_number_of_groups_is_found_by_the_runs_own_rule() -> None:
-    (faults, _), (same, _) = processes.run(examined, 2, "bn_groups=1")
+    (faults, _), (same, _) = processes.run(examined, 2, "batch_size=18", "bn_groups=3")
     assert faults == same
-    assert "bn_groups=1 can't be shared by 2 processes" in faults
+    assert "bn_groups=3 can't be shared by 2 processes" in faults
 
 
 def test_too_little_disk_and_memory_are_found(
@@ -80,9 +81,9 @@ def test_too_little_disk_and_memory_are_found(
     config = load(PretrainConfig, [*SMALL, f"output={tmp_path}/new/runs"])
     usage = shutil.disk_usage(tmp_path)
     needs = checks.estimate(config, 100, 1)
-    assert not any(f.fault for f in checks.disk(config))
+    assert not any(f.fault for f in checks.disk(config, 100))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    (finding,) = checks.disk(config)
+    (finding,) = checks.disk(config, 100)
     assert "has 0.0 GB free and the checkpoints need" in finding.fault
     cpu = torch.device("cpu")
     for there, fault in ((2 * needs, False), (needs // 2, True)):

@@ -56,7 +56,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 # Options without a value.
-ALONE = ("--all-files", "--bn-leak", "--quick", "--text", "--follow")
+ALONE = ("--all-files", "--bn-leak", "--quick", "--text", "--follow", "--yes", "--public")
 
 
 def check_arguments(module: str, words: list[str]) -> None:

@@ -380,7 +380,11 @@ def test_a_run_is_not_refused_for_the_cache_of_files(
         (54, 1, 1, 50, "use batch_size=50 or less"),
         (512, 8, 2, 12, "use bn_groups=6 and batch_size=12 or less"),
         (512, 8, 4, 13, "use bn_groups=4 and batch_size=12 or less"),
-        (512, 8, 8, 13, "which are too few for 8 processes; each needs two of them"),
+        (512, 8, 8, 13, "use bn_groups=4 and batch_size=8 or less"),
+        (512, 2, 8, 29, "use batch_size=24 or less"),
+        (512, 8, 3, 4, "use bn_groups=1 and batch_size=3 or less"),
+        (512, 8, 8, 7, "too few; a batch has two or more, and one or more for each process (8)"),
+        (512, 8, 1, 1, "too few; a batch has two or more, and one or more for each process (1)"),
     ],
 )
 def test_the_advice_on_a_batch_can_be_followed(
@@ -393,7 +397,8 @@ def test_the_advice_on_a_batch_can_be_followed(
     if "use " in advice:
         followed = load(PretrainConfig, [f"bn_groups={groups}", *given])
         check_images(followed.batch_size, followed.bn_groups, processes, images)
-        assert followed.bn_groups % processes == 0
+        assert followed.bn_groups % processes == 0 or processes % followed.bn_groups == 0
+        assert followed.batch_size % processes == 0
 
 
 def test_few_images_can_be_held_out_as_the_sentence_says(

@@ -211,11 +211,12 @@ def test_asking_for_more_processes_than_there_are_is_an_error(tmp_path: Path) ->
 
 
 def test_groups_that_the_processes_cannot_share_are_refused_once(tmp_path: Path) -> None:
-    result = accelerate("-m", "moco_dist.pretrain", *TINY, "bn_groups=1", f"output={tmp_path}")
+    uneven = [*TINY, "batch_size=18", "bn_groups=3", f"output={tmp_path}"]
+    result = accelerate("-m", "moco_dist.pretrain", *uneven)
     assert result.returncode != 0
     sentence = (
-        "error: bn_groups=1 can't be shared by 2 processes; the number of processes may be 1, "
-        "or set bn_groups to a multiple of 2\n"
+        "error: bn_groups=3 can't be shared by 2 processes; use 1 or 3 processes or a multiple "
+        "of 3, or set bn_groups to 1 or 2 or a multiple of 2\n"
     )
     assert result.stderr.count(sentence) == 1
 
@@ -229,7 +230,7 @@ def test_warnings_say_what_is_lost(tmp_path: Path) -> None:
     long = python("pretrain", *tiny, "moco.queue_size=90", "name=long")
     assert long.stderr == (
         "WARNING: moco.queue_size=90 is not below the 90 training images: every image meets its "
-        "own older keys (masked); use moco.queue_size=22 or less\n"
+        "own older keys (masked); use moco.queue_size=16 or so\n"
     )
 
 

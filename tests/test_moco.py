@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.moco import MocoConfig
 from moco_dist.config.optim import OptimConfig
-from moco_dist.config.recipe import MocoConfig
 from moco_dist.method import loss as method_loss
 from moco_dist.method import moco, schedule
 from moco_dist.method.encoder import build_encoder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
     trainer = Trainer(config, session.accelerator, splits, session.resumed)
     hooks = loop.run_hooks(trainer, session)
     if nudge:
-        for module in (trainer.moco.query_encoder, trainer.moco.key_encoder):
+        for module in trainer.moco.encoders.values():
             draws = torch.Generator().manual_seed(0)
             for parameter in module.parameters():
                 share = 2 * torch.rand(parameter.shape, generator=draws, dtype=torch.float64) - 1
@@ -60,8 +61,9 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
     while trainer.step < until:
         loss, _ = trainer.train_step(hooks)
         losses.append(float(comms.mean(loss)))
-        queue = trainer.moco.queue
-        queues.append(fingerprint.of_tensors(queue.keys, queue.samples))
+        state = trainer.moco.state_dict()
+        memory = [state[name] for name in state if name.startswith(("queue.", "bank."))]
+        queues.append(fingerprint.of_tensors(*memory))
     loop.save(trainer, session, wait=True)
     session.close()
     state = {k: v.clone() for k, v in trainer.moco.state_dict().items()}
@@ -166,3 +168,24 @@ def test_resumed_on_other_numbers_of_processes_gives_the_same_run(
     for world_size, until in ((8, 13), (4, 23), (1, 37), (2, STEPS)):
         account = one(tmp_path, world_size, straight.symmetric, until=until)
     assert_same(account, straight(1))
+
+
+@pytest.mark.parametrize(("groups", "symmetric", "steps"), [(1, False, 21), (2, True, 9)])
+def test_groups_that_span_processes_give_the_same_run(
+    tmp_path: Path, groups: int, symmetric: bool, steps: int
+) -> None:
+    kind = f"bn_groups={groups}", f"moco.symmetric={symmetric}"
+    reference = one(tmp_path / "1", 1, *kind, until=steps)
+    assert reference["losses"].std() > 0.1
+    for world_size in (2, 4):
+        straight = one(tmp_path / str(world_size), world_size, *kind, until=steps)
+        assert_same(straight, reference)
+    cut = steps // 3
+    one(tmp_path / "cut", 4, *kind, until=cut)
+    shutil.copytree(tmp_path / "cut", tmp_path / "elastic")
+    resumed = one(tmp_path / "cut", 4, *kind, until=steps)
+    assert resumed["losses"].equal(straight["losses"][cut:])
+    assert distance(resumed["state"], straight["state"]) == 0
+    for world_size, until in ((1, 2 * cut), (2, steps)):
+        account = one(tmp_path / "elastic", world_size, *kind, until=until)
+    assert_same(account, reference)

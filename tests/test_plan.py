@@ -94,13 +94,25 @@ def test_shuffled_keys_come_back_in_order_on_every_process(world_size: int) -> N
         ),
         (
             check_groups,
-            (8, 3, 1),
-            "bn_groups=8 can't be shared by 3 processes; the number of processes may be 1, 2, 4 or "
-            "8, or set bn_groups to a multiple of 3",
+            (8, 6, 1, False),
+            "bn_groups=8 can't be shared by 6 processes; use 1, 2, 4 or 8 processes or a multiple "
+            "of 8, or set bn_groups to 1, 2, 3 or 6 or a multiple of 6",
         ),
         (
             check_groups,
-            (8, 2, 3),
+            (2, 8, 4, False),
+            "runtime.micro_batches=4 can't cut a BatchNorm group: 4 processes share each group of "
+            "bn_groups=2; use runtime.micro_batches=1, or 1 or 2 processes",
+        ),
+        (
+            check_groups,
+            (1, 2, 1, True),
+            "runtime.compile=true can't compile what processes exchange in a layer: 2 processes "
+            "share each group of bn_groups=1; use runtime.compile=false, or 1 process",
+        ),
+        (
+            check_groups,
+            (8, 2, 3, False),
             "runtime.micro_batches=3 can't share the 4 BatchNorm groups of a process; use 1, 2 "
             "or 4",
         ),
@@ -110,7 +122,9 @@ def test_numbers_that_do_not_fit_are_refused_with_those_that_would(
     rule: Callable[..., object], numbers: tuple[int, ...], sentence: str
 ) -> None:
     check_batch(256, 8)
-    check_groups(8, 4, 2)
+    check_groups(8, 4, 2, True)
+    check_groups(1, 5, 1, False)
+    check_groups(2, 8, 1, False)
     with pytest.raises(ConfigError) as error:
         rule(*numbers)
     assert str(error.value) == sentence

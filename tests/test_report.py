@@ -104,7 +104,7 @@ def test_the_table_holds_the_numbers_of_the_files(runs: Path, told: Text) -> Non
 
 def test_one_run_alone_shows_its_details(runs: Path, told: Text) -> None:
     text = told(runs / "real")
-    for words in ("resnet18, width 4", "queue 40, temperature 0.1", "before the first step"):
+    for words in ("resnet18, width 4", "temperature 0.1, queue size 40", "before the first step"):
         assert words in text
     assert "2 epochs, batch 16, lr 0.03 (cosine), fp32, seed 0" in text
     assert "step 5, step 10" in text

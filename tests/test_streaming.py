@@ -137,7 +137,7 @@ def followed(output: str, root: str, until: int, overrides: list[str]) -> dict[s
     trainer, opened = start(output, root, *overrides)
     first, found = trainer.step, {}
     while trainer.step < until:
-        step, rows = trainer.step, trainer.plan.step(trainer.step, len(trainer.passes))
+        step, rows = trainer.step, trainer.plan.step(trainer.step, len(trainer.config.moco.passes))
         trainer.train_step()
         assert isinstance(trainer.source, StreamedSource)
         found[step] = step_hash(trainer.source, rows)

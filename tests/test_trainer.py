@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco_dist.bench.speed import fill_queue
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
@@ -174,7 +173,7 @@ def _is(leaf: object) -> bool:
 def test_a_step_makes_no_tensor_as_large_as_the_queue(masked: str) -> None:
     queue = ["moco.queue_size=65536", "encoder.dim=128", f"moco.mask_own_keys={masked}"]
     trainer = build(*queue, "tracking.health_every_steps=0")
-    fill_queue(trainer)
+    trainer.moco.fill_up(len(trainer.splits.train))
     for _ in range(2):  # before the second one the momentum of SGD is made
         with Largest() as largest:  # type: ignore[no-untyped-call]
             trainer.train_step()

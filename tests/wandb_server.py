@@ -1,12 +1,18 @@
-"""A W&B server on loopback that answers what a run and `wandb sync` of wandb 0.31 ask."""
+"""A W&B server on loopback: what a run, `wandb sync`, `sweep` and `agent` of wandb 0.31 ask."""
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
+
+import yaml
+
+PROJECT = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
 
 
 class WandbServer:
@@ -15,6 +21,9 @@ class WandbServer:
     def __init__(self) -> None:
         self.lines: dict[str, dict[str, dict[int, str]]] = {}
         self.runs: dict[str, dict[str, Any]] = {}
+        # Configurations of sweeps by their ids, and the places in their grids that are begun.
+        self.sweeps: dict[str, dict[str, Any]] = {}
+        self.begun: dict[str, list[str]] = {}
         self.mute = False  # while set, nothing is answered
         outer = self
 
@@ -49,7 +58,8 @@ class WandbServer:
         """Return the answer to a POST."""
         if path == "/graphql":
             question = json.loads(body)
-            return {"data": self._graphql(question["operationName"], question["variables"] or {})}
+            operation = question.get("operationName") or re.findall(r"\w+", question["query"])[1]
+            return {"data": self._graphql(operation, question.get("variables") or {})}
         if path.endswith("/file_stream"):
             run = path.split("/")[-2]
             content = json.loads(body)
@@ -71,16 +81,50 @@ class WandbServer:
             run = variables["name"]
             kept = {key: value for key, value in variables.items() if value is not None}
             self.runs.setdefault(run, {}).update(kept)
-            project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
             bucket = {"id": run, "name": run, "displayName": run, "description": ""}
-            bucket |= {"config": "{}", "project": project, "sweepName": None}
+            bucket |= {"config": "{}", "project": PROJECT, "sweepName": None}
             bucket |= {"historyLineCount": len(self.history(run))}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if operation == "CreateRunFiles":
             place = f"{self.url}/upload/{variables['run']}"
             files = [{"name": n, "uploadUrl": f"{place}/{n}"} for n in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
-        return {"serverInfo": {"features": []}, "viewer": {"id": "v", "flags": "{}"}}
+        if operation == "UpsertSweep":
+            name = f"sweep{len(self.sweeps)}"
+            self.sweeps[name] = yaml.safe_load(variables["config"])
+            sweep = {"name": name, "project": PROJECT}
+            return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
+        if operation == "SweepWithRuns":
+            name = variables["sweep"]
+            config = yaml.safe_dump(self.sweeps[name])
+            sweep = {"id": name, "name": name, "config": config, "runs": {"edges": []}}
+            return {"project": {"sweep": sweep}}
+        if operation == "CreateAgent":
+            return {"createAgent": {"agent": {"id": variables["sweep"]}}}
+        if operation == "Heartbeat":
+            commands = [] if json.loads(variables["runState"]) else [self._next(variables["id"])]
+            answer = {"agent": {"id": "a"}, "commands": json.dumps(commands)}
+            return {"agentHeartbeat": answer}
+        viewer = {
+            "id": "v",
+            "flags": "{}",
+            "entity": "me",
+            "username": "me",
+            "teams": {"edges": []},
+        }
+        return {"serverInfo": {"features": []}, "viewer": viewer}
+
+    def _next(self, sweep: str) -> dict[str, Any]:
+        """Return what an agent does next: the next run of the grid, or the end."""
+        config, begun = self.sweeps[sweep], self.begun.setdefault(sweep, [])
+        axes = {k: v.get("values", [v.get("value")]) for k, v in config["parameters"].items()}
+        grid = list(itertools.product(*axes.values()))
+        if len(begun) == len(grid):
+            return {"type": "exit"}
+        args = {k: {"value": v} for k, v in zip(axes, grid[len(begun)], strict=True)}
+        begun.append(f"{sweep}run{len(begun)}")
+        program = config.get("program", "")
+        return {"type": "run", "run_id": begun[-1], "program": program, "args": args}
 
     def _resumable(self, run: str) -> dict[str, Any] | None:
         if run not in self.runs:

@@ -140,7 +140,8 @@ def machine(trainer: Trainer) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "bn_groups": config.bn_groups,
         "micro_batches": config.runtime.micro_batches,
-        "queue_size": config.moco.queue_size,
+        "negatives": config.moco.negatives,
+        "candidates": config.moco.candidates(config.batch_size, len(trainer.splits.train)),
         "compiled": config.runtime.compile,
         "symmetric": config.moco.symmetric,
         "view_size": config.views.size,
@@ -193,7 +194,7 @@ def show(found: dict[str, Any], speed: Speed) -> None:
     total = sum(speed.parts.values())
     title = (
         f"{found['name']}: {found['encoder']}, batch {found['batch_size']} in "
-        f"{found['bn_groups']} groups, queue {found['queue_size']:,}"
+        f"{found['bn_groups']} groups, {found['candidates']:,} candidates by {found['negatives']}"
     )
     rows = {
         "on": f"{found['processes']} x {found['device']}, {found['threads']} threads, "

@@ -30,7 +30,7 @@ from moco_dist.runs import environment
 # The parts of a step, in order. Gradients of several processes are summed within "backward"; "rest"
 # is the plan of the rows and what all processes agree on.
 PARTS = (
-    *("views", "key", "query", "loss", "backward", "optimizer", "momentum", "queue"),
+    *("views", "key", "query", "loss", "backward", "optimizer", "momentum", "memory"),
     *("communication", "tracking", "rest"),
 )
 
@@ -47,7 +47,8 @@ class Speed:
     parts: dict[str, float]
     # Both views of an image, without the rest of a step.
     pipeline_images_per_second: float
-    # Sent by this process in a step; it receives as many bytes.
+    # Sent by this process in a step; it receives as many bytes. Those of keys include the moments
+    # of BatchNorm groups that span processes.
     bytes_of_keys: int
     bytes_of_gradients: int
     memory_gb: float
@@ -110,16 +111,6 @@ def seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def fill_queue(trainer: Trainer) -> None:
-    """Fill the queue with random keys of the training images, as it is in most steps."""
-    queue = trainer.moco.queue
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(queue.keys.shape, generator=generator)
-    samples = torch.arange(queue.size) % len(trainer.splits.train)
-    device = trainer.device
-    queue.enqueue(F.normalize(keys, dim=1).to(device, trainer.dtype), samples.to(device))
-
-
 def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
     """Return the speed of the trainer's step, from `repeats` times `steps` real steps.
 
@@ -127,7 +118,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
     """
     device, config, hooks = trainer.device, trainer.config, run_hooks(trainer)
     take = Stepper(trainer, hooks)
-    fill_queue(trainer)
+    trainer.moco.fill_up(len(trainer.splits.train))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(warm_up):
@@ -163,9 +154,10 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
 def both_views(trainer: Trainer, step: int) -> None:
     """Make the views of a step, of queries and of keys."""
     trainer.source.begin(step)
-    rows = trainer.plan.step(step, len(trainer.passes))
+    rows = trainer.plan.step(step, len(trainer.config.moco.passes))
     micro_batches = trainer.config.runtime.micro_batches
-    for views in views_of(rows, trainer.passes, trainer.source, micro_batches):
+    passes = trainer.config.moco.passes
+    for views in views_of(rows, passes, trainer.source, micro_batches):
         for make in chain.from_iterable(views):
             make()
 
@@ -224,13 +216,14 @@ def _multiply(a: Tensor, b: Tensor, product: Tensor, times: int) -> None:
 @torch.no_grad()
 def tracking_seconds(trainer: Trainer, taken: Taken) -> float:
     """Return the seconds of a line of metrics and of the figures of health, for each step."""
-    settings, device, queue = trainer.config.tracking, trainer.device, trainer.moco.queue
+    settings, device, config = trainer.config.tracking, trainer.device, trainer.config
     line = partial(figures_of, trainer, trainer.step, taken, {}, 1.0)
     total = statistics.median(seconds(line, device)[0] for _ in range(3)) / settings.every_steps
     if every := settings.health_every_steps:
-        keys = queue.keys[: trainer.config.batch_size]
+        keys = torch.randn(config.batch_size, config.encoder.dim, device=device).to(trainer.dtype)
+        keys, samples = F.normalize(keys, dim=1), trainer.plan.step(0).samples
         mine = keys[trainer.plan.local_rows]
-        work = partial(figures.health, trainer.moco, mine, [keys], queue.samples[: len(keys)])
+        work = partial(figures.health, trainer.moco, mine, [keys], samples)
         total += statistics.median(seconds(work, device)[0] for _ in range(3)) / every
     return total
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from moco_dist.config.optim import OptimConfig
 from moco_dist.config.recipe import DataConfig, Precision, ViewsConfig
-from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, require
+from moco_dist.config.rules import ANY, OWN, check, check_name, check_positive, of_sweep, require
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
 
 # Files that hold an encoder.
@@ -146,4 +146,4 @@ class ProbeConfig:
 
     def run_name(self) -> str:
         """Return the name of this run."""
-        return self.name or f"{self.pretraining()}-probe"
+        return self.name or f"{self.pretraining()}-probe{of_sweep()}"

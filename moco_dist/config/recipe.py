@@ -6,28 +6,38 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.moco import MocoConfig
 from moco_dist.config.optim import OptimConfig
 from moco_dist.config.rules import (
     ANY,
     OWN,
     check,
-    check_momentum,
     check_name,
-    check_positive,
     require,
 )
 from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
+from moco_dist.errors import shown
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The source of the images, and their split."""
 
-    name: Literal["cifar10", "cifar100", "stl10", "folder", "shards", "shapes"] = "shapes"
+    name: Literal[
+        "cifar10", "cifar100", "stl10", "folder", "shards", "huggingface", "arrays", "shapes"
+    ] = "shapes"
     # Folder of the data set; cifar10, cifar100 and stl10 are downloaded to it on first use.
     # folder: also a tar or zip file of a folder, which each machine unpacks into the cache.
     # shards: a folder of tar files in WebDataset's layout, KEY.jpg and KEY.cls or KEY.json.
+    # huggingface: a NAME or NAME:CONFIG on the hub, a folder saved by save_to_disk, or parquet or
+    # arrow files. arrays: an .npz file, a folder of .npy files, or one .npy file.
     root: str = "data"
+    # huggingface: the split to train on; empty: the one called train.
+    split: str = ""
+    # huggingface and tables of labels: columns of images (or files) and classes; arrays: arrays.
+    # Empty: found by type and name.
+    image_column: str = ""
+    label_column: str = ""
     # Side in pixels of squares (shorter side resized, centre cropped), which are held in memory and
     # used for features. Training views of streamed images are cut from the whole image.
     size: int = 32
@@ -45,8 +55,9 @@ class DataConfig:
     workers: int = 0
     # exchange: processes send each other the crops of streamed keys; plan: each decodes its own.
     keys_by: Literal["exchange", "plan"] = "exchange"
-    # folders: an image's class is its first-level folder (in shards its .cls or .json).
-    labels: Literal["folders", "none"] = "folders"
+    # folders: an image's class is its first-level folder (in shards its .cls or .json; in tables
+    # and arrays what they say). Or none, or FILE.csv, which has the file and label of each image.
+    labels: str = "folders"
     # Share of the training images held out for validation, drawn by split_seed.
     validation: float = 0.1
     split_seed: int = 0
@@ -68,6 +79,16 @@ class DataConfig:
             validation=(0, 0.9),
             shapes_train=(10, None),
             shapes_test=(10, None),
+        )
+        is_table = self.labels.lower().endswith((".csv", ".tsv"))
+        require(
+            self.labels in ("folders", "none") or is_table,
+            f"data.labels={shown(self.labels)} is unknown; use folders, none, or a FILE.csv",
+        )
+        require(
+            not is_table or self.name == "folder",
+            f"data.labels={shown(self.labels)} is a table for data.name=folder, and "
+            f"data.name={self.name} has labels of its own; use data.labels=folders or none",
         )
         colour = len(self.background) == 3 and all(0 <= part <= 255 for part in self.background)
         rule = "it must be three numbers from 0 to 255"
@@ -145,28 +166,6 @@ class ViewsConfig:
         )
 
 
-@dataclass(frozen=True)
-class MocoConfig:
-    """Momentum Contrast: queue, momentum and loss."""
-
-    # Keys in the queue, independent of the batch size.
-    queue_size: int = 4096
-    temperature: float = 0.1
-    # Share of the key encoder that each step keeps.
-    momentum: float = 0.99
-    # cosine raises the momentum to 1 at the end of the run.
-    momentum_schedule: Literal["constant", "cosine"] = "constant"
-    # Use each view once as query and once as key, and add the two losses.
-    symmetric: bool = False
-    # Don't count an image's own older keys as its negatives.
-    mask_own_keys: bool = True
-
-    def __post_init__(self) -> None:
-        check("moco.", self, queue_size=(1, None), temperature=OWN, momentum=OWN)
-        check_positive("moco.", self, temperature="0.1 or 0.2 is usual")
-        check_momentum("moco.", self.momentum, 0.99)
-
-
 Precision = Literal["fp32", "tf32", "bf16", "fp64"]
 
 
@@ -181,7 +180,8 @@ class PretrainConfig:
     epochs: int = 200
     # Images per step over all processes.
     batch_size: int = 512
-    # Blocks of the global batch that BatchNorm normalises separately, on any number of processes.
+    # Blocks of the global batch that BatchNorm normalises separately, on any number of processes
+    # that divides it or is a multiple of it.
     bn_groups: int = 8
     # bf16 is mixed precision: queue, loss and weights stay fp32. tf32 is fp32 whose products and
     # convolutions a GPU rounds to 10 bits, many times as fast; a CPU takes it as fp32.
@@ -226,6 +226,11 @@ class PretrainConfig:
                 f"views_2.{key}={theirs} is not views.{key}={ours}, which both views share; leave "
                 "it out",
             )
+        require(
+            self.views_2 is None or self.moco.negatives != "bank",
+            "views_2 is for the second view of an image, and moco.negatives=bank has one; leave it "
+            "out",
+        )
         b, g = self.batch_size, self.bn_groups
         lower = max(g, b // g * g)
         require(
@@ -238,12 +243,12 @@ class PretrainConfig:
             f"bn_groups={g} leaves {b // g} image of batch_size={b} in a group; "
             f"BatchNorm needs two or more, use bn_groups={max(1, b // 2)} or fewer",
         )
-        keys = b * (2 if self.moco.symmetric else 1)
         require(
-            self.moco.queue_size >= keys,
-            f"moco.queue_size={self.moco.queue_size} can't hold the {keys} keys of one step; "
-            f"use {keys} or more",
+            not self.encoder.predictor or self.moco.keys == "momentum",
+            "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
+            "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
+        self.moco.check_batch(b)
 
     @property
     def view_recipes(self) -> list[ViewsConfig]:

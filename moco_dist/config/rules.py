@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 from moco_dist.errors import ConfigError, shown
@@ -60,10 +61,16 @@ def check_positive(group: str, config: Any, **hints: str) -> None:
         require(value > 0, f"{group}{name}={value} is not above 0; {hint}")
 
 
-def check_momentum(group: str, momentum: float, usual: float) -> None:
+def check_momentum(group: str, momentum: float, usual: float, name: str = "momentum") -> None:
     """Raise ConfigError unless a momentum lies in [0, 1)."""
     rule = f"it must lie in [0, 1), {usual} is usual"
-    require(0 <= momentum < 1, f"{group}momentum={momentum} is out of range; {rule}")
+    require(0 <= momentum < 1, f"{group}{name}={momentum} is out of range; {rule}")
+
+
+def of_sweep() -> str:
+    """Return '-' and the id of this run of a W&B sweep, to end its name with; '' outside of one."""
+    run, sweep = os.environ.get("WANDB_RUN_ID"), os.environ.get("WANDB_SWEEP_ID")
+    return f"-{run}" if run and sweep else ""
 
 
 def check_name(name: str) -> None:

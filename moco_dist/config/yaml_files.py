@@ -20,6 +20,7 @@ from yaml.constructor import ConstructorError
 
 from moco_dist import packaged
 from moco_dist.config.recipe import FREE_ON_RESUME
+from moco_dist.config.rules import of_sweep
 from moco_dist.errors import ConfigError, shown
 
 Schema = TypeVar("Schema")
@@ -106,6 +107,8 @@ def changed_keys(old: dict[str, Any], new: Any) -> list[str]:
 def load(schema: type[Schema], arguments: list[str]) -> Schema:
     """Return the defaults with the arguments, YAML files or overrides `a.b=c`, applied in order.
 
+    A run of a W&B sweep gets its id into its name, unless an argument gives one.
+
     Raises ConfigError for an unknown key, a wrong type, a value out of range or a missing file.
     """
     keys, values = _keys(schema), flat(to_dict(schema()))
@@ -129,6 +132,8 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
             raise ConfigError(
                 f"{shown(argument)}: not valid YAML ({_one_line(error)}); correct its syntax"
             ) from error
+    if values["name"] and not any(argument.startswith("name=") for argument in arguments):
+        values["name"] += of_sweep()
     return _built(schema, values)
 
 

@@ -27,7 +27,7 @@ from moco_dist.randomness import Purpose, permutation
 logger = logging.getLogger(__name__)
 
 # Data sets that may be streamed.
-ON_DISK = ("folder", "shards")
+ON_DISK = ("folder", "shards", "huggingface", "arrays")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def load(config: DataConfig, channels: int = 3, run: run_lists.Begun | None = No
     all processes.
     """
     loaded: Loaded | None = None
-    downloads = config.name not in ("shapes", "folder", "shards")
+    downloads = config.name not in ("shapes", "folder", "shards", "arrays")
     for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
         loaded = peers.together(partial(_once, loaded, config, channels, my_turn, run))
     assert loaded, "the last turn is everyone's"
@@ -300,10 +300,12 @@ def require_labels(splits: Splits, config: DataConfig) -> None:
     """Raise DataError if the data set has no classes to learn."""
     if not splits.train.classes:
         none = config.labels == "none"
+        fix = "give data.labels=folders" if none else "sort the images into one folder per class"
+        if not none and config.name in ("huggingface", "arrays"):
+            fix = "name them by data.label_column"
         raise DataError(
             f"data.name={config.name} at data.root={config.root} has no labels"
-            f"{', with data.labels=none' if none else ''}, and a probe needs them; "
-            f"{'give data.labels=folders' if none else 'sort the images into one folder per class'}"
+            f"{', with data.labels=none' if none else ''}, and a probe needs them; {fix}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which images of a folder, an archive or tar shards are for training, and which for testing."""
+"""Which images of a folder, archive, shards or tables are for training, which for testing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco_dist.config.recipe import DataConfig
-from moco_dist.data import folder_layout, image_archive, image_index, tar_shards
+from moco_dist.data import folder_layout, image_archive, image_index, parts, tables, tar_shards
+from moco_dist.data.arrays import Arrays
 from moco_dist.data.image_index import ImageIndex
+from moco_dist.data.label_table import LabelTable
 from moco_dist.errors import DataError, MissingError, shown
 
 # Name of the training images of a folder without parts.
@@ -24,6 +26,17 @@ class Source(NamedTuple):
     name: str
     # Returns its images, given the classes of the training images.
     list: Callable[[tuple[str, ...]], ImageIndex]
+
+
+class Sources(NamedTuple):
+    """The parts of a data set."""
+
+    train: Source
+    # Those that may be tested on.
+    tests: list[Source]
+    warnings: tuple[str, ...]
+    # Returns what there is to warn of once the parts that are read have been listed.
+    late: Callable[[], tuple[str, ...]] = tuple
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ def cache(config: DataConfig) -> Path:
 def root(config: DataConfig) -> Path:
     """Return the folder of a data set, after unpacking it if it is an archive; DataError."""
     given = Path(os.path.expanduser(config.root))
-    if not os.path.isfile(given):
+    if not os.path.isfile(given) or config.name in ("huggingface", "arrays"):
         return given
     if config.name == "folder" and image_archive.is_archive(given):
         # An archive usually contains the folder itself, but may contain its content only.
@@ -66,8 +79,9 @@ def find(config: DataConfig, given: Path, kept: Path | None) -> FileSet:
     Of the parts that may be tested on, the first with labels is chosen. Raises UserError if there
     is nothing to train on.
     """
-    sources = _shards if config.name == "shards" else _folders
-    train, tests, said = sources(given, config.labels == "folders", kept)
+    kinds = {"shards": _shards, "huggingface": _tables, "arrays": _arrays}
+    sources = kinds.get(config.name, _folders)
+    train, tests, said, late = sources(config, given, kept)
     images = train.list(())
     chosen, words, fault, aside = None, [f"trains on {train.name}"], "", list[str]()
     for part in tests:
@@ -97,31 +111,32 @@ def find(config: DataConfig, given: Path, kept: Path | None) -> FileSet:
                 "classes of the training images; use the same classes in both"
             )
     words += [f"leaves aside {', '.join(aside)}"] if aside else []
-    parts = "; ".join(words) if tests or train.name != ALL else ""
-    said = (*said, *images.warnings, *(chosen.warnings if chosen else ()))
-    return FileSet(images, chosen, parts, fault, said)
+    of_parts = "; ".join(words) if tests or train.name != ALL else ""
+    said = (*said, *images.warnings, *(chosen.warnings if chosen else ()), *late())
+    return FileSet(images, chosen, of_parts, fault, said)
 
 
-def _folders(
-    given: Path, labelled: bool, kept: Path | None
-) -> tuple[Source, list[Source], tuple[str, ...]]:
+def _folders(config: DataConfig, given: Path, kept: Path | None) -> Sources:
+    labelled = config.labels == "folders"
     layout = folder_layout.find(given)
+    table = LabelTable(config, given) if config.labels not in ("folders", "none") else None
 
     def of(part: Path) -> Source:
         def listed(classes: tuple[str, ...]) -> ImageIndex:
             is_part = part != layout.root
             folder = folder_layout.inside(part, classes=classes) if is_part else part
-            return image_index.of_folder(folder, labelled, kept, classes or None)
+            images = image_index.of_folder(folder, labelled, kept, classes or None)
+            return table.on(images, classes or None) if table else images
 
         place = os.path.relpath(part, given)
         return Source(ALL if place == "." else shown(place), listed)
 
-    return of(layout.train), [of(part) for part in layout.tests], layout.warnings
+    rest = table.unused if table else tuple
+    return Sources(of(layout.train), [of(part) for part in layout.tests], layout.warnings, rest)
 
 
-def _shards(
-    given: Path, labelled: bool, kept: Path | None
-) -> tuple[Source, list[Source], tuple[str, ...]]:
+def _shards(config: DataConfig, given: Path, kept: Path | None) -> Sources:
+    labelled = config.labels != "none"
     train, tests, warnings = tar_shards.parts(given)
 
     def of(tars: tar_shards.Tars) -> Source:
@@ -131,4 +146,33 @@ def _shards(
         place = shown(os.path.relpath(tars.folder / tars.names[0], given))
         return Source(f"{len(tars.names)} tar(s) from {place}", listed)
 
-    return of(train), [of(part) for part in tests], warnings
+    return Sources(of(train), [of(part) for part in tests], warnings)
+
+
+def _tables(config: DataConfig, given: Path, kept: Path | None) -> Sources:
+    splits, said = tables.splits(config.root)
+    train, tests, others = parts.of_splits(list(splits), config.split, config.root)
+    if others:
+        said += (f"{shown(config.root)}: left aside the split(s) {shown(', '.join(others))}",)
+
+    def of(name: str) -> Source:
+        def listed(classes: tuple[str, ...]) -> ImageIndex:
+            return tables.images(splits[name], config, classes or None)
+
+        return Source(ALL if len(splits) == 1 else f"split {shown(name)}", listed)
+
+    return Sources(of(train), [of(name) for name in tests], said)
+
+
+def _arrays(config: DataConfig, given: Path, kept: Path | None) -> Sources:
+    arrays = Arrays(config, cache(config))
+    pairs = arrays.parts()
+
+    def of(part: parts.Part) -> Source:
+        def listed(classes: tuple[str, ...]) -> ImageIndex:
+            return arrays.images(pairs[part], classes or None)
+
+        return Source(ALL if len(pairs) == 1 else shown(pairs[part].images), listed)
+
+    tests: list[parts.Part] = ["test", "validation"]
+    return Sources(of("train"), [of(part) for part in tests if part in pairs], ())

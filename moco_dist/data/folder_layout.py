@@ -67,9 +67,9 @@ def _next_to(given: Path, last: Path, endings: tuple[str, ...]) -> list[str]:
     """Return a sentence for each folder from `given` down to `last` that has files itself."""
     levels = [at for at in (last, *last.parents) if at.is_relative_to(given)]
     counts = [(at, _files(at, endings)) for at in levels]
+    kind = "image" if endings == EXTENSIONS else endings[0].removeprefix(".")
     return [
-        f"{shown(at)}: left aside {count:,} {'image' if endings == EXTENSIONS else 'tar'}(s) next "
-        "to the folder that is read"
+        f"{shown(at)}: left aside {count:,} {kind}(s) next to the folder that is read"
         for at, count in counts
         if count
     ]

@@ -91,12 +91,14 @@ SPARE = 2
 
 
 class Place(NamedTuple):
-    """The location of an image: a file, or `size` bytes from `offset` in a tar."""
+    """The location of an image: a file, or `size` bytes from `offset` in one."""
 
     path: str
     name: str = ""
     offset: int = 0
     size: int = -1  # the whole file
+    # Put before these bytes, in Latin-1: what makes a file of bare pixels.
+    head: str = ""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.name}" if self.name else self.path
@@ -150,13 +152,13 @@ def _read(place: Place) -> bytes:
     file = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         left = os.fstat(file).st_size if place.size < 0 else place.size
-        parts: list[bytes] = []
+        parts, at = [place.head.encode("latin-1")], place.offset
         while left:
-            part = os.pread(file, left, place.offset + sum(map(len, parts)))
+            part = os.pread(file, left, at)
             if not part:
                 raise ValueError(f"it ends {left:,} bytes too early")
             parts.append(part)
-            left -= len(part)
+            left, at = left - len(part), at + len(part)
         return b"".join(parts)
     finally:
         os.close(file)

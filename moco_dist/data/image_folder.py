@@ -281,7 +281,8 @@ def _key(images: Located, recipe: Recipe) -> str:
     found = states({place.path for place in places})
     rows = [
         (os.path.relpath(path, root), found[path].st_size, found[path].st_mtime_ns, *member)
-        for path, *member in places
+        for path, *member, _ in places
     ]
-    content = json.dumps([VERSION, str(images.root.resolve()), recipe, rows])
+    heads = sorted({place.head for place in places} - {""})
+    content = json.dumps([VERSION, str(images.root.resolve()), recipe, rows, *heads])
     return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,7 +1,7 @@
-"""Lists of the images of a folder or of tar shards, cached, with a few bytes per image.
+"""Lists of the images of a folder, of tar shards or of tables, with a few bytes per image.
 
-A list is valid until the modification time of a folder, or the size or time of a tar, changes. A
-file that is overwritten in place goes unnoticed.
+A cached list is valid until the modification time of a folder, or the size or time of a tar,
+changes. A file that is overwritten in place goes unnoticed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ImageIndex:
     sizes: Tensor
     labels: Tensor
     classes: tuple[str, ...]
-    # Tar files below the root, empty for a folder; and the tar and first byte of each image, int64
-    # (n,), also empty for a folder.
+    # Files below the root that hold many images (tars, tables, arrays), empty for a folder; and the
+    # file and first byte of each image, int64 (n,), also empty for a folder.
     tars: tuple[str, ...]
     tar: Tensor
     offsets: Tensor
@@ -58,6 +58,10 @@ class ImageIndex:
     unknown: tuple[str, ...] = ()
     # The fingerprint of the list that a run began with, where files have changed since.
     begun: str = ""
+    # Whether the images are rows of a table, which have numbers and no files of their own.
+    rows: bool = False
+    # What stands before the pixels of each image (`Place.head`).
+    head: str = ""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -87,7 +91,9 @@ class ImageIndex:
         tars = [os.path.join(root, tar) for tar in self.tars]
         spans = [(int(self.offsets[row]), int(self.sizes[row])) for row in rows]
         found = zip(rows, spans, strict=True)
-        return [Place(tars[int(self.tar[row])], self.name(row), *span) for row, span in found]
+        return [
+            Place(tars[int(self.tar[row])], self.name(row), *span, self.head) for row, span in found
+        ]
 
     def all_places(self) -> list[Place]:
         """Return the locations of all images."""
@@ -97,7 +103,8 @@ class ImageIndex:
         """Return 16 hex digits of names, sizes and classes in order, without content and root."""
         if self.begun:
             return self.begun
-        classes = np.frombuffer(json.dumps(self.classes).encode(), np.uint8)
+        texts = (*self.classes, self.head) if self.head else self.classes
+        classes = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         content = self.names, self.ends, self.sizes, self.labels, torch.from_numpy(classes.copy())
         return fingerprint.of_tensors(*content)
 
@@ -111,7 +118,7 @@ def of_folder(
         listing = image_folder.scan(root, labelled, classes)
         states = image_folder.states(listing.files)
         members = [Member(0, str(f.relative_to(root)), 0, states[f].st_size) for f in listing.files]
-        index = _index(root, members, listing.labels, listing.classes)
+        index = of_members(root, members, listing.labels, listing.classes)
         said = replace(index, warnings=listing.warnings, unknown=listing.unknown)
         return said, list(listing.folders)
 
@@ -129,7 +136,7 @@ def of_shards(
 
     def make() -> tuple[ImageIndex, list[str]]:
         found = tar_shards.read(root, tars, labelled, classes)
-        index = _index(root, found.members, found.labels, found.classes, tuple(tars))
+        index = of_members(root, found.members, found.labels, found.classes, tuple(tars))
         return replace(index, warnings=found.warnings, unknown=found.unknown), [
             str(root / tar) for tar in tars
         ]
@@ -137,13 +144,14 @@ def of_shards(
     return _kept(root, ["shards", tars, labelled, classes], cache, make)
 
 
-def _index(
+def of_members(
     root: Path,
-    members: list[Member],
-    labels: list[int],
+    members: Sequence[Member],
+    labels: Sequence[int],
     classes: tuple[str, ...],
     tars: tuple[str, ...] = (),
 ) -> ImageIndex:
+    """Return the list of some images with their classes; without `tars` they are files."""
     names = [os.fsencode(member.name) for member in members]
     blob = torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy())
     ends = torch.from_numpy(np.cumsum([len(name) for name in names], dtype=np.int64))

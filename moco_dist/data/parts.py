@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal
+
+from moco_dist.errors import ConfigError, shown
 
 Part = Literal["train", "validation", "test"]
 
@@ -39,3 +42,27 @@ def part_of(name: str, anywhere: bool = False) -> Part | None:
     if not found or not (anywhere or all(word in WORDS or word in NEUTRAL for word in words)):
         return None
     return next((part for part in found if part != "train"), "train")
+
+
+def of_splits(names: Sequence[str], wanted: str, root: str) -> tuple[str, list[str], list[str]]:
+    """Return which of the splits of a set is for training, those to test on, and the others.
+
+    Of those to test on, the first is to be preferred. Raises ConfigError unless one for training is
+    `wanted`, named so, or the only one.
+    """
+    listed = ", ".join(shown(name) for name in names)
+    if wanted and wanted not in names:
+        raise ConfigError(
+            f"data.split={shown(wanted)}: no such split in data.root={shown(root)}, which has "
+            f"{listed}; give one of these"
+        )
+    trains = [name for name in names if part_of(name) == "train"]
+    first = [wanted] * bool(wanted) or [n for n in trains if n == "train"] or trains or list(names)
+    if len(first) != 1:
+        raise ConfigError(
+            f"data.root={shown(root)}: no split is called train, of {listed}; choose the one to "
+            f"train on by data.split={shown(first[0])}"
+        )
+    tests = [name for name in names if part_of(name) in ("test", "validation") and name != first[0]]
+    tests.sort(key=lambda name: part_of(name) != "test")
+    return first[0], tests, [name for name in names if name not in (first[0], *tests)]

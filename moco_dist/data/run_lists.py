@@ -3,7 +3,8 @@
 A run keeps the lists of its first launch in LISTS. When a later launch finds other files, the
 images keep the numbers that they had: files that are gone are set aside (`set_aside.py`), files of
 another size are read as they are now. That is done if data.skip_unreadable asks for it, or if an
-earlier launch named these very files as unreadable. Anything else is another data set.
+earlier launch named these very files as unreadable. Anything else is another data set, and so is
+a table with any change: its rows have no names by which they would be known again.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def write(run: Path, lists: Lists) -> None:
     arrays: dict[str, Any] = {}
     for part, index in lists.items():
         arrays |= {f"{part}.{name}": getattr(index, name).numpy() for name in COLUMNS}
-        texts = json.dumps([index.classes, index.tars]).encode()
+        heads = [index.head] if index.head else []
+        texts = json.dumps([index.classes, index.tars, *heads]).encode()
         arrays[f"{part}.texts"] = np.frombuffer(texts, np.uint8)
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
@@ -90,8 +92,9 @@ def read(run: Path) -> Lists:
                 columns: dict[str, Any] = {
                     name: torch.from_numpy(file[f"{part}.{name}"]) for name in COLUMNS
                 }
-                classes, tars = json.loads(file[f"{part}.texts"].tobytes())
-                lists[part] = ImageIndex(run, classes=tuple(classes), tars=tuple(tars), **columns)
+                classes, tars, *heads = json.loads(file[f"{part}.texts"].tobytes())
+                texts = {"classes": tuple(classes), "tars": tuple(tars), "head": "".join(heads)}
+                lists[part] = ImageIndex(run, **texts, **columns)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(
             f"{shown(run / LISTS)}: can't be read ({shown(error)}); bring it back, or remove it to "
@@ -214,6 +217,8 @@ def _compared(begun: ImageIndex, now: ImageIndex) -> Changes:
         offsets=offsets,
         warnings=now.warnings,
         begun=begun.fingerprint(),
+        rows=now.rows,
+        head=now.head,
     )
     return Changes(
         index,
@@ -230,6 +235,7 @@ def _settled(run: Path, changes: Changes, aside: Aside, begun: ImageIndex) -> li
     known = {*aside.rows, *aside.named}
     allowed = aside.skips or known.issuperset((*changes.gone, *changes.changed))
     few = len(changes.gone) <= max(1, MOST_GONE * len(begun))
+    few = few and not (changes.images.rows and changes.images.begun)
     facts = [
         (len(changes.gone), "gone", _first(begun, changes.gone)),
         (len(changes.changed), "of another size", _first(begun, changes.changed)),
@@ -243,8 +249,8 @@ def _settled(run: Path, changes: Changes, aside: Aside, begun: ImageIndex) -> li
             asked = "give data.skip_unreadable=true to go on without those that are gone, "
         raise ConfigError(
             f"{run}: was trained on other images: of {len(begun):,} files in "
-            f"{shown(changes.images.root)} there are {what}; put them back as they were, {asked}or "
-            "give name=... for a new run"
+            f"{shown(changes.images.root)} there are {what or 'other shapes'}; put them back as "
+            f"they were, {asked}or give name=... for a new run"
         )
     for row in gone:
         aside.rows[row] = GONE

@@ -7,11 +7,10 @@ read later by their position in the file, in any order.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
-from moco_dist.data import folder_layout, tar_members
+from moco_dist.data import class_names, folder_layout, tar_members
 from moco_dist.data.folder_walk import ignored
 from moco_dist.data.image_file import EXTENSIONS
 from moco_dist.data.parts import part_of
@@ -42,42 +41,44 @@ class Tars(NamedTuple):
     names: list[str]
 
 
-def parts(given: Path) -> tuple[Tars, list[Tars], tuple[str, ...]]:
+def parts(given: Path, ending: str = ".tar") -> tuple[Tars, list[Tars], tuple[str, ...]]:
     """Return the tars for training, those of each part that may be tested on, and warnings.
 
     The parts are folders as in `folder_layout.find`, or words in the names of tars as in
     imagenet-val-000000.tar, where all others are for training. Of those to test on, the first is
-    to be preferred. Raises MissingError if there is no tar for training.
+    to be preferred. Files with another `ending` are shared out in the same way. Raises MissingError
+    if there is no file for training.
     """
     if not os.path.isdir(given):
         raise MissingError(
-            f"{shown(given)}: no such folder; give the folder of the tar files as data.root=DIR"
+            f"{shown(given)}: no such folder; give the folder of the {ending[1:]} files as "
+            "data.root=DIR"
         )
-    layout = folder_layout.find(given, (".tar",))
+    layout = folder_layout.find(given, (ending,))
     if layout.train != layout.root:
-        train = Tars(layout.train, _tars(layout.train))
-        tests = [Tars(folder, _tars(folder)) for folder in layout.tests]
+        train = Tars(layout.train, _tars(layout.train, (ending,)))
+        tests = [Tars(folder, _tars(folder, (ending,))) for folder in layout.tests]
     else:
         of: dict[str, list[str]] = {"train": [], "test": [], "validation": []}
-        for name in _tars(layout.root):
+        for name in _tars(layout.root, (ending,)):
             of[part_of(name, anywhere=True) or "train"].append(name)
         first, *others = (Tars(layout.root, names) for names in of.values())
         train, tests = first, others
     said = []
-    if compressed := _tars(train.folder, COMPRESSED):
+    if ending == ".tar" and (compressed := _tars(train.folder, COMPRESSED)):
         said.append(
             f"{shown(train.folder)}: left out {len(compressed)} compressed tar(s), which can't be "
             f"read at any place; the first is {shown(compressed[0])}; decompress them"
         )
     if not train.names:
         raise MissingError(
-            f"{shown(train.folder)}: no tar files for training in this folder; data.name=shards "
-            f"needs DIR/*.tar, or DIR/train/*.tar{'; ' if said else ''}{'; '.join(said)}"
+            f"{shown(train.folder)}: no {ending[1:]} files for training in this folder; data.root "
+            f"needs DIR/*{ending}, or DIR/train/*{ending}{'; ' if said else ''}{'; '.join(said)}"
         )
     return train, [part for part in tests if part.names], (*layout.warnings, *said)
 
 
-def _tars(folder: Path, endings: tuple[str, ...] = (".tar",)) -> list[str]:
+def _tars(folder: Path, endings: tuple[str, ...]) -> list[str]:
     names = (name for name in os.listdir(folder) if not ignored(name))
     return sorted(name for name in names if name.lower().endswith(endings))
 
@@ -102,19 +103,5 @@ def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] |
             f"{shown(root)}: no images in {len(tars)} tar files; data.name=shards needs members "
             f"that end in {', '.join(EXTENSIONS)}{'; ' if said else ''}{'; '.join(said)}"
         )
-    numbers = all(_number(label) for label in {*labels, *(classes or ())} if label is not None)
-    # 007 and 7 are one class.
-    given = [str(int(label)) if label is not None and numbers else label for label in labels]
-    known = {label for label in given if label is not None}
-    if len(known) < 2 and classes is None:
-        return Found(members, [-1] * len(members), (), said)
-    if classes is None:
-        classes = tuple(sorted(known, key=int) if numbers else sorted(known))
-    unknown = sorted(known - set(classes))
-    place = {name: number for number, name in enumerate(classes)}
-    order = [place.get(label or "", -1) for label in given]
-    return Found(members, order, classes, said, tuple(unknown))
-
-
-def _number(label: str) -> bool:
-    return re.fullmatch(r"[0-9]{1,6}", label) is not None
+    found_classes = class_names.numbered(labels, classes)
+    return Found(members, found_classes.labels, found_classes.classes, said, found_classes.unknown)

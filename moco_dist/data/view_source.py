@@ -244,15 +244,16 @@ ViewSource = MemorySource | StreamedSource
 
 
 def views_of(
-    rows: Step, passes: Sequence[tuple[int, int]], source: ViewSource, micro_batches: int
+    rows: Step, passes: Sequence[tuple[int, int | None]], source: ViewSource, micro_batches: int
 ) -> tuple[list[Pieces], list[Pieces]]:
     """Return functions that return the views of keys and of queries, for each pass over the batch.
 
-    Whole batches are made in one call of the source. Micro-batches are made one by one, when they
-    are needed, to save memory.
+    There are none of keys in passes without them. Whole batches are made in one call of the source.
+    Micro-batches are made one by one, when they are needed, to save memory.
     """
     keys = zip(rows.key_rows, passes, strict=True)
-    wanted = [(rows.samples[places], view) for places, (_, view) in keys]
+    wanted = [(rows.samples[places], view) for places, (_, view) in keys if view is not None]
+    number = len(wanted)
     wanted += [(rows.samples[rows.query_rows], view) for view, _ in passes]
     found: list[Pieces]
     if micro_batches == 1:
@@ -262,7 +263,7 @@ def views_of(
             [partial(_one, source, (part, view), rows.epoch) for part in each.chunk(micro_batches)]
             for each, view in wanted
         ]
-    return found[: len(passes)], found[len(passes) :]
+    return found[:number], found[number:]
 
 
 def _one(source: ViewSource, wanted: Wanted, epoch: Key) -> Tensor:

@@ -116,6 +116,15 @@ def all_gather_with_note(x: Tensor, note: Tensor) -> tuple[Tensor, Tensor]:
     return keys.reshape(-1, *x.shape[1:]), notes.contiguous().view(torch.int64)
 
 
+def all_gather_within(x: Tensor, processes: int) -> Tensor:
+    """Return `x` of each process of a block of so many, this one's, (processes, *x.shape).
+
+    Process r is in block r // processes. All processes of the run take part.
+    """
+    first = rank() // processes * processes
+    return all_gather(x[None])[first : first + processes]
+
+
 def without_waiting(x: Tensor, device: torch.device) -> Tensor:
     """Return `x`, which is on the CPU, on `device`; the copy to a GPU runs behind the host."""
     pinned = x.pin_memory() if device.type == "cuda" else x

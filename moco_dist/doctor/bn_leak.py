@@ -63,13 +63,14 @@ def leak(
         encoder.train()
         for norm in batch_norms(encoder):
             norm.rows_per_group = rows
-    # Keys as they come into the queue of a run: each batch shuffled among its groups.
-    others = max(1, -(-min(NEGATIVES, config.moco.queue_size) // batch))
-    queue = []
+    # Keys as they come from the steps of a run: each batch shuffled among its groups.
+    negatives_wanted = config.moco.candidates(batch, len(pixels)) - 1
+    others = max(1, -(-min(NEGATIVES, negatives_wanted) // batch))
+    keys_of_steps = []
     for step in range(others):
         drawn = plan.step(step)
-        queue.append(encode(key_encoder, drawn.samples[drawn.key_rows[0]], step, 1))
-    negatives = torch.cat(queue)
+        keys_of_steps.append(encode(key_encoder, drawn.samples[drawn.key_rows[0]], step, 1))
+    negatives = torch.cat(keys_of_steps)
     right = torch.zeros(2, dtype=torch.int64)
     for step in range(others, others + BATCHES):
         drawn = plan.step(step)
@@ -94,8 +95,13 @@ def trained(config: PretrainConfig) -> tuple[Encoder, Encoder, datasets.AnyImage
         trainer = Trainer(config, accelerator, splits)
         while trainer.step < min(STEPS, trainer.total_steps):
             trainer.train_step()
-        encoders = trainer.moco.query_encoder, trainer.moco.key_encoder
-        return *encoders, trainer.splits.train, f"{trainer.step} steps of training"
+        *_, key = trainer.moco.encoders.values()
+        return (
+            trainer.moco.query_encoder,
+            key,
+            trainer.splits.train,
+            f"{trainer.step} steps of training",
+        )
     changed = yaml_files.changed_keys(found.piece("config"), config)
     if changed:
         raise ConfigError(
@@ -105,7 +111,8 @@ def trained(config: PretrainConfig) -> tuple[Encoder, Encoder, datasets.AnyImage
     query, key = (
         build_encoder(config.encoder, config.seed).to(accelerator.device) for _ in range(2)
     )
-    for encoder, prefix in ((query, "query_encoder."), (key, "key_encoder.")):
+    of_keys = "key_encoder." if config.moco.keys == "momentum" else "query_encoder."
+    for encoder, prefix in ((query, "query_encoder."), (key, of_keys)):
         own = {k.removeprefix(prefix): v for k, v in found.model.items() if k.startswith(prefix)}
         checkpoint.load_tensors(encoder, own, found.path)
     images = datasets.load(config.data, config.encoder.channels).train.to(accelerator.device)

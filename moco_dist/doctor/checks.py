@@ -27,7 +27,7 @@ from moco_dist.doctor.finding import Finding
 from moco_dist.errors import ConfigError, UserError, shown
 from moco_dist.method import plan
 from moco_dist.method.encoder import build_encoder
-from moco_dist.pretrain import alarms
+from moco_dist.pretrain import set_size
 from moco_dist.runs.memory import available
 from moco_dist.tracking import wandb_run
 
@@ -82,7 +82,7 @@ def network(config: PretrainConfig, device: torch.device) -> Iterator[Finding]:
 
 
 def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
-    """Yield how batch, groups and queue fit the processes and the data."""
+    """Yield how batch, groups and negatives fit the processes and the data."""
     world, micro = comms.world_size(), config.runtime.micro_batches
     rows, groups = config.batch_size, config.bn_groups
     yield _ruled(
@@ -90,7 +90,7 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
         f"{rows} = {world} x {rows // world}, {groups} BatchNorm groups of {rows // groups}, "
         f"{micro} micro-batch(es)",
         lambda: plan.check_batch(rows, world),
-        lambda: plan.check_groups(groups, world, micro),
+        lambda: plan.check_groups(groups, world, micro, config.runtime.compile),
     )
     if not images:
         return
@@ -100,9 +100,10 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
         f"{steps:,} an epoch, {steps * config.epochs:,} in {config.epochs} epochs",
         lambda: plan.check_images(rows, groups, world, images),
     )
-    long = alarms.long_queue(config, images) or ""
-    queue = config.moco.queue_size
-    yield Finding("queue", f"{queue:,} keys, {queue / images:.1%} of {images:,} images", long)
+    long = config.moco.too_long(rows, images)
+    yield Finding("negatives", config.moco.described(rows, images), long)
+    if few := set_size.few_images(config, images):
+        yield Finding("expect", few)
 
 
 def _ruled(about: str, found: str, *rules: Callable[[], object]) -> Finding:
@@ -161,14 +162,16 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     rows = max(1, config.batch_size // world // config.runtime.micro_batches)
     weights = sum(parameter.numel() for parameter in encoder.parameters())
     activations = outputs * rows * (2 if config.precision == "bf16" else size)
-    queue = config.moco.queue_size * (config.encoder.dim + rows) * size
+    vectors = config.moco.kept(images) * config.encoder.dim * size
+    logits = config.moco.candidates(config.batch_size, images) * rows * size
     pixels = images * config.encoder.channels * config.data.size**2
     streamed = pixels > 1e9 * config.data.memory_gb
     copies = 5 if config.optim.name == "adamw" else 4
-    return copies * weights * size + activations + queue + (0 if streamed else pixels)
+    held = copies * weights * size + activations + vectors + logits
+    return held + (0 if streamed else pixels)
 
 
-def disk(config: PretrainConfig) -> Iterator[Finding]:
+def disk(config: PretrainConfig, images: int) -> Iterator[Finding]:
     """Yield the free disk space and what the checkpoints that are kept will need."""
     keep = config.checkpoint
     try:
@@ -180,7 +183,7 @@ def disk(config: PretrainConfig) -> Iterator[Finding]:
     size = {"fp64": 8}.get(config.precision, 4)
     copies = 4 if config.optim.name == "adamw" else 3
     one = copies * sum(tensor.numel() for tensor in state.values()) * size
-    one += config.moco.queue_size * (config.encoder.dim * size + 8)
+    one += config.moco.kept(images) * (config.encoder.dim * size + 8)
     # The newest ones, the best one, and one that is being written.
     needed = one * (keep.keep_last + keep.keep_best + 1)
     folder = Path(config.output).expanduser().absolute()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moco_dist.config.recipe import DataConfig
-from moco_dist.data import file_sets, image_archive, image_file, torchvision_sets
+from moco_dist.data import file_sets, image_archive, image_file, tables, torchvision_sets
 from moco_dist.data.file_sets import FileSet
 from moco_dist.data.image_file import Place, Recipe
 from moco_dist.doctor.finding import Finding
@@ -28,17 +28,21 @@ SECONDS, ALL = 10.0, "--all-files"
 def data(config: DataConfig, channels: int, seconds: float = SECONDS) -> tuple[list[Finding], int]:
     """Return what a sample of its files says about the data set, and its number of training images.
 
-    Files are decoded for so many seconds. Nothing is downloaded or unpacked; the number is 0 where
-    that would be needed.
+    Files are decoded for so many seconds. Nothing is downloaded, and no archive is unpacked; the
+    number is 0 where that would be needed. Parquet files are made into the Arrow files that a run
+    needs.
     """
     if config.name == "shapes":
         kept = _kept(config, config.shapes_train)
         return [Finding("data", f"shapes: draws {config.shapes_train:,} images")], kept
-    if config.name not in ("folder", "shards"):
+    if config.name in torchvision_sets.FOLDERS:
         place = torchvision_sets.place(config.name, Path(os.path.expanduser(config.root)))
         state = "is there" if place.is_dir() else "will be downloaded"
         return [Finding("data", f"{config.name}: {shown(place)} {state}")], 0
     try:
+        if config.name == "huggingface" and tables.local(config.root) is None:
+            later = "is read from the hub, or from the library's cache, at the start"
+            return [Finding("data", f"huggingface: {shown(config.root)} {later}")], 0
         found, whole = _found(config)
     except UserError as error:
         return [Finding("data", shown(config.root), str(error))], 0
@@ -77,6 +81,8 @@ def _found(config: DataConfig) -> tuple[FileSet | None, bool]:
         return file_sets.find(config, file_sets.root(config), file_sets.cache(config)), True
     if image_archive.place(root, file_sets.cache(config)).is_dir():
         return file_sets.find(config, file_sets.root(config), None), True
+    if config.labels not in ("folders", "none"):
+        return None, False  # the table may be in the archive
     with tempfile.TemporaryDirectory() as folder:
         if not image_archive.outline(root, Path(folder)):
             return None, False

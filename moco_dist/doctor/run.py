@@ -62,7 +62,7 @@ def examine(config: PretrainConfig, seconds: float = images.SECONDS) -> None:
         *checks.batch(config, count),
         *found,
         *checks.memory(config, device, count),
-        *peers.from_main(lambda: list(checks.disk(config))),
+        *peers.from_main(lambda: list(checks.disk(config, count))),
         peers.from_main(lambda: checks.wandb(config)),
     ]
     if comms.is_main():

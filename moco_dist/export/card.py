@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.config.yaml_files import flat, to_dict
 from moco_dist.distributed import fingerprint
 from moco_dist.encoders.load import Found
@@ -16,20 +17,15 @@ from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric, read, read_ob
 
 # Keys of the pretraining that the card shows.
 _SETTINGS = (
-    *("batch_size", "bn_groups", "moco.queue_size", "moco.temperature", "moco.momentum"),
-    *("moco.symmetric", "optim.lr", "optim.weight_decay", "optim.schedule", "precision", "seed"),
+    *("batch_size", "bn_groups", "optim.name", "optim.lr", "optim.weight_decay", "optim.schedule"),
+    *("precision", "seed"),
 )
 
 
-def text(found: Found, which: str, target: str, lines: str, folder: Path) -> str:
-    """Return the card of an encoder for `target`, exported to `folder`."""
+def text(found: Found, which: str, target: str, lines: str, folder: Path | str) -> str:
+    """Return the card of an encoder for `target`, exported to `folder` or to a name on the hub."""
     run = run_directory(found.checkpoint)
     name = run.resolve().name if run else found.checkpoint.path.name.partition(".")[0]
-    load = (
-        f"```yaml\n{detectron2_config(found, folder)}```"
-        if target == "detectron2"
-        else f'```python\nfolder = "{folder}"\n{lines}```'
-    )
     views, channels = found.fed, found.architecture.channels
     kind = {1: "gray", 3: "RGB"}.get(channels, f"of {channels} channels")
     usual = " (the defaults, because the exported file doesn't contain its own)"
@@ -49,9 +45,11 @@ def text(found: Found, which: str, target: str, lines: str, folder: Path) -> str
     settings = flat(recorded) if isinstance(recorded, dict) else {}
     what |= training(found.checkpoint, settings)
     words, tags = whose(origin(found), which)
+    library = {"timm": "timm", "huggingface": "transformers"}.get(target)
     return f"""\
 ---
-tags: [{", ".join(tags)}]
+{f"library_name: {library}{chr(10)}" if library else ""}tags: [{", ".join(tags)}]
+pipeline_tag: image-feature-extraction
 ---
 
 # {name}, for {target}
@@ -64,7 +62,7 @@ tags: [{", ".join(tags)}]
 
 ## Use
 
-{load}
+{use(found, target, lines, folder)}
 
 `images` are {kind}, float (n, {channels}, {views.size}, {views.size}): pixels in [0, 1],
 less the mean {views.mean}, divided by {views.std}{"" if found.views else usual}.
@@ -79,6 +77,24 @@ less the mean {views.mean}, divided by {views.std}{"" if found.views else usual}
 The MIT licence of moco_dist does not cover these weights: whoever trained them sets their terms,
 and the terms of the training images apply as well.
 """
+
+
+def use(found: Found, target: str, lines: str, folder: Path | str) -> str:
+    """Return the block of a card that loads the encoder, from a folder or a name on the hub."""
+    on_hub, beginning = isinstance(folder, str), f'folder = "{folder}"\n'
+    if target == "detectron2":
+        block = f"```yaml\n{detectron2_config(found, folder)}```"
+        download = f"```bash\nhf download {folder} --local-dir {folder}\n```\n\n"
+        return download + block if on_hub else block
+    if on_hub:
+        lines = lines.replace('f"local-dir:{folder}"', f'"hf-hub:{folder}"')
+        if target != "huggingface":  # which takes the name for the folder
+            beginning = f"""\
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{folder}")
+"""
+    return f"```python\n{beginning if 'folder' in lines else ''}{lines}```"
 
 
 def origin(found: Found) -> dict[str, str]:
@@ -115,7 +131,7 @@ def whose(trained: dict[str, str], which: str) -> tuple[str, tuple[str, ...]]:
         trained["kind"],
         ("that moco_dist did not train. Whether it was trained with labels is\nnot known.", ()),
     )
-    return f"An image encoder {words}", (*tags, "image-feature-extraction")
+    return f"An image encoder {words}", tags
 
 
 def training(found: Checkpoint, settings: dict[str, Any]) -> dict[str, str]:
@@ -124,7 +140,9 @@ def training(found: Checkpoint, settings: dict[str, Any]) -> dict[str, str]:
         return {"training": "unknown: the file holds only the encoder"}
     epoch = float(found.state.get("epoch") or 0)
     limit = f", {settings['data.limit']} images of it" if settings.get("data.limit") else ""
-    values = [f"{key}={settings[key]}" for key in _SETTINGS if key in settings]
+    moco = MocoConfig.stored(settings)
+    values = [f"moco.{key}={value}" for key, value in (moco.settings if moco else {}).items()]
+    values += [f"{key}={settings[key]}" for key in _SETTINGS if key in settings]
     return {
         "data": f"{settings['data.name']} at {settings['data.size']} pixels{limit}, "
         f"{settings['data.validation']:.0%} held out; fingerprint {found.state.get('data')}",
@@ -186,7 +204,7 @@ def run_directory(found: Checkpoint) -> Path | None:
     return found.path.parent.parent if inside else None
 
 
-def detectron2_config(found: Found, folder: Path) -> str:
+def detectron2_config(found: Found, folder: Path | str) -> str:
     """Return the part of a detectron2 configuration that matches the weights."""
     config, views = found.architecture, found.fed
     depth = int("".join(filter(str.isdigit, config.backbone.partition("_")[0])))

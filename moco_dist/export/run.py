@@ -17,6 +17,12 @@ of --to are
 Each folder has a README.md: what the encoder is, how it was trained and measured, and the code
 that loads it. This code is run, and the features are compared, before anything is kept.
 `moco_dist.load_encoder(PATH)` reads the same files in Python.
+
+  --push NAME   list what would be uploaded to NAME or OWNER/NAME on the Hugging Face hub
+  --yes         upload it, in one commit
+  --public      let a new repository be public; it is private otherwise
+
+Log in with `hf auth login`, or set HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -45,6 +51,7 @@ from moco_dist.errors import (
     output_errors,
     shown,
 )
+from moco_dist.export import hub
 from moco_dist.export.card import description, run_directory, text
 from moco_dist.export.targets import TARGETS, run_lines, same
 from moco_dist.method import views
@@ -59,10 +66,12 @@ def export(
     output: Path | None = None,
     which: Literal["query", "key"] = "query",
     backbone: str = "",
+    loaded_from: str = "",
 ) -> Path:
     """Write the encoder of `path` for `target`, completely or not at all; return the folder.
 
-    `backbone` names the architecture of a state dict of a timm model.
+    `backbone` names the architecture of a state dict of a timm model, and `loaded_from` the
+    name on the hub that the card loads.
 
     Raises ConfigError if the library can't hold the architecture, MissingError if it is not
     installed, and OutputError if the folder is taken or can't be written.
@@ -92,7 +101,7 @@ def export(
                     same(run_lines(lines, made, images), features, target)
             described = description(found, which, target)
             (made / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
-            card = text(found, which, target, lines, folder)
+            card = text(found, which, target, lines, loaded_from or folder)
             (made / "README.md").write_bytes(card.encode(errors="backslashreplace"))
             if folder.exists():
                 shutil.rmtree(folder)
@@ -133,13 +142,24 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--backbone", default="")
     parser.add_argument("--encoder", choices=("query", "key"), default="query")
+    parser.add_argument("--push", default="", metavar="NAME")
+    for option in ("--yes", "--public"):
+        parser.add_argument(option, action="store_true")
     try:
         asked = parser.parse_args(arguments)
         output = asked.output.expanduser() if asked.output else None
         source = asked.source.expanduser()
-        folder = export(source, asked.to, output, asked.encoder, asked.backbone)
+        if (asked.yes or asked.public) and not asked.push:
+            raise ConfigError("--yes and --public are for an upload; give --push NAME with them")
+        there = hub.find(asked.push, asked.public) if asked.push else None
+        name = there.name if there else ""
+        folder = export(source, asked.to, output, asked.encoder, asked.backbone, name)
         files = ", ".join(sorted(file.name for file in folder.iterdir()))
         print(f"{shown(folder)}: {files}")
+        if there:
+            print(there.plan(folder))
+            nothing = "nothing was sent; repeat the command with --yes to upload this in one commit"
+            print(f"uploaded: {there.push(folder)}" if asked.yes else nothing)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,12 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.moco import MocoConfig
+from moco_dist.config.yaml_files import flat
 from moco_dist.encoders import original
 from moco_dist.encoders.library_folder import PROCESSOR
 from moco_dist.encoders.load import Found
 from moco_dist.encoders.names import from_detectron2, to_detectron2, to_huggingface
 from moco_dist.errors import ConfigError, MissingError
 from moco_dist.method.encoder import Backbone
+from moco_dist.method.moco import REMEMBERED
 
 _RGB = "its images have three channels"
 _WIDTH = "its models have 64 channels in stage 1"
@@ -198,12 +201,16 @@ def moco(found: Found, folder: Path) -> str:
     refuse(found, "moco", config.channels == 3, _RGB, "torchvision or onnx")
     whole = "query_encoder.head.0.weight" in model
     refuse(found, "moco", whole, "its file has no projection head", "torchvision or onnx")
+    trained = state.get("config")
+    settings = MocoConfig.stored(flat(trained)) if isinstance(trained, dict) else None
+    fills = settings is None or settings.fills
+    refuse(found, "moco", fills, "its run had no queue of keys", "torchvision or onnx")
     usual = config.head_layers == 2 and config.head_width in (0, found.backbone.num_features)
     theirs = config.head != "mlp_bn" and usual
     reason = "its heads are a linear layer, or an MLP of two layers as wide as the features"
     refuse(found, "moco", theirs, reason, "torchvision or onnx")
-    epoch, enqueued = int(state.get("epoch") or 0), state.get("enqueued") or 0
-    torch.save(original.write(model, config, epoch, enqueued), folder / "model.pth.tar")
+    epoch, count = int(state.get("epoch") or 0), state.get(REMEMBERED) or 0
+    torch.save(original.write(model, config, epoch, count), folder / "model.pth.tar")
     head = """\
 size = model.fc.in_features
 model.fc = torch.nn.Sequential(torch.nn.Linear(size, size), torch.nn.ReLU(), model.fc)

@@ -59,6 +59,12 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     process. Each group has running statistics, `group_mean` and `group_var`, float (groups,
     channels), which don't depend on the process that computes them. Evaluation uses their mean over
     all processes, which `average_statistics` writes to `running_mean` and `running_var`.
+
+    A group may also lie on `span` processes of consecutive ranks, with `rows_per_group` rows on
+    each, and is then the only one of these processes. They exchange moments in the forward pass and
+    sums of gradients in the backward pass, in the process group in which DistributedDataParallel
+    sums gradients: like its sums, and those of SyncBatchNorm, they begin in the order of the
+    backward pass, which is the same on all processes. All of them take part in each training pass.
     """
 
     running_mean: Tensor
@@ -70,9 +76,10 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     # Mean and variance, (groups, channels), that a compiled pass leaves for `take_in`.
     seen: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, channels: int, rows_per_group: int, groups: int) -> None:
+    def __init__(self, channels: int, rows_per_group: int, groups: int, span: int = 1) -> None:
         super().__init__(channels)
-        self.rows_per_group = rows_per_group
+        assert groups == 1 or span == 1, f"{groups} groups on each of {span} processes"
+        self.rows_per_group, self.span = rows_per_group, span
         self.next_group = 0
         self.register_buffer("group_mean", torch.zeros(groups, channels), persistent=False)
         self.register_buffer("group_var", torch.ones(groups, channels), persistent=False)
@@ -89,13 +96,16 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         self.next_group = (first + count) % groups
         affine, rates = (self.weight, self.bias), (self.momentum or 0.1, self.eps)
         normalized: Tensor
-        if x.is_cuda and NormalizeGroups is not None:
+        if x.is_cuda and NormalizeGroups is not None and self.span == 1:
             running = (each[first : first + count] for each in (self.group_mean, self.group_var))
             normalized = NormalizeGroups.apply(x, *affine, *running, *rates)
             return normalized
         places = [(first + place) % groups for place in range(count)]
         means, variances = self.group_mean.unbind(), self.group_var.unbind()
         mean, var = [means[place] for place in places], [variances[place] for place in places]
+        if self.span > 1:
+            normalized = _NormalizeSpanning.apply(x, *affine, mean[0], var[0], *rates, self.span)
+            return normalized
         if count == 1:
             return F.batch_norm(x, mean[0], var[0], *affine, True, *rates)
         normalized = _NormalizeGroups.apply(x, *affine, mean, var, *rates)
@@ -185,6 +195,53 @@ class _NormalizeGroups(torch.autograd.Function):
         return dx, *sums, None, None, None, None
 
 
+class _NormalizeSpanning(torch.autograd.Function):
+    """BatchNorm of a group of which this process has one of `span` equal parts.
+
+    Moments are combined in the order of ranks (Chan, Golub and LeVeque 1979).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+        span: int,
+    ) -> Tensor:
+        """Return `x` normalised; update the group's `running_mean` and `running_var`."""
+        wide, pixels = x.to(weight.dtype), x.numel() // len(weight)
+        moments = torch.stack(torch.var_mean(wide, dim=(0, 2, 3), correction=0))
+        variances, means = comms.all_gather_within(moments, span).unbind(1)
+        mean = means.mean(0)
+        var = variances.mean(0) + (means - mean).square().mean(0)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (span * pixels / (span * pixels - 1)), momentum)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.span = eps, span
+        return F.batch_norm(wide, mean, var, weight, bias, False, 0, eps).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of `x`, `weight` and `bias`; the last two of this process's rows."""
+        x, weight, mean, var = ctx.saved_tensors
+        dy, wide, wanted = dy.to(weight.dtype), x.to(weight.dtype), [True, True, True]
+        dx, *sums = torch.ops.aten.native_batch_norm_backward(
+            *(dy, wide, weight, mean, var, None, None, False, ctx.eps, wanted)
+        )
+        pixels, invstd = x.numel() // len(weight), (var + ctx.eps).rsqrt()
+        of_weight, of_bias = comms.all_gather_within(torch.stack(sums), ctx.span).mean(0) / pixels
+        scale = weight * invstd
+        slope = (scale * invstd * of_weight)[:, None, None]
+        dx -= (wide - mean[:, None, None]) * slope + (scale * of_bias)[:, None, None]
+        return dx.to(x.dtype), *sums, None, None, None, None, None
+
+
 def batch_norms(encoder: nn.Module) -> list[GroupedBatchNorm]:
     """Return the grouped BatchNorm layers of an encoder, in order."""
     return [module for module in encoder.modules() if isinstance(module, GroupedBatchNorm)]
@@ -206,6 +263,7 @@ def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
     if not local:  # a backbone without BatchNorm
         return {}
     gathered = comms.all_gather(torch.cat([each.flatten() for each in local.values()])[None])
+    gathered = gathered[:: _span(encoder)]  # the processes of a group have the same
     parts = gathered.split([each.numel() for each in local.values()], dim=1)
     return {
         name: part.reshape(-1, each.shape[1])
@@ -221,6 +279,10 @@ def _local_statistics(encoder: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _span(encoder: nn.Module) -> int:
+    return batch_norms(encoder)[0].span
+
+
 def statistics_shapes(encoder: nn.Module, groups: int) -> dict[str, torch.Size]:
     """Return the shapes of what `group_statistics` returns for `groups` groups in all."""
     local = _local_statistics(encoder)
@@ -231,4 +293,5 @@ def statistics_shapes(encoder: nn.Module, groups: int) -> dict[str, torch.Size]:
 def restore_group_statistics(encoder: nn.Module, statistics: dict[str, Tensor]) -> None:
     """Restore this process's share of what any number of processes saved."""
     for name, mine in _local_statistics(encoder).items():
-        mine.copy_(statistics[name][comms.rank() * len(mine) :][: len(mine)])
+        first = comms.rank() // _span(encoder) * len(mine)
+        mine.copy_(statistics[name][first:][: len(mine)])

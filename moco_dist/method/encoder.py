@@ -91,11 +91,13 @@ class Encoder(nn.Module):
 
     predictor: nn.Module | None
 
-    def __init__(self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1, span: int = 1
+    ) -> None:
         super().__init__()
         self.config = config
         norm_layer, norm_of_vectors = (
-            partial(kind, rows_per_group=rows_per_group, groups=groups)
+            partial(kind, rows_per_group=rows_per_group, groups=groups, span=span)
             for kind in (GroupedBatchNorm, heads.VectorBatchNorm)
         )
         self.backbone = build_backbone(config, norm_layer)
@@ -140,9 +142,12 @@ class Encoder(nn.Module):
 
 
 def build_encoder(
-    config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1
+    config: EncoderConfig, seed: int, rows_per_group: int = 1, groups: int = 1, span: int = 1
 ) -> Encoder:
-    """Return a new float32 encoder on the CPU; its weights depend on `config` and `seed` only."""
+    """Return a new float32 encoder on the CPU; its weights depend on `config` and `seed` only.
+
+    What follows them is of `GroupedBatchNorm`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Encoder(config, rows_per_group, groups)
+        return Encoder(config, rows_per_group, groups, span)

@@ -16,9 +16,9 @@ class VectorBatchNorm(GroupedBatchNorm):
     """Grouped BatchNorm of vectors; without `affine` it has no weight and bias to learn."""
 
     def __init__(
-        self, channels: int, rows_per_group: int, groups: int, affine: bool = True
+        self, channels: int, rows_per_group: int, groups: int, span: int = 1, affine: bool = True
     ) -> None:
-        super().__init__(channels, rows_per_group, groups)
+        super().__init__(channels, rows_per_group, groups, span)
         if not affine:
             # Constants, and so no tensors of a checkpoint, which all kernels take.
             del self.weight, self.bias

@@ -33,23 +33,12 @@ class KeyQueue(nn.Module):
         """Number of slots that hold a key, the first ones."""
         return min(self.enqueued, self.size)
 
-    @record_function("queue")
+    @record_function("memory")
     def negatives(self) -> tuple[Tensor, Tensor]:
         """Return the filled slots: keys, float (filled, dim), and samples, int64 (filled,)."""
         return self.keys[: self.filled], self.samples[: self.filled]
 
-    @record_function("queue")
-    def owners(self, samples: Tensor) -> Tensor:
-        """Return for each filled slot the row of `samples` that its key belongs to, -1 for none.
-
-        int64 (filled,); `samples`, int64 (rows,), are distinct. Builds no matrix of rows by slots.
-        """
-        theirs = self.samples[: self.filled]
-        ordered, rows = samples.sort()
-        place = torch.searchsorted(ordered, theirs).clamp_(max=len(samples) - 1)
-        return torch.where(ordered[place] == theirs, rows[place], -1)
-
-    @record_function("queue")
+    @record_function("memory")
     @torch.no_grad()
     def enqueue(self, keys: Tensor, samples: Tensor) -> None:
         """Replace the oldest keys by `keys` (n, dim) of `samples` (n,); n is at most `size`."""
@@ -61,7 +50,7 @@ class KeyQueue(nn.Module):
             ring[: len(new) - tail] = new[tail:]
         self.enqueued += len(keys)
 
-    @record_function("queue")
+    @record_function("memory")
     @torch.no_grad()
     def write(self, keys: Tensor, samples: Tensor, enqueued: Tensor, good: Tensor) -> None:
         """Do what `enqueue` does where the device knows the numbers, and only if `good`, bool ().

@@ -26,6 +26,16 @@ def info_nce(
     return loss, logits
 
 
+def owners(theirs: Tensor, samples: Tensor) -> Tensor:
+    """Return for each of the samples `theirs` the row of `samples` that it is, -1 for none.
+
+    int64 (n,); `samples`, int64 (rows,), are distinct. Builds no matrix of rows by n.
+    """
+    ordered, rows = samples.sort()
+    place = torch.searchsorted(ordered, theirs).clamp_(max=len(samples) - 1)
+    return torch.where(ordered[place] == theirs, rows[place], -1)
+
+
 class _InfoNCE(torch.autograd.Function):
     """The loss with a single tensor of logits, so that nothing of the queue's size is copied."""
 

@@ -1,4 +1,4 @@
-"""Momentum Contrast (He, Fan, Wu, Xie, Girshick, CVPR 2020): encoders, queue, shuffled keys."""
+"""Momentum Contrast (He, Fan, Wu, Xie, Girshick, CVPR 2020): encoders, memory, shuffled keys."""
 
 from __future__ import annotations
 
@@ -6,23 +6,100 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.distributed import comms
+from moco_dist.method.bank import Bank
 from moco_dist.method.encoder import Encoder
 from moco_dist.method.key_queue import KeyQueue
 
+# The name of `MoCo.remembered` in checkpoints.
+REMEMBERED = "enqueued"
+
 
 class MoCo(nn.Module):
-    """The two encoders and the queue: all state of the method except the optimizer's."""
+    """The encoders and the memory: all state of the method except the optimizer's.
 
-    def __init__(self, encoder: Encoder, queue_size: int, dim: int) -> None:
+    `key_encoder` exists only with keys by momentum, `queue` only with a `queue_size` above 0, and
+    `bank` only if one is given (figure 2 of the paper).
+    """
+
+    key_encoder: Encoder
+    queue: KeyQueue
+    bank: Bank
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        queue_size: int = 0,
+        dim: int = 0,
+        *,
+        bank: Bank | None = None,
+        momentum_keys: bool = True,
+    ) -> None:
         super().__init__()
         self.query_encoder = encoder
-        self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.key_encoder.predictor = None
-        self.queue = KeyQueue(queue_size, dim)
+        if momentum_keys:
+            self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+            self.key_encoder.predictor = None
+        if queue_size:
+            self.queue = KeyQueue(queue_size, dim)
+        if bank:
+            self.bank = bank
+
+    @property
+    def encoders(self) -> dict[str, Encoder]:
+        """The encoders that there are, as "query" and "key"."""
+        pairs = ((name, getattr(self, f"{name}_encoder", None)) for name in ("query", "key"))
+        return {name: encoder for name, encoder in pairs if encoder is not None}
+
+    @property
+    def remembered(self) -> int:
+        """Number of keys that have entered the queue; 0 without one."""
+        return self.queue.enqueued if hasattr(self, "queue") else 0
+
+    @remembered.setter
+    def remembered(self, number: int) -> None:
+        if hasattr(self, "queue"):
+            self.queue.enqueued = number
+
+    @property
+    def fill(self) -> float | None:
+        """The share of the queue that holds keys; None without a queue."""
+        return self.queue.filled / self.queue.size if hasattr(self, "queue") else None
+
+    @torch.no_grad()
+    def fill_up(self, images: int) -> None:
+        """Fill an empty memory with random keys of so many images, as a bench needs it."""
+        if self.fill is None:
+            return
+        keys, device = self.queue.keys, self.queue.keys.device
+        draws = torch.randn(keys.shape, generator=torch.Generator().manual_seed(0))
+        samples = torch.arange(self.queue.size, device=device) % images
+        self.queue.enqueue(F.normalize(draws, dim=1).to(keys), samples)
+
+    def remember(
+        self,
+        vectors: Tensor,
+        samples: Tensor,
+        remembered: Tensor | None = None,
+        good: Tensor | None = None,
+    ) -> None:
+        """Put `vectors` (n, dim) of `samples` (n,) into the memory, if there is one.
+
+        With `remembered`, int64 (), and `good`, bool (), the device knows how many keys there are
+        and whether these may enter; the count of this object stays as it is.
+        """
+        if hasattr(self, "queue"):
+            if remembered is None or good is None:
+                self.queue.enqueue(vectors, samples)
+            else:
+                self.queue.write(vectors, samples, remembered, good)
+        elif hasattr(self, "bank"):
+            self.bank.update(vectors, samples, good)
 
     @record_function("momentum")
     @torch.no_grad()
@@ -36,6 +113,16 @@ class MoCo(nn.Module):
             ways, share = torch._foreach_sub(queries, keys), 1 - momentum
             torch._foreach_mul_(ways, share.to(keys[0]) if isinstance(share, Tensor) else share)
             torch._foreach_add_(keys, ways)
+
+
+def build(encoder: Encoder, settings: MocoConfig, dim: int, seed: int, images: int) -> MoCo:
+    """Return the encoders and the memory that `settings` ask for, for so many training images."""
+    if settings.negatives == "queue":
+        return MoCo(encoder, settings.queue_size, dim)
+    if settings.negatives == "batch":
+        return MoCo(encoder, momentum_keys=settings.keys == "momentum")
+    bank = Bank(images, dim, seed, settings.bank_draws, settings.bank_momentum)
+    return MoCo(encoder, bank=bank, momentum_keys=False)
 
 
 @torch.no_grad()

@@ -105,36 +105,70 @@ def check_batch(batch_size: int, world_size: int) -> None:
         )
 
 
+def group_share(batch_size: int, bn_groups: int, world_size: int) -> tuple[int, int, int]:
+    """Return a process's rows of a BatchNorm group, its groups, and the processes of a group."""
+    parts = max(bn_groups, world_size)
+    return batch_size // parts, parts // world_size, parts // bn_groups
+
+
+def _fits(bn_groups: int, world_size: int) -> bool:
+    return bn_groups % world_size == 0 or world_size % bn_groups == 0
+
+
 def check_images(batch_size: int, bn_groups: int, world_size: int, images: int) -> None:
     """Raise ConfigError, naming numbers that fit together, if the images are too few."""
     if batch_size <= images:
         return
     rule = f"batch_size={batch_size} is more than the {images} training images"
-    groups = min(bn_groups, images // (2 * world_size) * world_size)
-    if groups == 0:
-        raise ConfigError(
-            f"{rule}, which are too few for {world_size} processes; each needs two of them"
-        )
-    use = "" if groups == bn_groups else f"bn_groups={groups} and "
-    raise ConfigError(f"{rule}; use {use}batch_size={images // groups * groups} or less")
+    for groups in range(bn_groups, 0, -1):
+        parts = max(groups, world_size)
+        largest = images // parts * parts
+        if _fits(groups, world_size) and largest >= 2 * groups:
+            use = "" if groups == bn_groups else f"bn_groups={groups} and "
+            raise ConfigError(f"{rule}; use {use}batch_size={largest} or less")
+    raise ConfigError(
+        f"{rule}, which are too few; a batch has two or more, and one or more for each process "
+        f"({world_size})"
+    )
 
 
-def check_groups(bn_groups: int, world_size: int, micro_batches: int) -> None:
-    """Raise ConfigError, naming numbers that work, unless each pass gets whole BatchNorm groups."""
-    if bn_groups % world_size:
+def check_groups(bn_groups: int, world_size: int, micro_batches: int, compiled: bool) -> None:
+    """Raise ConfigError, naming numbers that work, unless processes can share BatchNorm groups.
+
+    Each pass of a process gets whole groups, or its part of one that several processes share.
+    """
+    if not _fits(bn_groups, world_size):
         raise ConfigError(
             f"bn_groups={bn_groups} can't be shared by {world_size} processes; "
-            f"the number of processes may be {_divisors(bn_groups)}, "
-            f"or set bn_groups to a multiple of {world_size}"
+            f"use {_listed(_divisors(bn_groups))} processes or a multiple of {bn_groups}, "
+            f"or set bn_groups to {_listed(_divisors(world_size))} or a multiple of {world_size}"
         )
+    if world_size > bn_groups:
+        span = f"{world_size // bn_groups} processes share each group of bn_groups={bn_groups}"
+        fewer = f"{_listed(_divisors(bn_groups))} process{'es' if bn_groups > 1 else ''}"
+        if micro_batches > 1:
+            raise ConfigError(
+                f"runtime.micro_batches={micro_batches} can't cut a BatchNorm group: {span}; use "
+                f"runtime.micro_batches=1, or {fewer}"
+            )
+        if compiled:
+            raise ConfigError(
+                f"runtime.compile=true can't compile what processes exchange in a layer: {span}; "
+                f"use runtime.compile=false, or {fewer}"
+            )
+        return
     local = bn_groups // world_size
     if local % micro_batches:
         raise ConfigError(
             f"runtime.micro_batches={micro_batches} can't share the {local} BatchNorm groups of a "
-            f"process; use {_divisors(local)}"
+            f"process; use {_listed(_divisors(local))}"
         )
 
 
-def _divisors(number: int) -> str:
-    *lower, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    *lower, last = map(str, numbers)
     return " or ".join(filter(None, [", ".join(lower), last]))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.config.optim import OptimConfig
-from moco_dist.config.recipe import MocoConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

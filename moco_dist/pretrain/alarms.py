@@ -23,7 +23,7 @@ from moco_dist.tracking.tracker import Metrics
 
 logger = logging.getLogger(__name__)
 
-LONG_QUEUE, NOT_FINITE = "queue longer than the data", "not finite"
+TOO_LONG, NOT_FINITE = "queue longer than the data", "not finite"
 OTHER_LENGTH = "another length"
 
 # Spread and effective rank of the unit vectors. Below either of the first pair the vectors are
@@ -52,18 +52,6 @@ CLEAR = 0.05
 # Lines whose median speed is compared with that of at least twice as many lines before them. One
 # evaluation, save or busy minute doesn't move a median.
 SLOW_LINES = 30
-
-
-def long_queue(config: PretrainConfig, images: int) -> str | None:
-    """Return the sentence about a queue that holds more keys than there are images, or None."""
-    size = config.moco.queue_size
-    if size < images:
-        return None
-    masked = " (masked)" if config.moco.mask_own_keys else " as negatives"
-    return (
-        f"moco.queue_size={size} is not below the {images} training images: every image meets its "
-        f"own older keys{masked}; use moco.queue_size={max(config.batch_size, images // 4)} or less"
-    )
 
 
 class Watch:
@@ -95,12 +83,14 @@ class Watch:
         self._losses: list[float] = []
         self._spreads: list[float] = []
         self._speeds: deque[float] = deque(maxlen=1000)
+        self._candidates = config.moco.candidates(config.batch_size, images)
+        self._began = "queue was full" if config.moco.fills else "run began"
         self._replay()
 
     def sink(self, step: int, metrics: Metrics) -> None:
         """Give the alarms that `look` finds; this is a sink of a Tracker."""
         for name, text in self.look(step, metrics).items():
-            if name != LONG_QUEUE:  # given before the first step
+            if name != TOO_LONG:  # given before the first step
                 logger.warning("%s at step %d: %s", name, step, text)
             self._write(step, name, text)
             self.shown(step, {"alarm": name, "text": text})
@@ -120,7 +110,7 @@ class Watch:
     def look(self, step: int, metrics: Metrics) -> dict[str, str]:
         """Return a sentence for each new alarm in the line `metrics` of `step`, under its name."""
         found = {
-            LONG_QUEUE: long_queue(self.config, self.images),
+            TOO_LONG: self.config.moco.too_long(self.config.batch_size, self.images),
             "collapse": self._collapse(metrics),
             "BatchNorm leak": self._leak(metrics),
             "loss rises": None,
@@ -155,7 +145,7 @@ class Watch:
 
     def _collapse(self, metrics: Metrics) -> str | None:
         spread, rank = metrics.get(Metric.FEATURE_STD), metrics.get(Metric.RANKME)
-        if spread is None or rank is None or metrics.get(Metric.QUEUE_FILL, 0) < 1:
+        if spread is None or rank is None or not self._is_full(metrics):
             return None
         bad = spread < COLLAPSED_STD or rank < COLLAPSED_RANK
         bad = bad or (spread < NARROW_STD and rank < NARROW_RANK)
@@ -169,7 +159,7 @@ class Watch:
         )
 
     def _leak(self, metrics: Metrics) -> str | None:
-        if metrics.get(Metric.QUEUE_FILL) == 1:
+        if Metric.ACCURACY_TOP1 in metrics and self._is_full(metrics):
             self._instances.append(metrics[Metric.ACCURACY_TOP1])
         accuracy = metrics.get(Metric.KNN_TOP1)
         if accuracy is None:
@@ -182,16 +172,20 @@ class Watch:
             return None
         return (
             f"{fmean(instances):.1%} of the queries find their own image among "
-            f"{self.config.moco.queue_size} others, and kNN went from {first:.1%} over {best:.1%} "
+            f"{self._candidates - 1} others, and kNN went from {first:.1%} over {best:.1%} "
             f"to {accuracy:.1%}: the encoder recognises them by something else, such as shared "
             f"BatchNorm statistics; use bn_groups=8 (now {self.config.bn_groups}), and run "
             "python -m moco_dist.doctor RUN --bn-leak; or else the two views are too similar"
         )
 
+    def _is_full(self, metrics: Metrics) -> bool:
+        """Return whether the step of a line had as many negatives as all later ones."""
+        return metrics.get(Metric.FILL, 0 if self.config.moco.fills else 1) == 1
+
     def _ends_span(self, step: int, metrics: Metrics) -> bool:
         """Return whether a span of steps has ended: an epoch, or longer, with the queue full."""
         loss, config = metrics.get(Metric.LOSS), self.config
-        if loss is None or metrics.get(Metric.QUEUE_FILL, 0) < 1:
+        if loss is None or not self._is_full(metrics):
             return False
         if self._full is None:
             self._full = step
@@ -210,28 +204,29 @@ class Watch:
         return ends
 
     def _guess(self, step: int) -> str | None:
-        loss, chance = self._ended[-1][0], math.log(1 + self.config.moco.queue_size)
+        loss, chance = self._ended[-1][0], math.log(self._candidates)
         if loss < GUESSING * chance:
             return None
         steps = step - (self._full or 0)
         return (
             f"train/loss {loss:.3f} is that of guessing ({chance:.3f}), {steps} steps after the "
-            f"queue was full: the encoder tells no image from another; {self._retrain()}"
+            f"{self._began}: the encoder tells no image from another; {self._retrain()}"
         )
 
     def _rise(self) -> str | None:
         (first, narrow), (last, spread) = self._ended[0], self._ended[-1]
-        chance = math.log(1 + self.config.moco.queue_size)
+        chance = math.log(self._candidates)
         if last < max(loss for loss, _ in self._ended) or not spread < narrow:
             return None
         if last - first < max(LOST_LEAD * (chance - first), 0.02 * chance):
             return None
+        by_momentum = self.config.moco.keys == "momentum"
+        slower = f"moco.momentum above {self.config.moco.momentum:g} or " if by_momentum else ""
         return (
-            f"train/loss rose from {first:.3f} to {last:.3f} since the queue was full at step "
-            f"{self._full} (guessing gives {chance:.3f}), and the queries don't spread: its keys "
-            f"are useless as negatives; train again with moco.momentum above "
-            f"{self.config.moco.momentum:g} or optim.lr below {self.config.optim.lr:g}, and "
-            "name=..."
+            f"train/loss rose from {first:.3f} to {last:.3f} since the {self._began} at step "
+            f"{self._full} (guessing gives {chance:.3f}), and the queries don't spread: the "
+            f"negatives are useless; train again with {slower}optim.lr below "
+            f"{self.config.optim.lr:g}, and name=..."
         )
 
     def _retrain(self) -> str:

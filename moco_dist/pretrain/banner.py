@@ -6,7 +6,7 @@ import logging
 
 from moco_dist.distributed import comms
 from moco_dist.encoders import load
-from moco_dist.pretrain import alarms
+from moco_dist.pretrain.set_size import few_images
 from moco_dist.pretrain.step_graph import why_not
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.session import Session
@@ -20,12 +20,12 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
     """Print the banner and warn of settings that are legal and cost accuracy."""
     config, splits, processes = trainer.config, trainer.splits, comms.world_size()
     left_over = trainer.plan.num_samples - trainer.steps_per_epoch * config.batch_size
-    if config.bn_groups == 1:
+    if config.bn_groups == 1 and config.moco.fills:
         logger.warning(
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
-    if sentence := alarms.long_queue(config, len(splits.train)):
+    if sentence := config.moco.too_long(config.batch_size, len(splits.train)):
         logger.warning(sentence)
     monitor = (
         "every " + _counted(config.knn.every_epochs, "epoch", "epochs")
@@ -43,16 +43,16 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}, "
         f"{config.bn_groups} BatchNorm groups of {config.batch_size // config.bn_groups}, "
         + _counted(config.runtime.micro_batches, "micro-batch", "micro-batches"),
-        "queue": f"{config.moco.queue_size:,} keys, full after "
-        f"{-(-config.moco.queue_size // (config.batch_size * len(trainer.passes))):,} "
-        "steps; the loss rises until then",
+        "negatives": config.moco.described(config.batch_size, len(splits.train)),
         "steps": f"{trainer.steps_per_epoch:,} an epoch ({left_over} images left over, others each "
         f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
     if trainer.device.type == "cuda":
         why = why_not(trainer)
-        rows["graph"] = f"none: {why}" if why else "each step is one once the queue is full"
+        rows["graph"] = f"none: {why}" if why else "each step is one once the memory is full"
+    if few := few_images(config, len(splits.train)):
+        rows["expect"] = few
     if splits.parts:
         rows["parts"] = splits.parts
     if config.runtime.compile:

@@ -110,29 +110,36 @@ def own_images(samples: Tensor, queue_samples: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def health(network: MoCo, queries: Tensor, keys: list[Tensor], samples: Tensor) -> dict[str, float]:
-    """Return the figures of a step by their names, before its keys enter the queue.
+def health(
+    network: MoCo, queries: Tensor, positives: list[Tensor], samples: Tensor
+) -> dict[str, float]:
+    """Return the figures of a step by their names, before its vectors enter the memory.
 
-    `queries` are this process's rows of the first pass, (rows, dim); `keys` those of the whole
-    batch for each pass, (batch_size, dim), and `samples` their images. The rank is that of the
-    keys in the queue, and there is none in the first step. A collective; nothing is changed.
+    `queries` are this process's rows of the first pass, (rows, dim); `positives` those of the whole
+    batch for each pass, (batch_size, dim), and `samples` their images. The rank is that of the keys
+    in the queue, and there is none in the first step; without a queue it is that of the queries. A
+    collective; nothing is changed.
     """
     points = comms.all_gather(queries).double()
-    older, their_samples = network.queue.negatives()
-    encoders = network.key_encoder, network.query_encoder
     figures = {
-        Metric.ALIGNMENT: alignment(points, keys[0].double()),
+        Metric.ALIGNMENT: alignment(points, positives[0].double()),
         Metric.UNIFORMITY: uniformity(points),
         Metric.FEATURE_STD: feature_std(points),
-        Metric.EMA_DISTANCE: ema_distance(*(each.shared_parameters() for each in encoders)),
-        Metric.OWN_IMAGES: own_images(samples, their_samples),
     }
-    if len(older):
+    if "key" in network.encoders:
+        weights = (each.shared_parameters() for each in reversed(network.encoders.values()))
+        figures[Metric.EMA_DISTANCE] = ema_distance(*weights)
+    spread, others = points, dict[str, float]()
+    if hasattr(network, "queue"):
+        older, their_samples = network.queue.negatives()
+        figures[Metric.OWN_IMAGES] = own_images(samples, their_samples)
+        others[Metric.QUEUE_AGE] = age_steps(len(older), len(positives) * len(samples))
+        spread = older.double()
+    if len(spread):
         try:
-            figures[Metric.RANKME] = rankme(older.double())
+            figures[Metric.RANKME] = rankme(spread)
         except RuntimeError as error:  # of a solver that does not converge or has no memory
             why = " ".join(str(error).split())
             logger.warning("%s can't be computed (%s); the run continues", Metric.RANKME, why)
     values = torch.stack([figure.double() for figure in figures.values()]).tolist()
-    age = age_steps(len(older), len(keys) * len(samples))
-    return dict(zip(figures, values, strict=True)) | {Metric.QUEUE_AGE: age}
+    return dict(zip(figures, values, strict=True)) | others

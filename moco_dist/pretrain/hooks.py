@@ -29,11 +29,14 @@ class Hooks:
         """Return the keys of all processes in the order of ranks, (batch_size, dim)."""
         return comms.all_gather(keys)
 
-    def before_update(self, keys: list[Tensor], losses: list[Tensor]) -> None:
-        """Is called once the gradients are known and before weights and queue change."""
+    def pause(self, doing: str) -> None:
+        """Is called between parts of what takes long before the first step."""
 
-    def before_enqueue(self, queries: Tensor, keys: list[Tensor]) -> None:
-        """Is called once both encoders have moved and while the queue holds older keys only."""
+    def before_update(self, made: list[Tensor], losses: Tensor) -> None:
+        """Is called once the gradients are known and before weights and memory change."""
+
+    def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
+        """Is called once the encoders have moved and while the memory holds older vectors only."""
 
 
 class RunHooks(Hooks):
@@ -48,12 +51,12 @@ class RunHooks(Hooks):
         network: MoCo,
         optimizer: torch.optim.Optimizer,
         source: ViewSource,
+        undo: batch_norm.Undo,
         session: Session | None = None,
     ) -> None:
         self.config, self.network, self.optimizer = config, network, optimizer
-        self.source, self.session = source, session
+        self.source, self.undo, self.session = source, undo, session
         self.parameters = [p for p in network.query_encoder.parameters() if p.requires_grad]
-        self.undo = batch_norm.Undo(network.query_encoder, network.key_encoder)
         # Whether this process wants a checkpoint after the next step, and what all agreed on.
         self.wants_save = False
         self.agreed = agreement.Agreement(stop=0, save=False)
@@ -100,21 +103,26 @@ class RunHooks(Hooks):
         peers.me.mark(self.step, "encoding queries")
         return gathered
 
-    def before_update(self, keys: list[Tensor], losses: list[Tensor]) -> None:
+    def pause(self, doing: str) -> None:
+        """Raise StoppedError on all processes if one of them was asked to stop."""
+        if self.session:
+            self.session.pause(doing)
+
+    def before_update(self, made: list[Tensor], losses: Tensor) -> None:
         """Raise NumbersError, with the state as it was before the step, for what is not finite.
 
-        Keys and gradients are the same on all processes, and a loss that is not finite gives
+        Vectors and gradients are the same on all processes, and a loss that is not finite gives
         gradients that are not: either all processes raise, or none does. Otherwise return once a
         save in the background has copied the state that this step is about to change.
         """
-        self.gradient_norm, keys_norm = finite.norms(self.parameters, *keys)
+        self.gradient_norm, norm = finite.norms(self.parameters, *made)
         # A sum is not finite if one of its terms isn't.
-        if not (self.gradient_norm + keys_norm).isfinite():
+        if not (self.gradient_norm + norm).isfinite():
             self.undo.restore()
             self.optimizer.zero_grad()
             suspects = {
-                "keys": torch.cat(keys),
-                Metric.LOSS: torch.stack(losses),
+                "keys": torch.cat(made),
+                Metric.LOSS: losses,
                 "gradient": self.gradient_norm,
             }
             finite.refuse(self.step, suspects, self.rows, self.source, self.config.optim.lr)
@@ -122,10 +130,10 @@ class RunHooks(Hooks):
             self.session.saver.copied()
 
     @record_function("tracking")
-    def before_enqueue(self, queries: Tensor, keys: list[Tensor]) -> None:
-        """Measure how queries and keys lie on the sphere, in the steps in which that is due."""
+    def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
+        """Measure how queries and positives lie on the sphere, in steps in which that is due."""
         every, number = self.config.tracking.health_every_steps, self.step + 1
         if due(every, number, always=number == 1):
-            self.health = figures.health(self.network, queries, keys, self.rows.samples)
+            self.health = figures.health(self.network, queries, positives, self.rows.samples)
         else:
             self.health = {}

@@ -12,6 +12,7 @@ from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import run_lists
 from moco_dist.distributed import fingerprint, peers
 from moco_dist.errors import DataError, StoppedError
+from moco_dist.method.moco import REMEMBERED
 from moco_dist.method.schedule import due, learning_rate
 from moco_dist.pretrain import pictures, state
 from moco_dist.pretrain.hooks import RunHooks
@@ -91,20 +92,21 @@ def loop(
 
 def run_hooks(trainer: Trainer, session: Session | None = None) -> RunHooks:
     """Return what a run does between the lines of the trainer's steps."""
-    return RunHooks(trainer.config, trainer.moco, trainer.optimizer, trainer.source, session)
+    parts = trainer.moco, trainer.optimizer, trainer.source, trainer.undo
+    return RunHooks(trainer.config, *parts, session)
 
 
 def figures_of(
     trainer: Trainer, step: int, taken: Taken, health: dict[str, float], seconds: float
 ) -> dict[str, float]:
     """Return the figures of a step, counted from 1, over all processes; it took `seconds`."""
-    queue, optim = trainer.moco.queue, trainer.config.optim
+    optim, fill = trainer.config.optim, trainer.moco.fill
     found = taken.figures()
     norm = found.pop(Metric.GRADIENT_NORM)
     return {
         "epoch": step / trainer.steps_per_epoch,
         **found,
-        Metric.QUEUE_FILL: queue.filled / queue.size,
+        **({} if fill is None else {Metric.FILL: fill}),
         Metric.LR: learning_rate(optim, step - 1, trainer.steps_per_epoch, trainer.total_steps),
         Metric.GRADIENT_NORM: norm,
         Metric.IMAGES_PER_SECOND: trainer.config.batch_size / seconds,
@@ -170,7 +172,7 @@ def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
     )
     others = {
         "epoch": trainer.step / trainer.steps_per_epoch,
-        "enqueued": trainer.moco.queue.enqueued,
+        REMEMBERED: trainer.moco.remembered,
         "evaluated": trainer.evaluated,
         "best": trainer.best,
         "run_id": session.run_id,

@@ -9,9 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from moco_dist.config.recipe import PretrainConfig
 from moco_dist.data.view_source import ViewSource
 from moco_dist.distributed import comms
-from moco_dist.method import batch_norm
+from moco_dist.method.batch_norm import Undo
 from moco_dist.method.compilation import compile_errors
 from moco_dist.method.moco import MoCo
 from moco_dist.tracking import terminal
@@ -23,6 +24,7 @@ class Rehearsal:
     """What a pass over black images needs."""
 
     network: MoCo
+    undo: Undo
     accelerator: Accelerator
     # Those of a micro-batch, float (rows, channels, size, size).
     images: Tensor
@@ -30,15 +32,14 @@ class Rehearsal:
 
     def encode(self, *encoders: Callable[[Tensor], Tensor]) -> None:
         """Encode the images once round the BatchNorm groups; also backward, where it can."""
-        undo = batch_norm.Undo(self.network.query_encoder, self.network.key_encoder)
-        undo.keep()
+        self.undo.keep()
         for _ in range(self.micro_batches):
             for encoder in encoders:
                 with self.accelerator.autocast():
                     vectors = encoder(self.images)
                 if vectors.requires_grad:
                     self.accelerator.backward(vectors.sum())
-        undo.restore()
+        self.undo.restore()
         self.network.query_encoder.zero_grad()
 
 
@@ -52,7 +53,7 @@ def settle_buckets(rehearsal: Rehearsal, query: Callable[[Tensor], Tensor]) -> N
     rehearsal.encode(query)
 
 
-def compile_all(rehearsal: Rehearsal, source: ViewSource, passes: int) -> None:
+def compile_all(rehearsal: Rehearsal, source: ViewSource, config: PretrainConfig) -> None:
     """Compile views and encoders for the shapes of a step; ConfigError if that fails."""
     if comms.is_main():
         text = "compiling views and encoders: a minute or more at a first launch, then seconds"
@@ -61,13 +62,16 @@ def compile_all(rehearsal: Rehearsal, source: ViewSource, passes: int) -> None:
     # A process keeps few compiled forms of a function, and may have had other runs.
     torch.compiler.reset()
     source.maker.compile_step()
-    for encoder in (network.query_encoder, network.key_encoder):
+    for encoder in network.encoders.values():
         encoder.compile_training()
-    together = [[0, 1] * passes] if rehearsal.micro_batches == 1 else [[0], [1]]
+    views = [view for views in config.moco.passes for view in views if view is not None]
+    # Made together in a step, or piece by piece.
+    calls = [views] if rehearsal.micro_batches == 1 else [[view] for view in sorted(set(views))]
     samples = torch.arange(rows, device=rehearsal.images.device)
-    images = samples.new_zeros(len(together[0]) * rows, *source.shape, dtype=torch.uint8)
     with compile_errors():
-        for views in together:
-            source.maker.of_step(images, [(samples, view) for view in views], 0)
-        # The key encoder runs without gradients, as in a step: with them it is another graph.
-        rehearsal.encode(network.query_encoder, torch.no_grad()(network.key_encoder.forward))
+        for call in calls:
+            images = samples.new_zeros(len(call) * rows, *source.shape, dtype=torch.uint8)
+            source.maker.of_step(images, [(samples, view) for view in call], 0)
+        # What runs without gradients in a step is another graph: mostly the key encoder.
+        *_, last = network.encoders.values()
+        rehearsal.encode(network.query_encoder, torch.no_grad()(last.forward))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.method import batch_norm
-from moco_dist.method.moco import MoCo
+from moco_dist.method.moco import REMEMBERED, MoCo
 from moco_dist.runs import checkpoint
 from moco_dist.runs.checkpoint import Checkpoint
 
@@ -19,7 +19,7 @@ def tensors(
     Also sets the statistics that evaluation uses. A collective, with the same result everywhere.
     """
     training: dict[str, Tensor] = checkpoint.momentum_buffers(optimizer, network.query_encoder)
-    for name, encoder in _encoders(network).items():
+    for name, encoder in network.encoders.items():
         batch_norm.average_statistics(encoder)
         groups = batch_norm.group_statistics(encoder)
         training |= {f"statistics.{name}.{key}": value for key, value in groups.items()}
@@ -34,12 +34,12 @@ def restore(
     `bn_groups` are those of all processes.
     """
     expected = checkpoint.momentum_shapes(optimizer, network.query_encoder)
-    for name, encoder in _encoders(network).items():
+    for name, encoder in network.encoders.items():
         shapes = batch_norm.statistics_shapes(encoder, bn_groups)
         expected |= {f"statistics.{name}.{key}": shape for key, shape in shapes.items()}
     checkpoint.check_tensors(expected, saved.optimizer, saved.path)
     checkpoint.load_tensors(network, saved.model, saved.path)
-    for name, encoder in _encoders(network).items():
+    for name, encoder in network.encoders.items():
         prefix = f"statistics.{name}."
         own = {
             key.removeprefix(prefix): value
@@ -48,8 +48,4 @@ def restore(
         }
         batch_norm.restore_group_statistics(encoder, own)
     checkpoint.restore_momentum(optimizer, network.query_encoder, saved)
-    network.queue.enqueued = saved.piece("enqueued")
-
-
-def _encoders(network: MoCo) -> dict[str, torch.nn.Module]:
-    return {"query": network.query_encoder, "key": network.key_encoder}
+    network.remembered = saved.piece(REMEMBERED)

@@ -1,6 +1,6 @@
 """The step of one process as CUDA graphs: the GPU repeats it without Python and without a wait.
 
-What differs between steps is on the device: the step, the place in the queue, learning rate and
+What differs between steps is on the device: the step, the place in the memory, learning rate and
 momentum. So is whether all numbers were finite. After a step that was not, nothing changes any
 more; the host, which reads a step's figures while the next one runs, then raises what it would have
 raised in that step. Health is measured between the two graphs, in the steps in which it is due.
@@ -73,7 +73,7 @@ class DeviceClock:
         momenta = [schedule.key_momentum(config.moco, step, total) for step in range(total)]
         self.rates = torch.tensor(rates, dtype=torch.float32, device=trainer.device)
         self.momenta = torch.tensor(momenta, dtype=torch.float64, device=trainer.device)
-        self.step, self.enqueued, self.count = torch.zeros(
+        self.step, self.remembered, self.count = torch.zeros(
             3, dtype=torch.int64, device=trainer.device
         )
         self.good = torch.ones((), dtype=torch.bool, device=trainer.device)
@@ -85,7 +85,7 @@ class DeviceClock:
         step = self.trainer.step
         if step != self._place:
             self.step.fill_(step)
-            self.enqueued.fill_(self.trainer.moco.queue.enqueued)
+            self.remembered.fill_(self.trainer.moco.remembered)
         epoch = step // self.trainer.steps_per_epoch
         if epoch != self._epoch:
             self.order.copy_(self.trainer.plan.order(epoch))
@@ -98,7 +98,13 @@ class DeviceClock:
         each = torch.arange(plan.batch_size, device=self.order.device)
         samples = self.order[place * plan.batch_size + each]
         epoch = self.step // plan.steps_per_epoch
-        return plan.rows(epoch, samples, self.step, len(self.trainer.passes))
+        return plan.rows(epoch, samples, self.step, len(self.trainer.config.moco.passes))
+
+    @property
+    def now(self) -> Tensor:
+        """The step, int64 ()."""
+        step: Tensor = self.step
+        return step
 
     def _now(self, steps: Tensor) -> Tensor:
         """Return the element of this step; an index would be read by the host."""
@@ -112,11 +118,11 @@ class DeviceClock:
         """Return the share of the key encoder that stays, float64 (): all after a bad number."""
         return torch.where(self.good, self._now(self.momenta), 1.0)
 
-    def enqueue(self, keys: Tensor, samples: Tensor) -> None:
-        """Write the keys to the queue, and advance."""
-        self.trainer.moco.queue.write(keys, samples, self.enqueued, self.good)
+    def remember(self, vectors: Tensor, samples: Tensor) -> None:
+        """Put vectors into the memory, and advance."""
+        self.trainer.moco.remember(vectors, samples, self.remembered, self.good)
         self.step += self.good
-        self.enqueued += self.good * len(keys)
+        self.remembered += self.good * len(vectors)
 
 
 class _Guard(Hooks):
@@ -129,23 +135,23 @@ class _Guard(Hooks):
         self.stepper.hooks.undo.keep()
         self.rows = rows
 
-    def before_update(self, keys: list[Tensor], losses: list[Tensor]) -> None:
+    def before_update(self, made: list[Tensor], losses: Tensor) -> None:
         hooks, good = self.stepper.hooks, self.clock.good
-        self.norms = finite.norms(hooks.parameters, *keys)
+        self.norms = finite.norms(hooks.parameters, *made)
         good.logical_and_(torch.add(*self.norms).isfinite())
         hooks.undo.restore_unless(good)
         # The fused optimizer does nothing if this is 1.
         self.stepper.trainer.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
 
-    def before_enqueue(self, queries: Tensor, keys: list[Tensor]) -> None:
-        self.queries, self.keys = queries, keys
+    def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
+        self.queries, self.positives = queries, positives
         self.stepper.begin_second()
 
 
 class Stepper:
     """Takes the trainer's steps one by one: eagerly, and from a CUDA graph as soon as it can.
 
-    That is once the queue is full, so that all shapes are those of every later step.
+    That is once the memory is full, so that all shapes are those of every later step.
     """
 
     def __init__(self, trainer: Trainer, hooks: RunHooks) -> None:
@@ -156,8 +162,7 @@ class Stepper:
 
     def __call__(self) -> Taken:
         """Take a step; what it raises leaves the state as it was before the step that it names."""
-        queue = self.trainer.moco.queue
-        if self.captures and self.eager_steps >= _WARM_UP and queue.filled == queue.size:
+        if self.captures and self.eager_steps >= _WARM_UP and self.trainer.moco.fill in (None, 1):
             self.captures = False
             self._capture()
         if self.captured:
@@ -248,20 +253,20 @@ class Stepper:
         self.clock.set()
         self.first.replay()
         hooks.step, hooks.rows = step, self.guard.rows
-        hooks.before_enqueue(self.guard.queries, self.guard.keys)
+        hooks.before_enqueue(self.guard.queries, self.guard.positives)
         self.second.replay()
         number = self.count
         self.events[number % _KEPT].record()
         self.count += 1
         trainer.step += 1
-        trainer.moco.queue.enqueued += self._keys
+        trainer.moco.remembered += self._keys
         if self.checked < number - 1:
             self._figures(number - 1, step - 1)
         return Taken(self.logits, partial(self._figures, number, step))
 
     @property
     def _keys(self) -> int:
-        return len(self.trainer.passes) * self.trainer.config.batch_size
+        return len(self.trainer.config.moco.passes) * self.trainer.config.batch_size
 
     def _figures(self, number: int, step: int) -> dict[str, float]:
         """Return the figures of replay `number`, which took `step`; NumbersError if it was bad."""
@@ -279,12 +284,12 @@ class Stepper:
         trainer = self.trainer
         torch.cuda.synchronize(trainer.device)
         trainer.step = step
-        trainer.moco.queue.enqueued -= (self.count - number) * self._keys
+        trainer.moco.remembered -= (self.count - number) * self._keys
         row = dict(zip(_NAMES, self.read[number % _KEPT], strict=True))
         suspects = {
             "keys": row["keys"],
             Metric.LOSS: row[Metric.LOSS],
             "gradient": row[Metric.GRADIENT_NORM],
         }
-        rows = trainer.plan.step(step, len(trainer.passes))
+        rows = trainer.plan.step(step, len(trainer.config.moco.passes))
         finite.refuse(step, suspects, rows, trainer.source, trainer.config.optim.lr)

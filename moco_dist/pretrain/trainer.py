@@ -1,4 +1,4 @@
-"""Momentum Contrast in training: what it consists of, and a step of it, Algorithm 1 of the paper.
+"""A pretraining: what it consists of, and a step of it, whose loss is found in `mechanisms.py`.
 
 A trainer knows no run directory: it can take a step in a notebook or in a benchmark. What a run
 does between the lines of a step is in `hooks.py`, how a run is saved in `state.py`.
@@ -6,10 +6,9 @@ does between the lines of a step is in `hooks.py`, how a run is saved in `state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,29 +17,19 @@ from torch.profiler import record_function
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.data import datasets
-from moco_dist.data.view_source import Pieces, view_source, views_of
+from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features, load
 from moco_dist.method import batch_norm, moco, optimizers, schedule
 from moco_dist.method.encoder import build_encoder
-from moco_dist.method.loss import info_nce
-from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images
-from moco_dist.pretrain import rehearsal, state
+from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images, group_share
+from moco_dist.pretrain import mechanisms, rehearsal, state
 from moco_dist.pretrain.hooks import Hooks
 from moco_dist.randomness import Key
 from moco_dist.runs.checkpoint import Checkpoint
 from moco_dist.tracking import media
 
 GATHER_ONLY = Hooks()
-
-
-class Piece(NamedTuple):
-    """A micro-batch of queries in one pass over the batch."""
-
-    samples: Tensor  # int64 (rows,)
-    positives: Tensor  # their keys, float (rows, dim)
-    view: Callable[[], Tensor]  # makes their views, float (rows, channels, size, size)
-    last: bool  # of the step
 
 
 class HostClock:
@@ -53,7 +42,12 @@ class HostClock:
         """Return the rows of the step, with their crops at hand where images are streamed."""
         trainer = self.trainer
         trainer.source.begin(trainer.step)
-        return trainer.plan.step(trainer.step, len(trainer.passes))
+        return trainer.plan.step(trainer.step, len(trainer.config.moco.passes))
+
+    @property
+    def now(self) -> int:
+        """The step, counted from 0."""
+        return self.trainer.step
 
     def rate(self) -> float:
         """Return the learning rate."""
@@ -68,18 +62,20 @@ class HostClock:
         trainer = self.trainer
         return schedule.key_momentum(trainer.config.moco, trainer.step, trainer.total_steps)
 
-    def enqueue(self, keys: Tensor, samples: Tensor) -> None:
-        """Write the keys to the queue."""
-        self.trainer.moco.queue.enqueue(keys, samples)
+    def remember(self, vectors: Tensor, samples: Tensor) -> None:
+        """Put vectors into the memory, if there is one."""
+        self.trainer.moco.remember(vectors, samples)
 
 
 class Clock(Protocol):
     """What a step depends on besides the state."""
 
+    @property
+    def now(self) -> Key: ...
     def rows(self) -> Step: ...
     def rate(self) -> float | Tensor: ...
     def momentum(self) -> float | Tensor: ...
-    def enqueue(self, keys: Tensor, samples: Tensor) -> None: ...
+    def remember(self, vectors: Tensor, samples: Tensor) -> None: ...
 
 
 class Trainer:
@@ -100,20 +96,21 @@ class Trainer:
         self.steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        passes = config.moco.passes
         self.source = view_source(
-            *(self.splits.train, config.view_recipes, self.plan, self.passes, self.dtype),
+            *(self.splits.train, config.view_recipes, self.plan, passes, self.dtype),
             config.data.keys_by,
         )
-        rows, groups = config.batch_size // config.bn_groups, config.bn_groups // processes
-        encoder = build_encoder(config.encoder, config.seed, rows, groups)
+        share = group_share(config.batch_size, config.bn_groups, processes)
+        encoder = build_encoder(config.encoder, config.seed, *share)
         # The names of the tensors taken from `init_from`, and of those left there.
         self.initial: tuple[list[str], list[str]] = [], []
         if config.init_from and not saved:
             path = Path(config.init_from).expanduser()
             self.initial = peers.together(lambda: load.start_from(encoder, path))
-        self.moco = moco.MoCo(encoder, config.moco.queue_size, config.encoder.dim).to(
-            self.device, self.dtype
-        )
+        images = len(self.splits.train)
+        network = moco.build(encoder, config.moco, config.encoder.dim, config.seed, images)
+        self.moco = network.to(self.device, self.dtype)
         self.optimizer = optimizers.build(config.optim, self.moco.query_encoder.parameters())
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
@@ -126,22 +123,26 @@ class Trainer:
         # Neighbours of the first validation images, among the labelled training images.
         self.nearest: Tensor | None = None
         ends = saved is not None and saved.step >= self.total_steps
+        self.undo = batch_norm.Undo(*self.moco.encoders.values())
         if config.runtime.compile and not ends:
-            passes = len(self.passes)
-            peers.together(lambda: rehearsal.compile_all(self._rehearsal(), self.source, passes))
+            peers.together(lambda: rehearsal.compile_all(self._rehearsal(), self.source, config))
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
         # at each step. It would also give each process the BatchNorm statistics of process 0.
         self.query = accelerator.prepare(self.moco.query_encoder)
+        # DDP has moved the statistics to other memory.
+        self.undo = batch_norm.Undo(*self.moco.encoders.values())
         if processes > 1:
             self.query.broadcast_buffers = False
             rehearsal.settle_buckets(self._rehearsal(), self.query)
+        self.contrast = self.mechanism()
         if saved:
             peers.together(lambda: self.restore(saved))
 
     def _plan(self) -> Plan:
         config, processes = self.config, comms.world_size()
         check_batch(config.batch_size, processes)
-        check_groups(config.bn_groups, processes, config.runtime.micro_batches)
+        pieces, compiled = config.runtime.micro_batches, config.runtime.compile
+        check_groups(config.bn_groups, processes, pieces, compiled)
         check_images(config.batch_size, config.bn_groups, processes, len(self.splits.train))
         return Plan(
             num_samples=len(self.splits.train),
@@ -158,94 +159,34 @@ class Trainer:
         images = torch.zeros(
             *(rows, config.encoder.channels, size, size), dtype=self.dtype, device=self.device
         )
-        return rehearsal.Rehearsal(
-            self.moco, self.accelerator, images, config.runtime.micro_batches
-        )
+        micro_batches = config.runtime.micro_batches
+        return rehearsal.Rehearsal(self.moco, self.undo, self.accelerator, images, micro_batches)
 
-    @property
-    def passes(self) -> list[tuple[int, int]]:
-        """The views of the queries and of their keys, for each pass over the batch."""
-        return [(0, 1), (1, 0)] if self.config.moco.symmetric else [(0, 1)]
+    def mechanism(self) -> mechanisms.Mechanism:
+        """Return what finds the loss and gradients of a step, from the parts of this trainer."""
+        parts = self.moco, self.query, self.accelerator, self.source, self.plan, self.undo
+        return mechanisms.of(self.config)(self.config, *parts)
 
     def train_step(self, hooks: Hooks = GATHER_ONLY) -> tuple[Tensor, list[Tensor]]:
-        """Take one step of Algorithm 1 (He et al. 2020), whose lines stand on the right.
+        """Take one step: for MoCo Algorithm 1 (He et al. 2020), whose lines stand on the right.
 
         Returns this process's mean loss, (), and the logits of each micro-batch of each pass,
-        (rows, 1 + negatives), positive first. What a hook raises leaves weights and queue as they
+        (rows, 1 + negatives), positive first. What a hook raises leaves weights and memory as they
         were.
         """
         self.moco.train()
         rows = self.clock.rows()  # for x in loader:
         hooks.begin(self.step, rows)
-        key_views, query_views = self.make_views(rows)  # x_q, x_k = aug(x), aug(x)
-        keys = self.encode_keys(rows, key_views, hooks)  # k = f_k.forward(x_k).detach()
-        done = []
-        for piece in self.pieces(rows, query_views, keys):
-            with self.adding_gradients(piece):
-                q = self.encode_queries(piece)  # q = f_q.forward(x_q)
-                loss, logits = self.contrast(q, piece)  # loss = CrossEntropyLoss(logits / t, 0)
-                self.backward(loss)  # loss.backward()
-            done.append((q.detach(), loss.detach(), logits.detach()))
-        queries, losses, all_logits = map(list, zip(*done, strict=True))
-        hooks.before_update(keys, losses)
+        found = self.contrast(rows, self.clock.now, hooks)  # loss.backward()
+        hooks.before_update(found.made, found.losses)
         self.update_query_encoder()  # update(f_q.params)
-        self.moco.update_key_encoder(
-            self.clock.momentum()
-        )  # f_k.params = m f_k.params + (1 - m) ...
-        hooks.before_enqueue(torch.cat(queries[: self.config.runtime.micro_batches]), keys)
-        self.clock.enqueue(torch.cat(keys), rows.samples.repeat(len(keys)))  # enqueue, dequeue
+        if "key" in self.moco.encoders:  # f_k.params = m f_k.params + (1 - m) f_q.params
+            self.moco.update_key_encoder(self.clock.momentum())
+        hooks.before_enqueue(found.queries, found.positives)
+        samples = rows.samples.repeat(len(found.made))
+        self.clock.remember(torch.cat(found.made), samples)  # enqueue(queue, k), dequeue(queue)
         self.step += 1
-        return torch.stack(losses).mean(), all_logits
-
-    def make_views(self, rows: Step) -> tuple[list[Pieces], list[Pieces]]:
-        """Return what gives the views of the keys and of the queries, pass by pass."""
-        return views_of(rows, self.passes, self.source, self.config.runtime.micro_batches)
-
-    @record_function("key")
-    def encode_keys(self, rows: Step, views: list[Pieces], hooks: Hooks) -> list[Tensor]:
-        """Return the keys of the whole batch, pass by pass, (batch_size, dim); no gradients."""
-        encoder = self.moco.key_encoder
-        with self.accelerator.autocast():
-            return [
-                moco.shuffled_keys(encoder, pieces, unshuffle, hooks.gather)
-                for pieces, unshuffle in zip(views, rows.unshuffle, strict=True)
-            ]
-
-    def pieces(self, rows: Step, views: list[Pieces], keys: list[Tensor]) -> Iterator[Piece]:
-        """Yield the micro-batches of this process's queries, pass by pass."""
-        parts = rows.query_rows.chunk(self.config.runtime.micro_batches)
-        for number, (makes, positives) in enumerate(zip(views, keys, strict=True), start=1):
-            for place, (part, make) in enumerate(zip(parts, makes, strict=True), start=1):
-                last = number == len(views) and place == len(parts)
-                yield Piece(rows.samples[part], positives[part], make, last)
-
-    def adding_gradients(self, piece: Piece) -> AbstractContextManager[None]:
-        """Return a context in which gradients are added; the last piece averages them over all."""
-        return nullcontext() if piece.last else self.accelerator.no_sync(self.query)
-
-    @record_function("query")
-    def encode_queries(self, piece: Piece) -> Tensor:
-        """Return the queries of a micro-batch, unit vectors, float (rows, dim)."""
-        queries: Tensor = self.query(piece.view())
-        return queries
-
-    @record_function("loss")
-    def contrast(self, queries: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of a micro-batch, (), and its logits; see `info_nce`."""
-        settings, queue = self.config.moco, self.moco.queue
-        negatives, _ = queue.negatives()
-        owners = queue.owners(piece.samples) if settings.mask_own_keys else None
-        loss, logits = info_nce(queries, piece.positives, negatives, settings.temperature, owners)
-        # A finite loss is multiplied by one; any other makes the gradients of all processes NaN.
-        return loss * torch.where(loss.isfinite(), 1.0, torch.nan), logits
-
-    @record_function("backward")
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch's loss to those of the step.
-
-        The losses of the two passes of the symmetric loss are added, as in the authors' CIFAR demo.
-        """
-        self.accelerator.backward(loss / self.config.runtime.micro_batches)
+        return found.losses.mean(), found.logits
 
     @record_function("optimizer")
     def update_query_encoder(self) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.report.figures import Chart, Series
 from moco_dist.runs.record import Metric, Record, number, steps_per_epoch
 
@@ -112,7 +113,7 @@ def loss(runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
     for place, (label, record) in enumerate(runs):
         x, y = epochs(record, Metric.LOSS)
         full = [
-            number(line.get(Metric.QUEUE_FILL)) == 1
+            number(line.get(Metric.FILL)) in (1, None)
             for line in record.lines
             if number(line.get(Metric.LOSS)) is not None
         ]
@@ -120,9 +121,9 @@ def loss(runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
         filled &= True in full
         if x:
             series.append(Series(label, x[begins:], y[begins:], place))
-            queue = number(record.config.get("moco.queue_size")) or 0
-            simple = record.config.get("moco.symmetric") is False
-            references.add(math.log(1 + queue) if simple and queue > 0 else None)
+            moco, batch = MocoConfig.stored(record.config), record.config.get("batch_size")
+            known = moco.candidates(int(number(batch) or 0), 0) if moco else 0
+            references.add(math.log(known) if known > 1 else None)
     if not series:
         return
     reference = references.pop() if len(references) == 1 else None
@@ -130,10 +131,10 @@ def loss(runs: Sequence[tuple[str, Record]]) -> Iterator[Captioned]:
         *("loss", "InfoNCE loss, training batches", series),
         reference=(reference, "guessing") if reference else None,
     )
-    since = "since the queue was full" if filled else "while the queue was being filled"
+    since = "since their memory was full" if filled else "while a queue was being filled"
     yield (
         chart,
-        f"Loss of the training batches {since}. It depends on the queue and the temperature: "
+        f"Loss of the training batches {since}. It depends on the negatives and the temperature: "
         "compare it only between runs that share both, and do not choose a checkpoint by it.",
     )
 

@@ -6,6 +6,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 
+from moco_dist.config.moco import MocoConfig
 from moco_dist.errors import shown
 from moco_dist.report.results import TITLES, results
 from moco_dist.runs.partners import labels
@@ -125,10 +126,9 @@ def details(record: Record) -> Iterator[str]:
             f"{value('encoder.backbone')}, width {value('encoder.width')}, {value('encoder.stem')} "
             f"stem, {value('encoder.head')} head to {value('encoder.dim')}"
         )
-        rows["method"] = (
-            f"queue {value('moco.queue_size')}, temperature {value('moco.temperature')}, "
-            f"momentum {value('moco.momentum')}, {value('bn_groups')} BatchNorm groups"
-        )
+        settings = moco.settings if (moco := MocoConfig.stored(config)) else {}
+        words = (f"{name.replace('_', ' ')} {text_of(found)}" for name, found in settings.items())
+        rows["method"] = ", ".join([*words, f"{value('bn_groups')} BatchNorm groups"])
     if record.kind == "probe":
         rows["encoder"] = value("encoder")
     if record.kind:

@@ -39,7 +39,7 @@ class Metric(StrEnum):
     IMAGES_PER_SECOND = "train/images_per_second"
     POSITIVE = "similarity/positive"
     NEGATIVE = "similarity/negative"
-    QUEUE_FILL = "queue/fill"
+    FILL = "queue/fill"
     QUEUE_AGE = "queue/age_steps"
     OWN_IMAGES = "queue/own_images"
     ALIGNMENT = "health/alignment"

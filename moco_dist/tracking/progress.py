@@ -102,7 +102,7 @@ class RunProgress:
                 self._evaluations += 1
         if loss is not None:
             # The loss climbs while the queue fills, and means nothing until then.
-            if number(line.get(Metric.QUEUE_FILL)) == 1 and not self._filled:
+            if number(line.get(Metric.FILL)) == 1 and not self._filled:
                 self._filled, self.loss = True, Curve()
             self.loss.add(loss)
             self._pace.append((now, step, self._evaluating))

@@ -79,6 +79,11 @@ class WandbRun:
         self.settings, self.directory, self.identity, self.say = settings, directory, identity, say
         self.content = shareable(content)
         self.place = Path(os.environ.get("WANDB_DIR") or directory).absolute()
+        # The sweep whose agent has started this run; wandb.init takes the run's id from it.
+        self.sweep = os.environ.get("WANDB_SWEEP_ID")
+        if self.sweep and identity["id"] != os.environ.get("WANDB_RUN_ID"):
+            self.say(f"W&B: this run has its own id {identity['id']}; sweep {self.sweep} lacks it")
+            self.sweep = None
         self._notes = directory / "wandb_folders.json"
         self._defined: set[str] = set()
         # Best and last value of each metric over all launches; wandb knows only this one.
@@ -104,6 +109,7 @@ class WandbRun:
         session = wandb.Settings(
             mode="offline" if wish == "offline" else "online",
             silent=True,
+            sweep_id=self.sweep,
             x_disable_viewer=True,
             x_service_wait=INIT_SECONDS,
         )
@@ -198,6 +204,7 @@ class WandbRun:
         for name in row.keys() - self._defined:
             axis = "epoch" if name.startswith(EVALUATIONS) else "step"
             summary = ",".join(self._figures.get(name, ["none"]))
+            summary = None if self.sweep else summary  # a sweep wants numbers, here the last ones
             self.run.define_metric(name, step_metric=axis, summary=summary)
             self._defined.add(name)
         self.run.log(row, step=step, commit=True)
@@ -225,7 +232,9 @@ class WandbRun:
     def finish(self, status: int) -> None:
         """End the run as finished, failed or, if it can be resumed, preempted."""
         axes = ("step", "epoch")
-        self.run.summary.update({k: v for k, v in self._figures.items() if k not in axes})
+        figures = {k: v for k, v in self._figures.items() if k not in axes}
+        last = {k: v["last"] for k, v in figures.items()}
+        self.run.summary.update(last if self.sweep else figures)
         if status == StoppedError.exit_status:
             self.run.mark_preempting()
         folder = self.run.settings.sync_dir

@@ -24,7 +24,7 @@ from moco_dist.distributed import comms, peers
 from moco_dist.method import loss as method_loss
 from moco_dist.method import views
 from moco_dist.method.plan import Plan, Step
-from moco_dist.pretrain import finite, trainer
+from moco_dist.pretrain import finite, mechanisms, trainer
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import checkpoint
 from tests.faults.jobs import KILL, TERM, TINY, Job, account, last_step, status, undisturbed
@@ -41,7 +41,7 @@ SOON = 10
 # Where a step is before its first collective, between that and the second, and after them.
 PLACES: dict[str, tuple[Any, str]] = {
     "before": (comms, "all_gather_with_note"),
-    "during": (trainer, "info_nce"),
+    "during": (mechanisms, "info_nce"),
     "after": (finite, "norms"),
 }
 

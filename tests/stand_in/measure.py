@@ -15,7 +15,6 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from moco_dist.bench import speed
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
@@ -38,7 +37,7 @@ def built(words: list[str]) -> Trainer:
     config = load(PretrainConfig, [words[0], *SMALL, *words[1:]])
     accelerator = session.join(config)
     trainer = Trainer(config, accelerator, datasets.load(config.data, config.encoder.channels))
-    speed.fill_queue(trainer)
+    trainer.moco.fill_up(len(trainer.splits.train))
     return trainer
 
 
