@@ -71,7 +71,7 @@ def test_a_captured_step_is_a_few_launches_without_a_wait(images: list[str]) -> 
         [PAPER, "precision=bf16"],
         [PAPER, *images],
         [PAPER, "encoder.width=8", "encoder.head=mlp_bn", "optim.name=lars"],
-        [PAPER, "encoder.width=8", "optim.name=adamw"],
+        [PAPER, "encoder.width=8", "optim.name=adamw", "views_2={blur: 0.1, solarize: 0.2}"],
         captured=True,
     )
     for found in (memory, *others):
