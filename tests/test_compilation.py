@@ -174,10 +174,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("pretended")
+@torch._dynamo.config.patch(recompile_limit=1)
 def test_a_process_has_as_many_compiled_runs_as_it_likes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(Encoder, "compile_training", lambda _: None)  # views alone take less time
     for seed in range(2):
         words = [*RUN, f"output={tmp_path}", "runtime.compile=true", f"seed={seed}"]

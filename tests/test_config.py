@@ -26,10 +26,12 @@ def refusal(*arguments: str, schema: type = PretrainConfig) -> str:
 
 
 def test_the_promised_configurations_are_there() -> None:
+    small = {"stl10", "tiny_imagenet", "imagenet100", "imagenette"}
     names = {"paper", "cifar10", "cifar10_symmetric", "imagenet_v1", "imagenet_v2", "demo"}
-    assert {path.stem for path in PRETRAIN} == names
+    assert {path.stem for path in PRETRAIN} == names | small
     assert {path.stem for path in PROBE} == {
-        *("paper", "cifar10", "cifar10_grid", "cifar10_finetune", "imagenet", "demo")
+        *("paper", "cifar10", "cifar10_grid", "cifar10_finetune", "imagenet", "demo"),
+        *small,
     }
 
 

@@ -60,14 +60,23 @@ def test_the_kernels_of_a_gpu_normalise_each_group_as_one_batch_norm_for_each() 
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     allowed = {"torch.float64": 1e-13, "torch.float32": 1e-5, "torch.bfloat16": 1e-2}
-    cases = json.loads(ended.stdout)
-    assert len(cases) == 12
-    for dtype, shape, found in cases:
-        assert found.pop("alone") == 0, (dtype, shape)
-        assert found.keys() == {"y", "mean", "var", "dx", "dweight", "dbias"}
-        assert max(found.values()) < allowed[dtype], (dtype, shape, found)
+    layers, spanning, encoders = json.loads(ended.stdout)
+    assert len(layers) == 20
+    for dtype, shape, kind, found in layers:
+        case = dtype, shape, kind, found
+        assert found.pop("alone") == 0, case
+        names = {"y", "mean", "var", "dx", "dweight", "dbias"}
+        assert found.keys() == names | ({"dshortcut"} if kind == "shortcut" else set())
+        assert max(found.values()) < allowed[dtype], case
         # Sums are float32 at least, also for bfloat16 images.
-        assert max(found["mean"], found["var"], found["dbias"]) < 1e-5, (dtype, shape, found)
+        assert max(found["mean"], found["var"], found["dbias"]) < 1e-5, case
+    # A group that spans two processes, as each of them sees it, without and with a shortcut.
+    assert [len(found) for found in spanning] == [6, 6, 7, 7]
+    assert all(max(found.values()) < 1e-13 for found in spanning), spanning
+    # All ReLUs of an encoder are those of its norms, and nothing else changes.
+    for name, norms in (("resnet18", 17), ("resnet50", 49)):
+        assert encoders[name].pop("rectified") == norms
+        assert max(encoders[name].values()) < 1e-9, encoders
 
 
 def test_evaluation_uses_the_mean_of_the_groups_statistics() -> None:

@@ -11,7 +11,7 @@ import torch
 from moco_dist.config.recipe import PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import changed_keys, from_dict, load, to_dict, to_yaml
 from moco_dist.data.datasets import Images
-from moco_dist.data.view_source import Maker, views_of
+from moco_dist.data.view_source import Maker
 from moco_dist.errors import ConfigError
 from moco_dist.method import views
 from moco_dist.report import encoder as report
@@ -96,8 +96,9 @@ def test_views_of_a_batch_with_two_recipes_are_those_made_one_by_one(order: list
 def test_queries_and_keys_of_a_step_have_their_recipes() -> None:
     trainer = build("views.blur=1", "views_2.blur=0", "views_2.solarize=1", "views_2.jitter=0")
     rows = trainer.plan.step(0)
-    made_of = views_of(rows, trainer.config.moco.passes, trainer.source, 1)
-    (keys,), (queries,) = ([piece() for piece in part[0]] for part in made_of)
+    (keys,), (queries,) = (
+        [piece() for piece in part[0]] for part in trainer.contrast.make_views(rows)
+    )
     config = trainer.config
     samples = rows.samples[rows.query_rows], rows.samples[rows.key_rows[0]]
     for view, (made, mine) in enumerate(zip((queries, keys), samples, strict=True)):
@@ -110,8 +111,8 @@ def test_queries_and_keys_of_a_step_have_their_recipes() -> None:
 
 
 def test_a_run_with_two_recipes_is_one_run_on_any_machine(tmp_path: Path) -> None:
-    recipe = ["views_2.solarize=0.5", "views_2.blur=0.1", "views_2.scale_min=0.5"]
-    recipe.append("moco.symmetric=true")
+    recipe = "views_2.solarize=0.5", "views_2.blur=0.1", "views_2.scale_min=0.5"
+    recipe += ("moco.symmetric=true",)
     straight = one(tmp_path / "one", 1, *recipe, until=12)
     assert_same(one(tmp_path / "two", 2, *recipe, "runtime.micro_batches=2", until=12), straight)
     plain = one(tmp_path / "plain", 1, "moco.symmetric=true", until=12)

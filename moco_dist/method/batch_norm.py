@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from moco_dist.distributed import comms
 
 try:
-    from moco_dist.method.batch_norm_kernels import NormalizeGroups
+    from moco_dist.method.batch_norm_gpu import NormalizeGroups
 except ImportError:  # Triton comes with PyTorch for Linux and NVIDIA GPUs
     NormalizeGroups = None  # type: ignore[assignment,misc]
 
@@ -92,14 +92,12 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         assert len(x) % rows == 0, f"{len(x)} rows are not whole groups of {rows}"
         if self.leaves_seen and torch.compiler.is_compiling():
             return self._by_formula(x)
+        if x.is_cuda and NormalizeGroups is not None:
+            return self._by_kernels(x)
         first, count = self.next_group, len(x) // rows
         self.next_group = (first + count) % groups
         affine, rates = (self.weight, self.bias), (self.momentum or 0.1, self.eps)
         normalized: Tensor
-        if x.is_cuda and NormalizeGroups is not None and self.span == 1:
-            running = (each[first : first + count] for each in (self.group_mean, self.group_var))
-            normalized = NormalizeGroups.apply(x, *affine, *running, *rates)
-            return normalized
         places = [(first + place) % groups for place in range(count)]
         means, variances = self.group_mean.unbind(), self.group_var.unbind()
         mean, var = [means[place] for place in places], [variances[place] for place in places]
@@ -109,6 +107,27 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         if count == 1:
             return F.batch_norm(x, mean[0], var[0], *affine, True, *rates)
         normalized = _NormalizeGroups.apply(x, *affine, mean, var, *rates)
+        return normalized
+
+    def fuses(self, x: Tensor) -> bool:
+        """Return whether `rectified` can be called, and is faster than other operations are."""
+        here = self.training and x.is_cuda and NormalizeGroups is not None
+        return here and not torch.compiler.is_compiling()
+
+    def rectified(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Return the ReLU of the normalised `x`, plus `shortcut`, in one pass over their memory."""
+        return self._by_kernels(x, shortcut, rectifies=True)
+
+    def _by_kernels(
+        self, x: Tensor, shortcut: Tensor | None = None, rectifies: bool = False
+    ) -> Tensor:
+        first, count = self.next_group, len(x) // self.rows_per_group
+        self.next_group = (first + count) % len(self.group_mean)
+        running = (each[first : first + count] for each in (self.group_mean, self.group_var))
+        settings = self.momentum or 0.1, self.eps, rectifies, self.span
+        normalized: Tensor = NormalizeGroups.apply(
+            x, shortcut, self.weight, self.bias, *running, *settings
+        )
         return normalized
 
     def _by_formula(self, x: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import ResNet
 
 from moco_dist.config.encoder import EncoderConfig
 from moco_dist.method import convolutions, heads, timm_backbone
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
 from moco_dist.method.compilation import compiled
+from moco_dist.method.residual_blocks import BasicBlock, Bottleneck, fuses
 
 # Block, blocks per stage, groups, and channels per group of the 3x3 convolutions in stage 1 (at the
 # published width): He et al. 2016, table 1; Xie et al. 2017, table 1; Zagoruyko et al. 2016.
@@ -64,6 +65,12 @@ class Backbone(ResNet):
         if planes == 64:
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = self.bn1.rectified(x) if fuses(self.bn1, x) else self.relu(self.bn1(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.maxpool(x)))))
+        return self.fc(self.avgpool(x).flatten(1))  # type: ignore[no-any-return]
 
 
 def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:

@@ -65,13 +65,12 @@ def compile_all(rehearsal: Rehearsal, source: ViewSource, config: PretrainConfig
     for encoder in network.encoders.values():
         encoder.compile_training()
     views = [view for views in config.moco.passes for view in views if view is not None]
-    # Made together in a step, or piece by piece.
-    calls = [views] if rehearsal.micro_batches == 1 else [[view] for view in sorted(set(views))]
+    together = [views] if rehearsal.micro_batches == 1 else [[view] for view in {*views}]
     samples = torch.arange(rows, device=rehearsal.images.device)
+    images = samples.new_zeros(len(together[0]) * rows, *source.shape, dtype=torch.uint8)
     with compile_errors():
-        for call in calls:
-            images = samples.new_zeros(len(call) * rows, *source.shape, dtype=torch.uint8)
-            source.maker.of_step(images, [(samples, view) for view in call], 0)
+        for views in together:
+            source.maker.of_step(images, [(samples, view) for view in views], 0)
         # What runs without gradients in a step is another graph: mostly the key encoder.
         *_, last = network.encoders.values()
         rehearsal.encode(network.query_encoder, torch.no_grad()(last.forward))

@@ -100,7 +100,7 @@ def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
             f"data.root={shown(root)}: {config.name} is not there, and a report downloads nothing; "
             "make the report in the folder where the run was launched"
         )
-    if config.name == "folder":
+    if config.name in datasets.ON_DISK:
         found = file_sets.find(config, file_sets.root(config), file_sets.cache(config))
         if found.test:
             return "test", _some(found.test, config, channels)
@@ -120,13 +120,11 @@ def _some(test: ImageIndex, config: DataConfig, channels: int) -> Images:
     """Return a sample of the test images, without decoding the others."""
     known = (test.labels >= 0).nonzero().flatten()
     rows = known[_sample(len(known), config)]
-    files = [Path(place.path) for place in test.places(rows.tolist())]
-    labels = test.labels[rows]
-    some = image_folder.Listing(test.root, files, labels.tolist(), test.classes)
+    some = test.some(rows.tolist())
     recipe = Recipe(
         config.size, channels=channels, background=config.background, resize=config.resize
     )
-    return Images(image_folder.decode(some, recipe), labels, test.classes)
+    return Images(image_folder.decode(some, recipe), some.labels, some.classes)
 
 
 def _sample(size: int, config: DataConfig) -> Tensor:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from tests import image_sets, stand_in
+from tests.test_mechanisms import KINDS
 
 pytestmark = pytest.mark.stand_in
 
 PAPER = "configs/pretrain/paper.yaml"
+ADAMW = ["optim.name=adamw", "views_2={blur: 0.1, solarize: 0.2}"]
 DATA = ["data.shapes_train=100", "data.shapes_test=30", "data.size=16", "views.size=16"]
 TINY = [
     *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=40"),
@@ -67,17 +69,17 @@ def test_a_step_launches_few_kernels_and_waits_once(images: list[str]) -> None:
 
 
 def test_a_captured_step_is_a_few_launches_without_a_wait(images: list[str]) -> None:
-    memory, *others = stand_in.measured(
-        [PAPER, "precision=bf16"],
+    streamed, memory, *others = stand_in.measured(
         [PAPER, *images],
-        [PAPER, "encoder.width=8", "encoder.head=mlp_bn", "optim.name=lars"],
-        [PAPER, "encoder.width=8", "optim.name=adamw", "views_2={blur: 0.1, solarize: 0.2}"],
+        [PAPER, "precision=bf16"],
+        *([PAPER, "encoder.width=8", *words] for words in (*KINDS.values(), ADAMW)),
         captured=True,
     )
-    for found in (memory, *others):
+    for found in (streamed, memory, *others):
         assert found["waits"] == 0, found["where"]
         assert not found["where"]
-    assert memory["launches"] <= 3
+    # Streamed crops are put in order outside of the graphs.
+    assert max(found["launches"] for found in (memory, *others)) <= 3
     assert memory["cpu_ms"] < 1
 
 
