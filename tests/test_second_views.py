@@ -58,6 +58,10 @@ def test_a_run_is_resumed_with_the_same_second_recipe_alone() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (
+            "views_2.blur=1 moco.negatives=bank moco.keys=gradient",
+            "views_2 is for the second view of an image, and moco.negatives=bank has one",
+        ),
         ("views_2.size=48", "views_2.size=48 is not views.size=32, which both views share"),
         ("views_2.mean=[0.5,0.5,0.5]", "is not views.mean=[0.4914, 0.4822, 0.4465], which"),
         ("views_2.blur=7", "views_2.blur=7.0 is out of range; it must lie between 0 and 1"),
@@ -67,7 +71,7 @@ def test_a_run_is_resumed_with_the_same_second_recipe_alone() -> None:
 )
 def test_a_second_recipe_that_can_not_be_is_one_sentence(words: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load(PretrainConfig, [words])
+        load(PretrainConfig, words.split())
     assert sentence in str(error.value)
 
 

@@ -233,6 +233,11 @@ class PretrainConfig:
                 f"views_2.{key}={theirs} is not views.{key}={ours}, which both views share; leave "
                 "it out",
             )
+        require(
+            self.views_2 is None or self.moco.negatives != "bank",
+            "views_2 is for the second view of an image, and moco.negatives=bank has one; leave it "
+            "out",
+        )
         b, g = self.batch_size, self.bn_groups
         lower = max(g, b // g * g)
         require(

@@ -15,6 +15,7 @@ from tests.test_mechanisms import KINDS
 pytestmark = pytest.mark.stand_in
 
 PAPER = "configs/pretrain/paper.yaml"
+ADAMW = ["optim.name=adamw", "views_2={blur: 0.1, solarize: 0.2}"]
 DATA = ["data.shapes_train=100", "data.shapes_test=30", "data.size=16", "views.size=16"]
 TINY = [
     *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=40"),
@@ -71,7 +72,7 @@ def test_a_captured_step_is_a_few_launches_without_a_wait(images: list[str]) -> 
     streamed, memory, *others = stand_in.measured(
         [PAPER, *images],
         [PAPER, "precision=bf16"],
-        *([PAPER, "encoder.width=8", *words] for words in (*KINDS.values(), ["optim.name=adamw"])),
+        *([PAPER, "encoder.width=8", *words] for words in (*KINDS.values(), ADAMW)),
         captured=True,
     )
     for found in (streamed, memory, *others):
