@@ -59,7 +59,10 @@ class Case:
         inputs = {k: v.double().requires_grad_() for k, v in self.inputs.items()}
         affine = [each.double().requires_grad_() for each in self.affine]
         pieces = zip(inputs["x"].chunk(self.groups), found["mean"], found["var"], strict=True)
-        parts = [F.batch_norm(x, mean, var, *affine, True, *SETTINGS) for x, mean, var in pieces]
+        (weight, bias), (momentum, eps) = affine, SETTINGS
+        parts = [
+            F.batch_norm(x, mean, var, weight, bias, True, momentum, eps) for x, mean, var in pieces
+        ]
         y = torch.cat(parts) + inputs.get("shortcut", 0)
         y = y if self.kind == KINDS[0] else y.relu()
         y.backward(self.dy.double())

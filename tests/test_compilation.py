@@ -174,7 +174,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("pretended")
-@torch._dynamo.config.patch(recompile_limit=1)
+@torch._dynamo.config.patch(recompile_limit=1)  # type: ignore[untyped-decorator]
 def test_a_process_has_as_many_compiled_runs_as_it_likes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,9 @@ def test_the_key_encoder_follows_backbone_and_head_and_no_predictor() -> None:
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(new, old + 0.25)
     mine = sum(p.numel() for p in network.query_encoder.parameters())
-    own = sum(p.numel() for p in network.query_encoder.predictor.parameters())  # type: ignore[union-attr]
+    predictor = network.query_encoder.predictor
+    assert predictor is not None
+    own = sum(p.numel() for p in predictor.parameters())
     assert mine - own == sum(p.numel() for p in after)
 
 

@@ -111,8 +111,8 @@ def test_queries_and_keys_of_a_step_have_their_recipes() -> None:
 
 
 def test_a_run_with_two_recipes_is_one_run_on_any_machine(tmp_path: Path) -> None:
-    recipe = "views_2.solarize=0.5", "views_2.blur=0.1", "views_2.scale_min=0.5"
-    recipe += ("moco.symmetric=true",)
+    recipe = ["views_2.solarize=0.5", "views_2.blur=0.1", "views_2.scale_min=0.5"]
+    recipe += ["moco.symmetric=true"]
     straight = one(tmp_path / "one", 1, *recipe, until=12)
     assert_same(one(tmp_path / "two", 2, *recipe, "runtime.micro_batches=2", until=12), straight)
     plain = one(tmp_path / "plain", 1, "moco.symmetric=true", until=12)

@@ -14,7 +14,7 @@ import yaml
 
 PROJECT = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
 DAY = "2026-01-01T00:00:00"
-LISTED = {"__typename": "Project", "id": "p", "name": "moco_dist", "entityName": "me"}
+LISTED = dict[str, object](__typename="Project", id="p", name="moco_dist", entityName="me")
 LISTED |= {"createdAt": DAY, "isBenchmark": False, "user": None}
 LAST = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
 

@@ -37,6 +37,8 @@ _STAGES: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], int, int]] = 
 class Backbone(ResNet):
     """torchvision's ResNet without its classifier; `width` channels in stage 1 (published: 64)."""
 
+    bn1: Any
+
     def __init__(self, config: EncoderConfig, norm_layer: Any) -> None:
         block, stages, groups, group_width = _STAGES[config.backbone]
         channels = config.channels

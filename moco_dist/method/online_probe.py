@@ -68,4 +68,5 @@ class OnlineProbe(nn.Module):
 
 
 def _standardised(features: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    return (features - mean) / (var + _EPSILON).sqrt() / features.shape[1] ** 0.5
+    points: Tensor = (features - mean) / (var + _EPSILON).sqrt() / features.shape[1] ** 0.5
+    return points

@@ -77,7 +77,7 @@ def build(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.opti
             *(trained, config.lr), weight_decay=config.weight_decay, fused=True, capturable=on_gpu
         )
         # Otherwise it warns in the eager steps before a capture.
-        optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+        optimizer._warned_capturable_if_run_uncaptured = True
         return optimizer
     return torch.optim.SGD(
         *(trained, config.lr, config.momentum, 0, config.weight_decay, config.nesterov), fused=True
