@@ -93,7 +93,7 @@ def config(root: str | Path, cache: Path, **values: Any) -> DataConfig:
 def test_a_table_has_the_pixels_and_crops_of_the_folder_it_was_made_of(
     way: Callable[[Path, Path], str], folder: Path, tmp_path: Path
 ) -> None:
-    root = way(folder, tmp_path / "made")
+    root = way(folder, tmp_path / "a set [1]")
     held, streamed = (datasets.load(config(root, tmp_path, memory_gb=gb)) for gb in (1, 0))
     expected = datasets.load(config(folder, tmp_path, name="folder"))
     views = datasets.load(config(folder, tmp_path, name="folder", memory_gb=0)).train

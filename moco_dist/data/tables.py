@@ -8,6 +8,7 @@ workers that know no tables. huggingface.co/docs/datasets describes the library.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -105,13 +106,14 @@ def _files(path: Path) -> tuple[str, dict[str, list[str]], tuple[str, ...]]:
         )
     kind = KINDS[endings[0]]
     if path.is_file():
-        return kind, {"train": [str(path)]}, ()
+        return kind, {"train": [glob.escape(str(path))]}, ()
     train, tests, said = tar_shards.parts(path, endings[0])
     files = {"train": train}
     for part in tests:
         name = part_of(part.names[0], anywhere=True) or part_of(part.folder.name)
         files.setdefault("validation" if name == "validation" else "test", part)
-    return kind, {k: [str(p.folder / n) for n in p.names] for k, p in files.items()}, said
+    listed = {k: [glob.escape(str(p.folder / n)) for n in p.names] for k, p in files.items()}
+    return kind, listed, said
 
 
 def _refused(root: str, path: Path | None, error: Exception) -> UserError:
