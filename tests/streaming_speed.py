@@ -53,7 +53,7 @@ def main(kind: str, place: str, *settings: str) -> None:
     print(f"{len(images):,} images listed in {time.monotonic() - began:.1f} s", flush=True)
     cut = ViewsConfig(size=given["size"])
     plan = Plan(len(images), given["batch"], 0)
-    source = StreamedSource(images, cut, torch.float32, plan, [(0, 1)], "exchange")
+    source = StreamedSource(images, [cut], torch.float32, plan, [(0, 1)], "exchange")
     steps, step = given["images"] // given["batch"], 0
     rates: dict[str, list[tuple[float, float]]] = {"decoder alone": [], "pipeline": []}
     for turn in range(given["turns"] + 1):

@@ -27,7 +27,7 @@ FLOORS = (
     {"report", "doctor", "bench", "notebook"},
 )
 OWNERS = {  # the only files that import a library
-    "torch.distributed": {"distributed/comms.py"},
+    "torch.distributed": {"distributed/comms.py", "distributed/torchrun.py"},
     "yaml": {"config/yaml_files.py"},
     "wandb": {"tracking/wandb_run.py"},
     "matplotlib": {"report/figures.py", "report/pictures.py"},

@@ -45,7 +45,7 @@ def config(root: Path, cache: Path, **values: Any) -> DataConfig:
 
 
 def keras(root: Path, train: Pixels, test: Pixels) -> Path:
-    arrays = {"x_train": train, "y_train": labels(len(train)).astype(np.uint8)}
+    arrays: dict[str, Any] = {"x_train": train, "y_train": labels(len(train)).astype(np.uint8)}
     arrays |= {"x_test": test, "y_test": labels(len(test))}
     np.savez(root.with_suffix(".npz"), **arrays)
     return root.with_suffix(".npz")
@@ -53,7 +53,7 @@ def keras(root: Path, train: Pixels, test: Pixels) -> Path:
 
 def medmnist(root: Path, train: Pixels, test: Pixels) -> Path:
     """With three parts, and labels as a column."""
-    arrays = {"train_images": train, "train_labels": labels(len(train))[:, None]}
+    arrays: dict[str, Any] = {"train_images": train, "train_labels": labels(len(train))[:, None]}
     arrays |= {"val_images": test[:2], "val_labels": labels(2)[:, None]}
     arrays |= {"test_images": test, "test_labels": labels(len(test))[:, None]}
     np.savez_compressed(root.with_suffix(".npz"), **arrays)
@@ -98,7 +98,7 @@ def test_arrays_have_the_pixels_and_crops_of_a_folder_of_png_files(
     assert held.train.classes == (("no", "yes") if root.is_dir() else ("0", "1"))
     samples, view = torch.arange(36), ViewsConfig(size=12)
     ours, theirs = (
-        part.order_crops(view, 3, 1, samples, (0, 1)).collect(torch.device("cpu"))
+        part.order_crops([view], 3, 1, samples, (0, 1)).collect(torch.device("cpu"))
         for part in (streamed.train, from_disk.train)
     )
     assert ours.equal(theirs)
@@ -106,8 +106,8 @@ def test_arrays_have_the_pixels_and_crops_of_a_folder_of_png_files(
     # What can be read where it lies is not written again.
     copied = way in (keras, medmnist) or (way is channels_first and len(shape) == 3)
     assert mapped.startswith(str(tmp_path / "arrays_" if copied else root))
-    for splits in (streamed, from_disk):
-        splits.train.pool.close()
+    streamed.train.pool.close()
+    from_disk.train.pool.close()
 
 
 def test_a_streamed_run_on_arrays_is_that_of_the_folder_on_two_processes_and_resumed(

@@ -85,7 +85,7 @@ def test_an_image_of_the_class_stands_in_with_the_crop_that_was_drawn(folder: Pa
     assert streamed.aside.rows.keys() == bad
 
     config, epoch = ViewsConfig(size=24), 3
-    crops = streamed.order_crops(config, 7, epoch, rows, (0, 1)).collect(torch.device("cpu"))
+    crops = streamed.order_crops([config], 7, epoch, rows, (0, 1)).collect(torch.device("cpu"))
     recipe = image_file.Recipe(24, (0, 1), config.ratio_min, config.ratio_max)
     for row in bad:
         numbers = [views.crop_numbers(config, 7, epoch, torch.tensor([row]), v)[0] for v in (0, 1)]

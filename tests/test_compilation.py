@@ -114,8 +114,8 @@ def test_statistics_move_where_someone_else_compiles() -> None:
 def test_compiled_views_are_the_views_of_any_epoch(
     work: Callable[..., Tensor], sides: tuple[int, int]
 ) -> None:
-    config = ViewsConfig(size=16, blur=0.5)
-    maker = Maker(work, config, 3, torch.float64)
+    plain = ViewsConfig(size=16, jitter=0, grayscale=0, solarize=0.5)
+    maker = Maker(work, [ViewsConfig(size=16, blur=0.5), plain], 3, torch.float64)
     maker.compile_step()
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, *sides), generator=generator, dtype=torch.uint8)

@@ -26,10 +26,12 @@ def refusal(*arguments: str, schema: type = PretrainConfig) -> str:
 
 
 def test_the_promised_configurations_are_there() -> None:
+    small = {"stl10", "tiny_imagenet", "imagenet100", "imagenette"}
     names = {"paper", "cifar10", "cifar10_symmetric", "imagenet_v1", "imagenet_v2", "demo"}
-    assert {path.stem for path in PRETRAIN} == names
+    assert {path.stem for path in PRETRAIN} == names | small
     assert {path.stem for path in PROBE} == {
-        *("paper", "cifar10", "cifar10_grid", "cifar10_finetune", "imagenet", "demo")
+        *("paper", "cifar10", "cifar10_grid", "cifar10_finetune", "imagenet", "demo"),
+        *small,
     }
 
 
@@ -111,7 +113,8 @@ def test_resuming_may_change_the_length_the_logging_and_the_machine_only() -> No
         (["moco.symmetric=7up"], "moco.symmetric=7up: moco.symmetric=7up is not true or false"),
         (
             ["optim.schedule=cosin"],
-            "optim.schedule=cosin: optim.schedule=cosin is not one of cosine, step, constant",
+            "optim.schedule=cosin: optim.schedule=cosin is not one of cosine, "
+            "cosine_after_warmup, step, constant",
         ),
         (
             ["optim.milestones=3"],
@@ -171,8 +174,9 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("optim:\n  learning_rate: 3\n")
     assert refusal(str(file)) == (
-        f"{file}: there is no key 'optim.learning_rate'; use one of optim.lr, optim.momentum, "
-        "optim.weight_decay, optim.schedule, optim.milestones, optim.gamma, optim.warmup_epochs"
+        f"{file}: there is no key 'optim.learning_rate'; use one of optim.name, optim.lr, "
+        "optim.momentum, optim.nesterov, optim.weight_decay, optim.trust, optim.trust_clip, "
+        "optim.schedule, optim.lr_min, optim.milestones, optim.gamma, optim.warmup_epochs"
     )
     file.write_text("optim: [}")
     assert refusal(str(file)).startswith(f"{file}: not valid YAML (")

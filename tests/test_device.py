@@ -92,7 +92,7 @@ def moved(trainer: Trainer) -> Trainer:
     trainer.splits = trainer.splits.to(device)
     trainer.source = view_source(
         trainer.splits.train,
-        config.views,
+        [config.views],
         trainer.plan,
         trainer.config.moco.passes,
         trainer.dtype,

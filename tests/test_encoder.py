@@ -211,6 +211,11 @@ def test_a_model_of_timm_without_batchnorm_has_no_statistics() -> None:
         ({"backbone": "resnext50_32x4d", "width": 8}, "use 16 or more"),
         ({"backbone": "timm/none_such", "stem": "imagenet"}, "timm has no such model"),
         ({"backbone": "timm/levit_128s", "stem": "imagenet"}, "is a BatchNorm1d"),
+        ({"patches": "frozen"}, "frozen is for timm's Vision Transformers, and resnet18 has no"),
+        (
+            {"backbone": "timm/regnety_002", "stem": "imagenet", "patches": "frozen"},
+            "timm/regnety_002 has no projection of patches; use a Vision Transformer, or",
+        ),
     ],
 )
 def test_a_backbone_that_can_not_be_trained_is_one_sentence(
@@ -218,6 +223,22 @@ def test_a_backbone_that_can_not_be_trained_is_one_sentence(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         build_encoder(EncoderConfig(**settings), seed=0)
+
+
+def test_frozen_patches_are_moco_v3s_and_need_no_gradient() -> None:
+    settings: dict[str, Any] = {"backbone": "timm/vit_tiny_patch16_224", "stem": "imagenet"}
+    frozen = build_encoder(EncoderConfig(**settings, patches="frozen"), seed=0)
+    trained = build_encoder(EncoderConfig(**settings), seed=0)
+    projection = frozen.backbone.patch_embed.proj
+    bound = (6 / (3 * 16 * 16 + 192)) ** 0.5  # moco-v3, vits.py
+    numbers = projection.weight.detach()
+    assert 0.99 * bound < float(numbers.abs().max()) <= bound
+    assert float(numbers.std()) == pytest.approx(bound / 3**0.5, rel=0.01)
+    assert not projection.bias.any()
+    names = [name for name, p in frozen.named_parameters() if not p.requires_grad]
+    assert names == [f"backbone.patch_embed.proj.{part}" for part in ("weight", "bias")]
+    assert all(p.requires_grad for p in trained.parameters())
+    assert frozen.state_dict().keys() == trained.state_dict().keys()
 
 
 def test_without_timm_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

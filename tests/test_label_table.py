@@ -173,12 +173,12 @@ def test_what_is_wrong_with_a_table_is_said_in_one_sentence(labelled: Path, tmp_
     with pytest.raises(UserError, match=r"no such file, here or in .*; give a CSV file") as error:
         load(labelled, labels=str(table))
     assert error.value.exit_status == 66
-    for values, sentence in (
+    for settings, sentence in (
         (["data.labels=folder"], "data.labels=folder is unknown; use folders, none, or a FILE.csv"),
         (["data.name=shards", "data.labels=a.csv"], "is a table for data.name=folder, and data.na"),
     ):
         with pytest.raises(ConfigError) as refused:
-            load_yaml(PretrainConfig, values)
+            load_yaml(PretrainConfig, settings)
         assert sentence in str(refused.value)
 
 

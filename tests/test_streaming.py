@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ def test_streamed_squares_give_the_views_of_memory_up_to_eight_bits(
     images, streaming = held.train.pixels, from_disk.train
     for view in (0, 1):
         exact = views.make(images, config, 0, 2, samples, view, torch.float64)
-        crops = streaming.order_crops(config, 0, 2, samples, (view,)).collect(torch.device("cpu"))
+        crops = streaming.order_crops([config], 0, 2, samples, (view,)).collect(torch.device("cpu"))
         draws = views.draw(config, 0, 2, samples, view, 32, 32)
         flipped = torch.where(draws.flip[:, None, None, None], crops[:, 0].flip(3), crops[:, 0])
         difference = (flipped.double() / 255 - exact).abs() * 255
@@ -108,6 +109,7 @@ def test_streamed_squares_give_the_views_of_memory_up_to_eight_bits(
 def test_a_whole_crop_is_changed_by_its_flip_alone(squares: Path, tmp_path: Path) -> None:
     """The trainer applies all stages but the crop, as for images in memory."""
     whole = ["views.size=32", "views.scale_min=1", "views.ratio_min=1", "views.ratio_max=1"]
+    whole += ["views_2.blur=1", "views_2.solarize=0.5"]
     trainer, memory = (
         build(tmp_path, squares, *whole, "data.validation=0", f"data.memory_gb={limit}")
         for limit in (0, 1)
@@ -164,10 +166,11 @@ def hashes(root: str, cache: str) -> list[list[str]]:
     assert isinstance(splits.train, StreamedImages)
     plan = Plan(len(splits.train), 16, 5, comms.rank(), comms.world_size())
     config = ViewsConfig(size=24, jitter=0.0, grayscale=0.0)
+    recipes = [config, replace(config, scale_min=0.5, solarize=0.5)]
     found = []
     for symmetric, way in WAYS:
         passes = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
-        source = StreamedSource(splits.train, config, torch.float64, plan, passes, way)
+        source = StreamedSource(splits.train, recipes, torch.float64, plan, passes, way)
         made = []
         for step in (0, 1, 2, 3, 1):
             source.begin(step)

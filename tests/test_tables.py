@@ -22,11 +22,12 @@ from PIL import Image
 from moco_dist.config.recipe import DataConfig, ViewsConfig
 from moco_dist.data import datasets, tables
 from moco_dist.data.streamed_images import StreamedImages
+from moco_dist.distributed import fingerprint
 from moco_dist.doctor import images
 from moco_dist.encoders.load import load_encoder
 from moco_dist.errors import DataError, UserError
 from moco_dist.report import encoder as report
-from tests import image_sets
+from tests import data_hub, image_sets
 from tests.faults.jobs import KILL, Job, metrics
 from tests.faults.stops import slow_steps
 from tests.test_streaming import RUN, on
@@ -79,30 +80,7 @@ def arrow(folder: Path, root: Path) -> str:
     return str(root)
 
 
-def on_the_hub(folder: Path, root: Path) -> str:
-    """The cache of the library as a download leaves it, which it reads without a network."""
-    made = library.load_dataset(
-        "parquet",
-        data_files={
-            "train": [f"{parquet(folder, root)}/train-*.parquet"],
-            "test": [f"{root}/validation-*.parquet"],
-        },
-    )
-    cached = Path(made["train"].cache_files[0]["filename"]).parent
-    place = Path(
-        library.config.HF_DATASETS_CACHE, "someone___photos", "small", "0.0.0", cached.name
-    )
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(cached, place)
-    for file in place.glob("parquet-*.arrow"):
-        file.rename(file.with_name(file.name.replace("parquet-", "photos-")))
-    info = place / "dataset_info.json"
-    text = info.read_text().replace('"parquet"', '"photos"')
-    info.write_text(text.replace('"config_name": "default"', '"config_name": "small"'))
-    return "someone/photos:small"
-
-
-WAYS: list[Callable[[Path, Path], str]] = [saved, parquet, arrow, on_the_hub]
+WAYS: list[Callable[[Path, Path], str]] = [saved, parquet, arrow]
 
 
 def config(root: str | Path, cache: Path, **values: Any) -> DataConfig:
@@ -131,7 +109,7 @@ def test_a_table_has_the_pixels_and_crops_of_the_folder_it_was_made_of(
             assert ours.classes == theirs.classes == tuple(CLASSES)
     samples = torch.arange(54)
     ours, theirs = (
-        part.order_crops(ViewsConfig(size=24), 3, 1, samples, (0, 1)).collect(torch.device("cpu"))
+        part.order_crops([ViewsConfig(size=24)], 3, 1, samples, (0, 1)).collect(torch.device("cpu"))
         for part in (streamed.train, views)
     )
     assert ours.equal(theirs)
@@ -277,6 +255,62 @@ def test_labels_are_numbers_or_names(
     assert found.train.classes == classes
     assert found.train.labels.tolist() == labels
     assert found.parts == ""
+
+
+ON_THE_HUB = """
+import sys, torch
+from moco_dist.config.recipe import DataConfig
+from moco_dist.data import datasets
+from moco_dist.distributed import fingerprint
+from moco_dist.errors import UserError
+for name in sys.argv[2:]:
+    try:
+        for limit in (1, 0):
+            config = DataConfig("huggingface", name, size=32, cache=sys.argv[1], memory_gb=limit)
+            train = datasets.load(config).train
+            print("found", fingerprint.of_tensors(train.squares(torch.arange(len(train)))))
+    except UserError as error:
+        print("error", error.exit_status, error)
+"""
+
+
+def test_a_name_on_the_hub_is_downloaded_once_and_read_without_a_network(
+    folder: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "hub" / "someone" / "photos"
+    photos.parent.mkdir(parents=True)
+    parquet(folder, photos)
+    (photos / "README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n"
+        "    path: train-*\n- config_name: other\n  data_files: validation-*\n---\n"
+    )
+    expected = datasets.load(config(folder, tmp_path, name="folder")).train
+    assert isinstance(expected, datasets.Images)
+    found = f"found {fingerprint.of_tensors(expected.pixels)}"
+
+    def read(*names: str, **environment: str) -> list[str]:
+        own = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home/sets")}
+        done = subprocess.run(
+            [sys.executable, "-c", ON_THE_HUB, str(tmp_path), *names],
+            env={**os.environ, **own, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    names = ["someone/photos:small", "someone/photos", "someone/photos:big", "someone/else"]
+    with data_hub.serving(tmp_path / "hub") as address:
+        lines = read(*names, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    assert lines[:2] == [found, found]
+    assert lines[2].startswith("error 78 data.root=someone/photos: Config name is missing. Please")
+    assert lines[3].startswith("error 78 data.root=someone/photos:big: BuilderConfig 'big' not")
+    for line in lines[2:4]:
+        assert "'small', 'other'" in line
+        assert line.endswith("; give one as data.root=someone/photos:CONFIG")
+    assert lines[4].startswith("error 66 data.root=someone/else: neither a file or folder here nor")
+    assert len(lines) == 5
+    assert read(names[0]) == [found, found]
 
 
 def test_what_is_unclear_or_missing_is_said_in_one_sentence(folder: Path, tmp_path: Path) -> None:

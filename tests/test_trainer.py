@@ -204,18 +204,26 @@ def test_memory_is_the_peak_of_what_the_system_says_this_process_has() -> None:
     assert environment.memory_gb(torch.device("cpu")) == pytest.approx(peak, rel=0.02)
 
 
-def test_a_backbone_without_batchnorm_is_trained_and_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_a_vision_transformer_is_trained_and_resumed_with_its_patches_frozen(
+    optimizer: str, tmp_path: Path
+) -> None:
     architecture = ["encoder.backbone=timm/test_vit", "encoder.stem=imagenet", "encoder.width=64"]
+    architecture += ["encoder.patches=frozen", f"optim.name={optimizer}"]
     config = load(PretrainConfig, [*TINY, f"output={tmp_path}", *architecture])
     opened = session.start(config)
     trainer = run.build(config, opened)
-    trainer.train_step()
+    first = {name: p.clone() for name, p in trainer.moco.query_encoder.named_parameters()}
+    for _ in range(2):  # the first has no negatives, and so no gradient
+        trainer.train_step()
+    for name, parameter in trainer.moco.query_encoder.named_parameters():
+        assert torch.equal(parameter, first[name]) == ("patch_embed" in name), name
     loop.save(trainer, opened, wait=True)
     ours, _ = trainer.train_step()
     opened.close()
     opened = session.start(config)
     again = run.build(config, opened)
-    assert again.step == 1
+    assert again.step == 2
     theirs, _ = again.train_step()
     assert torch.equal(ours, theirs)
     opened.close()

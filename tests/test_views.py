@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import ImageFilter
+from PIL import ImageFilter, ImageOps
 from scipy import stats
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from moco_dist.config.recipe import ViewsConfig
-from moco_dist.method import view_colors, views
+from moco_dist.method import view_blur, view_colors, views
 
 DRAWN = 10_000
 ORDERS = list(itertools.permutations(range(4)))
@@ -205,7 +205,9 @@ def test_jitter_switched_off_changes_no_bit(dtype: torch.dtype) -> None:
 def test_blur_is_torchvisions(kernel_size: int, size: int, dtype: torch.dtype) -> None:
     sigmas = [0.1, 0.5, 1.0, 2.0]
     images = make_images(4, size, size + 4).to(dtype) / 255
-    blurred = views.gaussian_blur(images, torch.tensor(sigmas, dtype=torch.float64), kernel_size)
+    blurred = view_blur.gaussian_blur(
+        images, torch.tensor(sigmas, dtype=torch.float64), kernel_size
+    )
     for row, sigma in enumerate(sigmas):
         expected = tv.gaussian_blur(images[row], [kernel_size] * 2, [sigma] * 2)
         close(blurred[row], expected, 3e-6 if dtype == torch.float32 else 1e-13)
@@ -253,6 +255,27 @@ def test_a_small_view_is_blurred_as_by_pillow() -> None:
     assert float(difference.max()) < 5
 
 
+# Solarisation
+
+
+@DTYPES
+def test_solarisation_is_torchvisions_and_pillows(dtype: torch.dtype) -> None:
+    images = make_images(8, 24, 20)
+    images[1, 0, :16, :16] = torch.arange(256, dtype=torch.uint8).reshape(16, 16)  # every level
+    ours = view_colors.solarize(images.to(dtype) / 255)
+    assert ours.equal(tv.solarize(images.to(dtype) / 255, 0.5))
+    for image, found in zip(images, ours, strict=True):
+        theirs = ImageOps.solarize(tv.to_pil_image(image))
+        close(found * 255, tv.pil_to_tensor(theirs).to(dtype), 1e-4)
+
+
+def test_solarisation_moves_no_other_number_of_a_view() -> None:
+    without, with_it = (draw(ViewsConfig(blur=0.5, solarize=p)) for p in (0.0, 0.5))
+    same = equal(without, with_it)
+    assert not same.pop("solarize")
+    assert all(same.values())
+
+
 # The whole recipe
 
 
@@ -272,6 +295,8 @@ def torchvision_view(image: Tensor, draws: views.Draws, row: int, config: ViewsC
         view = tv.rgb_to_grayscale(view, num_output_channels=3)
     if one["blur"]:
         view = tv.gaussian_blur(view, [17, 17], [one["sigma"]] * 2)
+    if one["solarize"]:
+        view = tv.solarize(view, 0.5)
     if one["flip"]:
         view = tv.horizontal_flip(view)
     normalized: Tensor = tv.normalize(view, config.mean, config.std)
@@ -283,7 +308,7 @@ def torchvision_view(image: Tensor, draws: views.Draws, row: int, config: ViewsC
 def test_each_view_is_torchvisions_chain_with_the_drawn_parameters(
     height: int, width: int, before: bool
 ) -> None:
-    config = ViewsConfig(blur=0.5, grayscale=0.4, grayscale_before_jitter=before)
+    config = ViewsConfig(blur=0.5, grayscale=0.4, solarize=0.3, grayscale_before_jitter=before)
     images = make_images(64, height, width)
     draws = draw(config, 64, height, width, seed=3)
     single = views.apply(images, draws, config)
@@ -303,7 +328,7 @@ def test_view_without_its_steps_is_the_normalised_crop() -> None:
     expected = tv.normalize(cropped, config.mean, config.std)
     close(views.apply(images, draws, config, torch.float64), expected, 1e-12)
     # Steps that are possible but not drawn change no bit either.
-    possible = dataclasses.replace(config, jitter=0.5, grayscale=0.5, blur=0.5)
+    possible = dataclasses.replace(config, jitter=0.5, grayscale=0.5, blur=0.5, solarize=0.5)
     full = views.apply(images, draws, possible, torch.float64)
     assert torch.equal(full, views.apply(images, draws, config, torch.float64))
 
@@ -357,7 +382,7 @@ def test_epoch_may_be_a_tensor() -> None:
 
 
 def test_other_seeds_epochs_and_views_give_other_parameters() -> None:
-    config = ViewsConfig(blur=0.5)
+    config = ViewsConfig(blur=0.5, solarize=0.5)
     keys = itertools.product((0, 1), repeat=3)
     drawn = [draw(config, seed=seed, epoch=epoch, view=view) for seed, epoch, view in keys]
     for one, other in itertools.combinations(drawn, 2):
@@ -396,7 +421,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 def test_nothing_is_read_back_to_the_host() -> None:
     # A fake tensor has no values: whatever asks for one (item, nonzero, a condition) raises.
-    config = ViewsConfig(blur=0.5)
+    config = ViewsConfig(blur=0.5, solarize=0.5)
     with FakeTensorMode():
         images = torch.empty(5, 3, 40, 48, dtype=torch.uint8, device="cuda")
         index, epoch = (torch.empty(n, dtype=torch.int64, device="cuda") for n in ((5,), ()))
@@ -498,7 +523,7 @@ def test_blur_sigma_follows_torchvisions_law() -> None:
     same_law(draw(ViewsConfig()).sigma, theirs)
 
 
-@pytest.mark.parametrize("name", ["flip", "jitter", "grayscale", "blur"])
+@pytest.mark.parametrize("name", ["flip", "jitter", "grayscale", "blur", "solarize"])
 def test_steps_happen_at_their_rate(name: str) -> None:
     for rate in (0.0, 0.13, 0.5, 0.8, 1.0):
         rates: dict[str, Any] = {name: rate}
@@ -515,19 +540,19 @@ def parameters(drawn: views.Draws, height: int, width: int) -> list[Tensor]:
         drawn.width / drawn.height,
         drawn.order[:, 0],
     ]
-    columns += [drawn.flip, drawn.jitter, drawn.grayscale, drawn.blur]
+    columns += [drawn.flip, drawn.jitter, drawn.grayscale, drawn.blur, drawn.solarize]
     columns += [drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue, drawn.sigma]
     return columns
 
 
 def test_parameters_are_independent_of_each_other_of_neighbours_and_of_the_other_view() -> None:
-    config = ViewsConfig(scale_max=0.3, blur=0.5)
+    config = ViewsConfig(scale_max=0.3, blur=0.5, solarize=0.5)
     columns = parameters(draw(config, DRAWN, 400, 400), 400, 400)
     columns += [column.roll(1) for column in columns]
     columns += parameters(draw(config, DRAWN, 400, 400, view=1), 400, 400)
     correlations = torch.corrcoef(torch.stack([column.double() for column in columns]))
-    assert len(correlations) == 3 * 14
-    # Standard error 1 / sqrt(DRAWN) = 0.01, 861 pairs.
+    assert len(correlations) == 3 * 15
+    # Standard error 1 / sqrt(DRAWN) = 0.01, 990 pairs.
     assert correlations.fill_diagonal_(0).abs().max() < 0.045
 
 

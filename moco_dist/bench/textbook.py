@@ -7,7 +7,7 @@ copy of the queue (He et al. 2020, algorithm 1 and section 3.3). Nothing in it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -21,16 +21,19 @@ from torchvision import transforms
 from moco_dist.config.encoder import EncoderConfig
 from moco_dist.config.recipe import PretrainConfig, ViewsConfig
 from moco_dist.distributed import comms
-from moco_dist.method import heads, views
+from moco_dist.method import heads
 from moco_dist.method.encoder import Backbone
+from moco_dist.method.view_blur import blur_taps
 
 
 class PilViews(Dataset[tuple[Tensor, Tensor]]):
     """Two random views of each image, made one by one; `pixels` are uint8 (n, 3, H, W)."""
 
-    def __init__(self, pixels: Tensor, config: ViewsConfig) -> None:
+    def __init__(self, pixels: Tensor, recipes: Sequence[ViewsConfig]) -> None:
         self.arrays = pixels.cpu().permute(0, 2, 3, 1).contiguous().numpy()
-        c = config
+        self.transforms = [self._transform(each) for each in recipes]
+
+    def _transform(self, c: ViewsConfig) -> transforms.Compose:
         jitter = transforms.ColorJitter(c.brightness, c.contrast, c.saturation, c.hue)
         steps = [
             transforms.RandomResizedCrop(
@@ -42,17 +45,19 @@ class PilViews(Dataset[tuple[Tensor, Tensor]]):
         ]
         if c.blur:
             sigmas = c.blur_sigma_min, c.blur_sigma_max
-            blur = transforms.GaussianBlur(views.blur_taps(c), sigmas)
+            blur = transforms.GaussianBlur(blur_taps(c), sigmas)
             steps.append(transforms.RandomApply([blur], p=c.blur))
+        if c.solarize:
+            steps.append(transforms.RandomSolarize(128, c.solarize))
         to_tensor = [transforms.ToTensor(), transforms.Normalize(c.mean, c.std)]
-        self.transform = transforms.Compose([*steps, *to_tensor])
+        return transforms.Compose([*steps, *to_tensor])
 
     def __len__(self) -> int:
         return len(self.arrays)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = Image.fromarray(self.arrays[index])
-        return self.transform(image), self.transform(image)
+        return self.transforms[0](image), self.transforms[-1](image)
 
 
 def _encoder(config: EncoderConfig) -> nn.Sequential:
@@ -131,7 +136,7 @@ class Textbook:
             model.query.parameters(), optim.lr, optim.momentum, weight_decay=optim.weight_decay
         )
         loader = DataLoader(
-            PilViews(pixels, config.views),
+            PilViews(pixels, config.view_recipes),
             batch_size=config.batch_size // comms.world_size(),
             shuffle=True,
             drop_last=True,

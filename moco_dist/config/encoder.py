@@ -29,6 +29,9 @@ class EncoderConfig:
     width: int = 64
     # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
     stem: Literal["cifar", "imagenet"] = "cifar"
+    # frozen: a Vision Transformer of timm keeps its first, random projection of the patches, which
+    # made MoCo v3's training stable.
+    patches: Literal["trained", "frozen"] = "trained"
     # linear: MoCo v1; mlp: MoCo v2; mlp_bn: SimCLR and MoCo v3, with BatchNorm behind each layer.
     head: Literal["linear", "mlp", "mlp_bn"] = "linear"
     # Layers of mlp and mlp_bn, 2 or 3, and the width of the hidden ones; 0: that of the features.
@@ -63,6 +66,11 @@ class EncoderConfig:
             self.width >= least,
             f"encoder.width={self.width} leaves the groups of {name} without a channel; "
             f"use {least} or more",
+        )
+        require(
+            self.is_timm or self.patches == "trained",
+            f"encoder.patches=frozen is for timm's Vision Transformers, and {name} has no patches; "
+            "leave it out",
         )
         wide = self.head_width > 0 and not self.predictor
         require(

@@ -107,7 +107,7 @@ class MocoConfig:
         It is 2,048 for 10,000 images and 16,384 for 60,000, and never more than MoCo's 65,536.
         """
         keys = batch_size * len(self.passes)
-        nearest: int = 2 ** round(math.log2(max(1, SHARE * images)))
+        nearest = 1 << round(math.log2(max(1, SHARE * images)))
         return max(keys, min(LONGEST, nearest))
 
     def too_long(self, batch_size: int, images: int) -> str:

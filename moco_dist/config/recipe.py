@@ -97,7 +97,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """The random views of an image: crop, flip, colour jitter, grayscale, blur."""
+    """The random views of an image: crop, flip, colour jitter, grayscale, blur, solarisation."""
 
     # Side in pixels.
     size: int = 32
@@ -106,11 +106,13 @@ class ViewsConfig:
     scale_max: float = 1.0
     ratio_min: float = 0.75
     ratio_max: float = 1.3333333333333333
-    # Probabilities of flip, colour jitter, grayscale and blur.
+    # Probabilities of flip, colour jitter, grayscale, blur and solarisation (the bright half of the
+    # values inverted).
     flip: float = 0.5
     jitter: float = 0.8
     grayscale: float = 0.2
     blur: float = 0.0
+    solarize: float = 0.0
     # Strength of the jitter: factors in [1 - x, 1 + x]; hue in turns in [-x, x].
     brightness: float = 0.4
     contrast: float = 0.4
@@ -136,6 +138,7 @@ class ViewsConfig:
             jitter=(0, 1),
             grayscale=(0, 1),
             blur=(0, 1),
+            solarize=(0, 1),
             scale_max=(0.001, 1),
             scale_min=(0.001, self.scale_max),
             ratio_max=(0.1, 10),
@@ -189,6 +192,9 @@ class PretrainConfig:
     init_from: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    # Keys in which an image's second view differs from `views`, such as {blur: 0.1, solarize: 0.2}
+    # in BYOL and MoCo v3. Both views share size, ratio, mean and std.
+    views_2: ViewsConfig | None = None
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     moco: MocoConfig = field(default_factory=MocoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -213,6 +219,13 @@ class PretrainConfig:
             f"encoder.channels={channels} can't be read from images; use 3 (RGB) or 1 (gray)",
         )
         self.views.check_channels(channels)
+        for key in ("size", "ratio_min", "ratio_max", "mean", "std"):
+            ours, theirs = (getattr(each, key) for each in (self.views, self.view_recipes[-1]))
+            require(
+                ours == theirs,
+                f"views_2.{key}={theirs} is not views.{key}={ours}, which both views share; leave "
+                "it out",
+            )
         b, g = self.batch_size, self.bn_groups
         lower = max(g, b // g * g)
         require(
@@ -231,6 +244,11 @@ class PretrainConfig:
             "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
         self.moco.check_batch(b)
+
+    @property
+    def view_recipes(self) -> list[ViewsConfig]:
+        """The recipe of all views, or those of the first and of the second one."""
+        return [self.views, self.views_2] if self.views_2 else [self.views]
 
 
 # Keys, and groups (with a dot), that may change when a run is resumed: the run's length, its

@@ -12,6 +12,7 @@ import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -115,13 +116,16 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
         key, equals, value = argument.partition("=")
         try:
             if equals and not os.path.isfile(argument):
-                values |= _override(key, value, keys)
+                found = _override(key, value, keys)
             else:
                 text = _read(argument, keys)
                 node = _composed(text)
                 if node and not isinstance(node, yaml.MappingNode):
                     raise ConfigError("holds no 'key: value' lines; see --help for the keys")
-                values |= _leaves(node, "", keys, text) if node else {}
+                found = _leaves(node, "", keys, text) if node else {}
+            for group in (each for each in found if found[each] is None):  # null takes all back
+                values = {k: v for k, v in values.items() if not k.startswith(f"{group}.")}
+            values |= found
         except ConfigError as error:
             raise ConfigError(f"{shown(argument)}: {error}") from error
         except (yaml.YAMLError, *_BROKEN) as error:
@@ -137,9 +141,30 @@ def _built(schema: type[Schema], values: dict[str, Any]) -> Schema:
     """Return the configuration with `values` under all its dotted keys."""
     parts: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(schema).items():
-        inside = {k.removeprefix(f"{name}."): values[k] for k in values if k.startswith(f"{name}.")}
-        parts[name] = _built(kind, inside) if inside else values[name]
+        inside, group = _inside(name, values), _group(kind)
+        if group is None or not inside:
+            parts[name] = values[name]
+        elif group is kind:
+            parts[name] = _built(group, inside)
+        else:  # NAME_2 changes keys of NAME
+            base = name.rpartition("_")[0]
+            try:
+                parts[name] = _built(group, _inside(base, values) | inside)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace(f"{base}.", f"{name}.")) from error
     return schema(**parts)
+
+
+def _inside(group: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a group's keys."""
+    start = f"{group}."
+    return {key.removeprefix(start): values[key] for key in values if key.startswith(start)}
+
+
+def _group(kind: Any) -> Any:
+    """Return the schema of a group, or of one that may be null; None for other types."""
+    kinds = (kind, *typing.get_args(kind))
+    return next((k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k)), None)
 
 
 def _override(key: str, value: str, keys: dict[str, Any]) -> dict[str, Any]:
@@ -147,7 +172,7 @@ def _override(key: str, value: str, keys: dict[str, Any]) -> dict[str, Any]:
     if not any(f"{known}.".startswith(f"{key}.") for known in keys):
         raise ConfigError(_no_key(key, keys))
     quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
-    if key in keys and typing.get_origin(keys[key]) is not list:
+    if key in keys and keys[key] is not NoneType and typing.get_origin(keys[key]) is not list:
         if quoted:
             try:
                 node = _composed(value)
@@ -172,7 +197,7 @@ def _leaves(node: yaml.Node, key: str, keys: dict[str, Any], text: str) -> dict[
     if node.tag not in _TAGS:
         problem = f"could not determine a constructor for the tag '{node.tag}'"
         raise ConstructorError(None, None, problem, node.start_mark)
-    if key in keys:
+    if key in keys and not (keys[key] is NoneType and isinstance(node, yaml.MappingNode)):
         here = text[node.start_mark.index : node.end_mark.index].strip() if node.start_mark else ""
         return {key: _value(key, keys[key], node, _of_node, here)}
     if key and not any(known.startswith(f"{key}.") for known in keys):
@@ -257,6 +282,8 @@ def _parsed(kind: Any, text: str) -> Any:
         return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}[text.strip().lower()]
     if kind is str:
         return text
+    if kind is NoneType:
+        return {"null": None, "~": None, "": None}[text.strip().lower()]
     if not text.isascii():
         raise ValueError("digits of another script")
     # YAML writes .inf and .nan, which the rule for numbers refuses with a sentence of its own.
@@ -280,11 +307,14 @@ def _same(kind: Any, value: Any) -> Any:
 
 
 def _keys(schema: type[Any], prefix: str = "") -> dict[str, Any]:
-    """Return the type of each dotted key of a schema."""
+    """Return the type of each dotted key of a schema; a group that may be null is one itself."""
     keys: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(schema).items():
-        is_group = isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        keys |= _keys(kind, f"{prefix}{name}.") if is_group else {prefix + name: kind}
+        group = _group(kind)
+        if group is not kind:
+            keys[prefix + name] = NoneType if group else kind
+        if group:
+            keys |= _keys(group, f"{prefix}{name}.")
     return keys
 
 
@@ -310,6 +340,7 @@ def _kind(annotation: Any) -> str:
         (item,) = typing.get_args(annotation)
         return f"a list of {'whole numbers' if item is int else 'numbers'} such as [1,2,3]"
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    kinds[NoneType] = "a group of keys, or null"
     return kinds[annotation]
 
 

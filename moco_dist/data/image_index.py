@@ -95,6 +95,15 @@ class ImageIndex:
             Place(tars[int(self.tar[row])], self.name(row), *span, self.head) for row, span in found
         ]
 
+    def some(self, rows: Sequence[int]) -> ImageIndex:
+        """Return the list of the images `rows` alone."""
+        where = (self.tar, self.offsets) if self.tars else (torch.zeros_like(self.sizes),) * 2
+        columns = [column[list(rows)].tolist() for column in (*where, self.sizes, self.labels)]
+        spans = zip(*columns[:3], rows, strict=True)
+        members = [Member(tar, self.name(row), first, size) for tar, first, size, row in spans]
+        index = of_members(self.root, members, columns[3], self.classes, self.tars)
+        return replace(index, rows=self.rows, head=self.head)
+
     def all_places(self) -> list[Place]:
         """Return the locations of all images."""
         return self.places(range(len(self)))

@@ -93,8 +93,8 @@ def read(run: Path) -> Lists:
                     name: torch.from_numpy(file[f"{part}.{name}"]) for name in COLUMNS
                 }
                 classes, tars, *heads = json.loads(file[f"{part}.texts"].tobytes())
-                texts = {"classes": tuple(classes), "tars": tuple(tars), "head": "".join(heads)}
-                lists[part] = ImageIndex(run, **texts, **columns)
+                columns |= {"classes": tuple(classes), "tars": tuple(tars), "head": "".join(heads)}
+                lists[part] = ImageIndex(run, **columns)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(
             f"{shown(run / LISTS)}: can't be read ({shown(error)}); bring it back, or remove it to "

@@ -191,11 +191,19 @@ class StreamedImages:
         )
 
     def order_crops(
-        self, config: ViewsConfig, seed: int, epoch: Key, samples: Tensor, wanted: tuple[int, ...]
+        self,
+        recipes: Sequence[ViewsConfig],
+        seed: int,
+        epoch: Key,
+        samples: Tensor,
+        wanted: tuple[int, ...],
     ) -> Order:
         """Order the crops of views `wanted` of the images `samples`, int64 (n,)."""
-        samples = samples.cpu()
-        numbers = [views.crop_numbers(config, seed, epoch, samples, view) for view in (0, 1)]
-        shape = config.ratio_min, config.ratio_max
-        recipe = Recipe(config.size, wanted, *shape, self.channels, self.background)
+        samples, shared = samples.cpu(), recipes[0]
+        numbers = [
+            views.crop_numbers(views.recipe(recipes, view), seed, epoch, samples, view)
+            for view in (0, 1)
+        ]
+        shape = shared.ratio_min, shared.ratio_max
+        recipe = Recipe(shared.size, wanted, *shape, self.channels, self.background)
         return self.order(samples, recipe, torch.stack(numbers, dim=1), Draw(seed, epoch))

@@ -172,7 +172,7 @@ def images(table: Any, config: DataConfig, classes: tuple[str, ...] | None = Non
         )
     own = tuple(getattr(table.features[label], "names", ())) if label else ()
     if len(own) > 1:
-        labels = [own[int(x)] if x and int(x) < len(own) else None for x in labels]
+        labels = [own[int(x)] if x and 0 <= int(x) < len(own) else None for x in labels]
         named = class_names.among(labels, classes or own)
     else:
         named = class_names.numbered(labels, classes)
@@ -205,8 +205,9 @@ def _batches(file: Path, column: str, label: str) -> Iterator[tuple[list[Cell], 
 
     try:
         content = pyarrow.memory_map(str(file)).read_buffer()
-        for batch in pyarrow.ipc.open_stream(content):
-            cells, paths = batch.column(column), [None] * len(batch)
+        for batch in filter(len, pyarrow.ipc.open_stream(content)):
+            cells = batch.column(column)
+            paths: list[str | None] = [None] * len(batch)
             if pyarrow.types.is_struct(cells.type):
                 if "path" in {field.name for field in cells.type}:
                     paths = cells.field("path").to_pylist()

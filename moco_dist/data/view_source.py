@@ -40,19 +40,26 @@ class Maker:
     """Makes views of uint8 images by `work`, which is `views.make` or `views.finish`."""
 
     def __init__(
-        self, work: Callable[..., Tensor], config: ViewsConfig, seed: int, dtype: torch.dtype
+        self,
+        work: Callable[..., Tensor],
+        recipes: Sequence[ViewsConfig],
+        seed: int,
+        dtype: torch.dtype,
     ) -> None:
-        def make(images: Tensor, epoch: Tensor, samples: Tensor, numbers: Tensor) -> Tensor:
-            return work(images, config, seed, epoch, samples, numbers, dtype)
+        def making(config: ViewsConfig) -> Callable[..., Tensor]:
+            def make(images: Tensor, epoch: Tensor, samples: Tensor, numbers: Tensor) -> Tensor:
+                return work(images, config, seed, epoch, samples, numbers, dtype)
 
-        self._make = self._make_step = make
+            return make
+
+        self._make = self._make_step = [making(config) for config in recipes]
 
     def compile_step(self) -> None:
-        """Compile `of_step`, once for each number of images."""
-        self._make_step = compiled(self._make)
+        """Compile `of_step`, once for each recipe and number of images."""
+        self._make_step = [compiled(make) for make in self._make]
 
     def of_step(self, images: Tensor, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
-        """Return the views of each of `wanted`, (n, c, size, size), made in one pass.
+        """Return the views of each of `wanted`, (n, c, size, size), in one pass for each recipe.
 
         `images` (n, c, H, W) are those of all of `wanted` in order.
         """
@@ -64,22 +71,45 @@ class Maker:
 
     @torch.no_grad()  # gradients are on for some passes of a step, and would need another graph
     def _split(
-        self, make: Callable[..., Tensor], images: Tensor, wanted: Sequence[Wanted], epoch: Key
+        self,
+        makes: list[Callable[..., Tensor]],
+        images: Tensor,
+        wanted: Sequence[Wanted],
+        epoch: Key,
     ) -> list[Tensor]:
-        samples = torch.cat([samples for samples, _ in wanted])
-        numbers = torch.cat([torch.full_like(samples, view) for samples, view in wanted])
         # The epoch is a tensor, because each int would need a graph.
         if not isinstance(epoch, Tensor):
-            epoch = torch.full_like(samples[0], epoch)
-        made = make(images, epoch, samples, numbers)
-        return list(made.split([len(samples) for samples, _ in wanted]))
+            epoch = torch.full_like(wanted[0][0][0], epoch)
+        if len(makes) == 1:
+            return _made(makes[0], images, wanted, epoch)
+        parts = images.split([len(samples) for samples, _ in wanted])
+        views: list[Tensor] = [images] * len(wanted)
+        for number, make in enumerate(makes):
+            places = [place for place, (_, view) in enumerate(wanted) if view == number]
+            if places:
+                mine = torch.cat([parts[place] for place in places])
+                made = _made(make, mine, [wanted[place] for place in places], epoch)
+                for place, each in zip(places, made, strict=True):
+                    views[place] = each
+        return views
+
+
+def _made(
+    make: Callable[..., Tensor], images: Tensor, wanted: Sequence[Wanted], epoch: Tensor
+) -> list[Tensor]:
+    samples = torch.cat([samples for samples, _ in wanted])
+    numbers = torch.cat([torch.full_like(samples, view) for samples, view in wanted])
+    made = make(images, epoch, samples, numbers)
+    return list(made.split([len(samples) for samples, _ in wanted]))
 
 
 class MemorySource:
     """Views of images in memory."""
 
-    def __init__(self, images: Images, config: ViewsConfig, seed: int, dtype: torch.dtype) -> None:
-        self.images, self.maker = images, Maker(views.make, config, seed, dtype)
+    def __init__(
+        self, images: Images, recipes: Sequence[ViewsConfig], seed: int, dtype: torch.dtype
+    ) -> None:
+        self.images, self.maker = images, Maker(views.make, recipes, seed, dtype)
         # Shape of an image that views are made from.
         self.shape = images.pixels.shape[1:]
 
@@ -91,7 +121,7 @@ class MemorySource:
 
     @record_function("views")
     def views(self, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
-        """Return the views of each of `wanted`, (n, c, size, size), made in one pass."""
+        """Return the views of each of `wanted`, (n, c, size, size)."""
         return self.maker.of_step(self._pixels(wanted), wanted, epoch)
 
     def any_views(self, wanted: Sequence[Wanted], epoch: Key) -> list[Tensor]:
@@ -108,15 +138,15 @@ class StreamedSource:
     def __init__(
         self,
         images: StreamedImages,
-        config: ViewsConfig,
+        recipes: Sequence[ViewsConfig],
         dtype: torch.dtype,
         plan: Plan,
         passes: Sequence[tuple[int, int | None]],
         keys_by: Literal["exchange", "plan"],
     ) -> None:
-        self.images, self.config, self.seed = images, config, plan.seed
-        self.maker = Maker(views.finish, config, plan.seed, dtype)
-        self.shape = torch.Size([images.channels, config.size, config.size])
+        self.images, self.recipes, self.seed = images, recipes, plan.seed
+        self.maker = Maker(views.finish, recipes, plan.seed, dtype)
+        self.shape = torch.Size([images.channels, recipes[0].size, recipes[0].size])
         self.device = plan.device
         self.plan = replace(plan, device=torch.device("cpu"))
         self.passes, self.keys_by = passes, keys_by
@@ -186,7 +216,7 @@ class StreamedSource:
         return [(mine, tuple(sorted(view for view, _ in self.passes))), *keys]
 
     def _order(self, epoch: Key, samples: Tensor, wanted: tuple[int, ...]) -> Order:
-        return self.images.order_crops(self.config, self.seed, epoch, samples, wanted)
+        return self.images.order_crops(self.recipes, self.seed, epoch, samples, wanted)
 
     def forget(self) -> None:
         """Abandon everything that was ordered ahead."""
@@ -246,7 +276,7 @@ def _same(views: Tensor) -> Tensor:
 
 def view_source(
     images: AnyImages,
-    config: ViewsConfig,
+    recipes: Sequence[ViewsConfig],
     plan: Plan,
     passes: Sequence[tuple[int, int | None]],
     dtype: torch.dtype,
@@ -254,8 +284,9 @@ def view_source(
 ) -> ViewSource:
     """Return the source of the views of training images.
 
-    `passes` are the views of queries and of keys in each pass over the batch, None without keys.
+    `recipes` are one for all views, or one for each of the two. `passes` are the views of queries
+    and of keys in each pass over the batch, None without keys.
     """
     if isinstance(images, Images):
-        return MemorySource(images, config, plan.seed, dtype)
-    return StreamedSource(images, config, dtype, plan, passes, keys_by)
+        return MemorySource(images, recipes, plan.seed, dtype)
+    return StreamedSource(images, recipes, dtype, plan, passes, keys_by)

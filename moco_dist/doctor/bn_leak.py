@@ -52,8 +52,9 @@ def leak(
     dtype = next(query_encoder.parameters()).dtype
 
     def encode(encoder: Encoder, samples: Tensor, step: int, view: int) -> Tensor:
+        recipe = views.recipe(config.view_recipes, view)
         pieces = [
-            views.make(pixels[part], config.views, config.seed, step, part, view, dtype)
+            views.make(pixels[part], recipe, config.seed, step, part, view, dtype)
             for part in samples.split(rows)
         ]
         return torch.cat([encoder(piece) for piece in pieces])

@@ -80,7 +80,10 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
     """
     if config.is_timm:
         name = config.backbone.removeprefix("timm/")
-        return timm_backbone.build(name, config.channels, norm_layer)
+        backbone = timm_backbone.build(name, config.channels, norm_layer)
+        if config.patches == "frozen":
+            timm_backbone.freeze_patches(backbone, name)
+        return backbone
     backbone = Backbone(config, norm_layer)
     convolutions.suit(backbone)
     return backbone

@@ -17,10 +17,10 @@ class Slot:
     ORDER = RATIO + CROP_ATTEMPTS  # four numbers, whose ranks order the operations of the jitter
     TOP, LEFT, FLIP, JITTER = range(ORDER + 4, ORDER + 8)
     BRIGHTNESS, CONTRAST, SATURATION, HUE = range(ORDER + 8, ORDER + 12)
-    GRAYSCALE, BLUR, SIGMA = range(ORDER + 12, ORDER + 15)
+    GRAYSCALE, BLUR, SIGMA, SOLARIZE = range(ORDER + 12, ORDER + 16)
 
 
 # Numbers of a view.
-SLOTS = Slot.SIGMA + 1
+SLOTS = Slot.SOLARIZE + 1
 # Numbers of a crop: CROP_ATTEMPTS shares and ratios, and the place of the attempt that fits.
 CROP_NUMBERS = 2 * CROP_ATTEMPTS + 2

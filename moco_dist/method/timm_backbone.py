@@ -44,6 +44,24 @@ def build(name: str, channels: int, norm_layer: Callable[[int], nn.BatchNorm2d])
     return model
 
 
+def freeze_patches(model: nn.Module, name: str) -> None:
+    """Freeze a new random projection of the patches (Chen, Xie and He 2021, section 4.2).
+
+    It is uniform within sqrt(6 / (numbers in + numbers out)), with biases of 0, as in moco-v3's
+    vits.py. Raises ConfigError for a model without one.
+    """
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(projection, nn.Conv2d):
+        raise ConfigError(
+            f"encoder.patches=frozen: timm/{name} has no projection of patches; use a Vision "
+            "Transformer, or encoder.patches=trained"
+        )
+    projection.requires_grad_(False)
+    nn.init.xavier_uniform_(projection.weight.flatten(1))
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+
+
 def classifiers(name: str) -> tuple[str, ...]:
     """Return how the names of a model's classifiers begin, whose tensors `build` leaves out."""
     found = _library(name).get_pretrained_cfg(name)

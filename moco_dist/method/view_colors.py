@@ -52,6 +52,11 @@ def make_gray(images: Tensor, which: Tensor) -> Tensor:
     return change_some(images, which, lambda some, _: to_grayscale(some).expand_as(some))
 
 
+def solarize(images: Tensor) -> Tensor:
+    """Return images in [0, 1] with each value x of 0.5 or more replaced by 1 - x."""
+    return torch.minimum(images, 1 - images)
+
+
 def tones(operation: Tensor, factor: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `adjust_tone` needs: matrices (..., n, c, c) and weights of means (..., n, c).
 

@@ -3,13 +3,15 @@
 `draw` returns the parameters as a pure function of (seed, epoch, sample index, view); `apply` makes
 the views. The recipe is MoCo v2's (Chen et al. 2020, arXiv:2003.04297, footnote 1: SimCLR's views
 with a weaker jitter); `grayscale_before_jitter` gives MoCo v1's (He et al. 2020, arXiv:1911.05722,
-section 3.3). Distributions and arithmetic are those of torchvision's transforms on float tensors.
+section 3.3), and solarisation follows BYOL's (Grill et al. 2020, arXiv:2006.07733, appendix B).
+Distributions and arithmetic are those of torchvision's transforms on float tensors.
 On a GPU no shape depends on a value and the host never waits, so that a step can be a CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional
 
 from moco_dist.config.recipe import ViewsConfig
 from moco_dist.method.slots import SLOTS, Slot
+from moco_dist.method.view_blur import blur_taps, gaussian_blur
 from moco_dist.method.view_colors import (
     HUE,
     adjust_hue_,
@@ -26,12 +29,18 @@ from moco_dist.method.view_colors import (
     filled,
     make_gray,
     select,
+    solarize,
     tones,
 )
 from moco_dist.randomness import Key, Purpose, uniform
 
 # Pixel values that an operation can keep in a core's cache with all that it needs.
 _IN_CACHE = 2**18
+
+
+def recipe(recipes: Sequence[ViewsConfig], view: int) -> ViewsConfig:
+    """Return the recipe of view number `view`, of one recipe for all or one for each."""
+    return recipes[min(view, len(recipes) - 1)]
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Draws:
     grayscale: Tensor  # bool
     blur: Tensor  # bool
     sigma: Tensor  # float64, pixels of the view
+    solarize: Tensor  # bool
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the jitter's numbers in order, float64 (4, n), and the hue's place, int64 (n,)."""
@@ -141,6 +151,7 @@ def draw(
         grayscale=by_slot[Slot.GRAYSCALE] < config.grayscale,
         blur=by_slot[Slot.BLUR] < config.blur,
         sigma=_between(by_slot[Slot.SIGMA], config.blur_sigma_min, config.blur_sigma_max),
+        solarize=by_slot[Slot.SOLARIZE] < config.solarize,
     )
 
 
@@ -236,38 +247,6 @@ def _jitter_by_place(images: Tensor, draws: Draws) -> Tensor:
     return images
 
 
-def blur_taps(config: ViewsConfig) -> int:
-    """Return the number of taps that hold the widest Gaussian of the views.
-
-    They reach to four standard deviations, so that at any size a view is blurred as by Pillow and
-    scipy, and at least to a twentieth of the side: 23 taps for 224 pixels as in SimCLR, appendix A.
-    They can't reach beyond the view's own pixels, reflected once.
-    """
-    radius = max(config.size // 20, math.ceil(4 * config.blur_sigma_max))
-    return 2 * min(radius, config.size - 1) + 1
-
-
-def gaussian_blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Return images (n, c, H, W) blurred by Gaussians of `sigma` (n,) pixels, edges reflected.
-
-    The kernel has `kernel_size` taps, an odd number, and is normalised.
-    """
-    radius = kernel_size // 2
-    assert radius < min(images.shape[2:]), f"{kernel_size} taps can't be reflected in the image"
-    tap = torch.arange(-radius, radius + 1, device=images.device)
-    taps = (-0.5 * (tap / sigma[:, None]) ** 2).softmax(dim=1).to(images.dtype)
-
-    def weights(size: int) -> Tensor:
-        pixel = torch.arange(size, device=images.device)
-        last = size - 1
-        read = last - (last - (pixel[:, None] + tap[:, None, None]).abs()).abs()
-        places = (read == pixel).to(images.dtype)  # (taps, size, size), the same for all samples
-        return (taps @ places.flatten(1)).reshape(-1, 1, size, size)
-
-    height, width = images.shape[2:]
-    return weights(height) @ images @ weights(width).mT
-
-
 def normalize_(images: Tensor, config: ViewsConfig) -> Tensor:
     """Subtract the channel means from images (n, c, H, W), in place, and divide by the std."""
     assert images.shape[1] == len(config.mean), (
@@ -300,6 +279,8 @@ def apply(
                 return gaussian_blur(some, draws.sigma[rows], blur_taps(config))
 
             views = change_some(views, draws.blur, blurred)
+        if config.solarize > 0:
+            views = change_some(views, draws.solarize, lambda some, _: solarize(some))
         return normalize_(views, config)
 
 

@@ -56,7 +56,7 @@ class RunHooks(Hooks):
     ) -> None:
         self.config, self.network, self.optimizer = config, network, optimizer
         self.source, self.undo, self.session = source, undo, session
-        self.parameters = list(network.query_encoder.parameters())
+        self.parameters = [p for p in network.query_encoder.parameters() if p.requires_grad]
         # Whether this process wants a checkpoint after the next step, and what all agreed on.
         self.wants_save = False
         self.agreed = agreement.Agreement(stop=0, save=False)

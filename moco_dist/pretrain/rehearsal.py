@@ -64,13 +64,13 @@ def compile_all(rehearsal: Rehearsal, source: ViewSource, config: PretrainConfig
     source.maker.compile_step()
     for encoder in network.encoders.values():
         encoder.compile_training()
-    views = sum(view is not None for views in config.moco.passes for view in views)
-    number = views * rows if rehearsal.micro_batches == 1 else rows
-    device = rehearsal.images.device
-    images = torch.zeros(number, *source.shape, dtype=torch.uint8, device=device)
-    samples = torch.arange(number, device=device)
+    views = [view for views in config.moco.passes for view in views if view is not None]
+    together = [views] if rehearsal.micro_batches == 1 else [[view] for view in {*views}]
+    samples = torch.arange(rows, device=rehearsal.images.device)
+    images = samples.new_zeros(len(together[0]) * rows, *source.shape, dtype=torch.uint8)
     with compile_errors():
-        source.maker.of_step(images, [(samples, 0)], 0)
+        for views in together:
+            source.maker.of_step(images, [(samples, view) for view in views], 0)
         # What runs without gradients in a step is another graph: mostly the key encoder.
         *_, last = network.encoders.values()
         rehearsal.encode(network.query_encoder, torch.no_grad()(last.forward))

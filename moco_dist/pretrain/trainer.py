@@ -98,7 +98,8 @@ class Trainer:
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         passes = config.moco.passes
         self.source = view_source(
-            self.splits.train, config.views, self.plan, passes, self.dtype, config.data.keys_by
+            *(self.splits.train, config.view_recipes, self.plan, passes, self.dtype),
+            config.data.keys_by,
         )
         share = group_share(config.batch_size, config.bn_groups, processes)
         encoder = build_encoder(config.encoder, config.seed, *share)

@@ -83,7 +83,7 @@ class LinearProbe:
         train = self.splits.train
         known = [train if count == len(train) else train[subset] for subset in self.subsets]
         self.sources = [
-            view_source(images, config.views, plan, [(0, None)], self.dtype, "plan")
+            view_source(images, [config.views], plan, [(0, None)], self.dtype, "plan")
             for images, plan in zip(known, self.plans, strict=True)
         ]
         self.steps_per_epoch = self.plans[0].steps_per_epoch

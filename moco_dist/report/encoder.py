@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,9 @@ def look(path: Path, data: DataConfig | None = None) -> Look:
         raise MissingError(f"{found.place}: doesn't say which images it was trained on; give a run")
     config = data or from_dict(DataConfig, settings["data"])
     view = replace(found.fed, size=min(found.fed.size, config.size))
+    recipes = [view]
+    if second := settings.get("views_2"):
+        recipes.append(replace(from_dict(ViewsConfig, second), size=view.size))
     part, images = held_out(config, found.architecture.channels)
     points = extract(found.backbone, images, view)
     images = images[torch.arange(len(points))]
@@ -81,7 +85,7 @@ def look(path: Path, data: DataConfig | None = None) -> Look:
         variance,
         embedding(points[:NEIGHBOUR_EMBEDDING]),
         neighbours(points, images),
-        pairs(images, view),
+        pairs(images, recipes),
     )
 
 
@@ -96,7 +100,7 @@ def held_out(config: DataConfig, channels: int = 3) -> tuple[str, Images]:
             f"data.root={shown(root)}: {config.name} is not there, and a report downloads nothing; "
             "make the report in the folder where the run was launched"
         )
-    if config.name == "folder":
+    if config.name in datasets.ON_DISK:
         found = file_sets.find(config, file_sets.root(config), file_sets.cache(config))
         if found.test:
             return "test", _some(found.test, config, channels)
@@ -116,13 +120,11 @@ def _some(test: ImageIndex, config: DataConfig, channels: int) -> Images:
     """Return a sample of the test images, without decoding the others."""
     known = (test.labels >= 0).nonzero().flatten()
     rows = known[_sample(len(known), config)]
-    files = [Path(place.path) for place in test.places(rows.tolist())]
-    labels = test.labels[rows]
-    some = image_folder.Listing(test.root, files, labels.tolist(), test.classes)
+    some = test.some(rows.tolist())
     recipe = Recipe(
         config.size, channels=channels, background=config.background, resize=config.resize
     )
-    return Images(image_folder.decode(some, recipe), labels, test.classes)
+    return Images(image_folder.decode(some, recipe), some.labels, some.classes)
 
 
 def _sample(size: int, config: DataConfig) -> Tensor:
@@ -198,11 +200,14 @@ def _queries(labels: Tensor) -> list[int]:
     return [*chosen, *(row for row in range(len(labels)) if row not in chosen)][:QUERIES]
 
 
-def pairs(images: Images, config: ViewsConfig) -> list[list[Tile]]:
+def pairs(images: Images, recipes: Sequence[ViewsConfig]) -> list[list[Tile]]:
     """Return two rows of tiles, the two views of some images with the run's settings."""
     rows = torch.arange(min(PAIRS, len(images)))
-    mean, std = (torch.tensor(each)[:, None, None] for each in (config.mean, config.std))
-    both = (views.make(images.pixels[rows], config, 0, 0, rows, view) for view in (0, 1))
+    mean, std = (torch.tensor(each)[:, None, None] for each in (recipes[0].mean, recipes[0].std))
+    both = (
+        views.make(images.pixels[rows], views.recipe(recipes, view), 0, 0, rows, view)
+        for view in (0, 1)
+    )
     return [
         [Tile(_pixels(((each * std + mean) * 255).clamp(0, 255).byte())) for each in made]
         for made in both

@@ -200,7 +200,8 @@ def write_encoder(
         if name.startswith(("query_encoder.backbone.", "query_encoder.head."))
     }
     encoder = {**config["encoder"], "predictor": False}
-    needed = {"encoder": encoder, "views": config["views"]}
+    needed = {key: config[key] for key in ("views", "views_2") if key in config}
+    needed["encoder"] = encoder
     needed["init_from"] = Path(config.get("init_from", "")).name
     return write(run / "encoder", step, own, {}, {"config": needed})
 

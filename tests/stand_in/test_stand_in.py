@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests import image_sets, stand_in
+from tests.test_mechanisms import KINDS
 
 pytestmark = pytest.mark.stand_in
 
@@ -67,17 +68,17 @@ def test_a_step_launches_few_kernels_and_waits_once(images: list[str]) -> None:
 
 
 def test_a_captured_step_is_a_few_launches_without_a_wait(images: list[str]) -> None:
-    memory, *others = stand_in.measured(
-        [PAPER, "precision=bf16"],
+    streamed, memory, *others = stand_in.measured(
         [PAPER, *images],
-        [PAPER, "encoder.width=8", "encoder.head=mlp_bn", "optim.name=lars"],
-        [PAPER, "encoder.width=8", "optim.name=adamw"],
+        [PAPER, "precision=bf16"],
+        *([PAPER, "encoder.width=8", *words] for words in (*KINDS.values(), ["optim.name=adamw"])),
         captured=True,
     )
-    for found in (memory, *others):
+    for found in (streamed, memory, *others):
         assert found["waits"] == 0, found["where"]
         assert not found["where"]
-    assert memory["launches"] <= 3
+    # Streamed crops are put in order outside of the graphs.
+    assert max(found["launches"] for found in (memory, *others)) <= 3
     assert memory["cpu_ms"] < 1
 
 
