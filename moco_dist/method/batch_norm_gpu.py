@@ -75,7 +75,10 @@ class NormalizeGroups(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of `x`, `shortcut`, `weight` and `bias`."""
+        """Return the gradients of `x`, `shortcut`, `weight` and `bias`.
+
+        Those of weight and bias are of this process's rows alone.
+        """
         x, weight, used, y = ctx.saved_tensors
         dy, cut = dy.contiguous(memory_format=torch.channels_last), ctx.cut
         dx, of_groups = torch.empty_like(x), torch.empty_like(used)
@@ -84,8 +87,8 @@ class NormalizeGroups(torch.autograd.Function):
         sizes = cut.pixels, cut.channels
         tile = _TILE | {"rectifies": ctx.rectifies}
         kernels.gradient_sums[cut.grid(cut.blocks)](dy, y, x, used, sums, *sizes, cut.each, **tile)
-        own, blocks = None, cut.blocks
-        if ctx.span > 1:
+        own, blocks = of_groups, cut.blocks
+        if ctx.span > 1:  # `of_groups` will be of all processes of the group
             own = sums.sum(2)
             sums = comms.all_gather_within(own[:, 0], ctx.span).movedim(1, 0).contiguous()
             blocks = ctx.span
@@ -94,8 +97,7 @@ class NormalizeGroups(torch.autograd.Function):
             *(used, sums, weight, of_groups, *sizes, blocks, cut.mine, cut.total),
             **(tile | {"most": cut.most, "adds": of_other is not None}),
         )
-        # Those of weight and bias are of this process's rows alone.
-        of_bias, of_weight = of_groups.sum(1) if own is None else own[:, 0]
+        of_bias, of_weight = own.sum(1) if cut.groups > 1 else own[:, 0]
         return dx, of_other, of_weight, of_bias, *6 * [None]
 
 

@@ -25,10 +25,12 @@ def compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 f"runtime.compile=true and the environment's {name}=1, which switches compiling "
                 "off; remove one of them"
             )
+    # On a GPU, small kernels that need nothing of one another become one: casts of weights, sums.
+    options = {"combo_kernels": True} if torch.cuda.is_available() else None
     # It warns on every machine without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
-        return torch.compile(work, fullgraph=True, dynamic=False)
+        return torch.compile(work, fullgraph=True, dynamic=False, options=options)
     except RuntimeError as error:  # an unsupported version of Python
         raise _failed(error) from error
 
