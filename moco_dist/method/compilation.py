@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ def compiled(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 "off; remove one of them"
             )
     # On a GPU, small kernels that need nothing of one another become one: casts of weights, sums.
-    options = {"combo_kernels": True} if torch.cuda.is_available() else None
+    on_gpu = torch.cuda.is_available()
+    options: dict[str, Any] | None = {"combo_kernels": True} if on_gpu else None
     # It warns on every machine without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:

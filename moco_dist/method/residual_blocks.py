@@ -30,7 +30,8 @@ class BasicBlock(resnet.BasicBlock):
             return super().forward(x)
         out = self.conv2(self.bn1.rectified(self.conv1(x)))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.bn2.rectified(out, shortcut)
+        summed: Tensor = self.bn2.rectified(out, shortcut)
+        return summed
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -47,4 +48,5 @@ class Bottleneck(resnet.Bottleneck):
         out = self.conv2(self.bn1.rectified(self.conv1(x)))
         out = self.conv3(self.bn2.rectified(out))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.bn3.rectified(out, shortcut)
+        summed: Tensor = self.bn3.rectified(out, shortcut)
+        return summed

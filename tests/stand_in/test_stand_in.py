@@ -115,7 +115,7 @@ def test_whole_commands_run_on_a_gpu(tmp_path: Path) -> None:
 def test_several_processes_call_the_same_collectives(tmp_path: Path, groups: int) -> None:
     log, waits = tmp_path / "collectives.", tmp_path / "waits"
     several = {"FAKE_NCCL_LOG": str(log), "WAITS": str(waits)}
-    ended = pretrained(tmp_path, f"bn_groups={groups}", **several)
+    ended = pretrained(tmp_path, f"bn_groups={groups}", gpus=2, **several)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     first, second = (Path(f"{log}{rank}").read_text().splitlines() for rank in range(2))
     assert first == second
