@@ -15,7 +15,7 @@ from tests.test_mechanisms import KINDS
 pytestmark = pytest.mark.stand_in
 
 PAPER = "configs/pretrain/paper.yaml"
-ADAMW = ["optim.name=adamw", "views_2={blur: 0.1, solarize: 0.2}"]
+ADAMW = ["optim.name=adamw", "monitor.linear=true", "views_2={blur: 0.1, solarize: 0.2}"]
 DATA = ["data.shapes_train=100", "data.shapes_test=30", "data.size=16", "views.size=16"]
 TINY = [
     *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=40"),
