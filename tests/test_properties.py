@@ -18,7 +18,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.recipe import PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import flat, from_dict, load, to_dict, to_yaml
 from moco_dist.errors import ConfigError
 from moco_dist.method.key_queue import KeyQueue
@@ -59,6 +59,7 @@ def values_of(schema: type[Any]) -> st.SearchStrategy[dict[str, Any]]:
             float: shares | shares | numbers,
             bool: st.booleans(),
             str: PLAIN | TRAPS,
+            ViewsConfig | None: st.sampled_from([None, ViewsConfig(blur=0.25)]),
         }
         return kinds[kind]
 
@@ -170,7 +171,11 @@ def test_no_number_is_infinite_or_beyond_64_bits(
             continue
         for found in flat(to_dict(config)).values():
             for each in found if isinstance(found, list) else [found]:
-                assert isinstance(each, str) or (math.isfinite(each) and abs(each) <= 1e300)
+                assert (
+                    each is None
+                    or isinstance(each, str)
+                    or (math.isfinite(each) and abs(each) <= 1e300)
+                )
                 torch.tensor(0, dtype=torch.int64).add(each if isinstance(each, int) else 0)
         waits = config.runtime
         for seconds in (waits.timeout_seconds, waits.grace_seconds):

@@ -255,11 +255,6 @@ class PretrainConfig:
             "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
             "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
-        require(
-            self.views_2 is None or self.moco.negatives != "bank",
-            "views_2 is the recipe of an image's second view, and moco.negatives=bank has one; use "
-            "views_2=null",
-        )
         self.moco.check_batch(b)
         require(
             self.knn.every_epochs > 0 or not self.monitor.linear,
