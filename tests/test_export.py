@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 import moco_dist
 from moco_dist.config.encoder import EncoderConfig
+from moco_dist.config.moco import MocoConfig
 from moco_dist.config.recipe import PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import to_dict
 from moco_dist.distributed import fingerprint
@@ -28,6 +30,7 @@ from moco_dist.export import targets
 from moco_dist.export.run import export, run
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.moco import MoCo
+from moco_dist.method.moco import build as method
 from moco_dist.runs import saving
 from moco_dist.runs.record import CONTROL, TRAINED
 
@@ -268,7 +271,8 @@ def test_a_file_of_another_kind_is_named(
         ("torchvision", {"width": 8}, "64 channels in stage 1; use --to onnx"),
         ("timm", {"width": 8}, "64 channels in stage 1"),
         ("moco", {"width": 8}, "64 channels in stage 1"),
-        ("huggingface", {"width": 8}, "begin with a 7x7"),
+        ("huggingface", {"width": 8}, "begin with a 7x7 .*; use --to onnx$"),
+        ("huggingface", {}, "begin with a 7x7 .*; use --to timm or onnx$"),
         ("detectron2", {"width": 8}, "begin with a 7x7"),
         ("huggingface", {"backbone": "wide_resnet50_2", "width": 4}, "no wider blocks"),
     ],
@@ -365,6 +369,47 @@ def test_a_card_says_without_labels_only_where_that_is_known(tmp_path: Path) -> 
             assert words in text, text
             assert ("without labels" in text) == (source == known)
             assert ("self-supervised" in text) == (source == known)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words", "tags"),
+    [
+        (
+            {"negatives": "batch", "keys": "gradient", "symmetric": True},
+            "by SimCLR with moco_dist: its encoder\n",
+            ["self-supervised", "simclr"],
+        ),
+        (
+            {"negatives": "batch", "keys": "gradient"},
+            "by contrastive learning, end to end, with moco_dist: its encoder\n",
+            ["self-supervised"],
+        ),
+        (
+            {"negatives": "bank", "keys": "gradient"},
+            "by a memory bank with moco_dist: its encoder\n",
+            ["self-supervised"],
+        ),
+        (
+            {"negatives": "batch", "symmetric": True},
+            "by Momentum Contrast with moco_dist: its query encoder\n",
+            ["self-supervised", "moco"],
+        ),
+    ],
+)
+def test_a_card_names_the_method(
+    tmp_path: Path, keys: dict[str, Any], words: str, tags: list[str]
+) -> None:
+    config = PretrainConfig(encoder=EncoderConfig(), moco=MocoConfig(**keys))
+    network = method(build_encoder(config.encoder, 1), config.moco, 128, seed=1, images=90)
+    network.query_encoder.backbone.load_state_dict(stirred(), strict=False)
+    state = {"config": to_dict(config), "epoch": 2.5, "data": "0123", "run_id": "a"}
+    saving.write(tmp_path / "r", 7, network.state_dict(), {}, state)
+    folder = export(tmp_path / "r", "torchvision")
+    again = export(folder, "timm", tmp_path / "again")
+    for card in (folder / "README.md", again / "README.md"):
+        text = card.read_text()
+        assert f"pretrained without labels {words}" in text
+        assert yaml.safe_load(text.split("---")[1])["tags"] == tags
 
 
 def test_the_views_of_an_export_are_found_wherever_it_is_named(imagenet: Path) -> None:

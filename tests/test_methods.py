@@ -35,6 +35,13 @@ def test_a_preset_compares_with_as_many_as_published(
     assert not config.moco.unused
 
 
+@pytest.mark.parametrize(("draws", "words"), [(0, "89 of a"), (4096, "4,096 draws from a")])
+def test_a_bank_may_be_smaller_than_its_draws(draws: int, words: str) -> None:
+    keys = ["moco.negatives=bank", "moco.keys=gradient", f"moco.bank_draws={draws}"]
+    described = load(PretrainConfig, keys).moco.described(64, 90)
+    assert described == f"{words} bank's 90 vectors, one for each image"
+
+
 def test_keys_without_effect_are_named() -> None:
     words = ["moco.negatives=batch", "moco.keys=gradient", "moco.queue_size=900"]
     assert load(PretrainConfig, words).moco.unused == ["moco.queue_size=900"]

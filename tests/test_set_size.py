@@ -39,6 +39,12 @@ def test_a_queue_fits_the_images_and_holds_a_step(images: int, batch: int, queue
     assert symmetric.moco.fitting_queue(batch, images) == max(queue, 2 * batch)
 
 
+@pytest.mark.parametrize("batch", [96, 512])
+def test_a_queue_that_holds_a_step_and_not_the_images_is_never_advised(batch: int) -> None:
+    config = load(PretrainConfig, [f"batch_size={batch}", "moco.queue_size=4096"])
+    assert config.moco.too_long(batch, 90).endswith("(masked); lower it and batch_size")
+
+
 @pytest.mark.parametrize(("share", "expected"), [(SHARE, 1 / 32), (1.0, 1 / 2)])
 def test_the_share_of_own_keys_is_the_one_that_is_stated(share: float, expected: float) -> None:
     """Counted in the orders of a run's own epochs."""

@@ -116,9 +116,10 @@ class MocoConfig:
             return ""
         masked = " (masked)" if self.mask_own_keys else " as negatives"
         fits = self.fitting_queue(batch_size, images)
+        fix = f"use moco.queue_size={fits} or so" if fits < images else "lower it and batch_size"
         return (
             f"moco.queue_size={self.queue_size} is not below the {images} training images: every "
-            f"image meets its own older keys{masked}; use moco.queue_size={fits} or so"
+            f"image meets its own older keys{masked}; {fix}"
         )
 
     def candidates(self, batch_size: int, images: int) -> int:
@@ -146,7 +147,8 @@ class MocoConfig:
             full = f"full after {steps:,} steps; the loss rises until then"
             return f"{others} keys in a queue{share}, {full}"
         if self.negatives == "bank":
-            return f"{others} of a bank's {images:,} vectors, one for each image"
+            drawn = "draws from" if self.bank_draws else "of"  # with replacement
+            return f"{others} {drawn} a bank's {images:,} vectors, one for each image"
         views = "both views" if self.keys == "gradient" and self.symmetric else "the other view"
         learns = "by momentum" if self.keys == "momentum" else "with gradients"
         return f"{others} vectors of the same step, {views} of its other images, {learns}"

@@ -98,30 +98,47 @@ folder = snapshot_download("{folder}")
 
 
 def origin(found: Found) -> dict[str, str]:
-    """Return who trained an encoder: `kind`, and the `source` of the weights it started from.
+    """Return who trained an encoder: `kind`, the `source` of the weights it started from, `method`.
 
     The kind is "run", "init_from" (a run that started from other weights), "original" (the original
-    scripts) or "unknown".
+    scripts) or "unknown". The method is empty for Momentum Contrast.
     """
     saved = found.checkpoint
     if noted := saved.state.get("origin"):  # of an export
-        return {key: shown(noted.get(key, "")) for key in ("kind", "source")}
+        return {key: shown(noted.get(key, "")) for key in ("kind", "source", "method")}
     source = Path(saved.state["config"].get("init_from") or "").name
     if saved.step:
-        return {"kind": "init_from" if source else "run", "source": source}
-    return {"kind": "original" if "epoch" in saved.state else "unknown", "source": ""}
+        kind, moco = (
+            "init_from" if source else "run",
+            MocoConfig.stored(flat(saved.state["config"])),
+        )
+        return {"kind": kind, "source": source, "method": _method(moco) if moco else ""}
+    kind = "original" if "epoch" in saved.state else "unknown"
+    return {"kind": kind, "source": "", "method": ""}
+
+
+def _method(settings: MocoConfig) -> str:
+    """Return what a method without a key encoder is called; empty for Momentum Contrast."""
+    if settings.keys == "momentum":
+        return ""
+    if settings.negatives == "bank":
+        return "a memory bank"
+    return "SimCLR" if settings.symmetric else "contrastive learning, end to end,"
 
 
 def whose(trained: dict[str, str], which: str) -> tuple[str, tuple[str, ...]]:
     """Return what a card says of an encoder with this origin, and its tags."""
     part = f"its {which} encoder\nwithout the projection head."
-    ours = "by Momentum Contrast with moco_dist: " + part
+    ours, method = f"by Momentum Contrast with moco_dist: {part}", ("moco",)
+    if trained["method"]:
+        ours = f"by {trained['method']} with moco_dist: its encoder\nwithout the projection head."
+        method = ("simclr",) if trained["method"] == "SimCLR" else ()
     words, tags = {
-        "run": (f"pretrained without labels {ours}", ("self-supervised", "moco")),
+        "run": (f"pretrained without labels {ours}", ("self-supervised", *method)),
         "init_from": (
             f"trained {ours} The training used no labels, but it\nstarted from the weights in "
             f"`{trained['source']}`, which may have been trained with labels.",
-            ("moco",),
+            method,
         ),
         "original": (
             f"pretrained without labels by the original MoCo scripts: {part}",

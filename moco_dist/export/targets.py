@@ -62,6 +62,8 @@ def refuse(found: Found, target: str, holds: bool, reason: str, others: str) -> 
     config = found.architecture
     if config.stem == "cifar":  # huggingface can't hold it either
         others = others.replace(" or huggingface", "")
+    if config.width != 64:  # nor can these
+        others = others.removeprefix("timm or ").removeprefix("torchvision or ")
     if not holds:
         raise ConfigError(
             f"{target} can't hold this encoder ({config.backbone}, width {config.width}, "

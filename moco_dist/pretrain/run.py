@@ -1,4 +1,4 @@
-"""Pretrain an image encoder without labels by Momentum Contrast (MoCo v1, v2)."""
+"""Pretrain an image encoder without labels by MoCo v1 to v3, SimCLR or a memory bank."""
 
 from __future__ import annotations
 
