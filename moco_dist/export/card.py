@@ -129,7 +129,8 @@ def _method(settings: MocoConfig) -> str:
 def whose(trained: dict[str, str], which: str) -> tuple[str, tuple[str, ...]]:
     """Return what a card says of an encoder with this origin, and its tags."""
     part = f"its {which} encoder\nwithout the projection head."
-    ours, method = f"by Momentum Contrast with moco_dist: {part}", ("moco",)
+    method: tuple[str, ...] = ("moco",)
+    ours = f"by Momentum Contrast with moco_dist: {part}"
     if trained["method"]:
         ours = f"by {trained['method']} with moco_dist: its encoder\nwithout the projection head."
         method = ("simclr",) if trained["method"] == "SimCLR" else ()
