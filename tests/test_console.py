@@ -22,7 +22,7 @@ from tests.test_launch import TINY, python
 BATCH_LINE = re.compile(
     r"\d\d-\d\d \d\d:\d\d +\d+/10 epoch +\d+\.\d "
     r"(loss \d+\.\d{3} top1 +\d+\.\d% +\d+ img/s( \d+s left)?|"
-    r"kNN +\d+\.\d%( best +\d+\.\d% at \d+)?)"
+    r"kNN +\d+\.\d%( linear +\d+\.\d%)?( best +\d+\.\d% at \d+)?)"
 )
 # A run with all kinds of warnings and other output, until Ctrl-C ends it.
 NOISY = """
@@ -61,6 +61,7 @@ def line(step: int, time: float, **metrics: float | str) -> dict[str, Any]:
 
 def test_a_log_file_has_one_plain_line_for_each_interval(tmp_path: Path) -> None:
     settings = [f"output={tmp_path}", "runtime.device=cpu", "tracking.health_every_steps=5"]
+    settings.append("monitor.linear=true")
     result = python("pretrain", *TINY, *settings, TERM="xterm")
     assert result.returncode == 0, result.stderr
     text = result.stdout
