@@ -315,7 +315,8 @@ def test_configurations_that_are_refused_do_not_requeue(slurm: Slurm, runs: Path
     jobs = {
         "no key": slurm.pretrain("wrong_1", *TINY, "moco.queu_size=3"),
         "can't be shared by 8 processes": slurm.pretrain(
-            "wrong_2", *TINY, options=("--nodes=2", "--ntasks-per-node=4")
+            *("wrong_2", *TINY, "bn_groups=3", "batch_size=24"),
+            options=("--nodes=2", "--ntasks-per-node=4"),
         ),
         "no GPU": slurm.submit("slurm/pretrain.sbatch", *TINY, f"output={runs}", "name=wrong_3"),
         "leave out --ntasks-per-node": slurm.submit(
