@@ -36,7 +36,7 @@ def test_the_pods_find_each_other_share_the_disk_and_have_time_to_save() -> None
     volumes = {volume["name"]: volume for volume in PODS["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in CONTAINER["volumeMounts"]}
     assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
-    assert "persistentVolumeClaim" in mounts["/work"]
+    assert "persistentVolumeClaim" in mounts["/data"]
     patience = int(VARIABLES["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
     assert patience + 10 <= PODS["terminationGracePeriodSeconds"]
 

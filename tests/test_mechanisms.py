@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +330,6 @@ def test_what_cannot_be_combined_is_refused(words: list[str], sentence: str) -> 
 
 
 def test_health_names_only_what_a_mechanism_has() -> None:
-    figures: dict[str, Callable[[dict[str, float]], bool]] = {}
     for kind, words in KINDS.items():
         trainer = build(*words)
         hooks = loop.run_hooks(trainer)
@@ -340,4 +338,3 @@ def test_health_names_only_what_a_mechanism_has() -> None:
         assert ("health/ema_distance" in hooks.health) == (kind == "v3")
         assert {"health/alignment", "health/rankme", "health/uniformity"} <= hooks.health.keys()
         assert trainer.config.moco.candidates(16, 90) == {"simclr": 31, "bank": 51}.get(kind, 16)
-    assert not figures

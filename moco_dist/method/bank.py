@@ -20,15 +20,26 @@ class Bank(nn.Module):
     """A unit vector for each image, the moving average of its queries (Wu et al. 2018, section 3).
 
     `draws` images are the negatives of all queries of a step, drawn uniformly with replacement, or
-    all images with 0. `momentum` is the share of an image's old vector that stays.
+    all images with 0. `momentum` is the share of an image's old vector that stays. Without
+    `random_start` the vectors are zeros, which somebody has to replace.
     """
 
     vectors: Tensor
 
-    def __init__(self, images: int, dim: int, seed: int, draws: int, momentum: float) -> None:
+    def __init__(
+        self,
+        images: int,
+        dim: int,
+        seed: int,
+        draws: int,
+        momentum: float,
+        random_start: bool = True,
+    ) -> None:
         super().__init__()
-        self.register_buffer("vectors", torch.empty(images, dim))
+        self.register_buffer("vectors", torch.zeros(images, dim))
         self.seed, self.draws, self.momentum = seed, draws, momentum
+        if not random_start:
+            return
         columns = torch.arange(dim)
         for rows in torch.arange(images).split(_ROWS):
             keys = seed, Purpose.BANK_START, rows[:, None], columns

@@ -121,7 +121,8 @@ def build(encoder: Encoder, settings: MocoConfig, dim: int, seed: int, images: i
         return MoCo(encoder, settings.queue_size, dim)
     if settings.negatives == "batch":
         return MoCo(encoder, momentum_keys=settings.keys == "momentum")
-    bank = Bank(images, dim, seed, settings.bank_draws, settings.bank_momentum)
+    parts = settings.bank_draws, settings.bank_momentum, settings.bank_start == "random"
+    bank = Bank(images, dim, seed, *parts)
     return MoCo(encoder, bank=bank, momentum_keys=False)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 # Steps over which the moments of the features are averaged, and what keeps a variance above 0.
 _STEPS, _EPSILON = 100, 1e-5
 _MOMENTUM = 0.9
-# Where features are standardised and divided by the root of their number, so that a vector has a
-# length of about 1, it learns stably below 8, whatever the encoder.
+# Features are standardised and divided by the root of their number, so that a vector has a length
+# of about 1 and one rate suits encoders of any width.
 RATE = 2.0
 
 

@@ -7,6 +7,7 @@ step does around that is the same for all and stands in `trainer.py`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -56,7 +57,7 @@ class Piece(NamedTuple):
     last: bool  # of the step
 
 
-class Mechanism:
+class Mechanism(ABC):
     """What all mechanisms share. Called in each step, with its rows and number."""
 
     def __init__(
@@ -74,9 +75,9 @@ class Mechanism:
         self.micro_batches = config.runtime.micro_batches
         self.features: list[Tensor] = []
 
+    @abstractmethod
     def __call__(self, rows: Step, step: Key, hooks: Hooks) -> Contrasted:
         """Add the gradients of the step's loss; weights and memory stay as they are."""
-        raise NotImplementedError
 
     def make_views(self, rows: Step) -> tuple[list[Pieces], list[Pieces]]:
         """Return what gives the views of the keys and of the queries, pass by pass."""
@@ -99,6 +100,10 @@ class Mechanism:
         if features is not None and len(self.features) < self.micro_batches:
             self.features.append(features)
 
+
+class AgainstConstants(Mechanism):
+    """Queries meet vectors without gradients, micro-batch by micro-batch."""
+
     @record_function("backward")
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's loss to those of the step.
@@ -115,9 +120,9 @@ class Mechanism:
                 last = number == len(views) and place == len(parts)
                 yield Piece(part, rows.samples[part], candidates, make, last)
 
+    @abstractmethod
     def negatives(self, piece: Piece, step: Key) -> tuple[Tensor, Tensor | None]:
         """Return the negatives of a micro-batch and their owners, as `info_nce` takes them."""
-        raise NotImplementedError
 
     def contrast(
         self, rows: Step, views: list[Pieces], positives: list[Tensor], step: Key
@@ -143,7 +148,7 @@ class Mechanism:
         return loss * torch.where(loss.isfinite(), 1.0, torch.nan), logits
 
 
-class MomentumKeys(Mechanism):
+class MomentumKeys(AgainstConstants):
     """Keys of a second encoder: Algorithm 1 of the paper, whose lines stand on the right.
 
     Negatives are the keys of the queue, or those of the same step as in MoCo v3 (Chen, Xie and He
@@ -180,7 +185,7 @@ class MomentumKeys(Mechanism):
         return keys, own
 
 
-class FromBank(Mechanism):
+class FromBank(AgainstConstants):
     """Vectors of a bank with one for each image (Wu et al. 2018; figure 2b of the paper)."""
 
     def __call__(self, rows: Step, step: Key, hooks: Hooks) -> Contrasted:
