@@ -17,6 +17,7 @@ from moco_dist.distributed import comms
 from moco_dist.errors import ConfigError
 from moco_dist.method import pairs
 from moco_dist.method.bank import Bank
+from moco_dist.method.batch_norm import batch_norms
 from moco_dist.method.plan import Plan
 from moco_dist.pretrain import loop
 from moco_dist.pretrain.trainer import Trainer
@@ -241,6 +242,15 @@ def test_a_bank_can_begin_with_the_new_encoders_vectors() -> None:
         here = kept[rows]
         assert here.any()
         torch.testing.assert_close(found[rows][here], expected[here], rtol=0, atol=1e-12)
+
+
+def test_the_pass_that_fills_a_bank_leaves_no_trace_in_the_statistics() -> None:
+    filled, drawn = (build(EXACT, *BANK, f"moco.bank_start={how}") for how in ("pass", "random"))
+    for trainer in (filled, drawn):
+        trainer.train_step()
+    found, expected = (batch_norms(each.moco.query_encoder)[-1] for each in (filled, drawn))
+    assert found.group_mean.equal(expected.group_mean)
+    assert found.group_var.equal(expected.group_var)
 
 
 STEPS = 20
