@@ -51,7 +51,7 @@ def test_a_batched_head_is_the_same_head_trained_alone_by_pytorch() -> None:
     for step in range(40):
         batch = batches[:, step]
         heads.losses(together(features[:, batch]), labels[batch]).mean(-1).sum().backward()
-        optimizer.step(optimizer.rates(step, 10, 40))
+        optimizer.step(torch.tensor(optimizer.rates(step, 10, 40), dtype=torch.float64))
     for encoder in (0, 1):
         for place, seed in enumerate((7, 8)):
             for number, point in enumerate(points):

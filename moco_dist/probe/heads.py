@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from moco_dist.config.optim import OptimConfig
 from moco_dist.config.probe import GridConfig
-from moco_dist.distributed import comms
 from moco_dist.method import schedule
 
 # Most logits in memory at once during an evaluation.
@@ -82,7 +81,6 @@ class HeadOptimizer:
         self.momentum = heads.weight.new_tensor(optim.momentum)
         self.schedules = [replace(optim, lr=point.lr) for point in points]
         self.decays = heads.weight.new_tensor([point.weight_decay for point in points])
-        self.device = heads.weight.device
         self.decay = any(point.weight_decay for point in points)
 
     def rates(self, step: int, steps_per_epoch: int, total_steps: int) -> list[float]:
@@ -91,13 +89,12 @@ class HeadOptimizer:
         return [schedule.learning_rate(each, *place) for each in self.schedules]
 
     @torch.no_grad()
-    def step(self, rates: Sequence[float], good: Tensor | None = None) -> None:
-        """Update the classifiers and clear their gradients.
+    def step(self, rates: Tensor, good: Tensor | None = None) -> None:
+        """Update the classifiers by the rate of each point, and clear their gradients.
 
         Where `good`, bool () on their device, is false, the update changes nothing.
         """
-        rate = comms.without_waiting(torch.tensor(rates, dtype=self.decays.dtype), self.device)
-        momentum = self.momentum
+        rate, momentum = rates, self.momentum
         if good is not None:
             rate, momentum = rate * good, torch.where(good, momentum, 1.0)
         for name, parameter in self.parameters.items():

@@ -101,12 +101,13 @@ class LinearProbe:
             optim = dataclasses.replace(config.optim, lr=config.encoder_lr)
             example = self._center(torch.arange(1))
             self.tuning = FineTuning(self.backbones, optim, self.accelerator, example)
-        # By seed, what makes and encodes the views of a batch.
-        self._graphs: dict[int, Replayed] = {}
         self.step = 0
         # A GPU is not waited for in each step: whether all steps since `settled` were good, and how
         # many were before the first that wasn't, is known there and read from time to time.
         self.settles = device.type == "cuda" and not self.tunes
+        # One process takes such steps as a CUDA graph.
+        self.captures = self.settles and config.runtime.cuda_graph and comms.world_size() == 1
+        self._graph: Replayed | None = None
         self.settled = 0
         self.good = torch.ones((), dtype=torch.bool, device=device)
         self.kept = torch.zeros((), dtype=torch.int64, device=device)
@@ -139,47 +140,34 @@ class LinearProbe:
         if self.tunes:
             self.features |= {part: self.extract(part) for part in parts}
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features (encoders, seeds, rows, features), labels (seeds, rows) and batch.
-
-        The batch is the numbers of its images, int64 (seeds, batch). In fine-tuning, the rows are
-        this process's share of it; otherwise they are the whole batch.
-        """
+    def rows(self) -> tuple[Tensor, list[int]]:
+        """Return the images of a step as numbers of the plans, int64 (seeds, batch), and epochs."""
         steps = [plan.step(self.step, key_views=0) for plan in self.plans]
-        pairs = zip(self.subsets, steps, strict=True)
-        batch = torch.stack([subset[each.samples] for subset, each in pairs])
-        labels = self.splits.train.labels
+        return torch.stack([each.samples for each in steps]), [int(each.epoch) for each in steps]
+
+    def inputs(self, samples: Tensor, *epochs: Key) -> tuple[Tensor, Tensor]:
+        """Return features (encoders, seeds, rows, features) and labels (seeds, rows) of `rows`.
+
+        In fine-tuning, the rows are this process's share of the batch; otherwise they are the whole
+        batch.
+        """
+        batch, labels = self.subsets.gather(1, samples), self.splits.train.labels
         if not self.config.augment and not self.tunes:
             rows = self.features["train"].index_select(1, batch.flatten())
-            return rows.unflatten(1, batch.shape), labels[batch], batch
+            return rows.unflatten(1, batch.shape), labels[batch]
         self.frozen.check_modes()
         local = self.plans[0].local_rows
-        mine, found = batch[:, local], []
-        for number, (step, samples) in enumerate(zip(steps, mine, strict=True)):
-            if self.config.augment:
-                self.sources[number].begin(self.step)
-                found.append(self._encoded(number, step.samples[local], step.epoch))
-            else:
-                found.append(self.encode(self._center(samples)))
-        encoded = torch.stack(found, dim=1)
+        if self.config.augment:
+            asked = zip(self.sources, samples[:, local], epochs, strict=True)
+            made = (source.views([(mine, 0)], epoch)[0] for source, mine, epoch in asked)
+        else:
+            made = (self._center(mine) for mine in batch[:, local])
+        encoded = torch.stack([self.encode(images) for images in made], dim=1)
         if self.tunes:
-            return encoded, labels[mine], batch
+            return encoded, labels[batch[:, local]]
         # Rows first: processes hold consecutive rows of each seed's batch.
         whole = comms.all_gather(encoded.permute(2, 0, 1, 3))
-        return whole.permute(1, 2, 0, 3), labels[batch], batch
-
-    def _encoded(self, number: int, samples: Tensor, epoch: Key) -> Tensor:
-        """Return `encode` of the views of these images of a seed; on a GPU by a CUDA graph."""
-
-        def work(samples: Tensor, epoch: Key) -> Tensor:
-            return self.encode(self.sources[number].views([(samples, 0)], epoch)[0])
-
-        if self.tunes or not (self.config.runtime.cuda_graph and samples.is_cuda):
-            return work(samples, epoch)
-        if number not in self._graphs:
-            self.sources[number].stay()
-            self._graphs[number] = Replayed(work, samples, torch.zeros_like(samples[0]))
-        return self._graphs[number](samples, epoch)
+        return whole.permute(1, 2, 0, 3), labels[batch]
 
     def encode(self, images: Tensor) -> Tensor:
         """Return each encoder's features of views, (encoders, rows, features)."""
@@ -195,37 +183,66 @@ class LinearProbe:
         often = self.step % 20 == 0
         if often:
             self.settle()
-        losses, batch = self.add_gradients()
+        samples, epochs = self.rows()
+        rates = torch.tensor(self.optimizer.rates(*place), dtype=self.dtype)
+        rates = comms.without_waiting(rates, self.session.device)
+        if self.config.augment:
+            for source in self.sources:
+                source.begin(self.step)
+        losses = None if self.captures else self.add_gradients(samples, *epochs)
         if self.config.augment or self.tunes or often:
             try:
                 self.session.pause("training")  # also for an image that could not be read
             except (StoppedError, DataError):
                 self.settle()
                 raise
-        good = self.good if self.settles else None
-        if self.settles:
-            self.good &= self.norms()[1].isfinite()
-            self.kept += self.good
-        else:
-            self.require_finite(batch)
+        if not self.settles:
+            self.require_finite()
         self.session.saver.copied()
-        self.optimizer.step(self.optimizer.rates(*place), good)
+        if losses is None:
+            losses = self._replayed(rates, samples, *epochs)
+        else:
+            self._update(rates)
         if self.tuning:
             self.tuning.step(*place)
         self.step += 1
         peers.me.mark(self.step, "training")
         return losses
 
-    def add_gradients(self) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of a step; return the mean losses of the heads and the batch."""
-        encoded, labels, batch = self.inputs()
+    def add_gradients(self, samples: Tensor, *epochs: Key) -> Tensor:
+        """Compute the gradients of the step with these `rows`; return the heads' mean losses."""
+        encoded, labels = self.inputs(samples, *epochs)
         losses = heads.losses(self.heads(encoded), labels).mean(-1)
         self.accelerator.backward(losses.sum())
         if self.tuning:
             for parameter in self.heads.parameters():
                 assert parameter.grad is not None, "there was a backward pass"
                 parameter.grad = comms.mean(parameter.grad)
-        return losses.detach(), batch
+        return losses.detach()
+
+    def _update(self, rates: Tensor) -> None:
+        """Update the heads by their gradients; on a GPU only if all steps so far were good."""
+        if self.settles:
+            self.good &= self.norms()[1].isfinite()
+            self.kept += self.good
+        self.optimizer.step(rates, self.good if self.settles else None)
+
+    def _replayed(self, rates: Tensor, samples: Tensor, *epochs: int) -> Tensor:
+        """Take the step of `add_gradients` and `_update` as a CUDA graph."""
+
+        def work(rates: Tensor, samples: Tensor, *epochs: Key) -> Tensor:
+            losses = self.add_gradients(samples, *epochs)
+            self._update(rates)
+            return losses
+
+        if not self._graph:
+            for source in self.sources:
+                source.stay()
+            self.good.fill_(False)  # so that the steps before the capture change nothing
+            numbers = [torch.zeros_like(samples[0, 0]) for _ in epochs]
+            self._graph = Replayed(work, rates, samples, *numbers)
+            self.good.fill_(True)
+        return self._graph(rates, samples, *epochs)
 
     def settle(self) -> None:
         """Wait for the device; raise NumbersError if a step since the last time was not finite.
@@ -239,7 +256,11 @@ class LinearProbe:
         self.step = self.settled + int(self.kept)
         self.good.fill_(True)
         self.kept.zero_()
-        self.require_finite(self.add_gradients()[1])  # the same step again, to name what it was
+        samples, epochs = self.rows()
+        for source in self.sources if self.config.augment else ():
+            source.begin(self.step)
+        self.add_gradients(samples, *epochs)  # the same step again, to name what it was
+        self.require_finite()
         raise NumbersError(
             f"a gradient was not finite in step {self.step}, but is when the step is repeated; the "
             "step was discarded. A GPU has miscalculated: continue from the last checkpoint on "
@@ -257,7 +278,7 @@ class LinearProbe:
             total = total + torch.stack(torch._foreach_norm(others)).sum()
         return norms, total
 
-    def require_finite(self, batch: Tensor) -> None:
+    def require_finite(self) -> None:
         """Raise NumbersError on all processes if a gradient of the step is not finite."""
         norms, total = self.norms()
         if total.isfinite():
@@ -270,7 +291,8 @@ class LinearProbe:
             f"with lr {lr:g} and weight decay {decay:g}); the step was discarded. Train again with "
             f"an optim.lr or grid.lr below {lr:g} and a new name=..."
         )
-        error.details = {"step": self.step, "samples": batch.flatten().tolist()}
+        samples = self.subsets.gather(1, self.rows()[0]).flatten().tolist()
+        error.details = {"step": self.step, "samples": samples}
         raise error.on_all()
 
     @torch.no_grad()
