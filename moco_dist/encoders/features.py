@@ -1,4 +1,4 @@
-"""Backbone features of a set of images, computed by all processes, and nearest neighbours."""
+"""Backbone features of images, computed by all processes, and classifiers that need only them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from moco_dist.method import views
 
 # Queries and rows of the bank whose similarities are in memory at once.
 QUERIES, BANK = 1024, 65536
+# Iterations of the linear classifier between two pauses, and how many times.
+_ITERATIONS, _ROUNDS = 10, 3
 
 
 def share(size: int) -> Tensor:
@@ -105,3 +107,62 @@ def predict(
     votes = weights.new_zeros(len(queries), num_classes)
     votes.scatter_add_(1, bank_labels[nearest], weights)
     return votes.argmax(1)
+
+
+def linear_logits(
+    queries: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    num_classes: int,
+    pause: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Return the logits of queries, (rows, classes), by a linear classifier of the bank.
+
+    It is what scikit-learn's StandardScaler and LogisticRegression are by default: the sum of the
+    cross-entropies of `bank` (n, features), standardised, plus half the squared weights is least.
+    Nothing is random or exchanged. Overwrites `bank` with its standardised features, because it may
+    fill half a GPU. `pause` is called a fixed number of times.
+    """
+    count, size = bank.shape
+    rows = QUERIES * BANK // max(size, num_classes)
+    var, mean = torch.var_mean(bank, 0, correction=0)
+    # A spread that is mere rounding is none.
+    real = var.sqrt() > 100 * torch.finfo(bank.dtype).eps * mean.abs()
+    scale = torch.where(real, var.sqrt(), 1)
+    pieces = list(
+        zip(bank.sub_(mean).div_(scale).split(rows), bank_labels.split(rows), strict=True)
+    )
+    # L-BFGS needs a fifth of the iterations in coordinates in which features are uncorrelated.
+    moments = sum((part.double().T @ part.double() for part, _ in pieces), bank.new_zeros(()))
+    moments.diagonal().add_(num_classes)
+    root = torch.linalg.cholesky_ex(moments / count).L.to(bank.dtype)
+    turned = bank.new_zeros(num_classes, size, requires_grad=True)
+    bias = bank.new_zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [turned, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe"
+    )
+
+    def weight() -> Tensor:
+        return torch.linalg.solve_triangular(root, turned, upper=False, left=False)
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        whole = weight()
+        penalty = whole.square().sum() / 2
+        leaf, total = whole.detach().requires_grad_(), penalty.detach().double()
+        for part, labels in pieces:
+            losses = F.cross_entropy(F.linear(part, leaf, bias), labels, reduction="none")
+            loss = losses.double().sum()
+            (loss / count).backward()
+            total += loss.detach()
+        torch.autograd.backward([whole, penalty / count], [leaf.grad, None])
+        return total / count
+
+    for _ in range(_ROUNDS):
+        pause()
+        optimizer.step(objective)
+    with torch.no_grad():
+        learned = weight()
+        return torch.cat(
+            [F.linear((part - mean) / scale, learned, bias) for part in queries.split(rows)]
+        )
