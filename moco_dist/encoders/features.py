@@ -143,7 +143,8 @@ def linear_logits(
     )
 
     def weight() -> Tensor:
-        return torch.linalg.solve_triangular(root, turned, upper=False, left=False)
+        whole: Tensor = torch.linalg.solve_triangular(root, turned, upper=False, left=False)
+        return whole
 
     def objective() -> Tensor:
         optimizer.zero_grad()
