@@ -135,20 +135,18 @@ def linear_logits(
     # L-BFGS needs a fifth of the iterations in coordinates in which features are uncorrelated.
     moments = sum((part.double().T @ part.double() for part, _ in pieces), bank.new_zeros(()))
     moments.diagonal().add_(num_classes)
-    root = torch.linalg.cholesky_ex(moments / count).L.to(bank.dtype)
+    # They are found on the host, which takes a moment.
+    root = torch.linalg.cholesky_ex((moments / count).cpu()).L
+    turn = torch.linalg.inv_ex(root).inverse.to(bank)
     turned = bank.new_zeros(num_classes, size, requires_grad=True)
     bias = bank.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [turned, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe"
     )
 
-    def weight() -> Tensor:
-        whole: Tensor = torch.linalg.solve_triangular(root, turned, upper=False, left=False)
-        return whole
-
     def objective() -> Tensor:
         optimizer.zero_grad()
-        whole = weight()
+        whole = turned @ turn
         penalty = whole.square().sum() / 2
         leaf, total = whole.detach().requires_grad_(), penalty.detach().double()
         for part, labels in pieces:
@@ -163,7 +161,6 @@ def linear_logits(
         pause()
         optimizer.step(objective)
     with torch.no_grad():
-        learned = weight()
-        return torch.cat(
-            [F.linear((part - mean) / scale, learned, bias) for part in queries.split(rows)]
-        )
+        points = ((part - mean) / scale for part in queries.split(rows))
+        logits = [F.linear(part, turned @ turn, bias) for part in points]
+    return torch.cat(logits)
