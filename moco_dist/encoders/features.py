@@ -137,7 +137,7 @@ def linear_logits(
     moments.diagonal().add_(num_classes)
     # They are found on the host, which takes a moment.
     root = torch.linalg.cholesky_ex((moments / count).cpu()).L
-    turn = torch.linalg.inv_ex(root).inverse.to(bank)
+    turn: Tensor = torch.linalg.inv_ex(root).inverse.to(bank)
     turned = bank.new_zeros(num_classes, size, requires_grad=True)
     bias = bank.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
