@@ -191,3 +191,8 @@ def test_a_streamed_run_notices_that_labels_changed(labelled: Path, tmp_path: Pa
         splits = load(tmp_path / "flat", labels=str(table), memory_gb=0.0)
         found.append(splits.fingerprint)
     assert found[0] != found[1]
+
+
+def test_the_banner_says_where_the_labels_come_from() -> None:
+    assert DataConfig(name="folder", labels="a b.csv").described == "folder with labels of a b.csv"
+    assert DataConfig(name="folder").described == "folder"

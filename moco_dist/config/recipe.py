@@ -86,7 +86,7 @@ class DataConfig:
             shapes_train=(10, None),
             shapes_test=(10, None),
         )
-        is_table = self.labels.lower().endswith((".csv", ".tsv"))
+        is_table = self._labels_are_a_table
         require(
             self.labels in ("folders", "none") or is_table,
             f"data.labels={shown(self.labels)} is unknown; use folders, none, or a FILE.csv",
@@ -99,6 +99,15 @@ class DataConfig:
         colour = len(self.background) == 3 and all(0 <= part <= 255 for part in self.background)
         rule = "it must be three numbers from 0 to 255"
         require(colour, f"data.background={self.background} is no colour; {rule}")
+
+    @property
+    def _labels_are_a_table(self) -> bool:
+        return self.labels.lower().endswith((".csv", ".tsv"))
+
+    @property
+    def described(self) -> str:
+        """What the images are, and the table that their labels come from."""
+        return self.name + f" with labels of {shown(self.labels)}" * self._labels_are_a_table
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         else "never (knn.every_epochs=0)"
     )
     rows = {
-        "data": f"{config.data.name}: {len(splits.train):,} training and "
+        "data": f"{config.data.described}: {len(splits.train):,} training and "
         f"{counted(len(splits.validation), 'validation image')}, "
         + counted(len(splits.train.classes), "class", "classes"),
         "images": splits.held,

@@ -174,7 +174,7 @@ def announce(probe: LinearProbe, source: Found) -> None:
         "protocol": f"fine-tuned, BatchNorm in evaluation mode, encoder lr {config.encoder_lr:g}"
         if probe.tunes
         else "linear, the encoder is frozen",
-        "data": f"{config.data.name}: {share} training, "
+        "data": f"{config.data.described}: {share} training, "
         f"{len(splits.validation):,} validation and {counted(len(splits.test), 'test image')}, "
         + counted(len(splits.train.classes), "class", "classes"),
         "images": splits.held,
