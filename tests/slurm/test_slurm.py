@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from tests import wandb_files
@@ -390,21 +389,22 @@ def test_a_sweep_over_the_mechanisms_ends_with_a_table_of_all_four(
     slurm: Slurm, runs: Path
 ) -> None:
     text = slurm.swept("slurm/mechanisms.txt")
-    found = set()
+    found = []
     for task in range(1, 5):
         run = runs / "mechanisms" / f"task_{task}"
         last = losses(run)[10]  # the last of the 10 steps of 2 epochs
         row = rf"task_{task} +pretrain +done +10/10 +{last:.3f} "
         assert re.search(row, text), text
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        mechanism = (config["moco"][key] for key in ("negatives", "keys", "symmetric"))
-        found.add((*mechanism, config["encoder"]["predictor"]))
-    assert found == {
-        ("queue", "momentum", False, False),
-        ("batch", "gradient", True, False),
-        ("bank", "gradient", False, False),
-        ("batch", "momentum", True, True),
-    }
+        (words,) = re.findall(rf"task_{task} +(moco\.negatives=.*)", text)
+        found.append(words.split())
+    keys = ["moco.negatives", "moco.keys", "moco.symmetric", "encoder.head", "encoder.predictor"]
+    told = [dict(word.split("=") for word in words) for words in found]
+    assert [tuple(each[key] for key in keys) for each in told] == [
+        ("queue", "momentum", "False", "linear", "False"),
+        ("batch", "gradient", "True", "linear", "False"),
+        ("bank", "gradient", "False", "linear", "False"),
+        ("batch", "momentum", "True", "mlp_bn", "True"),
+    ]
 
 
 def test_two_jobs_on_one_node_do_not_disturb_one_another(
