@@ -8,4 +8,6 @@ file="$(realpath -- "${1:-gpu_check.json}")"
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/environment.sh
 [[ "${GPU_CHECK_PYTHON:-}" ]] || source launch/environment.sh "."
+# Also where the package is not installed.
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 exec "${GPU_CHECK_PYTHON:-python}" launch/gpu_check.py "$file"

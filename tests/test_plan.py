@@ -61,7 +61,7 @@ def shuffled_identity(world_size: int, step: int) -> tuple[list[float], list[flo
     mine = rows.key_rows[0].double()[:, None]
     pieces = [lambda part=part: part for part in mine.chunk(2)]
     keys = moco.shuffled_keys(spy, pieces, rows.unshuffle[0])
-    _, notes = comms.all_gather_with_note(keys, torch.tensor([rank, -(2**62)]))
+    _, notes = comms.all_gather_with_note(keys, torch.tensor([rank, -(2**62)]))()
     assert notes.tolist() == [[other, -(2**62)] for other in range(world_size)]
     own = set(rows.query_rows.tolist())
     strangers = sum(int(row) not in own for row in torch.cat(seen)[:, 0])

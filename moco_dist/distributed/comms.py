@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -93,27 +94,46 @@ def require_own_gpu(timeout: timedelta) -> None:
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
     """Return `x` of every process, of equal shapes, joined along dimension 0 in order of ranks."""
-    if world_size() == 1:
-        return x
-    _count(x.nbytes * (world_size() - 1))
-    # One collective under NCCL, where a list of parts would be a broadcast for each process.
-    whole = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous())
-    return whole
+    return all_gather_later(x)()
 
 
 @torch.no_grad()
-def all_gather_with_note(x: Tensor, note: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `all_gather(x)`, and each process's `note`, int64 (k,), as (processes, k).
+def all_gather_later(x: Tensor) -> Callable[[], Tensor]:
+    """Begin an `all_gather`; return what waits for it and returns its result.
 
-    Both travel in one message.
+    What is computed in between, and the time until the last process comes, overlap with it.
     """
     if world_size() == 1:
-        return x, note[None]
-    message = torch.cat([x.flatten(), note.view(x.dtype)])
-    gathered = all_gather(message[None])
-    keys, notes = gathered[:, : x.numel()], gathered[:, x.numel() :]
-    return keys.reshape(-1, *x.shape[1:]), notes.contiguous().view(torch.int64)
+        return lambda: x
+    _count(x.nbytes * (world_size() - 1))
+    # One collective under NCCL, where a list of parts would be a broadcast for each process.
+    whole, x = x.new_empty(world_size() * len(x), *x.shape[1:]), x.contiguous()
+    work = dist.all_gather_into_tensor(whole, x, async_op=True)
+
+    @record_function("communication")
+    def end() -> Tensor:
+        assert work, "an asynchronous collective returns its work"
+        work.wait()
+        return whole
+
+    return end
+
+
+@torch.no_grad()
+def all_gather_with_note(x: Tensor, note: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Begin to gather `x` and each process's `note`, int64 (k,), in one message.
+
+    Return what waits for it and returns `all_gather(x)` and the notes, (processes, k).
+    """
+    if world_size() == 1:
+        return lambda: (x, note[None])
+    whole = all_gather_later(torch.cat([x.flatten(), note.view(x.dtype)])[None])
+
+    def end() -> tuple[Tensor, Tensor]:
+        keys, notes = whole().tensor_split([x.numel()], dim=1)
+        return keys.reshape(-1, *x.shape[1:]), notes.contiguous().view(torch.int64)
+
+    return end
 
 
 def all_gather_within(x: Tensor, processes: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -131,12 +132,22 @@ def shuffled_keys(
     encoder: Callable[[Tensor], Tensor],
     pieces: Sequence[Callable[[], Tensor]],
     unshuffle: Tensor,
-    gather: Callable[[Tensor], Tensor] = comms.all_gather,
 ) -> Tensor:
     """Return the keys of the global batch on every process, in its order, float (batch_size, dim).
 
-    `pieces` return the views of this process's share of the permuted batch. `gather` joins the keys
-    of all ranks, and `unshuffle`, int64 (batch_size,), undoes the permutation (section 3.3).
+    `pieces` return the views of this process's share of the permuted batch, and `unshuffle`, int64
+    (batch_size,), undoes the permutation (section 3.3).
     """
-    mine = torch.cat([encoder(piece()) for piece in pieces])
-    return gather(mine)[unshuffle]
+    return shuffled_keys_later(encoder, pieces, unshuffle, comms.all_gather_later)()
+
+
+@torch.no_grad()
+def shuffled_keys_later(
+    encoder: Callable[[Tensor], Tensor],
+    pieces: Sequence[Callable[[], Tensor]],
+    unshuffle: Tensor,
+    gather: Callable[[Tensor], Callable[[], Tensor]],
+) -> Callable[[], Tensor]:
+    """Return what `shuffled_keys` returns, once the gather that `gather` begins has ended."""
+    whole = gather(torch.cat([encoder(piece()) for piece in pieces]))
+    return cache(lambda: whole()[unshuffle])

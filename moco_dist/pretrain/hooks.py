@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.profiler import record_function
@@ -25,9 +27,9 @@ class Hooks:
     def begin(self, step: int, rows: Step) -> None:
         """Is called once the rows of the step are known and before anything is computed."""
 
-    def gather(self, keys: Tensor) -> Tensor:
-        """Return the keys of all processes in the order of ranks, (batch_size, dim)."""
-        return comms.all_gather(keys)
+    def gather(self, keys: Tensor) -> Callable[[], Tensor]:
+        """Begin to gather the keys of all processes in the order of ranks, (batch_size, dim)."""
+        return comms.all_gather_later(keys)
 
     def pause(self, doing: str) -> None:
         """Is called between parts of what takes long before the first step."""
@@ -86,22 +88,18 @@ class RunHooks(Hooks):
             step, rows.samples, asked, self.wants_save, alone=processes == 1
         )
 
-    def gather(self, keys: Tensor) -> Tensor:
-        """Return the keys of all processes; the first gather of a step also brings their notes.
-
-        Raises on all processes StoppedError if one of them was asked to stop, and PeerError if
-        they are not at the same step. Either leaves the state as it was before the step.
-        """
+    def gather(self, keys: Tensor) -> Callable[[], Tensor]:
+        """Begin to gather keys; the first gather of a step also brings the notes of all."""
         if self.note is None:
             return super().gather(keys)
-        gathered, notes = comms.all_gather_with_note(keys, self.note)
-        self.note = None
-        self.agreed = agreement.agree(notes)
-        if self.agreed.stop and self.session:
-            self.undo.restore()
-            self.session.stop_for(self.agreed.stop)
+        both, self.note = comms.all_gather_with_note(keys, self.note), None
         peers.me.mark(self.step, "encoding queries")
-        return gathered
+
+        def whole() -> Tensor:
+            gathered, self.notes = both()
+            return gathered
+
+        return whole
 
     def pause(self, doing: str) -> None:
         """Raise StoppedError on all processes if one of them was asked to stop."""
@@ -109,17 +107,27 @@ class RunHooks(Hooks):
             self.session.pause(doing)
 
     def before_update(self, made: list[Tensor], losses: Tensor) -> None:
-        """Raise NumbersError, with the state as it was before the step, for what is not finite.
+        """Raise, with the state as it was before the step, what is to end the run.
 
-        Vectors and gradients are the same on all processes, and a loss that is not finite gives
-        gradients that are not: either all processes raise, or none does. Otherwise return once a
-        save in the background has copied the state that this step is about to change.
+        That is PeerError if the processes are not at the same step, StoppedError if one of them was
+        asked to stop, and NumbersError for what is not finite. Vectors and gradients are the same
+        on all processes, and a loss that is not finite gives gradients that are not: either all
+        processes raise, or none does. Otherwise return once a save in the background has copied the
+        state that this step is about to change.
         """
         self.gradient_norm, norm = finite.norms(self.parameters, *made)
         # A sum is not finite if one of its terms isn't.
-        if not (self.gradient_norm + norm).isfinite():
-            self.undo.restore()
-            self.optimizer.zero_grad()
+        good = (self.gradient_norm + norm).isfinite()
+        # The only place where a step waits for the device.
+        try:
+            self.agreed = agreement.agree(self.notes)
+            if self.agreed.stop and self.session:
+                self.session.stop_for(self.agreed.stop)
+        except BaseException:
+            self._discard()
+            raise
+        if not good:
+            self._discard()
             suspects = {
                 "keys": torch.cat(made),
                 Metric.LOSS: losses,
@@ -128,6 +136,10 @@ class RunHooks(Hooks):
             finite.refuse(self.step, suspects, self.rows, self.source, self.config.optim.lr)
         if self.session:
             self.session.saver.copied()
+
+    def _discard(self) -> None:
+        self.undo.restore()
+        self.optimizer.zero_grad()
 
     @record_function("tracking")
     def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:

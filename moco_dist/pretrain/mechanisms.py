@@ -27,6 +27,8 @@ from moco_dist.method.plan import Plan, Step
 from moco_dist.pretrain.hooks import Hooks
 from moco_dist.randomness import Key
 
+Later = Callable[[], Tensor]
+
 
 class Contrasted(NamedTuple):
     """What a step has found; its gradients are in `.grad`."""
@@ -52,7 +54,8 @@ class Piece(NamedTuple):
 
     rows: Tensor  # their places in the batch, int64 (rows,)
     samples: Tensor  # int64 (rows,)
-    candidates: Tensor  # the positives of the whole batch, float (batch_size, dim)
+    # Returns the positives of the whole batch, float (batch_size, dim), once they are gathered.
+    candidates: Callable[[], Tensor]
     view: Callable[[], Tensor]  # makes their views, float (rows, channels, size, size)
     last: bool  # of the step
 
@@ -112,7 +115,7 @@ class AgainstConstants(Mechanism):
         """
         self.accelerator.backward(loss / self.micro_batches)
 
-    def pieces(self, rows: Step, views: list[Pieces], positives: list[Tensor]) -> Iterator[Piece]:
+    def pieces(self, rows: Step, views: list[Pieces], positives: list[Later]) -> Iterator[Piece]:
         """Yield the micro-batches of this process's queries, pass by pass."""
         parts = rows.query_rows.chunk(self.micro_batches)
         for number, (makes, candidates) in enumerate(zip(views, positives, strict=True), start=1):
@@ -125,7 +128,7 @@ class AgainstConstants(Mechanism):
         """Return the negatives of a micro-batch and their owners, as `info_nce` takes them."""
 
     def contrast(
-        self, rows: Step, views: list[Pieces], positives: list[Tensor], step: Key
+        self, rows: Step, views: list[Pieces], positives: list[Later], step: Key
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Add the gradients of all micro-batches; return their queries, losses and logits."""
         done, self.features = [], []
@@ -142,7 +145,7 @@ class AgainstConstants(Mechanism):
     def loss(self, queries: Tensor, piece: Piece, step: Key) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a micro-batch, (), and its logits; see `info_nce`."""
         negatives, owners = self.negatives(piece, step)
-        positives, temperature = piece.candidates[piece.rows], self.config.moco.temperature
+        positives, temperature = piece.candidates()[piece.rows], self.config.moco.temperature
         loss, logits = info_nce(queries, positives, negatives, temperature, owners)
         # A finite loss is multiplied by one; any other makes the gradients of all processes NaN.
         return loss * torch.where(loss.isfinite(), 1.0, torch.nan), logits
@@ -158,18 +161,22 @@ class MomentumKeys(AgainstConstants):
     def __call__(self, rows: Step, step: Key, hooks: Hooks) -> Contrasted:
         """Add the gradients of the step's loss."""
         key_views, query_views = self.make_views(rows)  # x_q, x_k = aug(x), aug(x)
-        keys = self.keys(rows, key_views, hooks)  # k = f_k.forward(x_k).detach()
-        queries, losses, logits = self.contrast(rows, query_views, keys, step)
+        later = self.keys(rows, key_views, hooks)  # k = f_k.forward(x_k).detach()
+        queries, losses, logits = self.contrast(rows, query_views, later, step)
+        keys = [whole() for whole in later]
         first = torch.cat(queries[: self.micro_batches])
         return Contrasted(torch.stack(losses), logits, first, keys, self.features, keys)
 
     @record_function("key")
-    def keys(self, rows: Step, views: list[Pieces], hooks: Hooks) -> list[Tensor]:
-        """Return the keys of the whole batch, pass by pass, (batch_size, dim); no gradients."""
+    def keys(self, rows: Step, views: list[Pieces], hooks: Hooks) -> list[Later]:
+        """Return the keys of the whole batch, pass by pass, (batch_size, dim); no gradients.
+
+        They are gathered while the queries are encoded.
+        """
         encoder = self.network.key_encoder
         with self.accelerator.autocast():
             return [
-                moco.shuffled_keys(encoder, pieces, unshuffle, hooks.gather)
+                moco.shuffled_keys_later(encoder, pieces, unshuffle, hooks.gather)
                 for pieces, unshuffle in zip(views, rows.unshuffle, strict=True)
             ]
 
@@ -179,7 +186,7 @@ class MomentumKeys(AgainstConstants):
             negatives, samples = self.network.queue.negatives()
             masks = self.config.moco.mask_own_keys
             return negatives, owners(samples, piece.samples) if masks else None
-        keys = piece.candidates
+        keys = piece.candidates()
         own = torch.full((len(keys),), -1, device=keys.device)
         own[piece.rows] = torch.arange(len(piece.rows), device=keys.device)
         return keys, own
@@ -193,11 +200,11 @@ class FromBank(AgainstConstants):
         if isinstance(step, int) and step == 0 and self.config.moco.bank_start == "pass":
             self.fill(hooks)
         _, views = self.make_views(rows)
-        positives = [self.network.bank.vectors[rows.samples]]
-        queries, losses, logits = self.contrast(rows, views, positives, step)
+        positives = self.network.bank.vectors[rows.samples]
+        queries, losses, logits = self.contrast(rows, views, [lambda: positives], step)
         mine = torch.cat(queries)
-        made = [hooks.gather(mine)]
-        return Contrasted(torch.stack(losses), logits, mine, positives, self.features, made)
+        made = [hooks.gather(mine)()]
+        return Contrasted(torch.stack(losses), logits, mine, [positives], self.features, made)
 
     def negatives(self, piece: Piece, step: Key) -> tuple[Tensor, Tensor | None]:
         """Return the vectors of the images drawn for the step."""
@@ -245,7 +252,7 @@ class Pairs(Mechanism):
         mine = torch.stack([each.detach() for each in vectors], 1)
 
         def everyone(x: Tensor) -> Tensor:
-            first, second = hooks.gather(x).unbind(1)
+            first, second = hooks.gather(x)().unbind(1)
             return torch.cat([first, second[rows.unshuffle[0]]])
 
         share, everything = self.share(mine, rows, everyone)

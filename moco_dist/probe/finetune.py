@@ -19,6 +19,9 @@ from moco_dist.method.batch_norm import batch_norms
 from moco_dist.method.encoder import Backbone
 from moco_dist.runs import checkpoint
 
+# Images from which a random encoder gets BatchNorm statistics before it is fine-tuned.
+CALIBRATION = 256
+
 
 class FineTuning:
     """The encoders in training; `encoders` and `optimizer` hold the state."""

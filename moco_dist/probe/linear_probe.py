@@ -18,18 +18,15 @@ from moco_dist.method import views
 from moco_dist.method.cuda_graph import Replayed
 from moco_dist.method.encoder import Backbone, build_encoder
 from moco_dist.method.plan import Plan, check_batch
-from moco_dist.probe import heads
+from moco_dist.probe import heads, state
 from moco_dist.probe.extraction import extract
-from moco_dist.probe.finetune import FineTuning, calibrate
+from moco_dist.probe.finetune import CALIBRATION, FineTuning, calibrate
 from moco_dist.probe.frozen import Frozen
 from moco_dist.probe.label_fraction import draw
 from moco_dist.randomness import Key
 from moco_dist.runs import checkpoint
 from moco_dist.runs.record import CONTROL, TRAINED
 from moco_dist.runs.session import Session
-
-# Images from which a random encoder gets BatchNorm statistics before it is fine-tuned.
-CALIBRATION = 256
 
 
 class LinearProbe:
@@ -323,7 +320,7 @@ class LinearProbe:
         fix = "one machine miscalculated: continue from the last checkpoint without it"
         what = f"the checksum of the heads after step {self.step}"
         peers.same_everywhere(what, fingerprint.checksum(*model.values()), fix)
-        state = {
+        about = {
             "epoch": self.step / self.steps_per_epoch,
             "encoder": self.identity,
             "classes": list(self.splits.train.classes),
@@ -331,19 +328,12 @@ class LinearProbe:
             "data": self.splits.fingerprint,
             "config": to_dict(self.config),
         }
-        self.session.save(self.step, model, momentum, state, wait)
+        self.session.save(self.step, model, momentum, about, wait)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the tensors of the models and of the optimizers, by name."""
-        model = {f"heads.{name}": each for name, each in self.heads.state_dict().items()}
-        model |= {f"best.{name}": each for name, each in self.best.tensors.items()}
-        momentum = {f"momentum.heads.{name}": b for name, b in self.optimizer.buffers.items()}
-        if self.tuning:
-            encoders, theirs = self.tuning.state()
-            model, momentum = model | encoders, momentum | theirs
-        return model, momentum
+        return state.tensors(self.heads, self.best, self.optimizer, self.tuning)
 
-    @torch.no_grad()
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Load the state of a checkpoint; ConfigError if it is of another encoder or data."""
         now = {"encoder": self.identity, "data": self.splits.fingerprint}
@@ -354,18 +344,6 @@ class LinearProbe:
                 f"{saved.path}: is the probe of another encoder or of other images "
                 f"({'; '.join(changed)}); give a new probe another name=..."
             )
-        model, momentum = self.tensors()
-        shapes = {name: each.shape for name, each in momentum.items()}
-        if self.tuning:
-            trained = self.tuning.optimizer, self.tuning.encoders
-            shapes |= checkpoint.momentum_shapes(*trained)
-        checkpoint.check_tensors(model, saved.model, saved.path)
-        checkpoint.check_tensors(shapes, saved.optimizer, saved.path)
-        for name, tensor in model.items():
-            tensor.copy_(saved.model[name])
-        for name, tensor in self.optimizer.buffers.items():
-            tensor.copy_(saved.optimizer[f"momentum.heads.{name}"])
-        if self.tuning:
-            checkpoint.restore_momentum(*trained, saved)
+        state.restore(saved, self.heads, self.best, self.optimizer, self.tuning)
         self.step = self.settled = saved.step
         peers.me.mark(self.step, "starting")

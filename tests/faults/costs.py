@@ -85,7 +85,7 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
         taken, cost = time.thread_time() - began, sum(clocks)
         for _ in range(3):  # the first of them waits for the other process
             plain.append(timed_once(lambda: comms.all_gather(keys)))
-            noted.append(timed_once(lambda: comms.all_gather_with_note(keys, note)))
+            noted.append(timed_once(lambda: comms.all_gather_with_note(keys, note)()))
         if number >= 5:
             whole.append(taken)
             own.append(cost)
