@@ -81,7 +81,13 @@ SMALLEST = {
     " moco.momentum=0.95 optim.lr=0.3 optim.warmup_epochs=1",
     "mocov3_imagenet": f"{SHARP} epochs=11 encoder.head_width=256 moco.temperature=0.5"
     " moco.momentum=0.95 optim.lr=0.1 optim.trust=0.04 optim.warmup_epochs=1",
+    "mocov3_vit_small": "encoder.backbone=timm/test_vit data.size=80 views.size=48"
+    " views.blur_sigma_max=0.5 epochs=10 encoder.head_width=256 moco.temperature=1"
+    " moco.momentum=0.95 optim.lr=1e-3 optim.warmup_epochs=1",
 }
+# What kNN must reach. The Vision Transformer, whose 9 patches of 16 pixels are as large as a shape,
+# needs more steps: 45.5 in the time in which the others are above 90.
+BARS = dict.fromkeys(SMALLEST, 0.8) | {"mocov3_vit_small": 0.4}
 # Keys that a smaller form may change. All others are the mechanism, and the preset's.
 SIZES = {
     *("name", "output", "epochs", "batch_size", "knn", "tracking", "runtime", "data"),
@@ -116,4 +122,12 @@ def test_the_smallest_form_of_a_preset_learns_drawn_shapes(preset: str, tmp_path
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     accuracies = [line["knn/top1"] for line in lines(tmp_path / "small") if "knn/top1" in line]
-    assert accuracies[-1] > 0.8 > 2 * accuracies[0], accuracies
+    assert accuracies[-1] > BARS[preset] > 2 * accuracies[0], accuracies
+
+
+def test_the_presets_of_both_vision_transformers_differ_in_size_alone() -> None:
+    small, base = (
+        load(PretrainConfig, [str(PRESETS / f"mocov3_vit_{size}.yaml")])
+        for size in ("small", "base")
+    )
+    assert mechanism(small) == mechanism(base)

@@ -395,7 +395,7 @@ def test_a_sweep_over_the_mechanisms_ends_with_a_table_of_all_four(
         last = losses(run)[10]  # the last of the 10 steps of 2 epochs
         row = rf"task_{task} +pretrain +done +10/10 +{last:.3f} "
         assert re.search(row, text), text
-        (words,) = re.findall(rf"task_{task} +(moco\.negatives=.*)", text)
+        (words,) = re.findall(rf"task_{task} +(\S+=.*)", text)
         found.append(words.split())
     keys = ["moco.negatives", "moco.keys", "moco.symmetric", "encoder.head", "encoder.predictor"]
     told = [dict(word.split("=") for word in words) for words in found]
