@@ -163,6 +163,11 @@ def machine_error(error: BaseException | None) -> MachineError | None:
     return None
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number and its noun, as in "no images", "1 image"; `many` is a plural without s."""
+    return f"{number or 'no':{',' if number else ''}} {one if number == 1 else many or one + 's'}"
+
+
 def shown(value: object, limit: int = 300) -> str:
     """Return `value` for a message: on one line, printable, cut to 60 characters above `limit`."""
     text = str(value)

@@ -128,7 +128,7 @@ def test_a_step_of_one_process_waits_for_its_device_once(
         figures = loop.figures_of(trainer, 3, taken, hooks.health, 1.0)
         assert figures.keys() >= {"train/loss", "health/rankme", "queue/own_images"}
         found.clear()
-        trainer.knn_top1()
+        trainer.accuracies()
         assert found["read"] == 2  # are all images labelled; how many neighbours are right
         assert trainer.nearest is not None
         assert trainer.nearest.device == DEVICE

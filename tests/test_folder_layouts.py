@@ -260,7 +260,7 @@ WARNED = {
     ),
     "others": (
         {"train .png": 3, "bus .png": 3, "car .png": 3},
-        "trains on 'train' alone; left aside 2 other folder(s): bus, car",
+        "trains on 'train' alone; left aside 2 other folders: bus, car",
     ),
     "test alone": (
         {"cat .png": 3, "dog .png": 3, "test .png": 3},
@@ -268,7 +268,7 @@ WARNED = {
     ),
     "next to the parts": (
         {" .png": 2, "train/a .png": 3, "train/b .png": 3},
-        "left aside 2 image(s) next to the folder that is read",
+        "left aside 2 images next to the folder that is read",
     ),
 }
 

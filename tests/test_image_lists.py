@@ -206,7 +206,7 @@ def test_tars_are_shared_out_by_folders_or_by_words_of_their_names(tmp_path: Pat
     assert tar_shards.parts(one) == (train, tests, ())
     found = tar_shards.parts(two)
     assert found[:2] == ((two / "train", ["0.tar", "1.tar"]), [(two / "val", ["0.tar"])])
-    assert found[2] == (f"{two}: left aside 1 tar(s) next to the folder that is read",)
+    assert found[2] == (f"{two}: left aside 1 tar next to the folder that is read",)
 
 
 @pytest.mark.parametrize(

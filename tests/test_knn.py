@@ -88,7 +88,7 @@ def test_similarities_of_a_bf16_run_are_not_rounded_to_bf16(
         return found
 
     monkeypatch.setattr(features, "predict", watched)
-    trainer.knn_top1()
+    trainer.accuracies()
     ((queries, bank, labels, found),) = seen
     assert queries.dtype == bank.dtype == torch.float32
     # Of the same features, which autocast computed in bf16.
@@ -144,7 +144,7 @@ def test_knn_of_the_head_is_that_of_the_vectors_behind_it(tmp_path: Path) -> Non
     trainer = started(tmp_path, "", "knn.features=head", "data.validation=0.5", "knn.k=5")
     for _ in range(2):
         trainer.train_step()
-    found, encoder = trainer.knn_top1(), trainer.moco.query_encoder
+    found, encoder = trainer.accuracies()["knn/top1"], trainer.moco.query_encoder
     train, validation = trainer.splits.train, trainer.splits.validation
     assert isinstance(train, datasets.Images)
     assert isinstance(validation, datasets.Images)

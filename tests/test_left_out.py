@@ -167,8 +167,8 @@ def test_shards_follow_the_rules_of_folders(
         loaded = datasets.load(given)
     assert (len(loaded.train), len(loaded.test)) == (6, 0)
     assert loaded.parts == (
-        "trains on 1 tar(s) from all/TRAIN-0.tar; leaves aside 1 tar(s) from all/test-0.tar (class "
-        "'fox' is not in training), 1 tar(s) from all/Val-0.tar (not needed)"
+        "trains on 1 tar from all/TRAIN-0.tar; leaves aside 1 tar from all/test-0.tar (class "
+        "'fox' is not in training), 1 tar from all/Val-0.tar (not needed)"
     )
     with pytest.raises(DataError, match="class 'fox' is not among the 2 classes"):
         probe_run.labelled(loaded, ProbeConfig(top_k=2))
@@ -181,7 +181,7 @@ def test_shards_follow_the_rules_of_folders(
     assert (
         said["parts"]
         == loaded.parts
-        == ("trains on 1 tar(s) from all/TRAIN-0.tar; tests on 1 tar(s) from all/Val-0.tar")
+        == ("trains on 1 tar from all/TRAIN-0.tar; tests on 1 tar from all/Val-0.tar")
     )
 
 

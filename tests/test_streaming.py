@@ -260,7 +260,7 @@ def test_an_evaluation_that_is_stopped_leaves_the_workers_well(
 def test_pictures_and_neighbours_are_drawn_of_streamed_images(folder: Path, tmp_path: Path) -> None:
     trainer = build(tmp_path, folder, "views.size=32", "data.validation=0.2")
     trainer.train_step()
-    trainer.knn_top1()
+    trainer.accuracies()
     album = media.Album(tmp_path / "media")
     pictures.draw_step(trainer, album, torch.zeros(16, 4))
     pictures.draw_neighbours(trainer, album)

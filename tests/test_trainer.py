@@ -186,7 +186,7 @@ def accuracy() -> float:
     trainer = build()
     for _ in range(3):
         trainer.train_step()
-    return trainer.knn_top1()
+    return trainer.accuracies()["knn/top1"]
 
 
 def test_the_nearest_neighbour_monitor_counts_each_image_once() -> None:

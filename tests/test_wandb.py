@@ -61,7 +61,8 @@ def trained(home: Path) -> Path:
     """An offline pretraining, in a home folder."""
     place = [f"output={home}/runs", "name=run", f"data.root={home}/pictures", OFFLINE]
     environment = {"MY_SECRET": SECRET, "HOME": str(home)}
-    result = python("pretrain", *SMALL, *place, "tracking.upload_encoder=true", **environment)
+    more = ["tracking.upload_encoder=true", "monitor.linear=true"]
+    result = python("pretrain", *SMALL, *place, *more, **environment)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     (home / "console.txt").write_text(result.stdout)
@@ -107,7 +108,7 @@ def test_every_line_of_metrics_is_in_the_history_at_its_step(job: str, request: 
     logged = {name for row in folder.history for name in row}
     if job == "pretrain":
         wanted = {"train/loss", "train/accuracy_top1", "train/accuracy_top5", "train/lr"}
-        wanted |= {"train/images_per_second", "queue/fill", "knn/top1"}
+        wanted |= {"train/images_per_second", "queue/fill", "knn/top1", "online/top1"}
         wanted |= {"similarity/positive", "similarity/negative", "system/memory_gb"}
         wanted |= {"health/alignment", "health/uniformity", "health/rankme", "queue/age_steps"}
         wanted |= {"health/feature_std", "health/ema_distance"}
@@ -115,14 +116,15 @@ def test_every_line_of_metrics_is_in_the_history_at_its_step(job: str, request: 
         wanted = {"probe/loss", "probe/top1", "probe/top5", "control/top1"}
     assert wanted <= logged
     for name in logged - {"_step", "_runtime", "_timestamp", "step", "epoch"}:
-        evaluation = name.startswith(("knn/", "probe/", "control/"))
+        evaluation = name.startswith(("knn/", "online/", "probe/", "control/"))
         assert folder.axes[name] == ("epoch" if evaluation else "step")
 
 
 def test_the_summary_has_the_last_and_of_evaluations_the_best(trained: Path, probed: Path) -> None:
     (folder,) = folders(trained)
-    accuracies = [row["knn/top1"] for row in rows(trained).values() if "knn/top1" in row]
-    assert folder.summary["knn/top1"] == {"max": max(accuracies), "last": accuracies[-1]}
+    for name in ("knn/top1", "online/top1"):
+        accuracies = [row[name] for row in rows(trained).values() if name in row]
+        assert folder.summary[name] == {"max": max(accuracies), "last": accuracies[-1]}
     assert folder.summary["train/loss"] == {"last": rows(trained)[10]["train/loss"]}
     (probe,) = folders(probed)
     losses = [row["probe/loss"] for row in rows(probed).values()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moco_dist.config.rules import OWN, check, check_momentum, check_positive, require
-from moco_dist.errors import ConfigError
+from moco_dist.errors import ConfigError, counted
 
 # The queue that MoCo uses for the 1.28 million images of ImageNet.
 LONGEST = 65_536
@@ -144,7 +144,7 @@ class MocoConfig:
         if self.negatives == "queue":
             steps = -(-self.queue_size // (batch_size * len(self.passes)))
             share = f" ({self.queue_size / images:.1%} of the images)" if images else ""
-            full = f"full after {steps:,} steps; the loss rises until then"
+            full = f"full after {counted(steps, 'step')}; the loss rises until then"
             return f"{others} keys in a queue{share}, {full}"
         if self.negatives == "bank":
             drawn = "draws from" if self.bank_draws else "of"  # with replacement

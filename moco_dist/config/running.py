@@ -31,8 +31,8 @@ class KnnConfig:
 class MonitorConfig:
     """What watches an encoder while it learns, besides the nearest-neighbour classifier."""
 
-    # Train a linear classifier on the backbone's features along the way, which the encoder does not
-    # notice, and log its accuracy on the validation images with each kNN evaluation (online/top1).
+    # With each kNN evaluation, also fit a linear classifier to the backbone's features of the
+    # training images, and log its accuracy on the validation images (online/top1).
     linear: bool = False
 
 

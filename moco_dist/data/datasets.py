@@ -21,7 +21,7 @@ from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.worker_pool import WorkerPool
 from moco_dist.distributed import comms, fingerprint, peers
-from moco_dist.errors import ConfigError, DataError, shown
+from moco_dist.errors import ConfigError, DataError, counted, shown
 from moco_dist.randomness import Purpose, permutation
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def _held(config: DataConfig, channels: int, loaded: Loaded) -> str:
         held = [part for part in (train, test) if isinstance(part, StreamedImages) and len(part)]
         count = sum(len(part.aside.rows) for part in held)
         return (
-            f"streamed by {workers} worker{'s' * (workers > 1)} per process: {squares}, more than "
+            f"streamed by {counted(workers, 'worker')} per process: {squares}, more than "
             f"data.memory_gb={limit}; what is transparent on {_colour(config)}"
             f"{f'; {count} unreadable set aside' if count else ''}"
         )

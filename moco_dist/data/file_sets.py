@@ -13,7 +13,7 @@ from moco_dist.data import folder_layout, image_archive, image_index, parts, tab
 from moco_dist.data.arrays import Arrays
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.label_table import LabelTable
-from moco_dist.errors import DataError, MissingError, shown
+from moco_dist.errors import DataError, MissingError, counted, shown
 
 # Name of the training images of a folder without parts.
 ALL = "all images"
@@ -144,7 +144,7 @@ def _shards(config: DataConfig, given: Path, kept: Path | None) -> Sources:
             return image_index.of_shards(*tars, labelled, kept, classes or None)
 
         place = shown(os.path.relpath(tars.folder / tars.names[0], given))
-        return Source(f"{len(tars.names)} tar(s) from {place}", listed)
+        return Source(f"{counted(len(tars.names), 'tar')} from {place}", listed)
 
     return Sources(of(train), [of(part) for part in tests], warnings)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from moco_dist.data.folder_walk import holds, ignored
 from moco_dist.data.image_file import EXTENSIONS, UNREAD
 from moco_dist.data.parts import part_of
-from moco_dist.errors import DataError, shown
+from moco_dist.errors import DataError, counted, shown
 
 # One picture of so many may lie next to the folders that count.
 STRAYS = 10
@@ -57,8 +57,8 @@ def find(given: Path, endings: tuple[str, ...] = EXTENSIONS) -> Layout:
     if others := [shown(name) for name in others if _holds_any(root / name, endings)]:
         listed = f"{', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
         said.append(
-            f"{shown(root)}: trains on '{shown(train)}' alone; left aside {len(others)} other "
-            f"folder(s): {listed}"
+            f"{shown(root)}: trains on '{shown(train)}' alone; left aside "
+            f"{counted(len(others), 'other folder')}: {listed}"
         )
     return Layout(root, root / train, tuple(root / name for name in tests), tuple(said))
 
@@ -69,7 +69,7 @@ def _next_to(given: Path, last: Path, endings: tuple[str, ...]) -> list[str]:
     counts = [(at, _files(at, endings)) for at in levels]
     kind = "image" if endings == EXTENSIONS else endings[0].removeprefix(".")
     return [
-        f"{shown(at)}: left aside {count:,} {kind}(s) next to the folder that is read"
+        f"{shown(at)}: left aside {counted(count, kind)} next to the folder that is read"
         for at, count in counts
         if count
     ]

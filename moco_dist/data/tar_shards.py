@@ -15,7 +15,7 @@ from moco_dist.data.folder_walk import ignored
 from moco_dist.data.image_file import EXTENSIONS
 from moco_dist.data.parts import part_of
 from moco_dist.data.tar_members import Member
-from moco_dist.errors import MissingError, shown
+from moco_dist.errors import MissingError, counted, shown
 
 
 class Found(NamedTuple):
@@ -67,8 +67,8 @@ def parts(given: Path, ending: str = ".tar") -> tuple[Tars, list[Tars], tuple[st
     said = []
     if ending == ".tar" and (compressed := _tars(train.folder, COMPRESSED)):
         said.append(
-            f"{shown(train.folder)}: left out {len(compressed)} compressed tar(s), which can't be "
-            f"read at any place; the first is {shown(compressed[0])}; decompress them"
+            f"{shown(train.folder)}: left out {counted(len(compressed), 'compressed tar')}, which "
+            f"can't be read at any place; the first is {shown(compressed[0])}; decompress them"
         )
     if not train.names:
         raise MissingError(

@@ -24,7 +24,7 @@ import moco_dist
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed import comms
 from moco_dist.doctor.finding import Finding
-from moco_dist.errors import ConfigError, UserError, shown
+from moco_dist.errors import ConfigError, UserError, counted, shown
 from moco_dist.method import plan
 from moco_dist.method.encoder import build_encoder
 from moco_dist.pretrain import set_size
@@ -52,7 +52,9 @@ def processes(config: PretrainConfig, device: torch.device) -> Iterator[Finding]
     fault = ""
     if wanted not in (0, count):
         fault = f"runtime.processes={wanted} and {count} took part; start {wanted}"
-    yield Finding("processes", f"{count} on {len(hosts)} machine(s): {', '.join(names)}", fault)
+    yield Finding(
+        "processes", f"{count} on {counted(len(hosts), 'machine')}: {', '.join(names)}", fault
+    )
     different = sorted({versions for _, _, versions in everyone})
     fault = f"processes have other versions: {' and '.join(different)}; install the same"
     yield Finding("versions", different[0], fault if len(different) > 1 else "")
@@ -87,8 +89,8 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
     rows, groups = config.batch_size, config.bn_groups
     yield _ruled(
         "batch",
-        f"{rows} = {world} x {rows // world}, {groups} BatchNorm groups of {rows // groups}, "
-        f"{micro} micro-batch(es)",
+        f"{rows} = {world} x {rows // world}, {counted(groups, 'BatchNorm group')} of "
+        f"{rows // groups}, {counted(micro, 'micro-batch', 'micro-batches')}",
         lambda: plan.check_batch(rows, world),
         lambda: plan.check_groups(groups, world, micro, config.runtime.compile),
     )
@@ -97,7 +99,7 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
     steps = images // rows
     yield _ruled(
         "steps",
-        f"{steps:,} an epoch, {steps * config.epochs:,} in {config.epochs} epochs",
+        f"{steps:,} an epoch, {steps * config.epochs:,} in {counted(config.epochs, 'epoch')}",
         lambda: plan.check_images(rows, groups, world, images),
     )
     long = config.moco.too_long(rows, images)

@@ -16,7 +16,7 @@ from moco_dist.data import file_sets, image_archive, image_file, tables, torchvi
 from moco_dist.data.file_sets import FileSet
 from moco_dist.data.image_file import Place, Recipe
 from moco_dist.doctor.finding import Finding
-from moco_dist.errors import UserError, shown
+from moco_dist.errors import UserError, counted, shown
 from moco_dist.randomness import Purpose, permutation
 
 # Files, drawn at random from the whole set, that are decoded as a sample.
@@ -55,9 +55,9 @@ def data(config: DataConfig, channels: int, seconds: float = SECONDS) -> tuple[l
         config.size, channels=channels, background=config.background, resize=config.resize
     )
     findings = _looked_at(config, recipe, places, others, seconds)
-    classes = len(found.train.classes) or "no"
+    classes = counted(len(found.train.classes), "class", "classes")
     tests = f", {len(found.test):,} for testing" if found.test else ""
-    text = f"{len(found.train):,} images{tests}, {classes} classes{findings[0].found}"
+    text = f"{counted(len(found.train), 'image')}{tests}, {classes}{findings[0].found}"
     findings[0] = replace(findings[0], found=text)
     if found.parts:
         findings.append(Finding("parts", found.parts))

@@ -73,7 +73,11 @@ def examine(config: PretrainConfig, seconds: float = images.SECONDS) -> None:
         for finding in findings:
             if finding.warning:
                 terminal.write_line(console, f"warning: {finding.warning}")
-    faults = [f"{finding.about}: {finding.fault}" for finding in findings if finding.fault]
+    faults = [
+        f.fault if f.fault.startswith(f"{f.about}: ") else f"{f.about}: {f.fault}"
+        for f in findings
+        if f.fault
+    ]
     if faults:
         listed = "".join(f"\n  {number}. {fault}" for number, fault in enumerate(faults, 1))
         raise FaultsError(f"{len(faults)} will fail:{listed}").on_all()

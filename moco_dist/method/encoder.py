@@ -99,9 +99,6 @@ class Encoder(nn.Module):
     """
 
     predictor: nn.Module | None
-    # Whether `forward` leaves the backbone's features, without a graph, in `features`.
-    keeps_features = False
-    features: Tensor | None = None
 
     def __init__(
         self, config: EncoderConfig, rows_per_group: int = 1, groups: int = 1, span: int = 1
@@ -135,10 +132,7 @@ class Encoder(nn.Module):
         return vectors
 
     def _vectors(self, views: Tensor) -> Tensor:
-        features = self.backbone(views)
-        if self.keeps_features:
-            self.features = features.detach()
-        out = self.head(features)
+        out = self.head(self.backbone(views))
         if self.training and self.predictor is not None:
             out = self.predictor(out)
         return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=1)

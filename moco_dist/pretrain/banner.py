@@ -6,6 +6,7 @@ import logging
 
 from moco_dist.distributed import comms
 from moco_dist.encoders import load
+from moco_dist.errors import counted
 from moco_dist.pretrain.set_size import few_images
 from moco_dist.pretrain.step_graph import why_not
 from moco_dist.pretrain.trainer import Trainer
@@ -28,24 +29,26 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
     if sentence := config.moco.too_long(config.batch_size, len(splits.train)):
         logger.warning(sentence)
     monitor = (
-        "every " + _counted(config.knn.every_epochs, "epoch", "epochs")
+        f"every {counted(config.knn.every_epochs, 'epoch')}"
+        + ", with a linear classifier (online/top1)" * config.monitor.linear
         if config.knn.every_epochs
         else "never (knn.every_epochs=0)"
     )
     rows = {
         "data": f"{config.data.name}: {len(splits.train):,} training and "
-        f"{len(splits.validation):,} validation images, "
-        f"{len(splits.train.classes) or 'no'} classes",
+        f"{counted(len(splits.validation), 'validation image')}, "
+        + counted(len(splits.train.classes), "class", "classes"),
         "images": splits.held,
         "encoder": f"{config.encoder.backbone}, width {config.encoder.width}, "
         f"{config.encoder.stem} stem, {config.encoder.head} head to "
         f"{config.encoder.dim}; {config.precision}",
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}, "
-        f"{config.bn_groups} BatchNorm groups of {config.batch_size // config.bn_groups}, "
-        + _counted(config.runtime.micro_batches, "micro-batch", "micro-batches"),
+        f"{counted(config.bn_groups, 'BatchNorm group')} of "
+        f"{config.batch_size // config.bn_groups}, "
+        + counted(config.runtime.micro_batches, "micro-batch", "micro-batches"),
         "negatives": config.moco.described(config.batch_size, len(splits.train)),
-        "steps": f"{trainer.steps_per_epoch:,} an epoch ({left_over} images left over, others each "
-        f"epoch), {trainer.total_steps:,} in {config.epochs} epochs",
+        "steps": f"{trainer.steps_per_epoch:,} an epoch ({counted(left_over, 'image')} left over, "
+        f"others each epoch), {trainer.total_steps:,} in {counted(config.epochs, 'epoch')}",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
     if config.moco.unused:
@@ -62,10 +65,6 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
     if config.init_from and not session.resumed and comms.is_main():
         rows["start"] = load.start_sentence(session.directory)
     start.banner(session, "pretrain", rows)
-
-
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
 
 
 def summarize(trainer: Trainer, session: Session, results: dict[str, float]) -> None:

@@ -42,7 +42,7 @@ def loop(
 
     slowest = 0.0
     if owes(trainer, total, can_classify):
-        results[Metric.KNN_TOP1] = evaluate(trainer, session, tracker)
+        results |= evaluate(trainer, session, tracker)
         if trainer.step:
             save(trainer, session, wait=trainer.step >= total)
     since = saved = time.monotonic()
@@ -77,7 +77,7 @@ def loop(
             pictures.draw_step(trainer, tracker.media, torch.cat(taken.logits))
         del taken
         if classifies:
-            results[Metric.KNN_TOP1] = evaluate(trainer, session, tracker)
+            results |= evaluate(trainer, session, tracker)
             if draws and tracker.media:
                 pictures.draw_neighbours(trainer, tracker.media)
             best = trainer.best is not None and trainer.best["step"] == step
@@ -140,21 +140,19 @@ def _ended_epoch(trainer: Trainer) -> int:
     return 0 if inside else epoch
 
 
-def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> float:
-    """Return and log the kNN accuracy of the encoder as it is."""
+def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> dict[str, float]:
+    """Return and log the accuracies of the encoder as it is."""
     step = trainer.step
     peers.me.mark(step, "evaluating kNN")
     tracker.unfinished = True
-    accuracy = trainer.knn_top1(partial(session.pause, "evaluating kNN"))
-    found = {"epoch": step / trainer.steps_per_epoch, Metric.KNN_TOP1: accuracy}
-    if trainer.online_top1 is not None:
-        found[Metric.ONLINE_TOP1] = trainer.online_top1
-    tracker.log(step, found)
+    found = trainer.accuracies(partial(session.pause, "evaluating kNN"))
+    tracker.log(step, {"epoch": step / trainer.steps_per_epoch, **found})
     tracker.unfinished = False
     trainer.evaluated = step
-    if step and (trainer.best is None or accuracy > trainer.best["knn_top1"]):
-        trainer.best = {"step": step, "knn_top1": accuracy}
-    return accuracy
+    knn = found[Metric.KNN_TOP1]
+    if step and (trainer.best is None or knn > trainer.best["knn_top1"]):
+        trainer.best = {"step": step, "knn_top1": knn}
+    return found
 
 
 def share_aside(trainer: Trainer, session: Session) -> None:
@@ -166,7 +164,7 @@ def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
     """Write a checkpoint of the state after `step` steps, in the background, or `wait` for it."""
     peers.me.mark(trainer.step, "saving")
     share_aside(trainer, session)
-    model, training = state.tensors(trainer.moco, trainer.optimizer, trainer.online)
+    model, training = state.tensors(trainer.moco, trainer.optimizer)
     momentum = [value for key, value in training.items() if key.startswith("momentum.")]
     peers.same_everywhere(
         f"the checksum of the state after step {trainer.step}",

@@ -41,9 +41,6 @@ class Contrasted(NamedTuple):
     # of each pass are drawn to, float (local, dim) and (batch_size, dim).
     queries: Tensor
     positives: list[Tensor]
-    # The backbone's features of the first view of this process's rows, where an online probe asks
-    # for them, float (rows, features) each.
-    features: list[Tensor]
     # Vectors of the whole batch that this step has made, the same on all processes, and that enter
     # the memory if there is one, float (n, dim).
     made: list[Tensor]
@@ -76,7 +73,6 @@ class Mechanism(ABC):
         self.config, self.network, self.query = config, network, query
         self.accelerator, self.source, self.plan, self.undo = accelerator, source, plan, undo
         self.micro_batches = config.runtime.micro_batches
-        self.features: list[Tensor] = []
 
     @abstractmethod
     def __call__(self, rows: Step, step: Key, hooks: Hooks) -> Contrasted:
@@ -93,15 +89,7 @@ class Mechanism(ABC):
     @record_function("query")
     def encode(self, view: Callable[[], Tensor]) -> Tensor:
         """Return the queries of views, unit vectors, float (rows, dim)."""
-        queries = self.query(view())
-        self.keep_features()
-        return queries
-
-    def keep_features(self) -> None:
-        """Keep the features of the newest pass, if they are asked for and of the first view."""
-        features = self.network.query_encoder.features
-        if features is not None and len(self.features) < self.micro_batches:
-            self.features.append(features)
+        return self.query(view())
 
 
 class AgainstConstants(Mechanism):
@@ -131,7 +119,7 @@ class AgainstConstants(Mechanism):
         self, rows: Step, views: list[Pieces], positives: list[Later], step: Key
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Add the gradients of all micro-batches; return their queries, losses and logits."""
-        done, self.features = [], []
+        done = []
         for piece in self.pieces(rows, views, positives):
             with self.adding_gradients(piece.last):
                 q = self.encode(piece.view)  # q = f_q.forward(x_q)
@@ -165,7 +153,7 @@ class MomentumKeys(AgainstConstants):
         queries, losses, logits = self.contrast(rows, query_views, later, step)
         keys = [whole() for whole in later]
         first = torch.cat(queries[: self.micro_batches])
-        return Contrasted(torch.stack(losses), logits, first, keys, self.features, keys)
+        return Contrasted(torch.stack(losses), logits, first, keys, keys)
 
     @record_function("key")
     def keys(self, rows: Step, views: list[Pieces], hooks: Hooks) -> list[Later]:
@@ -204,7 +192,7 @@ class FromBank(AgainstConstants):
         queries, losses, logits = self.contrast(rows, views, [lambda: positives], step)
         mine = torch.cat(queries)
         made = [hooks.gather(mine)()]
-        return Contrasted(torch.stack(losses), logits, mine, [positives], self.features, made)
+        return Contrasted(torch.stack(losses), logits, mine, [positives], made)
 
     def negatives(self, piece: Piece, step: Key) -> tuple[Tensor, Tensor | None]:
         """Return the vectors of the images drawn for the step."""
@@ -242,7 +230,7 @@ class Pairs(Mechanism):
     def __call__(self, rows: Step, step: Key, hooks: Hooks) -> Contrasted:
         """Add the gradients of the step's loss."""
         (seconds,), (firsts,) = self.make_views(rows)
-        whole, self.features = self.micro_batches == 1, []
+        whole = self.micro_batches == 1
         if whole:
             vectors = [self.encode(firsts[0]), self.encode(seconds[0])]
         else:
@@ -264,7 +252,7 @@ class Pairs(Mechanism):
         if not whole:
             self.again([*firsts, *seconds], torch.cat(gradients))
         keys, losses, logits = [everything.chunk(2)[1]], share.loss[None], [share.logits]
-        return Contrasted(losses, logits, mine[:, 0], keys, self.features, [everything])
+        return Contrasted(losses, logits, mine[:, 0], keys, [everything])
 
     @record_function("query")
     @torch.no_grad()

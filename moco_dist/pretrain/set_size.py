@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moco_dist.config.recipe import PretrainConfig
+from moco_dist.errors import counted
 
 # Sets below this number of images are few.
 FEW = 1000
@@ -12,9 +13,9 @@ def few_images(config: PretrainConfig, images: int) -> str:
     """Return what to expect of a set of few images, empty for a larger one."""
     if images >= FEW:
         return ""
-    steps = max(1, images // config.batch_size)
+    steps = counted(max(1, images // config.batch_size), "step")
     return (
-        f"{images} training images are few: with {steps} step{'s' * (steps > 1)} an epoch, give "
+        f"{images} training images are few: with {steps} an epoch, give "
         "many epochs, and compare with the probe's random encoder; 500 images of CIFAR-10 took a "
         "narrow ResNet-18 from 23.7% to 37.0% in 1,400 steps, as 45,000 did (docs/own_data.md)"
     )

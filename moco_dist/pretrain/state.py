@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moco_dist.method import batch_norm
 from moco_dist.method.moco import REMEMBERED, MoCo
 from moco_dist.runs import checkpoint
 from moco_dist.runs.checkpoint import Checkpoint
 
-_ONLINE = "online."
-
 
 def tensors(
-    network: MoCo, optimizer: torch.optim.Optimizer, online: nn.Module | None = None
+    network: MoCo, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors of the model, and those of the optimizer and the BatchNorm groups.
 
@@ -25,32 +23,23 @@ def tensors(
         batch_norm.average_statistics(encoder)
         groups = batch_norm.group_statistics(encoder)
         training |= {f"statistics.{name}.{key}": value for key, value in groups.items()}
-    if online:
-        training |= {f"{_ONLINE}{name}": value for name, value in online.state_dict().items()}
     return network.state_dict(), training
 
 
 def restore(
-    network: MoCo,
-    optimizer: torch.optim.Optimizer,
-    online: nn.Module | None,
-    bn_groups: int,
-    saved: Checkpoint,
+    network: MoCo, optimizer: torch.optim.Optimizer, bn_groups: int, saved: Checkpoint
 ) -> None:
     """Put back what `tensors` returned, whatever number of processes did; DataError if it differs.
 
-    `bn_groups` are those of all processes. An online probe that was not saved begins here.
+    `bn_groups` are those of all processes.
     """
-    probe = {name: value for name, value in saved.optimizer.items() if name.startswith(_ONLINE)}
-    if online and probe:
-        own = {name.removeprefix(_ONLINE): value for name, value in probe.items()}
-        checkpoint.load_tensors(online, own, saved.path)
     expected = checkpoint.momentum_shapes(optimizer, network.query_encoder)
     for name, encoder in network.encoders.items():
         shapes = batch_norm.statistics_shapes(encoder, bn_groups)
         expected |= {f"statistics.{name}.{key}": shape for key, shape in shapes.items()}
-    expected |= {name: value.shape for name, value in probe.items()}
-    checkpoint.check_tensors(expected, saved.optimizer, saved.path)
+    # Earlier versions also saved a linear classifier that learned in each step.
+    found = {k: each for k, each in saved.optimizer.items() if not k.startswith("online.")}
+    checkpoint.check_tensors(expected, found, saved.path)
     checkpoint.load_tensors(network, saved.model, saved.path)
     for name, encoder in network.encoders.items():
         prefix = f"statistics.{name}."

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from moco_dist.config.recipe import PretrainConfig
@@ -21,14 +21,14 @@ from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features, load
 from moco_dist.errors import ConfigError
-from moco_dist.method import batch_norm, moco, online_probe, optimizers, schedule
+from moco_dist.method import batch_norm, moco, optimizers, schedule
 from moco_dist.method.encoder import build_encoder
-from moco_dist.method.online_probe import OnlineProbe
 from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images, group_share
 from moco_dist.pretrain import mechanisms, rehearsal, state
 from moco_dist.pretrain.hooks import Hooks
 from moco_dist.randomness import Key
 from moco_dist.runs.checkpoint import Checkpoint
+from moco_dist.runs.record import Metric
 from moco_dist.tracking import media
 
 GATHER_ONLY = Hooks()
@@ -36,10 +36,6 @@ GATHER_ONLY = Hooks()
 
 class HostClock:
     """What a step depends on besides the state, as numbers that the host knows."""
-
-    @property
-    def good(self) -> None:
-        """Nothing: what was not finite has been refused before."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -77,8 +73,6 @@ class Clock(Protocol):
     """What a step depends on besides the state."""
 
     @property
-    def good(self) -> Tensor | None: ...
-    @property
     def now(self) -> Key: ...
     def rows(self) -> Step: ...
     def rate(self) -> float | Tensor: ...
@@ -96,6 +90,11 @@ class Trainer:
         splits: datasets.Splits,
         saved: Checkpoint | None = None,
     ) -> None:
+        if config.monitor.linear and not (splits.train.classes and len(splits.validation)):
+            raise ConfigError(
+                "monitor.linear=true needs labels and validation images, as kNN does; leave it "
+                "out, or give images with classes and data.validation above 0"
+            )
         self.config, self.accelerator = config, accelerator
         self.device: torch.device = accelerator.device
         processes = comms.world_size()
@@ -120,9 +119,6 @@ class Trainer:
         network = moco.build(encoder, config.moco, config.encoder.dim, config.seed, images)
         self.moco = network.to(self.device, self.dtype)
         self.optimizer = optimizers.build(config.optim, self.moco.query_encoder.parameters())
-        self.online = self._online_probe() if config.monitor.linear else None
-        # Its accuracy at the last evaluation.
-        self.online_top1: float | None = None
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
@@ -190,7 +186,6 @@ class Trainer:
         hooks.begin(self.step, rows)
         found = self.contrast(rows, self.clock.now, hooks)  # loss.backward()
         hooks.before_update(found.made, found.losses)
-        self.watch(rows, found.features)
         self.update_query_encoder()  # update(f_q.params)
         if "key" in self.moco.encoders:  # f_k.params = m f_k.params + (1 - m) f_q.params
             self.moco.update_key_encoder(self.clock.momentum())
@@ -199,24 +194,6 @@ class Trainer:
         self.clock.remember(torch.cat(found.made), samples)  # enqueue(queue, k), dequeue(queue)
         self.step += 1
         return found.losses.mean(), found.logits
-
-    def _online_probe(self) -> OnlineProbe:
-        classes, encoder = len(self.splits.train.classes), self.moco.query_encoder
-        if not classes or not len(self.splits.validation):
-            raise ConfigError(
-                "monitor.linear=true needs labels and validation images, as kNN does; leave it "
-                "out, or give images with classes and data.validation above 0"
-            )
-        encoder.keeps_features = True
-        probe = OnlineProbe(encoder.num_features, classes)
-        return probe.to(self.device, self.dtype)
-
-    def watch(self, rows: Step, features: list[Tensor]) -> None:
-        """Let the online probe learn from the features of the first view, (rows, features) each."""
-        if self.online:
-            batch = comms.all_gather(torch.cat(features))
-            rate = self.clock.rate() * (online_probe.RATE / self.config.optim.lr)
-            self.online.learn(batch, self.splits.train.labels[rows.samples], rate, self.clock.good)
 
     @record_function("optimizer")
     def update_query_encoder(self) -> None:
@@ -240,42 +217,45 @@ class Trainer:
         """Return view number `view` of the training images `samples`, (rows, c, size, size)."""
         return self.source.any_views([(samples, view)], epoch)[0]
 
-    def knn_top1(self, pause: Callable[[], None] = lambda: None) -> float:
+    def accuracies(self, pause: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Return the share of validation images that the nearest training images get right.
 
-        `pause` is called between batches; what it raises ends the evaluation.
+        With `monitor.linear`, also the share that a linear classifier of the training images gets
+        right. `pause` is called between batches; what it raises ends the evaluation.
         """
         config, encoder = self.config, self.moco.query_encoder
         batch_norm.average_statistics(encoder)
         encoder.eval()
         train, validation = self.splits.train.labelled(), self.splits.validation
+        classes, settings = len(train.classes), (config.views, config.batch_size, pause)
+
+        def extracted(seen: nn.Module) -> list[Tensor]:
+            with self.accelerator.autocast():
+                return [features.extract(seen, part, *settings) for part in (train, validation)]
+
         seen = encoder if config.knn.features == "head" else encoder.backbone
-        with self.accelerator.autocast():
-            bank, queries = (
-                features.extract(seen, part, config.views, config.batch_size, pause)
-                for part in (train, validation)
-            )
+        bank, queries = extracted(seen)
         pause()
         self.nearest = features.nearest(queries[: media.ROWS], bank, media.NEIGHBOURS)
         mine = features.share(len(queries))
         predicted = features.predict(
-            *(queries[mine], bank, train.labels, len(train.classes)),
+            *(queries[mine], bank, train.labels, classes),
             *(config.knn.k, config.knn.temperature),
         )
         right = comms.total((predicted == validation.labels[mine]).sum())
-        if self.online:
+        found: dict[str, float] = {Metric.KNN_TOP1: float(right) / len(queries)}
+        if config.monitor.linear:
             if seen is encoder:
-                with self.accelerator.autocast():
-                    settings = config.views, config.batch_size, pause
-                    queries = features.extract(encoder.backbone, validation, *settings)
-            learnt = comms.total(self.online.right(queries[mine], validation.labels[mine]))
-            self.online_top1 = float(learnt) / len(queries)
-        return float(right) / len(queries)
+                bank, queries = extracted(encoder.backbone)
+            logits = features.linear_logits(queries, bank, train.labels, classes, pause)
+            right = (logits.argmax(1) == validation.labels).sum()
+            found[Metric.ONLINE_TOP1] = float(right) / len(queries)
+        return found
 
     def restore(self, saved: Checkpoint) -> None:
         """Take over the state of a checkpoint, whatever number of processes wrote it."""
         datasets.require_same(saved.piece("data"), self.splits, saved.path)
-        state.restore(self.moco, self.optimizer, self.online, self.config.bn_groups, saved)
+        state.restore(self.moco, self.optimizer, self.config.bn_groups, saved)
         self.evaluated, self.best = saved.piece("evaluated"), saved.piece("best")
         self.step = saved.step
         peers.me.mark(self.step, "starting")

@@ -16,7 +16,7 @@ from moco_dist.distributed import comms, faults, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
 from moco_dist.encoders.load import Found
-from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError
+from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, counted
 from moco_dist.method import schedule
 from moco_dist.probe import overlap
 from moco_dist.probe.extraction import share_aside
@@ -175,18 +175,18 @@ def announce(probe: LinearProbe, source: Found) -> None:
         if probe.tunes
         else "linear, the encoder is frozen",
         "data": f"{config.data.name}: {share} training, "
-        f"{len(splits.validation):,} validation and {len(splits.test):,} test images, "
-        f"{len(splits.train.classes)} classes",
+        f"{len(splits.validation):,} validation and {counted(len(splits.test), 'test image')}, "
+        + counted(len(splits.train.classes), "class", "classes"),
         "images": splits.held,
         "features": f"{probe.heads.weight.shape[4]}, "
         + ("new views in each epoch" if config.augment else "computed once, without augmentation"),
-        "heads": f"{len(probe.names)} encoders x {config.seeds} seeds x "
-        f"{len(probe.points)} settings",
+        "heads": f"{counted(len(probe.names), 'encoder')} x {counted(config.seeds, 'seed')} x "
+        + counted(len(probe.points), "setting"),
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}"
         if config.augment or probe.tunes
         else f"{config.batch_size}, the whole batch on each process",
         "steps": f"{probe.steps_per_epoch:,} an epoch, "
-        f"{probe.total_steps:,} in {config.epochs} epochs",
+        f"{probe.total_steps:,} in {counted(config.epochs, 'epoch')}",
     }
     if splits.parts:
         rows["parts"] = splits.parts
@@ -201,8 +201,9 @@ def summarize(probe: LinearProbe, results: Results) -> None:
     if len(probe.points) > 1:
         title = "grid: top-1 of the trained encoder after the last epoch, and after the best one"
         terminal.table(console, title, grid_rows(results), words=0)
+    epochs = counted(config.epochs, "epoch")
     title = (
-        f"{probe.session.directory}: {config.protocol} probe after {config.epochs} epochs, "
+        f"{probe.session.directory}: {config.protocol} probe after {epochs}, "
         f"lr {chosen['lr']:g}, weight decay {chosen['weight_decay']:g}"
     )
     terminal.table(console, title, summary_rows(results), words=2)

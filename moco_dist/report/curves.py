@@ -32,8 +32,9 @@ EVALUATION = Course(
 PRETRAINING = (
     Course(
         *(Metric.ONLINE_TOP1, "online", "Online linear probe top-1, validation images", "%"),
-        "Share of the validation images that a linear classifier gets right, which learns from the "
-        "training views along the way (monitor.linear). A probe of the finished encoder is better.",
+        "Share of the validation images that a linear classifier gets right, which is fitted to "
+        "the backbone's features of the training images at each evaluation (monitor.linear). "
+        "Nothing is chosen for it.",
     ),
     Course(
         *(Metric.ACCURACY_TOP1, "instance_top1", "Instance top-1, training batches", "%"),

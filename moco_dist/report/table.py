@@ -17,7 +17,10 @@ from moco_dist.tracking.terminal import layout, loss
 
 KINDS = {"pretrain": "pretraining", "probe": "probe", "": "unknown"}
 # The first WORDS columns hold text; the others hold numbers and are aligned to the right.
-COLUMNS = ("run", "kind", "state", "step", "loss", "kNN %", "best %", "test %", "control %")
+COLUMNS = (
+    *("run", "kind", "state", "step", "loss"),
+    *("kNN %", "best %", "online %", "test %", "control %"),
+)
 WORDS = 3
 # A cell without a value.
 NONE = "-"
@@ -36,6 +39,9 @@ def table(records: list[Record], width: int | None) -> Iterator[str]:
     """
     named = list(zip(labels(records), records, strict=True))
     rows = [COLUMNS, *(row(name, record) for name, record in named)]
+    if not any(record.figures(Metric.ONLINE_TOP1) for record in records):
+        place = COLUMNS.index("online %")
+        rows = [cells[:place] + cells[place + 1 :] for cells in rows]
     full = layout(rows, WORDS)
     if width and max(map(len, full)) > width:
         narrow = layout([cells[1:] for cells in rows], WORDS - 1)
@@ -97,6 +103,7 @@ def row(name: str, record: Record) -> tuple[str, ...]:
         NONE if value is None else loss(value),
         percent(knn),
         percent(best and best[1]),
+        percent(record.last(Metric.ONLINE_TOP1)),
         percent(trained),
         percent(control),
     )
@@ -200,6 +207,9 @@ def key_figures(record: Record) -> Iterator[tuple[str, str, str]]:
         about = f"validation images, at step {best[0]:,}; last {percent(last)}%"
         before = f", {percent(first)}% before the first step" if first_step == 0 else ""
         yield "kNN top-1, best", f"{percent(best[1])}%", about + before
+    if record.kind == "pretrain" and (online := record.last(Metric.ONLINE_TOP1)) is not None:
+        about = "validation images, by a linear classifier of the training images"
+        yield "Online top-1, last", f"{percent(online)}%", about
     if record.kind == "pretrain" and (value := record.last(Metric.LOSS)) is not None:
         yield "Loss, last", loss(value), f"after {record.step:,} steps"
 

@@ -14,7 +14,7 @@ from rich.console import Console
 import moco_dist
 from moco_dist.config import yaml_files
 from moco_dist.distributed import comms, peers
-from moco_dist.errors import shown
+from moco_dist.errors import counted, shown
 from moco_dist.runs import record
 from moco_dist.runs.environment import environment
 from moco_dist.runs.session import Session
@@ -75,7 +75,7 @@ def banner(session: Session, title: str, rows: dict[str, str]) -> None:
     """Print what is about to run, on the first process."""
     if not comms.is_main():
         return
-    name = f"CPU, {torch.get_num_threads()} threads each"
+    name = f"CPU, {counted(torch.get_num_threads(), 'thread')} each"
     if session.device.type == "cuda":
         name = torch.cuda.get_device_name(session.device)
     all_rows = {

@@ -34,7 +34,7 @@ PRIVATE |= dict.fromkeys(["save_code", "x_save_requirements"], False)
 PRIVATE |= dict.fromkeys(["disable_code", "disable_git", "disable_job_creation"], True)
 PRIVATE |= dict.fromkeys(["label_disable", "x_disable_machine_info", "x_disable_meta"], True)
 # Metrics whose best value means something; the training loss is lowest while the queue is empty.
-EVALUATIONS = ("knn/", "probe/", "control/")
+EVALUATIONS = ("knn/", "online/", "probe/", "control/")
 
 
 def mode(settings: TrackingConfig) -> str:

@@ -15,7 +15,7 @@ from tests.test_mechanisms import KINDS
 pytestmark = pytest.mark.stand_in
 
 PAPER = "configs/pretrain/paper.yaml"
-ADAMW = ["optim.name=adamw", "monitor.linear=true", "views_2={blur: 0.1, solarize: 0.2}"]
+ADAMW = ["optim.name=adamw", "views_2={blur: 0.1, solarize: 0.2}"]
 DATA = ["data.shapes_train=100", "data.shapes_test=30", "data.size=16", "views.size=16"]
 TINY = [
     *("batch_size=16", "bn_groups=8", "encoder.width=4", "encoder.dim=8", "moco.queue_size=40"),
@@ -93,7 +93,8 @@ def test_a_captured_step_with_a_bad_number_is_refused_one_step_later_as_if_it_ne
 
 def test_whole_commands_run_on_a_gpu(tmp_path: Path) -> None:
     command, output = "tests.stand_in.command", f"output={tmp_path}"
-    ended = stand_in.python(command, "pretrain", *TINY, output, "name=run", "precision=bf16")
+    words = [*TINY, output, "name=run", "precision=bf16", "monitor.linear=true"]
+    ended = stand_in.python(command, "pretrain", *words)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert status(tmp_path / "run")["step"] == 15
     # What PyTorch says of an operation without a deterministic kernel would be there.
