@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from moco_dist.distributed.machine import BOOT
 from moco_dist.report.run import run as report
@@ -100,6 +101,37 @@ def test_the_table_holds_the_numbers_of_the_files(runs: Path, told: Text) -> Non
     assert (probe["kind"], probe["step"], probe["kNN %"]) == ("probe", "15/15", "-")
     assert probe["test %"] == f"{done['probe']['test']['top1'] * 100:.2f}"
     assert probe["control %"] == f"{done['control']['test']['top1'] * 100:.2f}"
+
+
+@pytest.mark.parametrize("more", [0, 3])
+def test_below_the_table_are_the_keys_that_differ(
+    runs: Path, tmp_path: Path, told: Text, more: int
+) -> None:
+    changes = {"seed": "7", "moco.temperature": "0.25", "moco.symmetric": "true"}
+    changes |= {f"optim.{key}": "0.5" for key in ("lr", "momentum", "gamma", "lr_min", "trust")}
+    changes |= {f"knn.{key}": "5" for key in ("k", "temperature", "every_epochs")[:more]}
+    other = tmp_path / "other"
+    shutil.copytree(runs / "real", other)
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    before = {}
+    for key, text in changes.items():
+        group, _, name = key.rpartition(".")
+        leaves = config[group] if group else config
+        before[key], leaves[name] = leaves[name], yaml.safe_load(text)
+    (other / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    _, _, below = told(runs / "real", other, runs / "real-probe").partition("\n\n")
+    title, *rows = below.splitlines()
+    assert title == "Keys that differ between the pretraining runs:"
+    shown = [dict(word.split("=") for word in row.split()[1:]) for row in rows[:2]]
+    assert [row.split()[0] for row in rows[:2]] == ["real", "other"]
+    assert rows[2:] == ([f"and {more} more, which the page lists"] if more else [])
+    for found, truth in zip(shown, (before, changes), strict=True):
+        assert len(found) == 8
+        assert {k: yaml.safe_load(v) for k, v in found.items()} == {
+            key: yaml.safe_load(str(truth[key])) for key in found
+        }
+    # Nothing is printed of runs that are alike.
+    assert "\n\n" not in told(runs / "real", runs / "real-probe")
 
 
 def test_one_run_alone_shows_its_details(runs: Path, told: Text) -> None:

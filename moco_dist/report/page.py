@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,6 @@ from moco_dist.runs.record import CONTROL, Metric, Record, number, read_object, 
 
 if TYPE_CHECKING:
     from moco_dist.report.encoder import Look
-
-# Keys that say where the files of a run are, not what it does.
-PLACES = ("name", "output", "encoder", "data.root", "data.cache")
 
 
 def build(records: Sequence[Record], looks: Mapping[Path, Look | str]) -> tuple[str, list[Picture]]:
@@ -68,7 +65,7 @@ def build(records: Sequence[Record], looks: Mapping[Path, Look | str]) -> tuple[
         health_charts=_drawn(curves.of_runs(curves.HEALTH, pretrainings)),
         without_knn=[name for name, record in pretrainings if not record.figures(Metric.KNN_TOP1)],
         differences=[
-            (table.KINDS[kind], [name for name, _ in found], list(_differences(found)))
+            (table.KINDS[kind], [name for name, _ in found], list(table.differences(found)))
             for kind, found in kinds.items()
             if kind and len(found) > 1
         ],
@@ -92,18 +89,6 @@ def _drawn(charts: Iterable[curves.Captioned]) -> list[tuple[Picture, str]]:
     return [(figures.chart(chart), caption) for chart, caption in charts]
 
 
-def _differences(runs: Sequence[tuple[str, Record]]) -> Iterator[list[str]]:
-    """Yield each key whose values differ between the runs, and its values."""
-    for key in dict.fromkeys(key for _, record in runs for key in record.config):
-        values = [_text(record.config.get(key)) for _, record in runs]
-        if key not in PLACES and len(set(values)) > 1:
-            yield [key, *values]
-
-
-def _text(value: object) -> str:
-    return text_of(table.NONE if value is None else value)
-
-
 def _template() -> Template:
     """Return the template of the page, which makes all text printable and escapes it."""
     environment = Environment(
@@ -116,7 +101,7 @@ def _template() -> Template:
     )
     filters: dict[str, Callable[..., str]] = {
         "count": lambda number: f"{number:,}",
-        "text": _text,
+        "text": table.value_text,
         "uri": lambda png: Markup("data:image/png;base64," + base64.b64encode(png).decode()),
     }
     environment.filters |= filters

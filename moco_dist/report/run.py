@@ -9,6 +9,7 @@
 
 The columns are the last loss, the last and the best kNN accuracy on the validation images, and a
 probe's top-1 accuracy on the test images, for the trained encoder and a random one (control).
+Several runs are followed by the keys in which they differ.
 The page of a run includes its probes, and the page of a probe its pretraining. The runs may still
 be running, on this machine or on another one that shares the disk; their files are not changed.
 """
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 
 from moco_dist.errors import ConfigError, MissingError, OutputError, UserError, escape_output, shown
-from moco_dist.report.table import details, table
+from moco_dist.report.table import choices, details, table
 from moco_dist.runs.partners import PAGE, is_report, with_partners
 from moco_dist.runs.record import Record, read
 from moco_dist.runs.status import replace
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> int:
             missing.append(error)
     if records:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print("\n".join(table(records, width)))
+        print("\n".join([*table(records, width), *choices(records, width)]))
         if len(runs) == 1:
             print("\n".join(["", *details(records[0])]))
         if not asked.text:

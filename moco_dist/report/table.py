@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from moco_dist.config.moco import MocoConfig
 from moco_dist.errors import shown
@@ -23,6 +24,10 @@ COLUMNS = (
 WORDS = 3
 # A cell without a value.
 NONE = "-"
+# Keys that say where the files of a run are, not what it does.
+PLACES = ("name", "output", "encoder", "data.root", "data.cache")
+# Most keys of a run that are printed because they differ from another run's; a page has all.
+TOLD = 8
 # States that need no reason.
 WELL = ("done", "running", "starting")
 
@@ -54,6 +59,36 @@ def table(records: list[Record], width: int | None) -> Iterator[str]:
         yield ""
     for note in notes:
         yield from textwrap.wrap(note, width, subsequent_indent="  ") if width else [note]
+
+
+def choices(records: list[Record], width: int | None) -> Iterator[str]:
+    """Yield lines with each run's values of the keys in which the runs of its kind differ."""
+    named = list(zip(labels(records), records, strict=True))
+    for kind in dict.fromkeys(record.kind for record in records):
+        alike = [(name, record) for name, record in named if record.kind == kind]
+        if not kind or not (found := list(differences(alike))):
+            continue
+        yield from ("", f"Keys that differ between the {KINDS[kind]} runs:")
+        rows = [
+            (name, " ".join(f"{key}={values[place]}" for key, *values in found[:TOLD]))
+            for place, (name, _) in enumerate(alike)
+        ]
+        yield from layout(rows, 2, width or sys.maxsize)
+        if len(found) > TOLD:
+            yield f"and {len(found) - TOLD} more, which the page lists"
+
+
+def differences(runs: Sequence[tuple[str, Record]]) -> Iterator[list[str]]:
+    """Yield each key whose values differ between the named runs, and its values."""
+    for key in dict.fromkeys(key for _, record in runs for key in record.config):
+        values = [value_text(record.config.get(key)) for _, record in runs]
+        if key not in PLACES and len(set(values)) > 1:
+            yield [key, *values]
+
+
+def value_text(value: object) -> str:
+    """Return the value of a key on one line, NONE for one that a run lacks."""
+    return text_of(NONE if value is None else value)
 
 
 def row(name: str, record: Record) -> tuple[str, ...]:

@@ -87,6 +87,16 @@ class Slurm:
         """Return a test of whether a run has come to its first checkpoint."""
         return lambda: bool(list((self.runs / name / "checkpoints").glob("step_*")))
 
+    def swept(self, overrides: str) -> str:
+        """Return the table at the end of a sweep over the four lines of a list."""
+        arguments = [overrides, *TINY, "epochs=2", "tracking.every_steps=1", f"output={self.runs}"]
+        job = self.submit("--array=1-4", *CPUS, "slurm/sweep.sbatch", *arguments)
+        self.wait(job, lambda: "report" in self.cluster.run("squeue", "-h", "-o", "%j"))
+        listed = self.cluster.run("squeue", "-h", "-o", "%j %i").splitlines()
+        (table,) = [line.split()[1] for line in listed if line.startswith("report ")]
+        self.wait(table)
+        return self.text(table)
+
 
 @pytest.fixture(scope="session")
 def slurm(cluster: Cluster, runs: Path) -> Slurm:
@@ -366,21 +376,35 @@ def test_a_sweep_ends_with_a_table_that_says_why_tasks_failed(
     grid = tmp_path / "grid.txt"
     lines = ["# learning rates", "optim.lr=0.01", "optim.lr=-1", "", "optim.lr=0.02 seed=3"]
     grid.write_text("\n".join([*lines, "optim.lrr=0.1"]) + "\n")
-    options = ["--array=1-4", *CPUS]
-    job = slurm.submit(
-        *options, "slurm/sweep.sbatch", str(grid), *TINY, "epochs=2", f"output={runs}"
-    )
-    slurm.wait(job, lambda: "report" in slurm.cluster.run("squeue", "-h", "-o", "%j"))
-    listed = slurm.cluster.run("squeue", "-h", "-o", "%j %i").splitlines()
-    (table,) = [line.split()[1] for line in listed if line.startswith("report ")]
-    slurm.wait(table)
-    text = slurm.text(table)
+    text = slurm.swept(str(grid))
     for task, state in ((1, "done"), (2, "configuration"), (3, "done"), (4, "configuration")):
         assert re.search(rf"task_{task}\b.*{state}", text), text
         assert status(runs / "grid" / f"task_{task}")["state"] == state
     words = " ".join(text.split())
     assert "optim.lr=-1.0 is not above 0" in words
     assert "there is no key 'optim.lrr'; did you mean 'optim.lr'?" in words
+
+
+def test_a_sweep_over_the_mechanisms_ends_with_a_table_of_all_four(
+    slurm: Slurm, runs: Path
+) -> None:
+    text = slurm.swept("slurm/mechanisms.txt")
+    found = []
+    for task in range(1, 5):
+        run = runs / "mechanisms" / f"task_{task}"
+        last = losses(run)[10]  # the last of the 10 steps of 2 epochs
+        row = rf"task_{task} +pretrain +done +10/10 +{last:.3f} "
+        assert re.search(row, text), text
+        (words,) = re.findall(rf"task_{task} +(\S+=.*)", text)
+        found.append(words.split())
+    keys = ["moco.negatives", "moco.keys", "moco.symmetric", "encoder.head", "encoder.predictor"]
+    told = [dict(word.split("=") for word in words) for words in found]
+    assert [tuple(each[key] for key in keys) for each in told] == [
+        ("queue", "momentum", "False", "linear", "False"),
+        ("batch", "gradient", "True", "linear", "False"),
+        ("bank", "gradient", "False", "linear", "False"),
+        ("batch", "momentum", "True", "mlp_bn", "True"),
+    ]
 
 
 def test_two_jobs_on_one_node_do_not_disturb_one_another(
