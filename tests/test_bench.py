@@ -90,6 +90,26 @@ def test_groups_that_span_processes_exchange_two_numbers_a_channel() -> None:
         assert got == pytest.approx(sent + gradients, rel=0.01)
 
 
+def with_gradients_of(precision: str) -> tuple[float, torch.Tensor]:
+    """Return the bytes of gradients received in a step, and the first gradient that isn't 0."""
+    got, keys, _, _ = traffic(f"runtime.gradients={precision}")
+    trainer = build(*LARGE, f"runtime.gradients={precision}", "optim.weight_decay=0")
+    hooks = loop.run_hooks(trainer)
+    for _ in range(2):  # the queue is empty in the first
+        trainer.train_step(hooks)
+    found = [each["momentum_buffer"].flatten() for each in trainer.optimizer.state.values()]
+    return got - keys, torch.cat(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_gradients_in_bf16_are_half_the_bytes_and_the_same_up_to_rounding() -> None:
+    whole, half = (processes.run(with_gradients_of, 2, each) for each in ("full", "bf16"))
+    assert half[0][1].equal(half[1][1])  # on both processes
+    assert half[0][0] == pytest.approx(whole[0][0] / 2, rel=0.02)
+    rounding = float((half[0][1] - whole[0][1]).norm() / whole[0][1].norm())
+    assert 2**-12 < rounding < 2**-7  # bf16 has 8 bits
+
+
 @pytest.mark.parametrize("width", [16, 32])
 def test_flops_of_a_step_are_those_of_its_convolutions_and_products(width: int) -> None:
     trainer = build(*LARGE, f"encoder.width={width}")

@@ -134,6 +134,8 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
     before = comms.sent_bytes
     taken = take()
     sent = comms.sent_bytes - before
+    halved = config.runtime.gradients == "bf16"
+    gradients = sum(2 * p.numel() if halved else p.nbytes for p in hooks.parameters)
     medians = {part: statistics.median(each[part] for each in parts) for part in PARTS}
     medians["tracking"] = tracking_seconds(trainer, taken)
     step = statistics.median(walls)
@@ -144,7 +146,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
         parts=medians,
         pipeline_images_per_second=pipeline_speed(trainer, repeats),
         bytes_of_keys=sent,
-        bytes_of_gradients=comms.all_reduce_bytes(sum(p.nbytes for p in hooks.parameters)),
+        bytes_of_gradients=comms.all_reduce_bytes(gradients),
         memory_gb=environment.memory_gb(device),
         flops=flops,
         peak_flops=max(peaks),

@@ -82,7 +82,10 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """The machine: nothing here changes the result beyond the order of floating-point sums."""
+    """The machine: nothing here changes the result beyond the order of floating-point sums.
+
+    The exception is gradients=bf16.
+    """
 
     # auto uses a GPU if there is one; cuda requires one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -95,6 +98,9 @@ class RuntimeConfig:
     compile: bool = False
     # On one GPU, let it repeat the whole step as a CUDA graph once the queue is full.
     cuda_graph: bool = True
+    # What gradients are summed in between processes. bf16 halves the bytes, but each process rounds
+    # its own sum, so that the result depends on how many there are.
+    gradients: Literal["full", "bf16"] = "full"
     # Choose deterministic kernels, so that the same machine gives the same bits. Without it, cuDNN
     # measures which kernels are fastest.
     deterministic: bool = True

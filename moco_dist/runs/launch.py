@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DDPCommunicationHookType, GradientAccumulationPlugin
 
 from moco_dist.distributed import comms
 from moco_dist.errors import ConfigError, UnavailableError, shown
@@ -104,18 +104,21 @@ def accelerator(
     seconds: float,
     precision: str = "fp32",
     spare: float = 0.0,
+    gradients: Literal["full", "bf16"] = "full",
 ) -> Accelerator:
     """Return the Accelerator of this process once all have met, within `seconds`.
 
-    It has the precision of the configuration and no other choice of the environment; its
-    collectives end after `seconds` and `spare` more. Raises ConfigError for an environment that
-    fits neither itself nor `device` and for two processes on one GPU, UnavailableError if the
-    processes don't meet.
+    It has the precision of the configuration and no other choice of the environment; `gradients`
+    are summed in bf16 or as they are, and collectives end after `seconds` and `spare` more. Raises
+    ConfigError for an environment that fits neither itself nor `device` and for two processes on
+    one GPU, UnavailableError if the processes don't meet.
     """
     check()
     _check_debug(device)
     _leave_aside()
     mixed = "bf16" if precision == "bf16" else "no"
+    hooks = DDPCommunicationHookType
+    hook = hooks.BF16 if gradients == "bf16" else hooks.NO
 
     def made() -> Accelerator:
         return Accelerator(
@@ -124,7 +127,7 @@ def accelerator(
             dynamo_backend="no",  # it would compile the query encoder alone
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=seconds + spare)),
             ],
         )

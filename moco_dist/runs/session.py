@@ -125,7 +125,7 @@ def join(settings: PretrainConfig | ProbeConfig) -> Accelerator:
         )
     spare = WATCHDOG if comms.uses_gpus(machine.device == "cpu") else 0.0
     accelerator = launch.accelerator(
-        machine.device, machine.timeout_seconds, settings.precision, spare
+        machine.device, machine.timeout_seconds, settings.precision, spare, machine.gradients
     )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
