@@ -15,8 +15,11 @@ class Replayed:
     The result is that of the newest call, in the same memory. `work` may not wait for the device.
     """
 
-    def __init__(self, work: Callable[..., Tensor], *inputs: Tensor) -> None:
-        self._inputs = [each.clone() for each in inputs]
+    def __init__(self, work: Callable[..., Tensor], *inputs: Tensor | int) -> None:
+        self._inputs = [
+            each.clone() if isinstance(each, Tensor) else torch.full((), each, device="cuda")
+            for each in inputs
+        ]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -1,13 +1,18 @@
-"""The check that a probe leaves its encoder unchanged."""
+"""The encoders of a probe, and the check that it leaves them unchanged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import nn
 
+from moco_dist.config.probe import ProbeConfig
 from moco_dist.distributed import fingerprint
+from moco_dist.encoders.load import Found
 from moco_dist.errors import UserError
+from moco_dist.method.encoder import Backbone, build_encoder
+from moco_dist.runs.record import CONTROL, TRAINED
 
 
 class Frozen:
@@ -47,3 +52,15 @@ class Frozen:
             tensors += encoder.named_parameters() if self._parameters else ()
             for key, tensor in tensors:
                 yield f"the {name} encoder's {key}", fingerprint.of_tensors(tensor)
+
+
+def both(
+    source: Found, config: ProbeConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Backbone]:
+    """Return the trained encoder and, if the probe compares with one, a random one, both frozen."""
+    found = {TRAINED: source.backbone}
+    if config.control:
+        found[CONTROL] = build_encoder(source.architecture, config.seed + 1).backbone
+    for each in found.values():
+        each.requires_grad_(False).eval().to(device, dtype)
+    return found

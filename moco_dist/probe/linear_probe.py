@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,12 +17,11 @@ from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError
 from moco_dist.method import views
 from moco_dist.method.cuda_graph import Replayed
-from moco_dist.method.encoder import Backbone, build_encoder
 from moco_dist.method.plan import Plan, check_batch
 from moco_dist.probe import heads, state
 from moco_dist.probe.extraction import extract
 from moco_dist.probe.finetune import CALIBRATION, FineTuning, calibrate
-from moco_dist.probe.frozen import Frozen
+from moco_dist.probe.frozen import Frozen, both
 from moco_dist.probe.label_fraction import draw
 from moco_dist.randomness import Key
 from moco_dist.runs import checkpoint
@@ -57,7 +57,10 @@ class LinearProbe:
             if len(part := getattr(self.splits, name))
         }
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.backbones = self._backbones(source)
+        self.backbones = both(source, config, device, self.dtype)
+        if self.tunes and config.control:
+            first = torch.arange(min(CALIBRATION, len(self.splits.train)))
+            calibrate(self.backbones[CONTROL], self._center(first))
         self.names = list(self.backbones)
         self.identity = fingerprint.of_module(self.backbones[TRAINED])
         self.frozen = Frozen(self.backbones, parameters=not self.tunes)
@@ -102,8 +105,9 @@ class LinearProbe:
         # A GPU is not waited for in each step: whether all steps since `settled` were good, and how
         # many were before the first that wasn't, is known there and read from time to time.
         self.settles = device.type == "cuda" and not self.tunes
-        # One process takes such steps as a CUDA graph.
-        self.captures = self.settles and config.runtime.cuda_graph and comms.world_size() == 1
+        # Such a step is a CUDA graph; of several processes, only its views and encoders are.
+        self.captures = self.settles and config.runtime.cuda_graph
+        self.captures_all = self.captures and comms.world_size() == 1
         self._graph: Replayed | None = None
         self.settled = 0
         self.good = torch.ones((), dtype=torch.bool, device=device)
@@ -114,18 +118,6 @@ class LinearProbe:
     def _center(self, rows: Tensor) -> Tensor:
         """Return unaugmented views of these training images."""
         return views.center(self.splits.train.squares(rows), self.config.views, self.dtype)
-
-    def _backbones(self, source: Found) -> dict[str, Backbone]:
-        backbones = {TRAINED: source.backbone}
-        if self.config.control:
-            control = build_encoder(source.architecture, self.config.seed + 1).backbone
-            backbones[CONTROL] = control
-        for each in backbones.values():
-            each.requires_grad_(False).eval().to(self.session.device, self.dtype)
-        if self.tunes and self.config.control:
-            first = torch.arange(min(CALIBRATION, len(self.splits.train)))
-            calibrate(control, self._center(first))
-        return backbones
 
     def extract(self, part: str) -> Tensor:
         """Return each encoder's features of a part's unaugmented images, on every process."""
@@ -154,17 +146,23 @@ class LinearProbe:
             return rows.unflatten(1, batch.shape), labels[batch]
         self.frozen.check_modes()
         local = self.plans[0].local_rows
-        if self.config.augment:
-            asked = zip(self.sources, samples[:, local], epochs, strict=True)
-            made = (source.views([(mine, 0)], epoch)[0] for source, mine, epoch in asked)
+        if not self.config.augment:
+            made = [self.encode(self._center(mine)) for mine in batch[:, local]]
+            encoded = torch.stack(made, dim=1)
+        elif self.captures and not self.captures_all:
+            encoded = self._replayed(self._encoded, samples[:, local], *epochs)
         else:
-            made = (self._center(mine) for mine in batch[:, local])
-        encoded = torch.stack([self.encode(images) for images in made], dim=1)
+            encoded = self._encoded(samples[:, local], *epochs)
         if self.tunes:
             return encoded, labels[batch[:, local]]
         # Rows first: processes hold consecutive rows of each seed's batch.
         whole = comms.all_gather(encoded.permute(2, 0, 1, 3))
         return whole.permute(1, 2, 0, 3), labels[batch]
+
+    def _encoded(self, samples: Tensor, *epochs: Key) -> Tensor:
+        asked = zip(self.sources, samples, epochs, strict=True)
+        made = (source.views([(mine, 0)], epoch)[0] for source, mine, epoch in asked)
+        return torch.stack([self.encode(images) for images in made], dim=1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return each encoder's features of views, (encoders, rows, features)."""
@@ -186,7 +184,7 @@ class LinearProbe:
         if self.config.augment:
             for source in self.sources:
                 source.begin(self.step)
-        losses = None if self.captures else self.add_gradients(samples, *epochs)
+        losses = None if self.captures_all else self.add_gradients(samples, *epochs)
         if self.config.augment or self.tunes or often:
             try:
                 self.session.pause("training")  # also for an image that could not be read
@@ -197,7 +195,7 @@ class LinearProbe:
             self.require_finite()
         self.session.saver.copied()
         if losses is None:
-            losses = self._replayed(rates, samples, *epochs)
+            losses = self._replayed(self._whole, rates, samples, *epochs)
         else:
             self._update(rates)
         if self.tuning:
@@ -224,22 +222,20 @@ class LinearProbe:
             self.kept += self.good
         self.optimizer.step(rates, self.good if self.settles else None)
 
-    def _replayed(self, rates: Tensor, samples: Tensor, *epochs: int) -> Tensor:
-        """Take the step of `add_gradients` and `_update` as a CUDA graph."""
+    def _whole(self, rates: Tensor, samples: Tensor, *epochs: Key) -> Tensor:
+        losses = self.add_gradients(samples, *epochs)
+        self._update(rates)
+        return losses
 
-        def work(rates: Tensor, samples: Tensor, *epochs: Key) -> Tensor:
-            losses = self.add_gradients(samples, *epochs)
-            self._update(rates)
-            return losses
-
+    def _replayed(self, work: Callable[..., Tensor], *inputs: Tensor | int) -> Tensor:
+        """Return what `work` returns, by a CUDA graph."""
         if not self._graph:
             for source in self.sources:
                 source.stay()
             self.good.fill_(False)  # so that the steps before the capture change nothing
-            numbers = [torch.zeros_like(samples[0, 0]) for _ in epochs]
-            self._graph = Replayed(work, rates, samples, *numbers)
+            self._graph = Replayed(work, *inputs)
             self.good.fill_(True)
-        return self._graph(rates, samples, *epochs)
+        return self._graph(*inputs)
 
     def settle(self) -> None:
         """Wait for the device; raise NumbersError if a step since the last time was not finite.

@@ -110,6 +110,10 @@ def test_whole_commands_run_on_a_gpu(tmp_path: Path) -> None:
     # Whether the steps before it were good, and the capture of views and encoders.
     assert sum(first.values()) == 2
     assert not any(others), others
+    several = ["name=several", "control=false", "augment=true"]
+    ended = stand_in.torchrun(2, command, "probe", *arguments, *several, folder=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert status(tmp_path / "several")["step"] == 10
 
 
 @pytest.mark.parametrize("groups", [8, 1])  # 1 spans both processes
