@@ -107,6 +107,7 @@ def test_a_configuration_survives_its_file_and_its_dictionary(schema: Any, file:
 
     @some
     @given(values_of(schema))
+    @example({"data.cache": "a\x85b\u2028"})
     def check(values: dict[str, Any]) -> None:
         nonlocal kept
         config = built(schema, values)
