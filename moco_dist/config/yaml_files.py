@@ -42,25 +42,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """Return the whole configuration as YAML text."""
-    text: str = yaml.dump(
-        to_dict(config),
-        Dumper=_Dumper,
-        default_flow_style=False,
-        sort_keys=False,
-        allow_unicode=True,
-    )
+    text = str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    if set(text) & set("\x85\u2028\u2029"):  # which are read as spaces unless they are escaped
+        text = str(yaml.safe_dump(to_dict(config), sort_keys=False))
     return text
-
-
-class _Dumper(yaml.SafeDumper):
-    """Escapes the line breaks of Unicode, which PyYAML writes as they are and reads as spaces."""
-
-    def represent_text(self, text: str) -> yaml.ScalarNode:
-        style = '"' if set(text) & set("\x85\u2028\u2029") else None
-        return self.represent_scalar(f"{_TAG}str", text, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def stored(path: Path) -> dict[str, Any]:
