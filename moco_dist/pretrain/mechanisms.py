@@ -52,7 +52,7 @@ class Piece(NamedTuple):
     rows: Tensor  # their places in the batch, int64 (rows,)
     samples: Tensor  # int64 (rows,)
     # Returns the positives of the whole batch, float (batch_size, dim), once they are gathered.
-    candidates: Callable[[], Tensor]
+    candidates: Later
     view: Callable[[], Tensor]  # makes their views, float (rows, channels, size, size)
     last: bool  # of the step
 
