@@ -27,6 +27,9 @@ class EncoderConfig:
     channels: int = 3
     # Channels of the first stage; 64 is the published width.
     width: int = 64
+    # lab: two backbones, each of half the width (a model of timm: each a whole one), see the
+    # lightness and the colours of an image in CIE Lab (CMC). Needs moco.negatives=bank.
+    halves: Literal["none", "lab"] = "none"
     # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
     stem: Literal["cifar", "imagenet"] = "cifar"
     # frozen: a Vision Transformer of timm keeps its first, random projection of the patches, which
@@ -63,6 +66,13 @@ class EncoderConfig:
         )
         least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}.get(name, 1)
         require(
+            self.vectors == 1 or (self.width % 2 == 0 and self.channels == 3),
+            f"encoder.halves={self.halves} needs RGB images and an even width, and encoder.channels="
+            f"{self.channels} encoder.width={self.width} are not; use 3 channels and a width of "
+            f"{self.width + self.width % 2}",
+        )
+        least *= self.vectors
+        require(
             self.width >= least,
             f"encoder.width={self.width} leaves the groups of {name} without a channel; "
             f"use {least} or more",
@@ -79,6 +89,11 @@ class EncoderConfig:
             f"encoder.head_width={self.head_width} don't change; leave them out, or use "
             "encoder.head=mlp or mlp_bn",
         )
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors an image has: one, or one of each half."""
+        return 1 if self.halves == "none" else 2
 
     @property
     def is_timm(self) -> bool:

@@ -264,6 +264,18 @@ class PretrainConfig:
             "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
             "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
+        halves = f"encoder.halves={self.encoder.halves}"
+        require(
+            self.encoder.vectors == 1 or self.moco.negatives == "bank",
+            f"{halves} has each half meet the other one's bank, which moco.negatives="
+            f"{self.moco.negatives} has not; use moco.negatives=bank moco.keys=gradient",
+        )
+        require(
+            self.encoder.vectors == 1 or self.views.grayscale == 0,
+            f"{halves} contrasts lightness with colours, which views.grayscale="
+            f"{self.views.grayscale} takes from a view; use views.grayscale=0 (and, as published, "
+            "views.jitter=0)",
+        )
         self.moco.check_batch(b)
         require(
             self.knn.every_epochs > 0 or not self.monitor.linear,
