@@ -67,8 +67,8 @@ class EncoderConfig:
         least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}.get(name, 1)
         require(
             self.vectors == 1 or (self.width % 2 == 0 and self.channels == 3),
-            f"encoder.halves={self.halves} needs RGB images and an even width, and encoder.channels="
-            f"{self.channels} encoder.width={self.width} are not; use 3 channels and a width of "
+            f"encoder.halves={self.halves} needs colours and a width for two, not encoder.channels="
+            f"{self.channels} encoder.width={self.width}; use encoder.channels=3 encoder.width="
             f"{self.width + self.width % 2}",
         )
         least *= self.vectors
@@ -94,6 +94,22 @@ class EncoderConfig:
     def vectors(self) -> int:
         """How many vectors an image has: one, or one of each half."""
         return 1 if self.halves == "none" else 2
+
+    @property
+    def numbers(self) -> int:
+        """Length of all vectors of an image."""
+        return self.vectors * self.dim
+
+    @property
+    def architecture(self) -> str:
+        """The backbone's name, and whether it is two."""
+        halves = f" in two halves ({self.halves})" if self.vectors > 1 else ""
+        return self.backbone + halves
+
+    @property
+    def described(self) -> str:
+        """The backbone in words."""
+        return f"{self.architecture}, width {self.width}, {self.stem} stem"
 
     @property
     def is_timm(self) -> bool:

@@ -283,6 +283,11 @@ class PretrainConfig:
             "never; use knn.every_epochs=1 or more",
         )
 
+    def negatives(self, images: int) -> str:
+        """Return what the negatives of a query are, in words."""
+        crossed = "; two banks, crossed between the halves" if self.encoder.vectors > 1 else ""
+        return self.moco.described(self.batch_size, images) + crossed
+
     @property
     def view_recipes(self) -> list[ViewsConfig]:
         """The recipe of all views, or those of the first and of the second one."""

@@ -84,11 +84,11 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
     """
     if config.vectors > 1:
         width = config.width if config.is_timm else config.width // 2
-        parts = [
+        lightness, colours = (
             build_backbone(replace(config, halves="none", width=width, channels=n), norm_layer)
             for n in CHANNELS
-        ]
-        return Halves(*parts, sum(map(_length, parts)))
+        )
+        return Halves(lightness, colours, _length(lightness) + _length(colours))
     if config.is_timm:
         name = config.backbone.removeprefix("timm/")
         backbone = timm_backbone.build(name, config.channels, norm_layer)

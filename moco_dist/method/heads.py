@@ -54,9 +54,7 @@ class HalfHeads(nn.ModuleList):
         return torch.stack([head(part) for head, part in zip(self, parts, strict=True)], 1)
 
 
-def of_halves(
-    config: EncoderConfig, features: int, norm: Callable[..., nn.Module]
-) -> HalfHeads:
+def of_halves(config: EncoderConfig, features: int, norm: Callable[..., nn.Module]) -> HalfHeads:
     """Return a `projection` for each half of so many features."""
     each = range(config.vectors)
     return HalfHeads(projection(config, features // config.vectors, norm) for _ in each)

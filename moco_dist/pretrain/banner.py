@@ -39,14 +39,13 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         f"{counted(len(splits.validation), 'validation image')}, "
         + counted(len(splits.train.classes), "class", "classes"),
         "images": splits.held,
-        "encoder": f"{config.encoder.backbone}, width {config.encoder.width}, "
-        f"{config.encoder.stem} stem, {config.encoder.head} head to "
+        "encoder": f"{config.encoder.described}, {config.encoder.head} head to "
         f"{config.encoder.dim}; {config.precision}",
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}, "
         f"{counted(config.bn_groups, 'BatchNorm group')} of "
         f"{config.batch_size // config.bn_groups}, "
         + counted(config.runtime.micro_batches, "micro-batch", "micro-batches"),
-        "negatives": config.moco.described(config.batch_size, len(splits.train)),
+        "negatives": config.negatives(len(splits.train)),
         "steps": f"{trainer.steps_per_epoch:,} an epoch ({counted(left_over, 'image')} left over, "
         f"others each epoch), {trainer.total_steps:,} in {counted(config.epochs, 'epoch')}",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",

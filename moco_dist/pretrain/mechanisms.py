@@ -234,9 +234,9 @@ class FromCrossedBanks(FromBank):
     def loss(self, queries: Tensor, piece: Piece, step: Key) -> tuple[Tensor, Tensor]:
         """Return the mean of both halves' losses, (), and their logits, (2 rows, 1 + draws)."""
         negatives, owners = self.negatives(piece, step)
-        halves = queries, piece.candidates()[piece.rows], negatives
-        parts = zip(*(each.unbind(1) for each in halves), strict=True)
-        each = [self.of_pair(*part, owners) for part in parts]
+        met = piece.candidates()[piece.rows], negatives
+        halves = zip(*(each.unbind(1) for each in (queries, *met)), strict=True)
+        each = [self.of_pair(q, k, others, owners) for q, k, others in halves]
         losses, logits = zip(*each, strict=True)
         return torch.stack(losses).mean(), torch.cat(logits)
 
