@@ -63,7 +63,7 @@ def test_gray_images_are_pretrained_probed_and_reported(tmp_path: Path, memory_g
     where += ["data.size=16", "views.size=16"]
     pretrain(load(PretrainConfig, [*RUN, *GRAY, *where, "name=gray"]))
     run = tmp_path / "runs/gray"
-    with pytest.raises(ConfigError, match=r"give 1 number\(s\) each; for gray images"):
+    with pytest.raises(ConfigError, match=r"give 1 number each; for gray images"):
         probe(load(ProbeConfig, [*PROBE, *where, f"encoder={run}"]))
     probe(load(ProbeConfig, [*PROBE, *where, *GRAY[1:], f"encoder={run}"]))
     assert json.loads((tmp_path / "runs/gray-probe/DONE").read_text())
@@ -203,8 +203,8 @@ def test_gray_images_are_one_run_on_any_number_of_processes(tmp_path: Path) -> N
     [
         (["encoder.channels=4"], "encoder.channels=4 can't be read from images; use 3 (RGB) or 1"),
         (["encoder.channels=0"], "encoder.channels=0 is too small; it must be at least 1"),
-        (GRAY[:1], "are for 3 channels and the encoder needs 1; give 1 number(s) each; for gray"),
-        (GRAY[1:], "are for 1 channels and the encoder needs 3; give 3 number(s) each"),
+        (GRAY[:1], "are for 3 channels and the encoder needs 1; give 1 number each; for gray"),
+        (GRAY[1:], "are for 1 channel and the encoder needs 3; give 3 numbers each"),
         (GRAY[:2], "are not one number per channel; give both equally many"),
         (["views.mean=[]", "views.std=[]"], "are not one number per channel"),
     ],
