@@ -18,6 +18,7 @@ from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.doctor.bn_leak import bn_leak
+from moco_dist.doctor.checks import batch
 from moco_dist.encoders.load import find
 from moco_dist.errors import ConfigError, DataError
 from moco_dist.export.run import export
@@ -30,7 +31,7 @@ from moco_dist.pretrain import figures
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.probe.frozen import both
 from moco_dist.report.table import details
-from moco_dist.runs.record import read
+from moco_dist.runs.record import CONTROL, TRAINED, read
 from tests.test_mechanisms import CMC, EXACT, account, assert_same
 from tests.test_moco import unit
 from tests.test_trainer import TINY, build
@@ -191,6 +192,15 @@ def test_health_is_the_mean_of_both_halves() -> None:
         assert value == pytest.approx((each[0][name] + each[1][name]) / 2, abs=1e-12)
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp", "mlp_bn"])
+def test_heads_without_batch_norm_are_warned_of(head: str) -> None:
+    config = load(PretrainConfig, [*CMC, f"encoder.head={head}"])
+    assert (f"encoder.head={head} has no BatchNorm" in config.drifts) == (head != "mlp_bn")
+    (found,) = (each for each in batch(config, 9000) if each.about == "negatives")
+    assert (found.fault, found.warning) == ("", config.drifts)
+    assert found.found.endswith("; two banks, crossed between the halves")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two halves, with kNN by its vectors, a linear classifier and pictures."""
@@ -206,7 +216,7 @@ def test_a_run_is_evaluated_probed_and_read_back(run: Path, tmp_path: Path) -> N
     assert encoder(images).shape == (4, 32)
     words = [*TINY[5:8], f"encoder={run}", f"output={tmp_path}", "epochs=1", "batch_size=16"]
     results = run_probe(load(ProbeConfig, [*words, "views.size=16", "runtime.device=cpu"]))
-    assert {"trained", "control"} <= results["encoders"].keys()
+    assert results["encoders"].keys() == {TRAINED, CONTROL}
 
 
 def test_the_control_sees_images_as_the_trained_encoder_does(run: Path) -> None:

@@ -24,6 +24,7 @@ PRESETS = Path(__file__).parent.parent / "configs/pretrain"
         ("simclr_cifar10", "batch", 1023, "sgd"),
         ("simclr_imagenet", "batch", 8191, "lars"),
         ("instdis_cifar10", "bank", 50_000, "sgd"),
+        ("cmc_cifar10", "bank", 4097, "sgd"),
         ("mocov3_cifar10", "batch", 256, "lars"),
         ("mocov3_imagenet", "batch", 4096, "lars"),
         ("mocov3_vit_small", "batch", 4096, "adamw"),

@@ -290,6 +290,17 @@ class PretrainConfig:
         return self.moco.described(self.batch_size, images) + crossed
 
     @property
+    def drifts(self) -> str:
+        """The sentence about heads with which two halves learn little, or nothing."""
+        if self.encoder.vectors == 1 or self.encoder.head == "mlp_bn":
+            return ""
+        return (
+            f"encoder.head={self.encoder.head} has no BatchNorm: the mean vectors of two halves then "
+            "drift, the loss falls in each epoch and rises after it, and little is learned; "
+            "use encoder.head=mlp_bn"
+        )
+
+    @property
     def view_recipes(self) -> list[ViewsConfig]:
         """The recipe of all views, or those of the first and of the second one."""
         return [self.views, self.views_2] if self.views_2 else [self.views]

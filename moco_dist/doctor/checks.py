@@ -103,7 +103,7 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
         lambda: plan.check_images(rows, groups, world, images),
     )
     long = config.moco.too_long(rows, images)
-    yield Finding("negatives", config.negatives(images), long)
+    yield Finding("negatives", config.negatives(images), long, config.drifts)
     if few := set_size.few_images(config, images):
         yield Finding("expect", few)
 

@@ -26,8 +26,9 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
-    if sentence := config.moco.too_long(config.batch_size, len(splits.train)):
-        logger.warning(sentence)
+    for sentence in (config.moco.too_long(config.batch_size, len(splits.train)), config.drifts):
+        if sentence:
+            logger.warning(sentence)
     monitor = (
         f"every {counted(config.knn.every_epochs, 'epoch')}"
         + ", with a linear classifier (online/top1)" * config.monitor.linear
