@@ -295,8 +295,8 @@ class PretrainConfig:
         if self.encoder.vectors == 1 or self.encoder.head == "mlp_bn":
             return ""
         return (
-            f"encoder.head={self.encoder.head} has no BatchNorm: the mean vectors of two halves then "
-            "drift, the loss falls in each epoch and rises after it, and little is learned; "
+            f"encoder.head={self.encoder.head} has no BatchNorm: the mean vectors of two halves "
+            "then drift, the loss falls in each epoch and rises after it, and little is learned; "
             "use encoder.head=mlp_bn"
         )
 
