@@ -32,8 +32,9 @@ from moco_dist.pretrain.trainer import Trainer
 from moco_dist.probe.frozen import both
 from moco_dist.report.table import details
 from moco_dist.runs.record import CONTROL, TRAINED, read
-from tests.test_mechanisms import CMC, EXACT, account, assert_same
+from tests.test_mechanisms import CMC, EXACT, account
 from tests.test_moco import unit
+from tests.test_one_run_any_machine import assert_same
 from tests.test_trainer import TINY, build
 
 STEP_OF_COLOURS = 17  # of 256: a grid of 16 x 16 x 16 colours, with all corners
@@ -220,12 +221,11 @@ def test_a_run_is_evaluated_probed_and_read_back(run: Path, tmp_path: Path) -> N
 
 
 def test_the_control_sees_images_as_the_trained_encoder_does(run: Path) -> None:
-    backbones = both(find(run), ProbeConfig(), torch.device("cpu"), torch.float32)
-    trained, control = (seen(each, torch.rand(2, 3, 16, 16)) for each in backbones.values())
-    assert all(a.shape == b.shape for a, b in zip(trained, control, strict=True))
-    first, second = backbones.values()
-    assert first.mean.equal(second.mean)
-    assert first.std.equal(second.std)
+    images, device = torch.rand(2, 3, 16, 16), torch.device("cpu")
+    backbones: list[Any] = [*both(find(run), ProbeConfig(), device, torch.float32).values()]
+    trained, control = (seen(each, images) for each in backbones)
+    assert all(map(Tensor.equal, trained, control))
+    assert not backbones[0](images).equal(backbones[1](images))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -243,8 +243,8 @@ def test_onnx_alone_holds_two_halves(target: str, run: Path) -> None:
 def test_another_run_starts_from_two_halves_with_its_own_normalisation(run: Path) -> None:
     other = "views.mean=[0.5,0.5,0.5]"
     trainer = build(*CMC, f"init_from={run}", other)
-    trained = load_encoder(run).backbone
-    found = trainer.moco.query_encoder.backbone
+    trained: Any = load_encoder(run).backbone
+    found: Any = trainer.moco.query_encoder.backbone
     assert found.l.conv1.weight.equal(trained.l.conv1.weight)
     assert found.mean.flatten().tolist() == [0.5] * 3 != trained.mean.flatten().tolist()
     with pytest.raises(DataError, match=r"give encoder.halves=lab"):
