@@ -24,7 +24,7 @@ class Bank(nn.Module):
     `random_start` the vectors are zeros, which somebody has to replace.
 
     With two `halves` there are two banks, `vectors` (images, 2, dim), and crossed: the queries of
-    each half meet the vectors of the other one (Tian et al. 2019, section 3.1).
+    each half meet the vectors of the other one (Tian et al. 2019).
     """
 
     vectors: Tensor

@@ -67,6 +67,7 @@ class Halves(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features (rows, num_features) of normalised images (rows, 3, h, w)."""
+        # Rounding takes black and white a little out of [0, 1].
         lab = rgb_to_lab((x * self.std + self.mean).clamp(0, 1))
         scaled = [
             (channel - (low + high) / 2) / ((high - low) / 2)
