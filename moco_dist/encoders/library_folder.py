@@ -18,7 +18,7 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What a model of timm may be built with and still give the features that it gives here; the first
 # two show in its tensors, and the third is compared.
-_FREE = ("num_classes", "in_chans", "global_pool", "img_size", "dynamic_img_size")
+_FREE = ("num_classes", "in_chans", "global_pool", "dynamic_img_size")
 # Settings of transformers' ResNet that change its features and not its tensors.
 _RESNET = {
     "hidden_act": "relu",

@@ -181,7 +181,7 @@ def check(config: EncoderConfig, size: int) -> None:
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"{config.described} takes no views of {size} pixels ({shown(error, 200)}); change "
-                "views.size, or the patches by encoder.options=[patch_size=N]"
+                "views.size, or encoder.options, such as patch_size"
             ) from error
     if found != (1, encoder.num_features):
         raise ConfigError(
