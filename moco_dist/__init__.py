@@ -7,6 +7,7 @@ The names in `__all__` are the public ones. Each is loaded when it is first used
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from moco_dist.method.views import center as center_view
     from moco_dist.method.views import make as make_views
     from moco_dist.notebook import run_pretrain, run_probe
+
+# PyTorch's threads wait for each other asleep. They would otherwise spin, and next to another
+# program keep from running what they wait for. OpenMP reads this when PyTorch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

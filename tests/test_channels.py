@@ -63,7 +63,7 @@ def test_gray_images_are_pretrained_probed_and_reported(tmp_path: Path, memory_g
     where += ["data.size=16", "views.size=16"]
     pretrain(load(PretrainConfig, [*RUN, *GRAY, *where, "name=gray"]))
     run = tmp_path / "runs/gray"
-    with pytest.raises(ConfigError, match=r"give 1 number\(s\) each; for gray images"):
+    with pytest.raises(ConfigError, match=r"give 1 number each; for gray images"):
         probe(load(ProbeConfig, [*PROBE, *where, f"encoder={run}"]))
     probe(load(ProbeConfig, [*PROBE, *where, *GRAY[1:], f"encoder={run}"]))
     assert json.loads((tmp_path / "runs/gray-probe/DONE").read_text())
@@ -113,7 +113,7 @@ def test_an_encoder_of_any_channels_is_exported_to_onnx(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["moco", "detectron2"])
 def test_libraries_of_coloured_images_alone_are_told_so(tmp_path: Path, target: str) -> None:
     run = written(tmp_path / "gray", stem="imagenet", channels=1)
-    with pytest.raises(ConfigError, match=r"1 channel\(s\)\): its images have three channels; use"):
+    with pytest.raises(ConfigError, match=r"1 channel\): its images have three channels; use"):
         export(run, target)
 
 
@@ -203,8 +203,8 @@ def test_gray_images_are_one_run_on_any_number_of_processes(tmp_path: Path) -> N
     [
         (["encoder.channels=4"], "encoder.channels=4 can't be read from images; use 3 (RGB) or 1"),
         (["encoder.channels=0"], "encoder.channels=0 is too small; it must be at least 1"),
-        (GRAY[:1], "are for 3 channels and the encoder needs 1; give 1 number(s) each; for gray"),
-        (GRAY[1:], "are for 1 channels and the encoder needs 3; give 3 number(s) each"),
+        (GRAY[:1], "are for 3 channels and the encoder needs 1; give 1 number each; for gray"),
+        (GRAY[1:], "are for 1 channel and the encoder needs 3; give 3 numbers each"),
         (GRAY[:2], "are not one number per channel; give both equally many"),
         (["views.mean=[]", "views.std=[]"], "are not one number per channel"),
     ],

@@ -252,7 +252,7 @@ WARNED = {
     ),
     "stray": (
         {" .png": 1, "a .png": 5, "b .png": 5},
-        "1 image(s) next to the class folders have no class; the first is {root}/0.png",
+        "1 image without a class next to the class folders; the first is {root}/0.png",
     ),
     "unsorted": (
         {" .png": 5, "a .png": 5, "b .png": 5},

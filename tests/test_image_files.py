@@ -217,11 +217,11 @@ def test_16_bits_in_colour_are_read_and_12_of_them_refused(kind: str, bands: int
     [
         (
             tiff(np.zeros((8, 8, 3), np.float32), 3, 32, 3),
-            "its content is a TIFF with 3 channel(s) of floating-point numbers of 32 bits; save 1",
+            "its content is a TIFF with 3 channels of floating-point numbers of 32 bits; save 1",
         ),
         (
             tiff(np.zeros((8, 8, 5), np.uint8), 5, 8, 1),
-            "its content is a TIFF with 5 channel(s) of numbers of 8 bits; save 1 or 3 channels of",
+            "its content is a TIFF with 5 channels of numbers of 8 bits; save 1 or 3 channels of",
         ),
         (b"II*\0\x08\0\0\0", "its content is a damaged TIFF"),
         (b"\0\0\0\x18ftypheic" + bytes(20), "its content is HEIC, which is not read; save it as"),

@@ -143,7 +143,7 @@ def test_what_is_wrong_with_a_table_is_said_in_one_sentence(labelled: Path, tmp_
             65,
             "line 2 gives 0001.jpg the label 'b', and another li",
         ),
-        (b"file,label\n0001.jpg\n", {}, 65, "line 2 has 1 column(s) and 2 are needed; give a file"),
+        (b"file,label\n0001.jpg\n", {}, 65, "line 2 has 1 column and needs 2; give a file"),
         (
             b"file,a,b\n0001.jpg,1,2\n",
             {},

@@ -197,6 +197,15 @@ def test_a_mistake_is_one_sentence_and_exit_status_78() -> None:
     assert result.stdout == ""
 
 
+def test_threads_that_wait_leave_their_core_to_other_programs() -> None:
+    """OpenMP itself says what it read when PyTorch loaded it: no turns of a loop."""
+    code = "import moco_dist, torch"
+    result = launch(sys.executable, "-c", code, OMP_DISPLAY_ENV="VERBOSE")
+    assert "GOMP_SPINCOUNT = '0'" in result.stderr
+    result = launch(sys.executable, "-c", code, OMP_DISPLAY_ENV="VERBOSE", OMP_WAIT_POLICY="ACTIVE")
+    assert "OMP_WAIT_POLICY = 'ACTIVE'" in result.stderr
+
+
 def test_asking_for_more_processes_than_there_are_is_an_error(tmp_path: Path) -> None:
     # With --cpu and --num_processes 2 Accelerate 1.15 silently starts one process.
     command = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2"]

@@ -22,7 +22,7 @@ from moco_dist.config.running import (
     RuntimeConfig,
     TrackingConfig,
 )
-from moco_dist.errors import shown
+from moco_dist.errors import counted, shown
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,9 @@ class ViewsConfig:
         example = "; for gray images try views.mean=[0.48] views.std=[0.24]"
         require(
             len(self.mean) == channels,
-            f"views.mean={self.mean} and views.std={self.std} are for {len(self.mean)} channels "
-            f"and the encoder needs {channels}; give {channels} number(s) each"
+            f"views.mean={self.mean} and views.std={self.std} are for "
+            f"{counted(len(self.mean), 'channel')} and the encoder needs {channels}; "
+            f"give {counted(channels, 'number')} each"
             f"{example if channels == 1 else ''}",
         )
 

@@ -255,7 +255,7 @@ def _in_memory(part: ImageIndex, config: DataConfig, recipe: Recipe, kept: Path)
     if not bad:
         return images
     logger.warning(
-        "%s: %s; they are left out", shown(part.root), image_folder.counted(part, seen.unreadable)
+        "%s: %s; they are left out", shown(part.root), image_folder.listed(part, seen.unreadable)
     )
     good = torch.ones(len(images), dtype=torch.bool)
     good[[row for row, _ in bad]] = False

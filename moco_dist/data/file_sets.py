@@ -153,7 +153,8 @@ def _tables(config: DataConfig, given: Path, kept: Path | None) -> Sources:
     splits, said = tables.splits(config.root)
     train, tests, others = parts.of_splits(list(splits), config.split, config.root)
     if others:
-        said += (f"{shown(config.root)}: left aside the split(s) {shown(', '.join(others))}",)
+        unused = shown(", ".join(others))
+        said += (f"{shown(config.root)}: neither trains nor tests on {unused}",)
 
     def of(name: str) -> Source:
         def listed(classes: tuple[str, ...]) -> ImageIndex:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError, _imaging
 
+from moco_dist.errors import counted
 from moco_dist.method.slots import CROP_ATTEMPTS
 
 Pixels = NDArray[np.uint8]
@@ -201,7 +202,7 @@ def _refused(content: bytes) -> str:
             return "its content is a damaged TIFF"
         bits, kinds = tags.get(258, (1,)), tags.get(339, (1,))
         numbers = {2: "signed numbers", 3: "floating-point numbers"}.get(kinds[0], "numbers")
-        found = f"{tags.get(277, 1)} channel(s) of {numbers} of {bits[0]} bits"
+        found = f"{counted(tags.get(277, 1), 'channel')} of {numbers} of {bits[0]} bits"
     except Exception:  # any kind for a damaged directory
         return "its content is a damaged TIFF"
     return f"its content is a TIFF with {found}; save 1 or 3 channels of 8 bits, from 0 to 255"

@@ -23,7 +23,7 @@ from moco_dist.data.folder_layout import STRAYS
 from moco_dist.data.image_file import EXTENSIONS, Place, Recipe
 from moco_dist.data.parts import part_of
 from moco_dist.distributed import fingerprint
-from moco_dist.errors import ConfigError, DataError, MissingError, machine_error, shown
+from moco_dist.errors import ConfigError, DataError, MissingError, counted, machine_error, shown
 from moco_dist.runs import memory
 from moco_dist.runs.status import written_whole
 
@@ -103,8 +103,8 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
         raise DataError(fault)
     if loose:
         said.append(
-            f"{shown(root)}: {loose:,} image(s) next to the class folders have no class; the first "
-            f"is {shown(files[0], 4096)}"
+            f"{shown(root)}: {counted(loose, 'image')} without a class next to the class "
+            f"folders; the first is {shown(files[0], 4096)}"
         )
     number = {name: i for i, name in enumerate(classes or names)}
     labels = [number.get(parts[0], -1) if len(parts) > 1 else -1 for parts in inner]
@@ -203,7 +203,7 @@ def decode(images: Located, recipe: Recipe, seen: Seen | None = None) -> Tensor:
                 break
     if bad and (not skip or len(bad) == len(places)):
         row, reason = bad[0]
-        found = f"{shown(images.root)}: {counted(images, bad)}; replace or remove these files"
+        found = f"{shown(images.root)}: {listed(images, bad)}; replace or remove these files"
         if len(bad) == 1:
             found = f"{shown(places[row], 4096)}: not a readable image ({reason}); replace or "
             found += "remove this file"
@@ -213,7 +213,7 @@ def decode(images: Located, recipe: Recipe, seen: Seen | None = None) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def counted(images: Located, unreadable: list[Unreadable]) -> str:
+def listed(images: Located, unreadable: list[Unreadable]) -> str:
     """Return a text: how many images can't be read, the first ones, and why."""
     places = images.all_places()
     first = ", ".join(f"{shown(places[row], 4096)} ({reason})" for row, reason in unreadable[:5])

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import class_names
 from moco_dist.data.image_index import ImageIndex
-from moco_dist.errors import ConfigError, DataError, MissingError, shown
+from moco_dist.errors import ConfigError, DataError, MissingError, counted, shown
 
 # Names of the columns, in lower case.
 FILES = ("file", "filename", "file_name", "image", "image_id", "img", "path", "id", "name")
@@ -119,8 +119,9 @@ def _rows(path: Path, config: DataConfig) -> Iterator[tuple[int, str, str | None
                         continue
                 if len(row) <= max(columns):
                     raise DataError(
-                        f"{shown(path)}: line {lines.line_num} has {len(row)} column(s) and "
-                        f"{max(columns) + 1} are needed; give a file and a label in each line"
+                        f"{shown(path)}: line {lines.line_num} has "
+                        f"{counted(len(row), 'column')} and needs {max(columns) + 1}; "
+                        "give a file and a label in each line"
                     )
                 yield lines.line_num, row[columns[0]].strip(), row[columns[1]].strip() or None
     except (OSError, ValueError, csv.Error) as error:

@@ -25,7 +25,7 @@ from moco_dist.encoders import original
 from moco_dist.encoders.library_folder import PROCESSOR
 from moco_dist.encoders.load import Found
 from moco_dist.encoders.names import from_detectron2, to_detectron2, to_huggingface
-from moco_dist.errors import ConfigError, MissingError
+from moco_dist.errors import ConfigError, MissingError, counted
 from moco_dist.method.encoder import Backbone
 from moco_dist.method.moco import REMEMBERED
 
@@ -67,7 +67,8 @@ def refuse(found: Found, target: str, holds: bool, reason: str, others: str) -> 
     if not holds:
         raise ConfigError(
             f"{target} can't hold this encoder ({config.backbone}, width {config.width}, "
-            f"{config.stem} stem, {config.channels} channel(s)): {reason}; use --to {others}"
+            f"{config.stem} stem, {counted(config.channels, 'channel')}): {reason}; use --to "
+            f"{others}"
         )
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from moco_dist.config.moco import MocoConfig
-from moco_dist.errors import shown
+from moco_dist.errors import counted, shown
 from moco_dist.report.results import TITLES, results
 from moco_dist.runs.partners import labels
 from moco_dist.runs.record import CONTROL, Metric, Record, number, text_of
@@ -157,6 +157,10 @@ def details(record: Record) -> Iterator[str]:
     def value(key: str) -> str:
         return text_of(config.get(key, "?"))
 
+    def count(key: str, one: str) -> str:
+        found = config.get(key)
+        return counted(found, one) if isinstance(found, int) else f"? {one}s"
+
     rows = {"directory": shown(record.directory)}
     if record.status:
         status = {key: text_of(record.status.get(key)) for key in ("state", "time", "host", "pid")}
@@ -171,12 +175,12 @@ def details(record: Record) -> Iterator[str]:
         )
         settings = moco.settings if (moco := MocoConfig.stored(config)) else {}
         words = (f"{name.replace('_', ' ')} {text_of(found)}" for name, found in settings.items())
-        rows["method"] = ", ".join([*words, f"{value('bn_groups')} BatchNorm groups"])
+        rows["method"] = ", ".join([*words, count("bn_groups", "BatchNorm group")])
     if record.kind == "probe":
         rows["encoder"] = value("encoder")
     if record.kind:
         rows["training"] = (
-            f"{value('epochs')} epochs, batch {value('batch_size')}, lr {value('optim.lr')} "
+            f"{count('epochs', 'epoch')}, batch {value('batch_size')}, lr {value('optim.lr')} "
             f"({value('optim.schedule')}), {value('precision')}, seed {value('seed')}"
         )
     rows |= {title: f"{value}, {about}" for title, value, about in key_figures(record)}
