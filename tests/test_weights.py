@@ -202,6 +202,16 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     found["timm, with options"] = Kind(
         folder / "small", pooled(small), "timm/test_vit", options=words
     )
+    # moco-v3's ViT-S, which has more heads than timm's: main_moco.py and vits.py.
+    theirs = of_timm("vit_small_patch16_224", num_heads=12, dynamic_img_size=True)
+    backbone = {k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
+    content = behind("module.base_encoder.", backbone)
+    content |= behind("module.base_encoder.head.0.", head)
+    torch.save({"arch": "vit_small", "state_dict": content}, folder / "v3.pth.tar")
+    small_v3 = "timm/vit_small_patch16_224"
+    found["MoCo v3's ViT-S"] = Kind(
+        folder / "v3.pth.tar", pooled(theirs), small_v3, options=("num_heads=12",)
+    )
     around = stirred(TimmWrapperModel(TimmWrapperConfig(architecture="resnet18")))
     around.save_pretrained(folder / "wrapper")
     found["transformers, timm"] = Kind(

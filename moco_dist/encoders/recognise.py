@@ -55,7 +55,10 @@ def backbone(
     """
     inner, keys, others = layouts.unwrapped(content)
     tensors = _tensors(inner, path)
-    name = said or _arch(content, path, asked) or asked * asked.startswith("timm/")
+    if of_v3 := layouts.moco_v3(content, tensors):
+        name, options = of_v3
+    else:
+        name = said or _arch(content, path, asked) or asked * asked.startswith("timm/")
     built = None
     if name.startswith("timm/"):
         built = EncoderConfig(name, list(options), stem="imagenet")
