@@ -282,7 +282,13 @@ def test_options_are_those_of_timm_and_the_first_weights_are_moco_v3s() -> None:
 
     config = EncoderConfig(**VIT, options=[*SMALL, "qkv_bias=False", "global_pool=token"])
     backbone = build_encoder(config, 0).backbone
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+    settings: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 4,
+    }
     theirs: Any = timm.create_model("vit_tiny_patch16_224", num_classes=0, **settings)
     blocks = backbone.blocks
     assert len(blocks) == 2

@@ -117,7 +117,11 @@ def test_a_vision_transformer_keeps_its_options_in_every_export(tmp_path: Path) 
     import timm
 
     options = ["img_size=32", "patch_size=8", "embed_dim=48", "depth=2", "num_heads=4"]
-    own = {"stem": "imagenet", "options": [*options, "weight_init=moco"], "positions": "sincos"}
+    own: dict[str, Any] = {
+        "stem": "imagenet",
+        "options": [*options, "weight_init=moco"],
+        "positions": "sincos",
+    }
     run = written(tmp_path / "r", backbone="timm/vit_tiny_patch16_224", **own)
     assert len(backbone_of(run).blocks) == 2
     folder, drawn = export(run, "timm"), export(run, "onnx")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, theirs: dict[str, torch.Tens
 def test_another_number_of_heads_is_named(tmp_path: Path) -> None:
     import timm
 
-    model = timm.create_model("test_vit", num_classes=0, img_size=16, patch_size=8)
+    model: Any = timm.create_model("test_vit", num_classes=0, img_size=16, patch_size=8)
     torch.nn.init.ones_(model.norm.bias)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     name, options = "encoder.backbone=timm/test_vit", "img_size=16,patch_size=8"

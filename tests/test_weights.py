@@ -204,8 +204,8 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     )
     # moco-v3's ViT-S, which has more heads than timm's: main_moco.py and vits.py.
     theirs = of_timm("vit_small_patch16_224", num_heads=12, dynamic_img_size=True)
-    backbone = {k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
-    content = behind("module.base_encoder.", backbone)
+    headless = {k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
+    content = behind("module.base_encoder.", headless)
     content |= behind("module.base_encoder.head.0.", head)
     torch.save({"arch": "vit_small", "state_dict": content}, folder / "v3.pth.tar")
     small_v3 = "timm/vit_small_patch16_224"

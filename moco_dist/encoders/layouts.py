@@ -113,8 +113,8 @@ def moco_v3(
     The number of heads is in no tensor, and timm's ViT-S has another.
     """
     arch = content.get("arch")
-    theirs = isinstance(arch, str) and any("base_encoder." in name for name in names)
-    return _MOCO_V3.get(arch) if theirs else None
+    theirs = any("base_encoder." in name for name in names)
+    return _MOCO_V3.get(arch) if theirs and isinstance(arch, str) else None
 
 
 def encoders(

@@ -45,11 +45,12 @@ class Folder:
 def read(folder: Path) -> Folder:
     """Return what the folder says; DataError if it can't be an encoder here, or MissingError."""
     described = _object(folder / CONFIG)
+    options: list[str] = []
     kind = described.get("model_type")
     if kind == "resnet":
         strange = {k: described[k] for k, v in _RESNET.items() if described.get(k, v) != v}
         _refuse(folder, strange)
-        backbone, options, fed = "", [], _of_transformers(folder)
+        backbone, fed = "", _of_transformers(folder)
     elif "architecture" in described and kind in (None, "timm_wrapper"):
         backbone, options = _timm(folder, described)
         fed = _of_timm(described.get("pretrained_cfg"))
