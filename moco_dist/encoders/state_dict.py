@@ -107,7 +107,7 @@ def filled(config: EncoderConfig, tensors: Mapping[str, Tensor], path: Path) -> 
 def described(architecture: EncoderConfig) -> str:
     """Return the architecture in words."""
     gray = ", gray images" if architecture.channels == 1 else ""
-    return f"{architecture.backbone}, width {architecture.width}, {architecture.stem} stem{gray}"
+    return architecture.described + gray
 
 
 def require_trained(backbone: nn.Module, source: object) -> None:

@@ -36,11 +36,9 @@ def text(found: Found, which: str, target: str, lines: str, folder: Path | str) 
         else "Before the files were kept, this code was run on drawn images (from a folder), and "
         "its features agreed with the encoder's within 1e-5."
     )
-    config = found.architecture
-    stem = "" if config.is_timm else f", {config.stem} stem, width {config.width}"
     count = sum(p.numel() for p in found.backbone.parameters())
     length = found.backbone.num_features
-    what = {"encoder": f"{config.backbone}{stem}; {count:,} parameters, {length} features"}
+    what = {"encoder": f"{found.architecture.described}; {count:,} parameters, {length} features"}
     recorded = found.checkpoint.state.get("config")
     settings = flat(recorded) if isinstance(recorded, dict) else {}
     what |= training(found.checkpoint, settings)

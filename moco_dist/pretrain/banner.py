@@ -7,6 +7,7 @@ import logging
 from moco_dist.distributed import comms
 from moco_dist.encoders import load
 from moco_dist.errors import counted
+from moco_dist.method import timm_backbone
 from moco_dist.pretrain.set_size import few_images
 from moco_dist.pretrain.step_graph import why_not
 from moco_dist.pretrain.trainer import Trainer
@@ -28,6 +29,9 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         )
     if sentence := config.moco.too_long(config.batch_size, len(splits.train)):
         logger.warning(sentence)
+    backbone = trainer.moco.query_encoder.backbone
+    if sentence := timm_backbone.interpolates(backbone, config.views.size):
+        logger.warning(sentence)
     monitor = (
         f"every {counted(config.knn.every_epochs, 'epoch')}"
         + ", with a linear classifier (online/top1)" * config.monitor.linear
@@ -39,8 +43,7 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         f"{counted(len(splits.validation), 'validation image')}, "
         + counted(len(splits.train.classes), "class", "classes"),
         "images": splits.held,
-        "encoder": f"{config.encoder.backbone}, width {config.encoder.width}, "
-        f"{config.encoder.stem} stem, {config.encoder.head} head to "
+        "encoder": f"{config.encoder.described}, {config.encoder.head} head to "
         f"{config.encoder.dim}; {config.precision}",
         "batch": f"{config.batch_size} = {processes} x {config.batch_size // processes}, "
         f"{counted(config.bn_groups, 'BatchNorm group')} of "

@@ -168,9 +168,10 @@ def details(record: Record) -> Iterator[str]:
     if record.kind:
         rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
     if record.kind == "pretrain":
+        options = f" with {value('encoder.options')}" if config.get("encoder.options") else ""
         rows["encoder"] = (
-            f"{value('encoder.backbone')}, width {value('encoder.width')}, {value('encoder.stem')} "
-            f"stem, {value('encoder.head')} head to {value('encoder.dim')}"
+            f"{value('encoder.backbone')}{options}, width {value('encoder.width')}, "
+            f"{value('encoder.stem')} stem, {value('encoder.head')} head to {value('encoder.dim')}"
         )
         settings = moco.settings if (moco := MocoConfig.stored(config)) else {}
         words = (f"{name.replace('_', ' ')} {text_of(found)}" for name, found in settings.items())
