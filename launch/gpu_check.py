@@ -59,7 +59,7 @@ def losses(*words: str) -> tuple[list[float], str, bool]:
     digest = hashlib.sha256()
     for _, tensor in sorted(trainer.moco.state_dict().items()):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return found, digest.hexdigest(), take.captured
+    return found, digest.hexdigest(), take.captured or take.parts is not None
 
 
 def apart(mine: list[float], other: list[float]) -> float:
@@ -142,21 +142,33 @@ def bench(config: str, *words: str) -> dict[str, Any]:
 
 
 def two_gpus() -> dict[str, Any]:
-    """Compare two processes with one."""
+    """Compare two processes with one, and their step as graphs with the eager one."""
     if torch.cuda.device_count() < 2:
         return {"ok": True, "not run": "there is one GPU"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    command += ["--num_processes", "2", __file__, "--losses"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    found = apart(theirs, losses("precision=fp64")[0])
-    return {"difference": found, "ok": found <= 1e-8}
+
+    def of_two(*words: str) -> tuple[list[float], str, bool]:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command += ["--num_processes", "2", __file__, "--losses", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        found, digest, captured = json.loads(done.stdout.splitlines()[-1])
+        return found, digest, captured
+
+    found = apart(of_two("precision=fp64")[0], losses("precision=fp64")[0])
+    graph, eager = of_two(), of_two("runtime.cuda_graph=false")
+    drift = apart(graph[0], eager[0])
+    return {
+        "difference": found,
+        "graph against eager": drift,
+        "same bits": graph[1] == eager[1],
+        "captured": graph[2],
+        "ok": found <= 1e-8 and drift <= 1e-3 and graph[2] and not eager[2],
+    }
 
 
 def main() -> None:
     """Run all checks and print what they found."""
-    if sys.argv[1:] == ["--losses"]:
-        print(json.dumps(losses("precision=fp64")[0]))
+    if sys.argv[1] == "--losses":
+        print(json.dumps(losses(*sys.argv[2:])))
         return
     checks: dict[str, Callable[[], dict[str, Any]]] = {
         "GPU against CPU, fp64": lambda: gpu_against_cpu("fp64", 1e-8),

@@ -11,7 +11,7 @@ from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.doctor import run as doctor
-from moco_dist.errors import FaultsError
+from moco_dist.errors import ConfigError, FaultsError
 from moco_dist.pretrain import run as pretrain
 from moco_dist.probe import run as probe
 from tests.probes import PRETRAIN, PROBE
@@ -53,3 +53,32 @@ def test_the_doctor_names_what_is_missing_once(
     )
     with pytest.raises(FaultsError, match=r"1\. data: .*nowhere: no such folder"):
         doctor.examine(load(PretrainConfig, [*words, "data.root=nowhere"]))
+
+
+def test_a_backbone_with_options_is_named_and_its_mistakes_are_found_before_the_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [*PRETRAIN, f"output={tmp_path}", "name=vit", "tracking.wandb=disabled", "epochs=1"]
+    words += ["encoder.backbone=timm/test_vit", "encoder.stem=imagenet", "encoder.width=64"]
+    options = "encoder.options=[patch_size=8,depth=1]"
+    for mistake, sentence in (
+        ("encoder.options=[depht=1]", "depht=1: timm/test_vit has no option depht; did you mean d"),
+        ("views.size=20", r"takes no views of 20 pixels \(Input height \(20\) should be divisible"),
+    ):
+        nowhere = [*words, mistake, "data.name=folder", f"data.root={tmp_path}/none"]
+        with pytest.raises(ConfigError, match=sentence):
+            pretrain.run(load(PretrainConfig, nowhere))
+        with pytest.raises(FaultsError, match=sentence):
+            doctor.examine(load(PretrainConfig, nowhere))
+    pretrain.run(load(PretrainConfig, [*words, options, "encoder.positions=sincos"]))
+    assert (
+        "timm/test_vit with patch_size=8, depth=1, sincos positions, linear head to 8"
+        in " ".join(capsys.readouterr().out.split())
+    )
+    assert (
+        "made for 160 pixels, and interpolated for views of 16; encoder.options=[img_"
+        in caplog.text
+    )
+    measure = [*PROBE, f"output={tmp_path}", f"encoder={tmp_path}/vit", "tracking.wandb=disabled"]
+    with pytest.raises(ConfigError, match="depth=1, sincos positions takes no views of 20 pixels"):
+        probe.run(load(ProbeConfig, [*measure, "views.size=20"]))

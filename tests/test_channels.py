@@ -113,7 +113,7 @@ def test_an_encoder_of_any_channels_is_exported_to_onnx(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["moco", "detectron2"])
 def test_libraries_of_coloured_images_alone_are_told_so(tmp_path: Path, target: str) -> None:
     run = written(tmp_path / "gray", stem="imagenet", channels=1)
-    with pytest.raises(ConfigError, match=r"1 channel\(s\)\): its images have three channels; use"):
+    with pytest.raises(ConfigError, match=r"1 channel\): its images have three channels; use"):
         export(run, target)
 
 

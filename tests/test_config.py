@@ -259,6 +259,29 @@ def test_a_number_is_decimal(argument: str, value: Any, tmp_path: Path) -> None:
     assert flat(to_dict(load(schema, [str(tmp_path / "a.yaml")])))[key] == value
 
 
+def test_options_are_words_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    options = ["patch_size=4", "depth=6", "qkv_bias=False", "mlp_ratio=3.5", "x=[1,2]", "y=moco"]
+    text = f"[{','.join(options[:4])},'{options[4]}',{options[5]}]"
+    timm = ["encoder.backbone=timm/none", "encoder.stem=imagenet"]
+    config = load(PretrainConfig, [*timm, f"encoder.options={text}"])
+    assert config.encoder.options == options
+    assert config.encoder.settings == {
+        **{"patch_size": 4, "depth": 6, "qkv_bias": False, "mlp_ratio": 3.5},
+        **{"x": [1, 2], "y": "moco"},
+    }
+    (tmp_path / "a.yaml").write_text(to_yaml(config))
+    assert load(PretrainConfig, [str(tmp_path / "a.yaml")]) == config
+    (tmp_path / "b.yaml").write_text("encoder:\n  options:\n    - patch_size=4\n")
+    assert load(PretrainConfig, [*timm, str(tmp_path / "b.yaml")]).encoder.settings == {
+        "patch_size": 4
+    }
+    assert refusal("encoder.options={patch_size: 4}").endswith(
+        "encoder.options={patch_size: 4} is not a list of words such as [a=1,b=2]"
+    )
+    changed = changed_keys(to_dict(config), load(PretrainConfig, timm))
+    assert changed == [f"encoder.options: {options} -> []"]
+
+
 @pytest.mark.parametrize(
     "argument",
     [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -15,9 +17,14 @@ from torch import nn
 
 from moco_dist.config.encoder import BACKBONES, EncoderConfig
 from moco_dist.errors import ConfigError
-from moco_dist.method import batch_norm
+from moco_dist.method import batch_norm, timm_backbone
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms
-from moco_dist.method.encoder import build_encoder
+from moco_dist.method.encoder import build_encoder, check
+
+VIT: dict[str, Any] = {"backbone": "timm/vit_tiny_patch16_224", "stem": "imagenet"}
+# For images of 32 pixels, and with the first weights of MoCo v3.
+SMALL = ["img_size=32", "patch_size=8", "embed_dim=48", "depth=2", "num_heads=4"]
+SMALL += ["weight_init=moco"]
 
 
 def separate_norms(groups: int, channels: int) -> list[nn.BatchNorm2d]:
@@ -216,6 +223,36 @@ def test_a_model_of_timm_without_batchnorm_has_no_statistics() -> None:
             {"backbone": "timm/regnety_002", "stem": "imagenet", "patches": "frozen"},
             "timm/regnety_002 has no projection of patches; use a Vision Transformer, or",
         ),
+        ({"positions": "sincos"}, "sincos is for timm's Vision .*resnet18 has no positions; leave"),
+        (
+            {"backbone": "timm/regnety_002", "stem": "imagenet", "positions": "sincos"},
+            "sincos: timm/regnety_002 adds no positions to its patches; use a Vision Transformer,",
+        ),
+        (
+            VIT | {"options": ["embed_dim=66", "num_heads=3"], "positions": "sincos"},
+            "needs a width that is a multiple of 4, and timm/vit_tiny_patch16_224 has 66; change",
+        ),
+        ({"options": ["depth=3"]}, r"\['depth=3'\] is for models of timm, and resnet18 is built"),
+        (VIT | {"options": ["depth"]}, r"depth is no KEY=VALUE; write it as in \[patch_size=4\]"),
+        (VIT | {"options": ["depth="]}, "depth= is no KEY=VALUE"),
+        (VIT | {"options": ["depth=2", "depth=3"]}, "depth=3 sets depth again; leave one out"),
+        (VIT | {"options": ["in_chans=1"]}, "in_chans is set by other keys of the configuration"),
+        (
+            VIT | {"options": ["patchsize=4"]},
+            "patchsize=4: timm/vit_tiny_patch16_224 has no option patchsize; did you mean patch_s",
+        ),
+        (VIT | {"options": ["foo=4"]}, "has no option foo; use one of img_size, patch_size, glo"),
+        (VIT | {"options": ["depth=four"]}, "depth=four is not a number, which timm/vit_tiny_p"),
+        (VIT | {"options": ["qkv_bias=no"]}, "qkv_bias=no is not true or false, which timm/vit"),
+        (
+            VIT | {"options": ["num_heads=5"]},
+            r"can't be built with num_heads=5 \(dim should be divisible by num_heads\); correct",
+        ),
+        (VIT | {"options": ["drop_rate=0.1"]}, r"drops at random \(rate 0.1\), .*drop_path_rate=0"),
+        (
+            {"backbone": "timm/regnety_002", "stem": "imagenet", "options": ["foo=4"]},
+            "can't be built with foo=4 .*unexpected keyword",
+        ),
     ],
 )
 def test_a_backbone_that_can_not_be_trained_is_one_sentence(
@@ -226,9 +263,8 @@ def test_a_backbone_that_can_not_be_trained_is_one_sentence(
 
 
 def test_frozen_patches_are_moco_v3s_and_need_no_gradient() -> None:
-    settings: dict[str, Any] = {"backbone": "timm/vit_tiny_patch16_224", "stem": "imagenet"}
-    frozen = build_encoder(EncoderConfig(**settings, patches="frozen"), seed=0)
-    trained = build_encoder(EncoderConfig(**settings), seed=0)
+    frozen = build_encoder(EncoderConfig(**VIT, patches="frozen"), seed=0)
+    trained = build_encoder(EncoderConfig(**VIT), seed=0)
     projection = frozen.backbone.patch_embed.proj
     bound = (6 / (3 * 16 * 16 + 192)) ** 0.5  # moco-v3, vits.py
     numbers = projection.weight.detach()
@@ -239,6 +275,78 @@ def test_frozen_patches_are_moco_v3s_and_need_no_gradient() -> None:
     assert names == [f"backbone.patch_embed.proj.{part}" for part in ("weight", "bias")]
     assert all(p.requires_grad for p in trained.parameters())
     assert frozen.state_dict().keys() == trained.state_dict().keys()
+
+
+def test_options_are_those_of_timm_and_the_first_weights_are_moco_v3s() -> None:
+    import timm
+
+    config = EncoderConfig(**VIT, options=[*SMALL, "qkv_bias=False", "global_pool=token"])
+    backbone = build_encoder(config, 0).backbone
+    settings: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 4,
+    }
+    theirs: Any = timm.create_model("vit_tiny_patch16_224", num_classes=0, **settings)
+    blocks = backbone.blocks
+    assert len(blocks) == 2
+    assert [b.attn.num_heads for b in blocks] == [b.attn.num_heads for b in theirs.blocks] == [4, 4]
+    assert blocks[0].attn.qkv.bias is None  # a value is no text
+    shapes = {k: v.shape for k, v in theirs.state_dict().items() if "qkv.bias" not in k}
+    assert {k: v.shape for k, v in backbone.state_dict().items()} == shapes
+    for each, out in (
+        (blocks[1].attn.qkv, 48),
+        (blocks[1].attn.proj, 48),
+        (blocks[1].mlp.fc1, 192),
+    ):
+        bound = (6 / (48 + out)) ** 0.5  # Q, K and V apart: moco-v3, vits.py
+        assert 0.99 * bound < float(each.weight.detach().abs().max()) <= bound
+    assert 0 < float(backbone.cls_token.detach().abs().max()) < 1e-5
+
+
+def test_sincos_positions_are_moco_v3s_and_need_no_gradient() -> None:
+    encoder = build_encoder(EncoderConfig(**VIT, options=SMALL, positions="sincos"), seed=0)
+    found = encoder.backbone.pos_embed.detach()[0].double().numpy()
+    assert not found[0].any()  # the class token has none
+    # A position along each side is a complex number of each frequency, of length 1.
+    turns = 1j * 10000.0 ** -(np.arange(12) / 12)
+    for row, column in itertools.product(range(4), range(4)):
+        numbers = np.concatenate([np.exp(turns * row), np.exp(turns * column)])
+        parts = [numbers[:12].imag, numbers[:12].real, numbers[12:].imag, numbers[12:].real]
+        np.testing.assert_allclose(found[1 + 4 * row + column], np.concatenate(parts), atol=1e-6)
+    names = [name for name, p in encoder.named_parameters() if not p.requires_grad]
+    assert names == ["backbone.pos_embed"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "sentence"),
+    [
+        (
+            VIT,
+            40,
+            r"takes no views of 40 pixels \(Input height \(40\) should be divisible by patch",
+        ),
+        (VIT | {"options": ['global_pool=""']}, 32, r"gives \(1, 5, 192\) numbers for a view, not"),
+    ],
+)
+def test_views_that_do_not_fit_the_patches_are_one_sentence(
+    settings: dict[str, Any], size: int, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        check(EncoderConfig(**settings), size)
+    check(EncoderConfig(**VIT, options=["patch_size=8"]), size)
+    check(EncoderConfig(), size)
+
+
+def test_positions_of_another_size_have_a_sentence() -> None:
+    small = build_encoder(EncoderConfig(**VIT, options=SMALL), 0).backbone
+    said = timm_backbone.interpolates(small, 40)
+    assert said.startswith("the positions of the patches are made for 32 pixels, and interpolated")
+    assert "encoder.options=[img_size=40] makes" in said
+    assert not timm_backbone.interpolates(small, 32)
+    assert not timm_backbone.interpolates(build_encoder(EncoderConfig(width=4), 0).backbone, 40)
 
 
 def test_without_timm_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

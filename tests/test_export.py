@@ -113,6 +113,37 @@ def test_timm_loads_the_folder_by_name_with_its_normalisation(imagenet: Path) ->
     assert list(settings["input_size"]) == [3, 32, 32]
 
 
+def test_a_vision_transformer_keeps_its_options_in_every_export(tmp_path: Path) -> None:
+    import timm
+
+    options = ["img_size=32", "patch_size=8", "embed_dim=48", "depth=2", "num_heads=4"]
+    own: dict[str, Any] = {
+        "stem": "imagenet",
+        "options": [*options, "weight_init=moco"],
+        "positions": "sincos",
+    }
+    run = written(tmp_path / "r", backbone="timm/vit_tiny_patch16_224", **own)
+    assert len(backbone_of(run).blocks) == 2
+    folder, drawn = export(run, "timm"), export(run, "onnx")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert_same(model(IMAGES), run)
+    # The number of heads is in no tensor.
+    again = find(folder)
+    assert again.architecture == find(run).architecture
+    assert_same(again.backbone(IMAGES), run)
+    assert (
+        "| encoder | timm/vit_tiny_patch16_224 with img_size=32, patch_size=8, embed_dim=48, "
+        in ((drawn / "README.md").read_text())
+    )
+    # A folder of timm itself, without the description.
+    (folder / "moco_dist.json").unlink()
+    foreign = find(folder)
+    assert foreign.architecture.options == options
+    assert_same(foreign.backbone(IMAGES), run)
+    with pytest.raises(ConfigError, match="moco can't hold this encoder"):
+        export(run, "moco")
+
+
 @pytest.mark.parametrize("backbone", ["resnet18", "timm/regnety_002"])
 def test_timm_gives_the_folder_a_new_classifier_or_gray_images(
     tmp_path: Path, backbone: str

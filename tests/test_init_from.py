@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,23 @@ def test_what_does_not_fit_is_named(tmp_path: Path, theirs: dict[str, torch.Tens
         started(tmp_path, path)
     with pytest.raises(MissingError, match="no such file or folder"):
         started(tmp_path, tmp_path / "none.pth")
+
+
+def test_another_number_of_heads_is_named(tmp_path: Path) -> None:
+    import timm
+
+    model: Any = timm.create_model("test_vit", num_classes=0, img_size=16, patch_size=8)
+    torch.nn.init.ones_(model.norm.bias)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    name, options = "encoder.backbone=timm/test_vit", "img_size=16,patch_size=8"
+    transformer = [name, f"encoder.options=[{options}]"]
+    first = started(tmp_path, tmp_path / "vit.pth", *transformer, "name=first", steps=1)
+    more = [name, f"encoder.options=[{options},num_heads=4]"]
+    with pytest.raises(DataError, match=rf"num_heads=4; give encoder.options=\[{options}\], or an"):
+        started(tmp_path, tmp_path / "first", *more)
+    second = started(tmp_path, tmp_path / "first", *transformer, "seed=5")
+    ours, theirs = (each.moco.query_encoder.backbone.state_dict() for each in (second, first))
+    assert all(ours[key].equal(value) for key, value in theirs.items())
 
 
 def test_a_resumed_run_does_not_read_it_again_and_keeps_its_name(

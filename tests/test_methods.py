@@ -93,7 +93,8 @@ BARS = dict.fromkeys(SMALLEST, 0.8) | {"mocov3_vit_small": 0.4}
 SIZES = {
     *("name", "output", "epochs", "batch_size", "knn", "tracking", "runtime", "data"),
     *("views.size", "views.scale_min", "views.scale_max", "views.grayscale", "views.mean"),
-    *("views.std", "views.blur_sigma_max", "encoder.backbone", "encoder.stem", "encoder.width"),
+    *("views.std", "views.blur_sigma_max", "encoder.backbone", "encoder.options"),
+    *("encoder.stem", "encoder.width"),
     *("encoder.head_width", "encoder.dim", "moco.queue_size", "moco.temperature"),
     *("moco.momentum", "optim.lr", "optim.lr_min", "optim.trust", "optim.warmup_epochs"),
     "optim.milestones",

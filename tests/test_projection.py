@@ -162,11 +162,23 @@ def test_a_head_that_is_none_is_one_sentence(settings: dict[str, Any], sentence:
         EncoderConfig(**settings)
 
 
-def test_a_run_with_batchnorm_in_its_heads_is_one_run_on_any_machine(tmp_path: Path) -> None:
+# The Vision Transformer of MoCo v3, of another size.
+TRANSFORMER = [
+    *("encoder.backbone=timm/test_vit", "encoder.stem=imagenet", "encoder.width=64"),
+    "encoder.options=[img_size=16,patch_size=4,embed_dim=32,depth=2,num_heads=4,weight_init=moco]",
+    *("encoder.patches=frozen", "encoder.positions=sincos"),
+    *("optim.name=adamw", "optim.lr=1e-3"),
+]
+
+
+@pytest.mark.parametrize("backbone", [[], TRANSFORMER], ids=["resnet", "transformer"])
+def test_a_run_with_batchnorm_in_its_heads_is_one_run_on_any_machine(
+    backbone: list[str], tmp_path: Path
+) -> None:
     v3 = ["encoder.head=mlp_bn", "encoder.head_width=24", "encoder.predictor=true"]
     # Few vectors in a group are scaled up by large factors, and differences with them.
     v3 += ["moco.negatives=batch", "moco.symmetric=true", "moco.temperature=1"]
-    v3 += ["bn_groups=2", "optim.lr=0.01"]
+    v3 += ["bn_groups=2", "optim.lr=0.01", *backbone]
     steps = 6
     straight = one(tmp_path / "one", 1, *v3, until=steps)
     several = one(tmp_path / "two", 2, *v3, until=steps)
@@ -181,3 +193,8 @@ def test_a_run_with_batchnorm_in_its_heads_is_one_run_on_any_machine(tmp_path: P
     moved = [name for name in straight["state"] if "predictor" in name and "weight" in name]
     encoder = Encoder(load(PretrainConfig, v3).encoder)
     assert len(moved) == 3 < len(batch_norms(encoder))
+    fixed = {name for name, p in encoder.named_parameters() if not p.requires_grad}
+    for name in fixed:
+        first = straight["state"][f"key_encoder.{name}"]
+        assert first.equal(straight["state"][f"query_encoder.{name}"])
+    assert len(fixed) == (3 if backbone else 0)

@@ -205,11 +205,12 @@ def test_memory_is_the_peak_of_what_the_system_says_this_process_has() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
-def test_a_vision_transformer_is_trained_and_resumed_with_its_patches_frozen(
+def test_a_vision_transformer_is_trained_and_resumed_with_patches_and_positions_fixed(
     optimizer: str, tmp_path: Path
 ) -> None:
     architecture = ["encoder.backbone=timm/test_vit", "encoder.stem=imagenet", "encoder.width=64"]
     architecture += ["encoder.patches=frozen", f"optim.name={optimizer}"]
+    architecture += ["encoder.options=[img_size=16,patch_size=8]", "encoder.positions=sincos"]
     config = load(PretrainConfig, [*TINY, f"output={tmp_path}", *architecture])
     opened = session.start(config)
     trainer = run.build(config, opened)
@@ -217,7 +218,10 @@ def test_a_vision_transformer_is_trained_and_resumed_with_its_patches_frozen(
     for _ in range(2):  # the first has no negatives, and so no gradient
         trainer.train_step()
     for name, parameter in trainer.moco.query_encoder.named_parameters():
-        assert torch.equal(parameter, first[name]) == ("patch_embed" in name), name
+        fixed = "patch_embed" in name or "pos_embed" in name
+        assert torch.equal(parameter, first[name]) == fixed, name
+    keys = dict(trainer.moco.key_encoder.named_parameters())
+    assert keys["backbone.pos_embed"].equal(first["backbone.pos_embed"])
     loop.save(trainer, opened, wait=True)
     ours, _ = trainer.train_step()
     opened.close()

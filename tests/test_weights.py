@@ -54,6 +54,8 @@ class Kind:
     backbone: str = "resnet18"
     # Whether the reader must be told the architecture.
     named: bool = False
+    # What timm was told to build it with.
+    options: tuple[str, ...] = ()
 
 
 def stirred(model: Any) -> Any:
@@ -193,6 +195,23 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
     found["transformers, classifier"] = Kind(
         folder / "classifier", of_transformers(classifier.resnet)
     )
+    options = {"img_size": SIZE, "patch_size": 8, "num_heads": 4}  # heads are in no tensor
+    small = of_timm("test_vit", **options)
+    save_for_hf(small, str(folder / "small"), safe_serialization=True)
+    words = tuple(f"{key}={value}" for key, value in options.items())
+    found["timm, with options"] = Kind(
+        folder / "small", pooled(small), "timm/test_vit", options=words
+    )
+    # moco-v3's ViT-S, which has more heads than timm's: main_moco.py and vits.py.
+    theirs = of_timm("vit_small_patch16_224", num_heads=12, dynamic_img_size=True)
+    headless = {k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
+    content = behind("module.base_encoder.", headless)
+    content |= behind("module.base_encoder.head.0.", head)
+    torch.save({"arch": "vit_small", "state_dict": content}, folder / "v3.pth.tar")
+    small_v3 = "timm/vit_small_patch16_224"
+    found["MoCo v3's ViT-S"] = Kind(
+        folder / "v3.pth.tar", pooled(theirs), small_v3, options=("num_heads=12",)
+    )
     around = stirred(TimmWrapperModel(TimmWrapperConfig(architecture="resnet18")))
     around.save_pretrained(folder / "wrapper")
     found["transformers, timm"] = Kind(
@@ -232,7 +251,10 @@ def by_load_encoder(kind: Kind, folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def by_init_from(kind: Kind, folder: Path) -> tuple[Tensor, Tensor]:
-    trainer = started(folder, kind.path, f"encoder.backbone={kind.backbone}")
+    options = f"encoder.options=[{','.join(kind.options)}]"
+    # Not all of timm's models take smaller views.
+    sizes = f"data.size={SIZE}", f"views.size={SIZE}"
+    trainer = started(folder, kind.path, f"encoder.backbone={kind.backbone}", options, *sizes)
     encoder = trainer.moco.query_encoder
     batch_norm.average_statistics(encoder)
     return encoder.backbone.eval()(images_of_test()), images_of_test()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from moco_dist.config.rules import check, require
 from moco_dist.errors import shown
@@ -14,6 +16,8 @@ BACKBONES = (
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
     *("wide_resnet50_2", "wide_resnet101_2"),
 )
+# What timm.create_model is told of by other keys, or can't be told here.
+NOT_OPTIONS = ("num_classes", "in_chans", "dynamic_img_size", "pretrained", "checkpoint_path")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,9 @@ class EncoderConfig:
 
     # One of BACKBONES, or a model of timm such as timm/regnety_002 (needs timm).
     backbone: str = "resnet18"
+    # What timm builds that model with instead of its own settings, each as KEY=VALUE, such as
+    # [img_size=32,patch_size=4,embed_dim=192]; a value is JSON, or else a text.
+    options: list[str] = field(default_factory=list)
     # 3 (RGB) or 1 (gray: colour images are converted, and saturation, hue and grayscale have no
     # effect). Other numbers only for encoders that are built in Python.
     channels: int = 3
@@ -35,6 +42,9 @@ class EncoderConfig:
     # frozen: a Vision Transformer of timm keeps its first, random projection of the patches, which
     # made MoCo v3's training stable.
     patches: Literal["trained", "frozen"] = "trained"
+    # sincos: its positions are fixed sines and cosines, as MoCo v3's. They and trained ones are
+    # made for timm's img_size, and interpolated for views of another size.
+    positions: Literal["trained", "sincos"] = "trained"
     # linear: MoCo v1; mlp: MoCo v2; mlp_bn: SimCLR and MoCo v3, with BatchNorm behind each layer.
     head: Literal["linear", "mlp", "mlp_bn"] = "linear"
     # Layers of mlp and mlp_bn, 2 or 3, and the width of the hidden ones; 0: that of the features.
@@ -77,11 +87,14 @@ class EncoderConfig:
             f"encoder.width={self.width} leaves the groups of {name} without a channel; "
             f"use {least} or more",
         )
-        require(
-            self.is_timm or self.patches == "trained",
-            f"encoder.patches=frozen is for timm's Vision Transformers, and {name} has no patches; "
-            "leave it out",
-        )
+        own = {"patches": "frozen", "positions": "sincos"}
+        for key in (key for key, value in own.items() if getattr(self, key) == value):
+            require(
+                self.is_timm,
+                f"encoder.{key}={own[key]} is for timm's Vision Transformers, and {name} has no "
+                f"{key}; leave it out",
+            )
+        self._check_options()
         wide = self.head_width > 0 and not self.predictor
         require(
             self.head != "linear" or (self.head_layers == 2 and not wide),
@@ -89,6 +102,37 @@ class EncoderConfig:
             f"encoder.head_width={self.head_width} don't change; leave them out, or use "
             "encoder.head=mlp or mlp_bn",
         )
+
+    def _check_options(self) -> None:
+        name, found = shown(self.backbone), []
+        require(
+            self.is_timm or not self.options,
+            f"encoder.options={shown(self.options)} is for models of timm, and {name} is built "
+            "here; leave it out, or use encoder.backbone=timm/NAME",
+        )
+        for option in self.options:
+            key, _, value = option.partition("=")
+            given = f"encoder.options: {shown(option)}"
+            plain = key.isidentifier() and value != ""
+            require(plain, f"{given} is no KEY=VALUE; write it as in [patch_size=4]")
+            require(key not in found, f"{given} sets {key} again; leave one out")
+            rule = "is set by other keys of the configuration, or can't be set; leave it out"
+            require(key not in NOT_OPTIONS, f"{given}: {key} {rule}")
+            found.append(key)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options with their values."""
+        words = (option.partition("=") for option in self.options)
+        return {key: _value(text) for key, _, text in words}
+
+    @property
+    def described(self) -> str:
+        """The backbone for a person."""
+        if not self.is_timm:
+            return f"{self.backbone}, width {self.width}, {self.stem} stem"
+        options = f" with {', '.join(map(shown, self.options))}" if self.options else ""
+        return self.backbone + options + ", sincos positions" * (self.positions == "sincos")
 
     @property
     def vectors(self) -> int:
@@ -115,3 +159,14 @@ class EncoderConfig:
     def is_timm(self) -> bool:
         """Whether the backbone is one of timm's."""
         return self.backbone.startswith("timm/")
+
+
+def _value(text: str) -> Any:
+    """Return the value of an option; Python's True, False and None are JSON's."""
+    try:
+        return json.loads(re.sub("^(True|False|None)$", lambda m: _JSON[m[0]], text))
+    except ValueError:
+        return text
+
+
+_JSON = {"True": "true", "False": "false", "None": "null"}

@@ -337,8 +337,8 @@ def _kind(annotation: Any) -> str:
     if typing.get_origin(annotation) is Literal:
         return "one of " + ", ".join(typing.get_args(annotation))
     if typing.get_origin(annotation) is list:
-        (item,) = typing.get_args(annotation)
-        return f"a list of {'whole numbers' if item is int else 'numbers'} such as [1,2,3]"
+        things = {int: "whole numbers such as [1,2,3]", str: "words such as [a=1,b=2]"}
+        return f"a list of {things.get(typing.get_args(annotation)[0], 'numbers such as [1,2,3]')}"
     kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     kinds[NoneType] = "a group of keys, or null"
     return kinds[annotation]

@@ -183,6 +183,14 @@ def total(x: Tensor) -> Tensor:
     return x if world_size() == 1 else all_gather(x[None]).sum(0)
 
 
+@record_function("communication")
+@torch.no_grad()
+def add_up(x: Tensor) -> None:
+    """Replace `x` by its sum over the processes, in the order that suits the network."""
+    _count()
+    dist.all_reduce(x)
+
+
 def mean(x: Tensor) -> Tensor:
     """Return the mean of `x` over the processes."""
     return total(x) / world_size()

@@ -26,7 +26,7 @@ from moco_dist.distributed import comms
 from moco_dist.doctor.finding import Finding
 from moco_dist.errors import ConfigError, UserError, counted, shown
 from moco_dist.method import plan
-from moco_dist.method.encoder import build_encoder
+from moco_dist.method.encoder import build_encoder, check
 from moco_dist.pretrain import set_size
 from moco_dist.runs.memory import available
 from moco_dist.tracking import wandb_run
@@ -146,6 +146,7 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     """Return about how many bytes one of `world` processes needs."""
     size = {"fp64": 8}.get(config.precision, 4)
     try:
+        check(config.encoder, config.views.size)
         with torch.device("meta"):
             encoder = build_encoder(config.encoder, 0)
             view = torch.zeros(1, config.encoder.channels, config.views.size, config.views.size)
@@ -179,6 +180,7 @@ def disk(config: PretrainConfig, images: int) -> Iterator[Finding]:
     """Yield the free disk space and what the checkpoints that are kept will need."""
     keep = config.checkpoint
     try:
+        check(config.encoder, config.views.size)
         with torch.device("meta"):
             state = build_encoder(config.encoder, 0).state_dict()
     except ConfigError as error:

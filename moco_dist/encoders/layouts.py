@@ -42,6 +42,11 @@ _SOLO_LEARN = (
     *("projector.", "momentum_projector.", "momentum_classifier."),
     *("momentum_backbone.", "momentum_encoder."),
 )
+# MoCo v3's Vision Transformers by their `arch` (vits.py): a model of timm, and its options.
+_MOCO_V3 = {
+    "vit_small": ("timm/vit_small_patch16_224", ("num_heads=12",)),
+    "vit_base": ("timm/vit_base_patch16_224", ()),
+}
 # In the configuration that OpenMMLab saves in `meta`.
 _CAFFE = re.compile(r"""style['"]?\s*[=:]\s*['"]caffe""")
 # Models of timm whose tensors have the names and shapes of a ResNet of torchvision, but which give
@@ -98,6 +103,18 @@ def unwrapped(content: Any) -> tuple[Any, list[str], list[str]]:
         keys.append(inside[0])
         content = content[inside[0]]
     return content, keys, others
+
+
+def moco_v3(
+    content: Mapping[Any, Any], names: Collection[str]
+) -> tuple[str, tuple[str, ...]] | None:
+    """Return the model of timm, and its options, that a checkpoint of MoCo v3 holds; None if none.
+
+    The number of heads is in no tensor, and timm's ViT-S has another.
+    """
+    arch = content.get("arch")
+    theirs = any("base_encoder." in name for name in names)
+    return _MOCO_V3.get(arch) if theirs and isinstance(arch, str) else None
 
 
 def encoders(

@@ -18,7 +18,7 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What a model of timm may be built with and still give the features that it gives here; the first
 # two show in its tensors, and the third is compared.
-_FREE = ("num_classes", "in_chans", "global_pool", "img_size")
+_FREE = ("num_classes", "in_chans", "global_pool", "dynamic_img_size")
 # Settings of transformers' ResNet that change its features and not its tensors.
 _RESNET = {
     "hidden_act": "relu",
@@ -34,6 +34,8 @@ class Folder:
     weights: Path
     # Its name here, if it is no ResNet that its tensors tell.
     backbone: str
+    # encoder.options of a model of timm.
+    options: list[str]
     # How images are fed to it; None if the folder doesn't tell.
     views: ViewsConfig | None
     # Pixels to which the shorter side of an image is resized.
@@ -43,13 +45,14 @@ class Folder:
 def read(folder: Path) -> Folder:
     """Return what the folder says; DataError if it can't be an encoder here, or MissingError."""
     described = _object(folder / CONFIG)
+    options: list[str] = []
     kind = described.get("model_type")
     if kind == "resnet":
         strange = {k: described[k] for k, v in _RESNET.items() if described.get(k, v) != v}
         _refuse(folder, strange)
         backbone, fed = "", _of_transformers(folder)
     elif "architecture" in described and kind in (None, "timm_wrapper"):
-        backbone = _timm(folder, described)
+        backbone, options = _timm(folder, described)
         fed = _of_timm(described.get("pretrained_cfg"))
     else:
         what = f"'model_type': {shown(kind)}" if kind else "neither model_type nor architecture"
@@ -64,18 +67,22 @@ def read(folder: Path) -> Folder:
         views = from_dict(ViewsConfig, fed[0]) if fed else None
     except ConfigError as error:
         raise DataError(f"{folder}: {error}") from error
-    return Folder(weights, backbone, views, fed[1] if fed else 0)
+    return Folder(weights, backbone, options, views, fed[1] if fed else 0)
 
 
-def _timm(folder: Path, described: dict[str, Any]) -> str:
-    """Return the name of a model of timm; DataError for one that is built in another way."""
+def _timm(folder: Path, described: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return name and options of a model of timm; DataError for one that can't be built here."""
     name = str(described["architecture"]).partition(".")[0]
     given = described.get("model_args") or {}
     strange = {k: v for k, v in given.items() if k not in _FREE and v is not None}
+    options = []
+    if name not in BACKBONES:
+        options = [f"{k}={json.dumps(v)}" for k, v in strange.items() if k.isidentifier()]
+        strange = {k: v for k, v in strange.items() if not k.isidentifier()}
     usual = "avg" if name in BACKBONES else timm_backbone.pooling(name)
     for pool in (described.get("global_pool"), given.get("global_pool")):
         _refuse(folder, strange if pool in (None, usual) else {"global_pool": pool})
-    return name if name in BACKBONES else f"timm/{name}"
+    return (name if name in BACKBONES else f"timm/{name}"), options
 
 
 def _refuse(folder: Path, strange: dict[str, Any]) -> None:

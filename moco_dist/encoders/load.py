@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,8 @@ _EXPORTED = ("model.safetensors", "model.pth.tar", "backbone.pkl", "model.onnx")
 _BROKEN = (ValueError, LookupError, TypeError, AttributeError, RecursionError, ConfigError)
 STARTED = "init_from.json"  # lists the weights that a run started from
 _OURS = "query_encoder.backbone."
+# Options of a backbone that tell of its new weights alone.
+_NEW = {"weight_init": ""}
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,19 @@ class Found:
         return self.views or original.usual_views(self.architecture)
 
 
-def find(path: Path, which: Which = "query", backbone: str = "") -> Found:
+def find(
+    path: Path, which: Which = "query", backbone: str = "", options: Sequence[str] = ()
+) -> Found:
     """Return the trained encoder that `path` names, float32, on the CPU.
 
     `path` is a run (its newest whole checkpoint), a checkpoint folder, an exported folder, a folder
     that timm or transformers saved, or a file with a state dict, as libraries and training scripts
-    save it (`layouts`). `backbone` names the architecture, which only a state dict of a timm model
-    needs. Raises MissingError, or DataError unless the encoder is trained, of that architecture,
-    and its tensors, except for known heads, are exactly the expected ones.
+    save it (`layouts`). `backbone` names the architecture and `options` are its encoder.options,
+    which only a state dict of a timm model needs. Raises MissingError, or DataError unless the
+    encoder is trained, of that architecture, and its tensors, except for known heads, are exactly
+    the expected ones.
     """
-    found = _found(path, which, backbone)
+    found = _found(path, which, backbone, options)
     if backbone and not recognise.alike(found.architecture.backbone, backbone):
         raise DataError(
             f"{found.place}: is not the {shown(backbone)} that was named; name the right one"
@@ -85,7 +90,7 @@ def find(path: Path, which: Which = "query", backbone: str = "") -> Found:
     return found
 
 
-def _found(path: Path, which: Which, backbone: str) -> Found:
+def _found(path: Path, which: Which, backbone: str, options: Sequence[str]) -> Found:
     """Return `find`'s answer, whatever its architecture."""
     path = path.expanduser()
     if not path.exists():
@@ -110,7 +115,7 @@ def _found(path: Path, which: Which, backbone: str) -> Found:
             )
         found = replace(of_checkpoint(saved, which), place=f"{saved.path} (step {saved.step:,})")
     else:
-        found = _file(file, which, backbone)
+        found = _file(file, which, backbone, options=options)
     state_dict.require_trained(found.backbone, found.checkpoint.path)
     return found
 
@@ -208,7 +213,7 @@ def _export(folder: Path, which: Which, file: Path | None) -> Found:
 def _library(folder: Path, which: Which, backbone: str) -> Found:
     """Return the encoder of a folder that timm or transformers saved."""
     read = library_folder.read(folder)
-    found = _file(read.weights, which, backbone, read.backbone)
+    found = _file(read.weights, which, backbone, read.backbone, read.options)
     if read.views is None:
         return found
     if len(read.views.mean) != found.architecture.channels:
@@ -216,14 +221,16 @@ def _library(folder: Path, which: Which, backbone: str) -> Found:
     return replace(found, views=read.views, resize=read.resize)
 
 
-def _file(path: Path, which: Which, backbone: str = "", said: str = "") -> Found:
+def _file(
+    path: Path, which: Which, backbone: str = "", said: str = "", options: Sequence[str] = ()
+) -> Found:
     """Return the encoder of a file of tensors from any source."""
     content, sha256 = state_dict.read(path)
     if original.is_one(content):
         saved = original.read(path, content, sha256)
         place = f"{path} (of the original scripts, epoch {saved.state['epoch']})"
         return replace(of_checkpoint(saved, which), place=place)
-    taken = recognise.backbone(content, path, which == "key", backbone, said)
+    taken = recognise.backbone(content, path, which == "key", backbone, said, options)
     if taken is None:
         raise _no_key_encoder(path)
     filled = state_dict.filled(taken.config, taken.tensors, path)
@@ -286,7 +293,7 @@ def start_from(encoder: Encoder, path: Path) -> tuple[list[str], list[str]]:
     `path` is what `find` reads, of the same architecture; DataError otherwise. The head is new.
     """
     own = encoder.config
-    found = _found(path, "query", own.backbone)
+    found = _found(path, "query", own.backbone, own.options)
     if fix := _differences(own, found.architecture):
         raise DataError(
             f"{found.place}: is not this run's encoder, {state_dict.described(own)}; give "
@@ -308,6 +315,8 @@ def _differences(own: EncoderConfig, found: EncoderConfig) -> list[str]:
     for key in ("channels", "width", "stem", "halves"):
         if (value := getattr(found, key)) != getattr(own, key):
             fix.append(f"encoder.{key}={value}")
+    if found.settings | _NEW != own.settings | _NEW:
+        fix.append(f"encoder.options=[{','.join(found.options)}]")
     return fix
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,31 @@ class Recognised:
 
 
 def backbone(
-    content: Mapping[Any, Any], path: Path, key: bool = False, asked: str = "", said: str = ""
+    content: Mapping[Any, Any],
+    path: Path,
+    key: bool = False,
+    asked: str = "",
+    said: str = "",
+    options: Sequence[str] = (),
 ) -> Recognised | None:
     """Return the backbone in the content of a file; None without a momentum encoder if `key`.
 
     Only known wrappers and prefixes are taken off and only known names renamed (`layouts`). The
     architecture is the one that the file, or `said` from a file next to it, names; else `asked`,
-    if it is one of timm; else that of a ResNet with such tensors. Raises DataError for a file in
-    which no encoder, or more than one, is recognised.
+    if it is one of timm; else that of a ResNet with such tensors. `options` are encoder.options of
+    a model of timm. Raises DataError for a file in which no encoder, or more than one, is
+    recognised.
     """
     inner, keys, others = layouts.unwrapped(content)
     tensors = _tensors(inner, path)
-    name = said or _arch(content, path, asked) or asked * asked.startswith("timm/")
-    own = _shapes(name, path) if name.startswith("timm/") else {}
+    if of_v3 := layouts.moco_v3(content, tensors):
+        name, options = of_v3
+    else:
+        name = said or _arch(content, path, asked) or asked * asked.startswith("timm/")
+    built = None
+    if name.startswith("timm/"):
+        built = EncoderConfig(name, list(options), stem="imagenet")
+    own = backbone_shapes(built, path) if built else {}
     mark = next(iter(own), _ROOT)
     namings = NAMINGS if mark == _ROOT else (Naming("", mark, str),)
     found = layouts.encoders(tensors, namings, key)
@@ -59,7 +71,7 @@ def backbone(
     prefix, naming = _only(found, tensors, path, mark)
     heads = HEADS + (timm_backbone.classifiers(name.removeprefix("timm/")) if own else ())
     kept, left = _split(tensors, path, prefix, naming, heads, own)
-    config = _of_timm(name, kept, own) if own else infer(kept, path)
+    config = _of_timm(built, kept, own) if built else infer(kept, path)
     if name in BACKBONES and config.backbone != name:
         raise DataError(
             f"{path}: is said to hold a {name}, but its tensors are nearest to those of a "
@@ -115,7 +127,7 @@ def _arch(content: Mapping[Any, Any], path: Path, asked: str) -> str:
     plain = arch.partition(".")[0]  # timm's names may end with a tag
     name = plain if plain in BACKBONES else f"timm/{plain}"
     try:
-        _shapes(name, path)
+        backbone_shapes(EncoderConfig(name, stem="imagenet"), path)
     except DataError as error:
         if asked:
             return ""
@@ -124,10 +136,6 @@ def _arch(content: Mapping[Any, Any], path: Path, asked: str) -> str:
             f"of timm that can be built here; {_GIVE}"
         ) from error
     return name
-
-
-def _shapes(name: str, path: Path) -> dict[str, Tensor]:
-    return backbone_shapes(EncoderConfig(name, stem="imagenet"), path)
 
 
 def _only(
@@ -173,12 +181,14 @@ def _split(
     return kept, left
 
 
-def _of_timm(name: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> EncoderConfig:
+def _of_timm(
+    built: EncoderConfig, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> EncoderConfig:
     """Return the configuration of a model of timm with as many channels as its tensors have."""
     first = next((key for key, each in own.items() if each.dim() == 4), "")
     found = tensors.get(first)
     channels = found.shape[1] if found is not None and found.dim() == 4 else 3
-    return EncoderConfig(name, channels=channels, stem="imagenet")
+    return replace(built, channels=channels)
 
 
 def _told_apart(

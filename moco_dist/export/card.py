@@ -36,11 +36,13 @@ def text(found: Found, which: str, target: str, lines: str, folder: Path | str) 
         else "Before the files were kept, this code was run on drawn images (from a folder), and "
         "its features agreed with the encoder's within 1e-5."
     )
-    config = found.architecture
-    stem = "" if config.is_timm else f", {config.stem} stem, width {config.width}"
     count = sum(p.numel() for p in found.backbone.parameters())
     length = found.backbone.num_features
+<<<<<<< HEAD
     what = {"encoder": f"{config.architecture}{stem}; {count:,} parameters, {length} features"}
+=======
+    what = {"encoder": f"{found.architecture.described}; {count:,} parameters, {length} features"}
+>>>>>>> main
     recorded = found.checkpoint.state.get("config")
     settings = flat(recorded) if isinstance(recorded, dict) else {}
     what |= training(found.checkpoint, settings)

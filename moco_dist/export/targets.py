@@ -95,10 +95,14 @@ def timm(found: Found, folder: Path) -> str:
     import timm as library
 
     usual = library.get_pretrained_cfg(name)
+    args = {k: v for k, v in config.settings.items() if k != "weight_init"}
+    if getattr(found.backbone, "dynamic_img_size", False):
+        args["dynamic_img_size"] = True
     described = {
         "architecture": name,
         "num_classes": 0,
         "num_features": found.backbone.num_features,
+        "model_args": args,
         "pretrained_cfg": {
             "input_size": [config.channels, views.size, views.size],
             "mean": list(views.mean),

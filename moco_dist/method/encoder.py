@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from moco_dist.config.encoder import EncoderConfig
+from moco_dist.errors import ConfigError, shown
 from moco_dist.method import convolutions, heads, timm_backbone
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
 from moco_dist.method.compilation import compiled
@@ -91,9 +92,11 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
         return Halves(lightness, colours, _length(lightness) + _length(colours))
     if config.is_timm:
         name = config.backbone.removeprefix("timm/")
-        backbone = timm_backbone.build(name, config.channels, norm_layer)
+        backbone = timm_backbone.build(name, config.channels, norm_layer, config.settings)
         if config.patches == "frozen":
             timm_backbone.freeze_patches(backbone, name)
+        if config.positions == "sincos":
+            timm_backbone.fix_positions(backbone, name)
         return backbone
     backbone = Backbone(config, norm_layer)
     convolutions.suit(backbone)
@@ -182,3 +185,28 @@ def build_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(config, rows_per_group, groups, span)
+
+
+def check(config: EncoderConfig, size: int) -> None:
+    """Raise ConfigError unless the encoder can be built and takes views of `size` pixels.
+
+    Nothing is computed. The ResNets that are built here take all views.
+    """
+    if not config.is_timm:
+        return
+    with torch.device("meta"):
+        encoder = build_encoder(config, seed=0).eval()
+        try:
+            found = encoder.backbone(torch.zeros(1, config.channels, size, size)).shape
+        except NotImplementedError:  # by this device
+            return
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"{config.described} takes no views of {size} pixels ({shown(error, 200)}); change "
+                "views.size, or encoder.options, such as patch_size"
+            ) from error
+    if found != (1, encoder.num_features):
+        raise ConfigError(
+            f"{config.described} gives {tuple(found)} numbers for a view, not one vector of "
+            f"{encoder.num_features}; change encoder.options"
+        )

@@ -7,6 +7,7 @@ import logging
 from moco_dist.distributed import comms
 from moco_dist.encoders import load
 from moco_dist.errors import counted
+from moco_dist.method import timm_backbone
 from moco_dist.pretrain.set_size import few_images
 from moco_dist.pretrain.step_graph import why_not
 from moco_dist.pretrain.trainer import Trainer
@@ -26,9 +27,17 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
+<<<<<<< HEAD
     for sentence in (config.moco.too_long(config.batch_size, len(splits.train)), config.drifts):
         if sentence:
             logger.warning(sentence)
+=======
+    if sentence := config.moco.too_long(config.batch_size, len(splits.train)):
+        logger.warning(sentence)
+    backbone = trainer.moco.query_encoder.backbone
+    if sentence := timm_backbone.interpolates(backbone, config.views.size):
+        logger.warning(sentence)
+>>>>>>> main
     monitor = (
         f"every {counted(config.knn.every_epochs, 'epoch')}"
         + ", with a linear classifier (online/top1)" * config.monitor.linear
@@ -55,7 +64,8 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         rows["no effect"] = ", ".join(config.moco.unused)
     if trainer.device.type == "cuda":
         why = why_not(trainer)
-        rows["graph"] = f"none: {why}" if why else "each step is one once the memory is full"
+        one = "each step is one" if processes == 1 else "each step is several, cut at collectives,"
+        rows["graph"] = f"none: {why}" if why else f"{one} once the memory is full"
     if few := few_images(config, len(splits.train)):
         rows["expect"] = few
     if splits.parts:

@@ -21,14 +21,14 @@ def norms(parameters: Sequence[nn.Parameter], *others: Tensor) -> tuple[Tensor, 
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if others[0].is_cuda:  # where a list of norms would need pinned memory, which no graph may take
-        flat = (torch.cat([_flat(each) for each in some]) for some in (gradients, others))
-        of_gradients, of_others = (each.norm() for each in flat)
+        joined = (torch.cat([flat(each) for each in some]) for some in (gradients, others))
+        of_gradients, of_others = (each.norm() for each in joined)
         return of_gradients, of_others
     each = torch.stack(torch._foreach_norm([*gradients, *others]))
     return each[: len(gradients)].norm(), each[len(gradients) :].norm()
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """Return all elements of a dense tensor in the order of its memory, without a copy."""
     return x.as_strided((x.numel(),), (1,))
 

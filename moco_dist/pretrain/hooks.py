@@ -124,10 +124,10 @@ class RunHooks(Hooks):
             if self.agreed.stop and self.session:
                 self.session.stop_for(self.agreed.stop)
         except BaseException:
-            self._discard()
+            self.discard()
             raise
         if not good:
-            self._discard()
+            self.discard()
             suspects = {
                 "keys": torch.cat(made),
                 Metric.LOSS: losses,
@@ -137,7 +137,7 @@ class RunHooks(Hooks):
         if self.session:
             self.session.saver.copied()
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
         self.undo.restore()
         self.optimizer.zero_grad()
 

@@ -13,6 +13,7 @@ from moco_dist.distributed import comms, faults, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
 from moco_dist.errors import DataError, NumbersError, StoppedError
+from moco_dist.method import encoder
 from moco_dist.pretrain import alarms
 from moco_dist.pretrain.banner import announce, summarize
 from moco_dist.pretrain.loop import loop, owes, save, share_aside
@@ -70,6 +71,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
 def build(config: PretrainConfig, opened: Session) -> Trainer:
     """Return the trainer of a run as its newest checkpoint has it, or as a run begins."""
     saved = opened.resumed
+    peers.together(lambda: encoder.check(config.encoder, config.views.size))
     begun = Begun(opened.directory, saved.piece("data") if saved else None)
     splits = datasets.load(config.data, config.encoder.channels, begun)
     trainer = Trainer(config, opened.accelerator, splits, opened.resumed)

@@ -21,10 +21,11 @@ from torch import Tensor
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.agreement import Agreement
 from moco_dist.errors import shown
-from moco_dist.method import schedule
 from moco_dist.method.plan import Step
 from moco_dist.pretrain import figures, finite
+from moco_dist.pretrain.device_clock import DeviceClock
 from moco_dist.pretrain.hooks import Hooks, RunHooks
+from moco_dist.pretrain.step_parts import OtherGradients, Parts
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.record import Metric
 from moco_dist.runs.session import Session
@@ -55,74 +56,11 @@ def why_not(trainer: Trainer) -> str:
         return "there is no GPU"
     if not config.runtime.cuda_graph:
         return "runtime.cuda_graph=false"
-    if comms.world_size() > 1:
-        return "several processes exchange tensors in it"
+    if config.bn_groups < comms.world_size():
+        return "several processes share a BatchNorm group, and exchange moments in each layer"
+    if config.runtime.compile and comms.world_size() > 1:
+        return "compiled encoders of several processes are not captured"
     return "precision=fp64" if config.precision == "fp64" else ""  # the rate is read as float32
-
-
-class DeviceClock:
-    """What a step depends on besides the state, as tensors that a graph reads and advances."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        config, total = trainer.config, trainer.total_steps
-        rates = [
-            schedule.learning_rate(config.optim, step, trainer.steps_per_epoch, total)
-            for step in range(total)
-        ]
-        momenta = [schedule.key_momentum(config.moco, step, total) for step in range(total)]
-        self.rates = torch.tensor(rates, dtype=torch.float32, device=trainer.device)
-        self.momenta = torch.tensor(momenta, dtype=torch.float64, device=trainer.device)
-        self.step, self.remembered, self.count = torch.zeros(
-            3, dtype=torch.int64, device=trainer.device
-        )
-        self.good = torch.ones((), dtype=torch.bool, device=trainer.device)
-        self.order = torch.empty_like(trainer.plan.order(0))
-        self._place = self._epoch = -1
-
-    def set(self) -> None:
-        """Follow the trainer to its step, and to its epoch's order; nothing if it is there."""
-        step = self.trainer.step
-        if step != self._place:
-            self.step.fill_(step)
-            self.remembered.fill_(self.trainer.moco.remembered)
-        epoch = step // self.trainer.steps_per_epoch
-        if epoch != self._epoch:
-            self.order.copy_(self.trainer.plan.order(epoch))
-        self._place, self._epoch = step + 1, epoch
-
-    def rows(self) -> Step:
-        """Return the rows of the step."""
-        plan = self.trainer.plan
-        place = self.step % plan.steps_per_epoch
-        each = torch.arange(plan.batch_size, device=self.order.device)
-        samples = self.order[place * plan.batch_size + each]
-        epoch = self.step // plan.steps_per_epoch
-        return plan.rows(epoch, samples, self.step, len(self.trainer.config.moco.passes))
-
-    @property
-    def now(self) -> Tensor:
-        """The step, int64 ()."""
-        step: Tensor = self.step
-        return step
-
-    def _now(self, steps: Tensor) -> Tensor:
-        """Return the element of this step; an index would be read by the host."""
-        return steps.index_select(0, self.step[None]).squeeze(0)
-
-    def rate(self) -> Tensor:
-        """Return the learning rate, float32 ()."""
-        return self._now(self.rates)
-
-    def momentum(self) -> Tensor:
-        """Return the share of the key encoder that stays, float64 (): all after a bad number."""
-        return torch.where(self.good, self._now(self.momenta), 1.0)
-
-    def remember(self, vectors: Tensor, samples: Tensor) -> None:
-        """Put vectors into the memory, and advance."""
-        self.trainer.moco.remember(vectors, samples, self.remembered, self.good)
-        self.step += self.good
-        self.remembered += self.good * len(vectors)
 
 
 class _Guard(Hooks):
@@ -148,10 +86,19 @@ class _Guard(Hooks):
         self.stepper.begin_second()
 
 
+def _warn(reason: str) -> None:
+    logger.warning(
+        "the step can't be captured as a CUDA graph (%s): it is slower; runtime.cuda_graph=false "
+        "says that it shall not be",
+        shown(next(iter(reason.splitlines()), "")),
+    )
+
+
 class Stepper:
     """Takes the trainer's steps one by one: eagerly, and from a CUDA graph as soon as it can.
 
-    That is once the memory is full, so that all shapes are those of every later step.
+    That is once the memory is full, so that all shapes are those of every later step. One of
+    several processes repeats the `parts` of a step between what they exchange.
     """
 
     def __init__(self, trainer: Trainer, hooks: RunHooks) -> None:
@@ -159,15 +106,16 @@ class Stepper:
         self.session: Session | None = hooks.session
         self.eager_steps = 0
         self.captures, self.captured = not why_not(trainer), False
+        self.parts: Parts | None = None
 
     def __call__(self) -> Taken:
         """Take a step; what it raises leaves the state as it was before the step that it names."""
         if self.captures and self.eager_steps >= _WARM_UP and self.trainer.moco.fill in (None, 1):
             self.captures = False
-            self._capture()
+            self._capture() if comms.world_size() == 1 else self._capture_parts()
         if self.captured:
             return self._replay()
-        loss, logits = self.trainer.train_step(self.hooks)
+        loss, logits = self._by_parts() or self.trainer.train_step(self.hooks)
         self.eager_steps += 1
         return Taken(logits, partial(self._eager_figures, loss, logits))
 
@@ -184,6 +132,24 @@ class Stepper:
         if logits[0].shape[1] == 1:  # no negatives, no similarity of them
             del shown[Metric.NEGATIVE]
         return shown
+
+    def _by_parts(self) -> tuple[Tensor, list[Tensor]] | None:
+        """Take a step by its parts; None, before anything has changed, if it can't be."""
+        try:
+            return self.parts() if self.parts else None
+        except OtherGradients as error:
+            self.parts = None
+            _warn(str(error))
+            return None
+
+    def _capture_parts(self) -> None:
+        """Capture the step between what processes exchange, on all of them or on none."""
+        parts = Parts(self.trainer, self.hooks, DeviceClock(self.trainer))
+        faults = comms.gather_objects(parts.capture())
+        if fault := next(filter(None, faults), ""):
+            _warn(fault)
+        else:
+            self.parts = parts
 
     def _capture(self) -> None:
         """Capture the step; if that fails, say so and take eager steps as before."""
@@ -216,11 +182,7 @@ class Stepper:
                 self._open.capture_end()
             self.captured, self.count, self.checked = True, 0, -1
         except RuntimeError as error:
-            logger.warning(
-                "the step can't be captured as a CUDA graph (%s): it is slower; runtime.cuda_graph="
-                "false says that it shall not be",
-                shown(next(iter(str(error).splitlines()), "")),
-            )
+            _warn(str(error))
         finally:
             trainer.clock, trainer.step = host, step
             trainer.optimizer.zero_grad()

@@ -170,9 +170,12 @@ class Trainer:
         micro_batches = config.runtime.micro_batches
         return rehearsal.Rehearsal(self.moco, self.undo, self.accelerator, images, micro_batches)
 
-    def mechanism(self) -> mechanisms.Mechanism:
-        """Return what finds the loss and gradients of a step, from the parts of this trainer."""
-        parts = self.moco, self.query, self.accelerator, self.source, self.plan, self.undo
+    def mechanism(self, query: Callable[[Tensor], Tensor] | None = None) -> mechanisms.Mechanism:
+        """Return what finds the loss and gradients of a step, from the parts of this trainer.
+
+        Without `query`, which encodes views, DistributedDataParallel averages the gradients.
+        """
+        parts = self.moco, query or self.query, self.accelerator, self.source, self.plan, self.undo
         return mechanisms.of(self.config)(self.config, *parts)
 
     def train_step(self, hooks: Hooks = GATHER_ONLY) -> tuple[Tensor, list[Tensor]]:

@@ -18,6 +18,7 @@ from moco_dist.encoders import load
 from moco_dist.encoders.load import Found
 from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError, counted
 from moco_dist.method import schedule
+from moco_dist.method.encoder import check
 from moco_dist.probe import overlap
 from moco_dist.probe.extraction import share_aside
 from moco_dist.probe.label_fraction import require_classes
@@ -95,7 +96,7 @@ def images_for(config: ProbeConfig, source: Found, run: Begun | None = None) -> 
 
 
 def require_channels(config: ProbeConfig, source: Found) -> None:
-    """Raise ConfigError unless images can be read with the encoder's number of channels."""
+    """Raise ConfigError unless images can be read with the encoder's channels and views' size."""
     channels = source.architecture.channels
     if channels not in MODES:
         raise ConfigError(
@@ -103,6 +104,7 @@ def require_channels(config: ProbeConfig, source: Found) -> None:
             "(RGB) or 1 (gray); give another encoder"
         )
     config.views.check_channels(channels)
+    check(source.architecture, config.views.size)
 
 
 def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:

@@ -2,7 +2,7 @@
 
 Where a number that a kernel makes would decide how the command goes on, another one is given here.
 KILL_AT=n kills process 1 in step n. HANG_AT=n lets the GPU of process 0 hang from step n on. A line
-for each step, with what it waits for in JSON, is added to WAITS=FILE: for process 0 to FILE0.
+for each step, with its launches and waits in JSON, is added to STEPS=FILE: for process 0 to FILE0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from moco_dist.distributed import agreement, comms
 from moco_dist.distributed.agreement import Agreement
 from moco_dist.encoders import state_dict
 from moco_dist.pretrain.step_graph import Stepper
-from moco_dist.pretrain.trainer import Trainer
 from moco_dist.probe.frozen import Frozen
 from moco_dist.probe.linear_probe import LinearProbe
 from tests.stand_in import counters
@@ -87,25 +86,27 @@ def help_out() -> None:
 
 
 def _in_step(step: int, act: Any) -> None:
-    def patched(self: Trainer, *arguments: Any) -> Any:
-        if self.step == step:
+    def patched(self: Stepper) -> Any:
+        if self.trainer.step == step:
             act()
-        return train_step(self, *arguments)
+        return take(self)
 
-    train_step = Trainer.train_step
-    Trainer.train_step = patched  # type: ignore[assignment,method-assign]
+    take = Stepper.__call__
+    Stepper.__call__ = patched  # type: ignore[method-assign]
 
 
-def _note_waits(kind: type[Trainer] | type[LinearProbe], path: str) -> None:
+def _note_waits(kind: type[Stepper] | type[LinearProbe], name: str, path: str) -> None:
     def patched(self: Any, *arguments: Any) -> Any:
-        with counters.watched() as found:
-            returned = train_step(self, *arguments)
+        counters.reset()
+        with counters.watched() as waits:
+            returned = take(self, *arguments)
         with open(path, "a") as file:
+            found = {"waits": waits, "launches": counters.counted()["launches"]}
             file.write(json.dumps(found) + "\n")
         return returned
 
-    train_step = kind.train_step
-    kind.train_step = patched  # type: ignore[method-assign]
+    take = getattr(kind, name)
+    setattr(kind, name, patched)
 
 
 if __name__ == "__main__":
@@ -115,8 +116,8 @@ if __name__ == "__main__":
         _in_step(int(step), lambda: os.kill(os.getpid(), signal.SIGKILL))
     if (step := os.environ.get("HANG_AT")) and rank == "0":
         _in_step(int(step), counters.library.fake_hang)
-    if path := os.environ.get("WAITS"):
-        for kind in (Trainer, LinearProbe):
-            _note_waits(kind, f"{path}{rank}")
+    if path := os.environ.get("STEPS"):
+        _note_waits(Stepper, "__call__", f"{path}{rank}")
+        _note_waits(LinearProbe, "train_step", f"{path}{rank}")
     sys.argv = sys.argv[1:]
     runpy.run_module(f"moco_dist.{sys.argv[0]}", run_name="__main__", alter_sys=True)

@@ -1,0 +1,192 @@
+"""The step of one of several processes as CUDA graphs, cut where the processes exchange something.
+
+Collectives stay outside of the graphs: NCCL's watchdog sees them, and what the processes agree on
+is known before weights change, as in an eager step. A step launches some ten graphs and waits once.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from moco_dist.distributed import comms
+from moco_dist.method.plan import Step
+from moco_dist.pretrain.device_clock import DeviceClock
+from moco_dist.pretrain.finite import flat
+from moco_dist.pretrain.hooks import Hooks, RunHooks
+from moco_dist.pretrain.trainer import Trainer
+
+# By how much the gradient of the first step by parts may differ from the eager one, relative to it.
+_ALLOWED = 0.02
+
+
+class OtherGradients(Exception):
+    """The parts of a step have other gradients than the eager step; nothing has changed."""
+
+
+class _Found(Exception):
+    """A step's gradients are known, and the step ends."""
+
+
+class _Gradients(Hooks):
+    """Ends an eager step when its gradients are known, as if it had never begun."""
+
+    def __init__(self, hooks: RunHooks) -> None:
+        self.begin, self.gather, self.hooks = hooks.begin, hooks.gather, hooks  # type: ignore[method-assign]
+
+    def before_update(self, made: list[Tensor], losses: Tensor) -> None:
+        parameters = self.hooks.parameters
+        self.joined = torch.cat([flat(p.grad) for p in parameters if p.grad is not None])
+        self.hooks.discard()
+        raise _Found
+
+
+class Parts(Hooks):
+    """A step's graphs, and what is done between them. Called to take a step as `train_step` does.
+
+    As the hooks of the step that is captured, it ends a graph where `hooks` are to be called, and
+    begins the next one.
+    """
+
+    def __init__(self, trainer: Trainer, hooks: RunHooks, clock: DeviceClock) -> None:
+        self.trainer, self.hooks, self.clock = trainer, hooks, clock
+        self.acts: list[Callable[[], Any]] = []
+        # The weights as other leaves of autograd: those of DistributedDataParallel are of another
+        # stream, and it would sum their gradients.
+        self.leaves = {
+            name: parameter.detach().requires_grad_()
+            for name, parameter in trainer.moco.query_encoder.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def __call__(self) -> tuple[Tensor, list[Tensor]]:
+        """Take a step; its loss and logits stay as they are until the next one.
+
+        Raises what `train_step` raises, and OtherGradients in the first step.
+        """
+        trainer = self.trainer
+        trainer.source.begin(trainer.step)
+        self.clock.set()
+        for act in self.acts:
+            act()
+        trainer.optimizer.zero_grad()
+        trainer.step += 1
+        trainer.moco.remembered += self.made
+        return self.loss, self.logits
+
+    def capture(self) -> str:
+        """Capture the trainer's step, which changes nothing; return why it can't be, if so.
+
+        A collective: the first step by parts is compared with the eager one.
+        """
+        trainer = self.trainer
+        eager = _Gradients(self.hooks)
+        with suppress(_Found):
+            trainer.train_step(eager)
+        self.expected: Tensor | None = eager.joined
+        trainer.source.stay()
+        step, clock, contrast = trainer.step, trainer.clock, trainer.contrast
+        stream = torch.cuda.Stream(trainer.device)
+        torch.cuda.synchronize(trainer.device)
+        gc.collect()
+        try:
+            trainer.clock = self.clock
+            trainer.contrast = trainer.mechanism(self.encode)
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                self.pool = torch.cuda.graph_pool_handle()
+                self._open()
+                try:
+                    loss, self.logits = trainer.train_step(self)
+                    self.loss = loss.clone()
+                except BaseException:
+                    with suppress(RuntimeError):
+                        self.graph.capture_end()
+                    raise
+                self._close()
+        except RuntimeError as error:
+            return str(error) or type(error).__name__
+        finally:
+            trainer.step, trainer.clock, trainer.contrast = step, clock, contrast
+            trainer.optimizer.zero_grad()
+            torch.cuda.current_stream(trainer.device).wait_stream(stream)
+        return ""
+
+    def encode(self, views: Tensor) -> Tensor:
+        """Return the queries of views, float (rows, dim)."""
+        encoder = self.trainer.moco.query_encoder
+        queries: Tensor = functional_call(encoder, self.leaves, views)
+        return queries
+
+    def _open(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+
+    def _close(self) -> None:
+        self.graph.capture_end()
+        self.acts.append(self.graph.replay)
+
+    def cut(self, act: Callable[[], Any]) -> None:
+        """End a graph, after which each step calls `act`, and begin the next one."""
+        self._close()
+        self.acts.append(act)
+        self._open()
+
+    def begin(self, step: int, rows: Step) -> None:
+        self.cut(lambda: self.hooks.begin(self.trainer.step, rows))
+
+    def gather(self, keys: Tensor) -> Callable[[], Tensor]:
+        whole = keys.new_empty(comms.world_size() * len(keys), *keys.shape[1:])
+        begun: list[Callable[[], Tensor]] = []
+        self.cut(lambda: begun.append(self.hooks.gather(keys)))
+
+        @cache
+        def gathered() -> Tensor:
+            self.cut(lambda: whole.copy_(begun.pop()()))
+            return whole
+
+        return gathered
+
+    def before_update(self, made: list[Tensor], losses: Tensor) -> None:
+        self.made = sum(map(len, made))
+        pairs = zip(self.hooks.parameters, self.leaves.values(), strict=True)
+        used = [(parameter, leaf.grad) for parameter, leaf in pairs]
+        gradients = [flat(gradient) for _, gradient in used if gradient is not None]
+        joined = torch.cat(gradients) / comms.world_size()
+        if self.trainer.config.runtime.gradients == "bf16":
+            joined = joined.bfloat16()
+        self.cut(lambda: comms.add_up(joined))
+        torch._foreach_copy_(gradients, list(joined.split([len(each) for each in gradients])))
+
+        def attach() -> None:
+            for parameter, gradient in used:
+                parameter.grad = gradient
+
+        def check() -> None:
+            if self.expected is not None:
+                self._compare(joined)
+            attach()
+            self.hooks.before_update(made, losses)
+
+        self.cut(check)
+        attach()  # for the optimizer's step
+
+    def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
+        self.cut(lambda: self.hooks.before_enqueue(queries, positives))
+
+    def _compare(self, joined: Tensor) -> None:
+        """Raise OtherGradients, on all processes, unless these are those of the eager step."""
+        assert self.expected is not None
+        apart = (joined - self.expected).norm() / self.expected.norm()
+        self.expected = None
+        if not apart <= _ALLOWED:
+            self.hooks.discard()
+            raise OtherGradients(f"its gradients are {float(apart):.1%} off the eager ones")
