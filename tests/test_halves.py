@@ -237,7 +237,7 @@ def test_onnx_alone_holds_two_halves(target: str, run: Path) -> None:
     folder = export(run, target)  # which compares the features
     card = (folder / "README.md").read_text()
     assert "by Contrastive Multiview Coding with moco_dist" in card
-    assert "resnet18 in two halves (lab), cifar stem, width 4" in card
+    assert "resnet18 in two halves (lab), width 4, cifar stem" in card
 
 
 def test_another_run_starts_from_two_halves_with_its_own_normalisation(run: Path) -> None:

@@ -135,11 +135,7 @@ def machine(trainer: Trainer) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": config.precision,
-<<<<<<< HEAD
-        "encoder": f"{config.encoder.architecture}, width {config.encoder.width}",
-=======
         "encoder": config.encoder.described,
->>>>>>> main
         "parameters": parameters(trainer.moco.query_encoder),
         "batch_size": config.batch_size,
         "bn_groups": config.bn_groups,

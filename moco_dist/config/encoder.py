@@ -129,10 +129,11 @@ class EncoderConfig:
     @property
     def described(self) -> str:
         """The backbone for a person."""
+        name = self.backbone + f" in two halves ({self.halves})" * (self.vectors > 1)
         if not self.is_timm:
-            return f"{self.backbone}, width {self.width}, {self.stem} stem"
+            return f"{name}, width {self.width}, {self.stem} stem"
         options = f" with {', '.join(map(shown, self.options))}" if self.options else ""
-        return self.backbone + options + ", sincos positions" * (self.positions == "sincos")
+        return name + options + ", sincos positions" * (self.positions == "sincos")
 
     @property
     def vectors(self) -> int:
@@ -143,17 +144,6 @@ class EncoderConfig:
     def numbers(self) -> int:
         """Length of all vectors of an image."""
         return self.vectors * self.dim
-
-    @property
-    def architecture(self) -> str:
-        """The backbone's name, and whether it is two."""
-        halves = f" in two halves ({self.halves})" if self.vectors > 1 else ""
-        return self.backbone + halves
-
-    @property
-    def described(self) -> str:
-        """The backbone in words."""
-        return f"{self.architecture}, width {self.width}, {self.stem} stem"
 
     @property
     def is_timm(self) -> bool:

@@ -38,11 +38,7 @@ def text(found: Found, which: str, target: str, lines: str, folder: Path | str) 
     )
     count = sum(p.numel() for p in found.backbone.parameters())
     length = found.backbone.num_features
-<<<<<<< HEAD
-    what = {"encoder": f"{config.architecture}{stem}; {count:,} parameters, {length} features"}
-=======
     what = {"encoder": f"{found.architecture.described}; {count:,} parameters, {length} features"}
->>>>>>> main
     recorded = found.checkpoint.state.get("config")
     settings = flat(recorded) if isinstance(recorded, dict) else {}
     what |= training(found.checkpoint, settings)

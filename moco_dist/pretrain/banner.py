@@ -27,17 +27,11 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
-<<<<<<< HEAD
-    for sentence in (config.moco.too_long(config.batch_size, len(splits.train)), config.drifts):
-        if sentence:
-            logger.warning(sentence)
-=======
-    if sentence := config.moco.too_long(config.batch_size, len(splits.train)):
+    images, backbone = len(splits.train), trainer.moco.query_encoder.backbone
+    too_long = config.moco.too_long(config.batch_size, images)
+    small = timm_backbone.interpolates(backbone, config.views.size)
+    for sentence in filter(None, (too_long, small, config.drifts)):
         logger.warning(sentence)
-    backbone = trainer.moco.query_encoder.backbone
-    if sentence := timm_backbone.interpolates(backbone, config.views.size):
-        logger.warning(sentence)
->>>>>>> main
     monitor = (
         f"every {counted(config.knn.every_epochs, 'epoch')}"
         + ", with a linear classifier (online/top1)" * config.monitor.linear

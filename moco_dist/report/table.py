@@ -168,16 +168,11 @@ def details(record: Record) -> Iterator[str]:
     if record.kind:
         rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
     if record.kind == "pretrain":
-<<<<<<< HEAD
         halves = config.get("encoder.halves", "none")
         two = f" in two halves ({text_of(halves)})" if halves != "none" else ""
-        rows["encoder"] = (
-            f"{value('encoder.backbone')}{two}, width {value('encoder.width')}, "
-=======
         options = f" with {value('encoder.options')}" if config.get("encoder.options") else ""
         rows["encoder"] = (
-            f"{value('encoder.backbone')}{options}, width {value('encoder.width')}, "
->>>>>>> main
+            f"{value('encoder.backbone')}{two}{options}, width {value('encoder.width')}, "
             f"{value('encoder.stem')} stem, {value('encoder.head')} head to {value('encoder.dim')}"
         )
         settings = moco.settings if (moco := MocoConfig.stored(config)) else {}
