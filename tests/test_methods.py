@@ -76,6 +76,8 @@ SMALLEST = {
     " optim.trust=0.04 optim.warmup_epochs=1",
     "instdis_cifar10": f"{NARROW} epochs=40 data.shapes_train=4000 optim.lr=0.06"
     " optim.milestones=[32,37]",
+    "cmc_cifar10": f"{NARROW} views.grayscale=0 epochs=170 data.shapes_train=1000 optim.lr=0.06"
+    " optim.milestones=[130,158]",
     "aidendurrant": f"{NARROW} epochs=18 encoder.head_width=64 moco.queue_size=128"
     " moco.temperature=0.2 moco.momentum=0.97 optim.lr=0.15 optim.warmup_epochs=1",
     "mocov3_cifar10": f"{NARROW} epochs=11 encoder.head_width=256 moco.temperature=0.5"
