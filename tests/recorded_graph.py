@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter
 
 # New memory, whose content nobody reads.
@@ -36,6 +36,8 @@ class RecordedGraph(TorchDispatchMode):
 
     def capture_end(self) -> None:
         """Record no more."""
+        if self not in _get_current_dispatch_mode_stack():
+            raise RuntimeError("nothing is recorded")
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
@@ -61,6 +63,9 @@ class RecordedGraph(TorchDispatchMode):
         self.operations.append(again)
         return made
 
+    def pool(self) -> None:
+        """Say nothing of memory: all that was recorded is kept."""
+
     @torch.no_grad()
     def replay(self) -> None:
         """Do again what was recorded."""
@@ -75,10 +80,15 @@ def recording() -> Iterator[None]:
     def as_compiled() -> bool:
         return str(sys._getframe(1).f_globals["__name__"]).startswith("moco_dist.")
 
-    idle = mock.Mock()
-    others = dict.fromkeys(("Stream", "current_stream", "synchronize", "graph_pool_handle"), idle)
+    def zeros(*size: Any, pin_memory: bool = False, **words: Any) -> Tensor:
+        return plain_zeros(*size, **words)
+
+    idle, plain_zeros = mock.Mock(), torch.zeros
+    names = "Stream", "Event", "current_stream", "synchronize", "graph_pool_handle"
+    others = dict.fromkeys(names, idle)
     graphs = mock.patch.multiple(
         torch.cuda, CUDAGraph=RecordedGraph, stream=lambda _: nullcontext(), **others
     )
-    with graphs, mock.patch.object(torch.compiler, "is_compiling", as_compiled):
+    compiled = mock.patch.object(torch.compiler, "is_compiling", as_compiled)
+    with graphs, compiled, mock.patch.object(torch, "zeros", zeros):
         yield
