@@ -168,9 +168,10 @@ def details(record: Record) -> Iterator[str]:
     if record.kind:
         rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
     if record.kind == "pretrain":
-        options = f" with {value('encoder.options')}" if config.get("encoder.options") else ""
+        given = config.get("encoder.options")
+        options = f" with {', '.join(map(text_of, given))}" if isinstance(given, list) else ""
         rows["encoder"] = (
-            f"{value('encoder.backbone')}{options}, width {value('encoder.width')}, "
+            f"{value('encoder.backbone')}{options * bool(given)}, width {value('encoder.width')}, "
             f"{value('encoder.stem')} stem, {value('encoder.head')} head to {value('encoder.dim')}"
         )
         settings = moco.settings if (moco := MocoConfig.stored(config)) else {}
