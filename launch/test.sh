@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and syntax of the shell scripts, then the tests, three files at a time. The tests that cause
+# Lint, types and syntax of the shell scripts, then the tests, four files at a time. The tests that cause
 # faults run alone, because they depend on time. Arguments go to pytest, which then runs alone.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
@@ -13,7 +13,7 @@ some="not slow and not slurm and not browser"
 python -m tests.stand_in >/dev/null || some="$some and not stand_in"
 if (($#)); then exec pytest -m "$some" "$@"; fi
 pytest -m "$some" tests/test_faults.py
-pytest -m "$some" --ignore tests/test_faults.py -n 3 --dist loadfile
+pytest -m "$some" --ignore tests/test_faults.py -n 4 --dist loadfile
 if ! without="$(python -m tests.stand_in)"; then
     echo "not run: tests/stand_in, which needs a stand-in for GPUs ($without)"
 fi

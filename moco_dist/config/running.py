@@ -96,7 +96,8 @@ class RuntimeConfig:
     # Compile the views and encoders of pretraining with torch.compile before the first step, which
     # takes a minute, or seconds from PyTorch's cache. Needs a C++ compiler, and Triton on a GPU.
     compile: bool = False
-    # On one GPU, let it repeat the whole step as a CUDA graph once the queue is full.
+    # Let a GPU repeat the step as CUDA graphs once the queue is full: one process the whole step,
+    # several what they compute between collectives.
     cuda_graph: bool = True
     # What gradients are summed in between processes. bf16 halves the bytes, but each process rounds
     # its own sum, so that the result depends on how many there are.

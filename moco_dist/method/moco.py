@@ -108,8 +108,8 @@ class MoCo(nn.Module):
         """Move the key parameters to momentum * key + (1 - momentum) * query (equation 2)."""
         keys: list[Tensor] = list(self.key_encoder.shared_parameters())
         queries: list[Tensor] = list(self.query_encoder.shared_parameters())
-        if not keys[0].is_cuda:
-            torch._foreach_lerp_(keys, queries, 1 - float(momentum))
+        if not keys[0].is_cuda and isinstance(momentum, float):
+            torch._foreach_lerp_(keys, queries, 1 - momentum)
         else:  # which has no lerp whose weight is read on the device
             ways, share = torch._foreach_sub(queries, keys), 1 - momentum
             torch._foreach_mul_(ways, share.to(keys[0]) if isinstance(share, Tensor) else share)

@@ -58,7 +58,8 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         rows["no effect"] = ", ".join(config.moco.unused)
     if trainer.device.type == "cuda":
         why = why_not(trainer)
-        rows["graph"] = f"none: {why}" if why else "each step is one once the memory is full"
+        one = "each step is one" if processes == 1 else "each step is several, cut at collectives,"
+        rows["graph"] = f"none: {why}" if why else f"{one} once the memory is full"
     if few := few_images(config, len(splits.train)):
         rows["expect"] = few
     if splits.parts:

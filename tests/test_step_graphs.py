@@ -1,0 +1,129 @@
+"""A step as graphs, which are recorded here, has the bits of the eager step."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
+from moco_dist.distributed import comms
+from moco_dist.errors import NumbersError
+from moco_dist.method.moco import MoCo
+from moco_dist.pretrain import loop, step_graph
+from moco_dist.pretrain.device_clock import DeviceClock
+from moco_dist.pretrain.step_graph import Stepper
+from moco_dist.pretrain.step_parts import Parts
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import session
+from moco_dist.runs.record import Metric
+from tests import processes
+from tests.recorded_graph import recording
+from tests.test_mechanisms import BANK, SIMCLR, V3
+from tests.test_one_run_any_machine import SMALL
+
+# Numbers that an operation on a CPU reads are those of the captured step in every later one.
+CONSTANT = ["optim.schedule=constant", "optim.lr=0.125", "tracking.wandb=disabled"]
+SYMMETRIC = ["moco.symmetric=true", "runtime.micro_batches=2"]
+KINDS = {
+    "queue": ["tracking.health_every_steps=3"],
+    "symmetric": SYMMETRIC,
+    "SimCLR": [*SIMCLR, "runtime.micro_batches=2"],
+    "bank": BANK,
+    "v3": V3,
+    "bf16": ["runtime.gradients=bf16", "precision=fp32"],
+}
+STEPS, EAGER, BAD = 16, 5, 9
+
+
+class SetClock(DeviceClock):
+    """Has the rows of the step at once, because they are read when a step is recorded."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.set()
+
+
+def captured(take: Stepper) -> None:
+    """Capture the step, with all memory as before: a GPU does nothing in a capture."""
+    trainer = take.trainer
+    buffers = [each for state in trainer.optimizer.state.values() for each in state.values()]
+    tensors = [*trainer.moco.state_dict().values(), *buffers]
+    kept = [each.clone() for each in tensors]
+    clock: DeviceClock = SetClock(trainer)
+    if comms.world_size() > 1:
+        take.parts = Parts(trainer, take.hooks, clock)
+        assert take.parts.capture() == ""
+        assert len(take.parts.acts) > 10
+    else:
+        with mock.patch.object(step_graph, "DeviceClock", SetClock):
+            take._capture()
+        assert take.captured
+        clock = take.clock
+        clock.good.fill_(True)
+        clock.count.zero_()
+    clock._place = clock._epoch = -1
+    with torch.no_grad():
+        for tensor, value in zip(tensors, kept, strict=True):
+            tensor.copy_(value)
+
+
+def trained(words: list[str], graphs: bool, wrong: bool) -> tuple[list[float], dict[str, Any]]:
+    """Return the losses and the state after some steps, of which one is first refused."""
+    config = load(PretrainConfig, [*SMALL, *CONSTANT, *words])
+    trainer = Trainer(config, session.join(config), datasets.load(config.data))
+    take, losses = Stepper(trainer, loop.run_hooks(trainer)), []
+    while trainer.step < STEPS:
+        if graphs and trainer.step == EAGER:
+            captured(take)
+            if wrong:
+                assert take.parts is not None
+                assert take.parts.expected is not None
+                take.parts.expected *= 1.03
+        if trainer.step == BAD:
+            *_, encoder = trainer.moco.encoders.values()
+            weight = next(encoder.parameters())[0, 0].detach()
+            kept = weight.clone()
+            weight.fill_(torch.inf)
+            with pytest.raises(NumbersError, match=f"not finite in step {BAD} "):
+                take().figures()
+            weight.copy_(kept)
+            if take.captured:
+                take.clock.good.fill_(True)  # a run ends there
+        losses.append(take().figures()[Metric.LOSS])
+    assert (take.parts is not None or take.captured) == (graphs and not wrong)
+    state = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
+    for number, buffers in enumerate(trainer.optimizer.state.values()):
+        state |= {f"{name} {number}": value.clone() for name, value in buffers.items()}
+    return losses, state
+
+
+def both(words: list[str], wrong: bool) -> list[tuple[list[float], dict[str, Any]]]:
+    """Train eagerly, and by graphs; the key encoder moves as on a GPU."""
+    move = MoCo.update_key_encoder
+
+    def moved(self: MoCo, momentum: float | Tensor) -> None:
+        move(self, torch.as_tensor(momentum, dtype=torch.float64))
+
+    with recording(), mock.patch.object(MoCo, "update_key_encoder", moved):
+        return [trained(words, graphs, wrong) for graphs in (False, True)]
+
+
+CASES = [(kind, 2, False) for kind in KINDS] + [(kind, 1, False) for kind in KINDS][:-1]
+
+
+@pytest.mark.parametrize(("kind", "world", "wrong"), [*CASES, ("queue", 2, True)])
+def test_a_step_by_graphs_has_the_bits_of_the_eager_step(
+    kind: str, world: int, wrong: bool
+) -> None:
+    """Also if its gradients are 3% off the eager ones, after which steps are eager."""
+    for (losses, state), (by_graphs, other) in processes.run(both, world, KINDS[kind], wrong):
+        assert by_graphs == losses
+        assert len(set(losses)) == STEPS
+        assert torch.tensor(losses).isfinite().all()
+        assert all(other[name].equal(value) for name, value in state.items())
