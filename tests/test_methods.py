@@ -86,10 +86,10 @@ SMALLEST = {
     " views.blur_sigma_max=0.5 views.grayscale=0.8 epochs=13 encoder.head_width=256"
     " moco.temperature=0.5 moco.momentum=0.96 optim.lr=3e-3 optim.warmup_epochs=1",
 }
-# What kNN must reach. The Vision Transformer learns more slowly: 68.0 in the time in which the others
-# are above 90. What decides is its first weights and its patches: with three layers and after 3
-# epochs it has 42 with MoCo v3's weights and 23 with timm's, and 25 in patches of 6 pixels (a shape
-# has about 13). Trained positions (43), twice the width or twice the steps (39) change little.
+# What kNN must reach. The Vision Transformer learns more slowly: 68.0 in the time in which the
+# others are above 90. What decides is its first weights and its patches: with three layers, after
+# 3 epochs, it has 42 with MoCo v3's weights and 23 with timm's, and 25 in patches of 6 pixels (a
+# shape has about 13). Trained positions (43), twice the width or steps (39) change little.
 BARS = dict.fromkeys(SMALLEST, 0.8) | {"mocov3_vit_small": 0.6}
 # Keys that a smaller form may change. All others are the mechanism, and the preset's.
 SIZES = {
