@@ -28,7 +28,8 @@ def refusal(*arguments: str, schema: type = PretrainConfig) -> str:
 def test_the_promised_configurations_are_there() -> None:
     small = {"stl10", "tiny_imagenet", "imagenet100", "imagenette"}
     names = {"paper", "cifar10", "cifar10_symmetric", "imagenet_v1", "imagenet_v2", "demo"}
-    names |= {"simclr_cifar10", "simclr_imagenet", "instdis_cifar10", "aidendurrant"}
+    names |= {"simclr_cifar10", "simclr_imagenet", "instdis_cifar10", "cmc_cifar10"}
+    names |= {"aidendurrant"}
     names |= {f"mocov3_{name}" for name in ("cifar10", "imagenet", "vit_small", "vit_base")}
     assert {path.stem for path in PRETRAIN} == names | small
     assert {path.stem for path in PROBE} == {

@@ -431,7 +431,7 @@ def test_a_card_names_the_method(
     tmp_path: Path, keys: dict[str, Any], words: str, tags: list[str]
 ) -> None:
     config = PretrainConfig(encoder=EncoderConfig(), moco=MocoConfig(**keys))
-    network = method(build_encoder(config.encoder, 1), config.moco, 128, seed=1, images=90)
+    network = method(build_encoder(config.encoder, 1), config.moco, seed=1, images=90)
     network.query_encoder.backbone.load_state_dict(stirred(), strict=False)
     state = {"config": to_dict(config), "epoch": 2.5, "data": "0123", "run_id": "a"}
     saving.write(tmp_path / "r", 7, network.state_dict(), {}, state)

@@ -36,7 +36,8 @@ V3 = [
 # A variance of four vectors may be almost 0, and rounding then grows tenfold in each step.
 CALM = {"v3": ["batch_size=64", "bn_groups=4", "optim.lr=0.01"]}
 BANK = ["moco.negatives=bank", "moco.keys=gradient", "moco.bank_draws=50"]
-KINDS = {"one_way": ONE_WAY, "simclr": SIMCLR, "v3": V3, "bank": BANK}
+CMC = [*BANK, "encoder.halves=lab", "views.grayscale=0"]
+KINDS = {"one_way": ONE_WAY, "simclr": SIMCLR, "v3": V3, "bank": BANK, "cmc": CMC}
 EXACT = "precision=fp64"
 
 
@@ -312,13 +313,14 @@ def traffic(kind: list[str]) -> tuple[float, int, int]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("kind", ["simclr", "v3", "bank"])
+@pytest.mark.parametrize("kind", ["simclr", "v3", "bank", "cmc"])
 def test_a_step_sends_the_bytes_of_its_formula(kind: str, world_size: int) -> None:
     local, dim, note = 64 // world_size, 64, 5 * 8
     share = {  # float32 of each process to each other one
         "simclr": 2 * local * (dim + 1) * 4 + note,
         "v3": 2 * local * dim * 4 + note,
         "bank": local * dim * 4 + note,
+        "cmc": 2 * local * dim * 4 + note,
     }[kind]
     for got, sent, gradients in processes.run(traffic, world_size, KINDS[kind]):
         assert sent == (world_size - 1) * share
@@ -333,6 +335,12 @@ def test_a_step_sends_the_bytes_of_its_formula(kind: str, world_size: int) -> No
         ([*SIMCLR, "encoder.predictor=true"], "encoder.predictor=true needs keys that have none"),
         ([*BANK, "moco.symmetric=true"], "needs two views of an image"),
         ([*BANK, "moco.bank_momentum=1"], "moco.bank_momentum=1.0 is out of range"),
+        (["encoder.halves=lab"], "which moco.negatives=queue has not; use moco.negatives=bank"),
+        ([*SIMCLR, "encoder.halves=lab"], "which moco.negatives=batch has not"),
+        ([*BANK, "encoder.halves=lab"], "views.grayscale=0.2 takes from a view; use"),
+        ([*CMC, "encoder.width=9"], "not encoder.channels=3 encoder.width=9; use .*width=10"),
+        ([*CMC, "encoder.channels=1"], "not encoder.channels=1 .* use encoder.channels=3"),
+        ([*CMC, "encoder.predictor=true"], "encoder.predictor=true needs keys that have none"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(words: list[str], sentence: str) -> None:
@@ -348,4 +356,8 @@ def test_health_names_only_what_a_mechanism_has() -> None:
         assert not any(name.startswith("queue/") for name in hooks.health), kind
         assert ("health/ema_distance" in hooks.health) == (kind == "v3")
         assert {"health/alignment", "health/rankme", "health/uniformity"} <= hooks.health.keys()
-        assert trainer.config.moco.candidates(16, 90) == {"simclr": 31, "bank": 51}.get(kind, 16)
+        assert trainer.config.moco.candidates(16, 90) == {
+            "simclr": 31,
+            "bank": 51,
+            "cmc": 51,
+        }.get(kind, 16)

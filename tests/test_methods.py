@@ -24,6 +24,7 @@ PRESETS = Path(__file__).parent.parent / "configs/pretrain"
         ("simclr_cifar10", "batch", 1023, "sgd"),
         ("simclr_imagenet", "batch", 8191, "lars"),
         ("instdis_cifar10", "bank", 50_000, "sgd"),
+        ("cmc_cifar10", "bank", 4097, "sgd"),
         ("mocov3_cifar10", "batch", 256, "lars"),
         ("mocov3_imagenet", "batch", 4096, "lars"),
         ("mocov3_vit_small", "batch", 4096, "adamw"),
@@ -75,6 +76,8 @@ SMALLEST = {
     " optim.trust=0.04 optim.warmup_epochs=1",
     "instdis_cifar10": f"{NARROW} epochs=40 data.shapes_train=4000 optim.lr=0.06"
     " optim.milestones=[32,37]",
+    "cmc_cifar10": f"{NARROW} views.grayscale=0 epochs=170 data.shapes_train=1000 optim.lr=0.06"
+    " optim.milestones=[130,158]",
     "aidendurrant": f"{NARROW} epochs=18 encoder.head_width=64 moco.queue_size=128"
     " moco.temperature=0.2 moco.momentum=0.97 optim.lr=0.15 optim.warmup_epochs=1",
     "mocov3_cifar10": f"{NARROW} epochs=11 encoder.head_width=256 moco.temperature=0.5"

@@ -193,10 +193,11 @@ def show(found: dict[str, Any], speed: Speed) -> None:
     """Print the tables of one configuration."""
     total = sum(speed.parts.values())
     title = (
-        f"{found['name']}: {found['encoder']}, batch {found['batch_size']} in "
+        f"{found['name']}: batch {found['batch_size']} in "
         f"{found['bn_groups']} groups, {found['candidates']:,} candidates by {found['negatives']}"
     )
     rows = {
+        "encoder": found["encoder"],
         "on": f"{found['processes']} x {found['device']}, {found['threads']} threads, "
         f"{found['precision']}{', compiled' * found['compiled']}, torch {found['torch']}",
         "images/s": f"{speed.images_per_second:,.1f}; "

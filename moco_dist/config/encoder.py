@@ -34,6 +34,9 @@ class EncoderConfig:
     channels: int = 3
     # Channels of the first stage; 64 is the published width.
     width: int = 64
+    # lab: two backbones, each of half the width (a model of timm: each a whole one), see the
+    # lightness and the colours of an image in CIE Lab (CMC). Needs moco.negatives=bank.
+    halves: Literal["none", "lab"] = "none"
     # cifar: 3x3 convolution, no pooling; imagenet: 7x7 with stride 2, then pooling.
     stem: Literal["cifar", "imagenet"] = "cifar"
     # frozen: a Vision Transformer of timm keeps its first, random projection of the patches, which
@@ -72,6 +75,13 @@ class EncoderConfig:
             "use encoder.width=64 encoder.stem=imagenet, or another model of timm",
         )
         least = {"resnext50_32x4d": 16, "resnext101_64x4d": 16, "resnext101_32x8d": 8}.get(name, 1)
+        require(
+            self.vectors == 1 or (self.width % 2 == 0 and self.channels == 3),
+            f"encoder.halves={self.halves} needs colours and a width for two, not encoder.channels="
+            f"{self.channels} encoder.width={self.width}; use encoder.channels=3 encoder.width="
+            f"{self.width + self.width % 2}",
+        )
+        least *= self.vectors
         require(
             self.width >= least,
             f"encoder.width={self.width} leaves the groups of {name} without a channel; "
@@ -119,10 +129,21 @@ class EncoderConfig:
     @property
     def described(self) -> str:
         """The backbone for a person."""
+        name = self.backbone + f" in two halves ({self.halves})" * (self.vectors > 1)
         if not self.is_timm:
-            return f"{self.backbone}, width {self.width}, {self.stem} stem"
+            return f"{name}, width {self.width}, {self.stem} stem"
         options = f" with {', '.join(map(shown, self.options))}" if self.options else ""
-        return self.backbone + options + ", sincos positions" * (self.positions == "sincos")
+        return name + options + ", sincos positions" * (self.positions == "sincos")
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors an image has: one, or one of each half."""
+        return 1 if self.halves == "none" else 2
+
+    @property
+    def numbers(self) -> int:
+        """Length of all vectors of an image."""
+        return self.vectors * self.dim
 
     @property
     def is_timm(self) -> bool:

@@ -265,11 +265,39 @@ class PretrainConfig:
             "encoder.predictor=true needs keys that have none, which moco.keys=gradient doesn't "
             "make; use moco.keys=momentum with moco.negatives=batch, as MoCo v3",
         )
+        halves = f"encoder.halves={self.encoder.halves}"
+        require(
+            self.encoder.vectors == 1 or self.moco.negatives == "bank",
+            f"{halves} has each half meet the other one's bank, which moco.negatives="
+            f"{self.moco.negatives} has not; use moco.negatives=bank moco.keys=gradient",
+        )
+        require(
+            self.encoder.vectors == 1 or self.views.grayscale == 0,
+            f"{halves} contrasts lightness with colours, which views.grayscale="
+            f"{self.views.grayscale} takes from a view; use views.grayscale=0 (and, as published, "
+            "views.jitter=0)",
+        )
         self.moco.check_batch(b)
         require(
             self.knn.every_epochs > 0 or not self.monitor.linear,
             "monitor.linear=true is measured with each kNN evaluation, and knn.every_epochs=0 is "
             "never; use knn.every_epochs=1 or more",
+        )
+
+    def negatives(self, images: int) -> str:
+        """Return what the negatives of a query are, in words."""
+        crossed = "; two banks, crossed between the halves" if self.encoder.vectors > 1 else ""
+        return self.moco.described(self.batch_size, images) + crossed
+
+    @property
+    def drifts(self) -> str:
+        """The sentence about heads with which two halves learn little, or nothing."""
+        if self.encoder.vectors == 1 or self.encoder.head == "mlp_bn":
+            return ""
+        return (
+            f"encoder.head={self.encoder.head} has no BatchNorm: the mean vectors of two halves "
+            "then drift, the loss falls in each epoch and rises after it, and little is learned; "
+            "use encoder.head=mlp_bn"
         )
 
     @property

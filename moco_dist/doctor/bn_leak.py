@@ -57,7 +57,7 @@ def leak(
             views.make(pixels[part], recipe, config.seed, step, part, view, dtype)
             for part in samples.split(rows)
         ]
-        return torch.cat([encoder(piece) for piece in pieces])
+        return torch.cat([encoder(piece).flatten(1) for piece in pieces])
 
     for encoder in (query_encoder, key_encoder):
         encoder.train()

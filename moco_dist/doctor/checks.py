@@ -75,7 +75,7 @@ def network(config: PretrainConfig, device: torch.device) -> Iterator[Finding]:
             times.setdefault(message.numel(), []).append(time.perf_counter() - began)
     latency, whole = (sorted(each)[TIMES // 2] for each in times.values())
     rate = MESSAGE * (comms.world_size() - 1) / whole / 1e6
-    keys = config.batch_size * config.encoder.dim * 4
+    keys = config.batch_size * config.encoder.numbers * 4
     yield Finding(
         "network",
         f"all-gather: {1000 * latency:.2f} ms, {rate:,.0f} MB/s received; a step gathers "
@@ -103,7 +103,7 @@ def batch(config: PretrainConfig, images: int) -> Iterator[Finding]:
         lambda: plan.check_images(rows, groups, world, images),
     )
     long = config.moco.too_long(rows, images)
-    yield Finding("negatives", config.moco.described(rows, images), long)
+    yield Finding("negatives", config.negatives(images), long, config.drifts)
     if few := set_size.few_images(config, images):
         yield Finding("expect", few)
 
@@ -165,8 +165,10 @@ def estimate(config: PretrainConfig, images: int, world: int) -> int:
     rows = max(1, config.batch_size // world // config.runtime.micro_batches)
     weights = sum(parameter.numel() for parameter in encoder.parameters())
     activations = outputs * rows * (2 if config.precision == "bf16" else size)
-    vectors = config.moco.kept(images) * config.encoder.dim * size
-    logits = config.moco.candidates(config.batch_size, images) * rows * size
+    vectors = config.moco.kept(images) * config.encoder.numbers * size
+    logits = (
+        config.moco.candidates(config.batch_size, images) * config.encoder.vectors * rows * size
+    )
     pixels = images * config.encoder.channels * config.data.size**2
     streamed = pixels > 1e9 * config.data.memory_gb
     copies = 5 if config.optim.name == "adamw" else 4
@@ -187,7 +189,7 @@ def disk(config: PretrainConfig, images: int) -> Iterator[Finding]:
     size = {"fp64": 8}.get(config.precision, 4)
     copies = 4 if config.optim.name == "adamw" else 3
     one = copies * sum(tensor.numel() for tensor in state.values()) * size
-    one += config.moco.kept(images) * (config.encoder.dim * size + 8)
+    one += config.moco.kept(images) * (config.encoder.numbers * size + 8)
     # The newest ones, the best one, and one that is being written.
     needed = one * (keep.keep_last + keep.keep_best + 1)
     folder = Path(config.output).expanduser().absolute()

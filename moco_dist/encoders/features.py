@@ -49,7 +49,7 @@ def extract(
     for _ in batches:
         pause()
         # Autocast ends in bf16, which is too coarse for similarities.
-        mine = backbone(views.center(next(pixels), config, dtype)).to(dtype)
+        mine = backbone(views.center(next(pixels), config, dtype)).flatten(1).to(dtype)
         if not done:
             whole = mine.new_empty(processes * each, *mine.shape[1:])
         # Gathered batch by batch, so that all features are in memory only once.

@@ -312,7 +312,7 @@ def _differences(own: EncoderConfig, found: EncoderConfig) -> list[str]:
     """Return the arguments that give `own` the backbone of `found`."""
     fix = [] if recognise.alike(own.backbone, found.backbone) else [found.backbone]
     fix = [f"encoder.backbone={name}" for name in fix]
-    for key in ("channels", "width", "stem"):
+    for key in ("channels", "width", "stem", "halves"):
         if (value := getattr(found, key)) != getattr(own, key):
             fix.append(f"encoder.{key}={value}")
     if found.settings | _NEW != own.settings | _NEW:

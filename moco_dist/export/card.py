@@ -110,17 +110,18 @@ def origin(found: Found) -> dict[str, str]:
             "init_from" if source else "run",
             MocoConfig.stored(flat(saved.state["config"])),
         )
-        return {"kind": kind, "source": source, "method": _method(moco) if moco else ""}
+        method = _method(moco, found.architecture.vectors) if moco else ""
+        return {"kind": kind, "source": source, "method": method}
     kind = "original" if "epoch" in saved.state else "unknown"
     return {"kind": kind, "source": "", "method": ""}
 
 
-def _method(settings: MocoConfig) -> str:
+def _method(settings: MocoConfig, vectors: int) -> str:
     """Return what a method without a key encoder is called; empty for Momentum Contrast."""
     if settings.keys == "momentum":
         return ""
     if settings.negatives == "bank":
-        return "a memory bank"
+        return "a memory bank" if vectors == 1 else "Contrastive Multiview Coding"
     return "SimCLR" if settings.symmetric else "contrastive learning, end to end,"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,6 +18,7 @@ from moco_dist.errors import ConfigError, shown
 from moco_dist.method import convolutions, heads, timm_backbone
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
 from moco_dist.method.compilation import compiled
+from moco_dist.method.halves import CHANNELS, Halves
 from moco_dist.method.residual_blocks import BasicBlock, Bottleneck, fuses
 
 # Block, blocks per stage, groups, and channels per group of the 3x3 convolutions in stage 1 (at the
@@ -81,6 +83,13 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
 
     Raises ConfigError for a model that doesn't exist or can't be trained here.
     """
+    if config.vectors > 1:
+        width = config.width if config.is_timm else config.width // 2
+        lightness, colours = (
+            build_backbone(replace(config, halves="none", width=width, channels=n), norm_layer)
+            for n in CHANNELS
+        )
+        return Halves(lightness, colours, _length(lightness) + _length(colours))
     if config.is_timm:
         name = config.backbone.removeprefix("timm/")
         backbone = timm_backbone.build(name, config.channels, norm_layer, config.settings)
@@ -92,6 +101,14 @@ def build_backbone(config: EncoderConfig, norm_layer: Any) -> Any:
     backbone = Backbone(config, norm_layer)
     convolutions.suit(backbone)
     return backbone
+
+
+def _length(backbone: Any) -> int:
+    """Return the length of a backbone's features."""
+    # Some of timm's models have a last layer behind what they call their features.
+    found = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+    assert isinstance(found, int), f"a backbone with {found!r} features"
+    return found
 
 
 class Encoder(nn.Module):
@@ -114,7 +131,7 @@ class Encoder(nn.Module):
         )
         self.backbone = build_backbone(config, norm_layer)
         behind = config, self.num_features, norm_of_vectors
-        self.head = heads.projection(*behind)
+        self.head = heads.of_halves(*behind) if config.vectors > 1 else heads.projection(*behind)
         self.predictor = heads.predictor(*behind) if config.predictor else None
         # It makes convolutions 1.3 times as fast, also on a CPU.
         self.to(memory_format=torch.channels_last)
@@ -127,7 +144,10 @@ class Encoder(nn.Module):
         self._compiled = compiled(self._vectors)
 
     def forward(self, views: Tensor) -> Tensor:
-        """Return unit vectors (rows, dim), float32 or more, of `views` (rows, c, height, width)."""
+        """Return unit vectors (rows, dim), float32 or more, of `views` (rows, c, height, width).
+
+        With two halves they are (rows, 2, dim).
+        """
         if self._compiled is None or not self.training:
             return self._vectors(views)
         vectors = self._compiled(views)
@@ -138,7 +158,7 @@ class Encoder(nn.Module):
         out = self.head(self.backbone(views))
         if self.training and self.predictor is not None:
             out = self.predictor(out)
-        return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=1)
+        return F.normalize(out if out.dtype == torch.float64 else out.float(), dim=-1)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that a key encoder has too, which are not the predictor's."""
@@ -147,10 +167,12 @@ class Encoder(nn.Module):
     @property
     def num_features(self) -> int:
         """Length of the backbone's features."""
-        # Some of timm's models have a last layer behind what they call their features.
-        found = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
-        assert isinstance(found, int), f"a backbone with {found!r} features"
-        return found
+        return _length(self.backbone)
+
+    def expect(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Tell two halves by what images are normalised; other backbones needn't know."""
+        if isinstance(self.backbone, Halves):
+            self.backbone.expect(mean, std)
 
 
 def build_encoder(

@@ -45,6 +45,21 @@ def projection(
     return _mlp([features, *hidden, config.dim], norm if config.head == "mlp_bn" else None)
 
 
+class HalfHeads(nn.ModuleList):
+    """A head for each half of the features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the vectors (rows, halves, dim) of joined features (rows, length)."""
+        parts = x.chunk(len(self), 1)
+        return torch.stack([head(part) for head, part in zip(self, parts, strict=True)], 1)
+
+
+def of_halves(config: EncoderConfig, features: int, norm: Callable[..., nn.Module]) -> HalfHeads:
+    """Return a `projection` for each half of so many features."""
+    each = range(config.vectors)
+    return HalfHeads(projection(config, features // config.vectors, norm) for _ in each)
+
+
 def predictor(
     config: EncoderConfig, features: int, norm: Callable[..., nn.Module]
 ) -> nn.Sequential:

@@ -116,14 +116,15 @@ class MoCo(nn.Module):
             torch._foreach_add_(keys, ways)
 
 
-def build(encoder: Encoder, settings: MocoConfig, dim: int, seed: int, images: int) -> MoCo:
+def build(encoder: Encoder, settings: MocoConfig, seed: int, images: int) -> MoCo:
     """Return the encoders and the memory that `settings` ask for, for so many training images."""
+    dim = encoder.config.dim
     if settings.negatives == "queue":
         return MoCo(encoder, settings.queue_size, dim)
     if settings.negatives == "batch":
         return MoCo(encoder, momentum_keys=settings.keys == "momentum")
     parts = settings.bank_draws, settings.bank_momentum, settings.bank_start == "random"
-    bank = Bank(images, dim, seed, *parts)
+    bank = Bank(images, dim, seed, *parts, halves=encoder.config.vectors)
     return MoCo(encoder, bank=bank, momentum_keys=False)
 
 

@@ -27,10 +27,10 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
             "bn_groups=1: queries and keys share their BatchNorm statistics, which tell the model "
             "the answer (about 4 points on CIFAR-10 in the original's demo); use bn_groups=8"
         )
-    if sentence := config.moco.too_long(config.batch_size, len(splits.train)):
-        logger.warning(sentence)
-    backbone = trainer.moco.query_encoder.backbone
-    if sentence := timm_backbone.interpolates(backbone, config.views.size):
+    images, backbone = len(splits.train), trainer.moco.query_encoder.backbone
+    too_long = config.moco.too_long(config.batch_size, images)
+    small = timm_backbone.interpolates(backbone, config.views.size)
+    for sentence in filter(None, (too_long, small, config.drifts)):
         logger.warning(sentence)
     monitor = (
         f"every {counted(config.knn.every_epochs, 'epoch')}"
@@ -49,7 +49,7 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         f"{counted(config.bn_groups, 'BatchNorm group')} of "
         f"{config.batch_size // config.bn_groups}, "
         + counted(config.runtime.micro_batches, "micro-batch", "micro-batches"),
-        "negatives": config.moco.described(config.batch_size, len(splits.train)),
+        "negatives": config.negatives(len(splits.train)),
         "steps": f"{trainer.steps_per_epoch:,} an epoch ({counted(left_over, 'image')} left over, "
         f"others each epoch), {trainer.total_steps:,} in {counted(config.epochs, 'epoch')}",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",

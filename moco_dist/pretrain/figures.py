@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -117,14 +117,15 @@ def health(
 
     `queries` are this process's rows of the first pass, (rows, dim); `positives` those of the whole
     batch for each pass, (batch_size, dim), and `samples` their images. The rank is that of the keys
-    in the queue, and there is none in the first step; without a queue it is that of the queries. A
-    collective; nothing is changed.
+    in the queue, and there is none in the first step; without a queue it is that of the queries.
+    Figures of two halves, (rows, 2, dim) each, are the means of both. A collective; nothing is
+    changed.
     """
-    points = comms.all_gather(queries).double()
+    points, drawn_to = map(_halves, (comms.all_gather(queries), positives[0]))
     figures = {
-        Metric.ALIGNMENT: alignment(points, positives[0].double()),
-        Metric.UNIFORMITY: uniformity(points),
-        Metric.FEATURE_STD: feature_std(points),
+        Metric.ALIGNMENT: _mean(alignment, points, drawn_to),
+        Metric.UNIFORMITY: _mean(uniformity, points),
+        Metric.FEATURE_STD: _mean(feature_std, points),
     }
     if "key" in network.encoders:
         weights = (each.shared_parameters() for each in reversed(network.encoders.values()))
@@ -134,12 +135,21 @@ def health(
         older, their_samples = network.queue.negatives()
         figures[Metric.OWN_IMAGES] = own_images(samples, their_samples)
         others[Metric.QUEUE_AGE] = age_steps(len(older), len(positives) * len(samples))
-        spread = older.double()
-    if len(spread):
+        spread = _halves(older)
+    if len(spread[0]):
         try:
-            figures[Metric.RANKME] = rankme(spread)
+            figures[Metric.RANKME] = _mean(rankme, spread)
         except RuntimeError as error:  # of a solver that does not converge or has no memory
             why = " ".join(str(error).split())
             logger.warning("%s can't be computed (%s); the run continues", Metric.RANKME, why)
     values = torch.stack([figure.double() for figure in figures.values()]).tolist()
     return dict(zip(figures, values, strict=True)) | others
+
+
+def _halves(points: Tensor) -> list[Tensor]:
+    """Return the points of each half in float64, or all of them."""
+    return [*points.double().unbind(1)] if points.ndim == 3 else [points.double()]
+
+
+def _mean(figure: Callable[..., Tensor], *of: list[Tensor]) -> Tensor:
+    return torch.stack([figure(*each) for each in zip(*of, strict=True)]).mean()

@@ -133,7 +133,13 @@ class AgainstConstants(Mechanism):
     def loss(self, queries: Tensor, piece: Piece, step: Key) -> tuple[Tensor, Tensor]:
         """Return the mean loss of a micro-batch, (), and its logits; see `info_nce`."""
         negatives, owners = self.negatives(piece, step)
-        positives, temperature = piece.candidates()[piece.rows], self.config.moco.temperature
+        return self.of_pair(queries, piece.candidates()[piece.rows], negatives, owners)
+
+    def of_pair(
+        self, queries: Tensor, positives: Tensor, negatives: Tensor, owners: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return `info_nce` at the temperature of the run."""
+        temperature = self.config.moco.temperature
         loss, logits = info_nce(queries, positives, negatives, temperature, owners)
         # A finite loss is multiplied by one; any other makes the gradients of all processes NaN.
         return loss * torch.where(loss.isfinite(), 1.0, torch.nan), logits
@@ -188,7 +194,7 @@ class FromBank(AgainstConstants):
         if isinstance(step, int) and step == 0 and self.config.moco.bank_start == "pass":
             self.fill(hooks)
         _, views = self.make_views(rows)
-        positives = self.network.bank.vectors[rows.samples]
+        positives = self.network.bank.met_by(rows.samples)
         queries, losses, logits = self.contrast(rows, views, [lambda: positives], step)
         mine = torch.cat(queries)
         made = [hooks.gather(mine)()]
@@ -215,6 +221,24 @@ class FromBank(AgainstConstants):
                 ]
             vectors[samples] = comms.all_gather(torch.cat(mine))
         self.undo.restore()
+
+
+class FromCrossedBanks(FromBank):
+    """The queries of each half of the encoder meet the bank of the other one (Tian et al. 2019)."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch: `loss` is a mean, and that of their sum is asked."""
+        super().backward(2 * loss)
+
+    @record_function("loss")
+    def loss(self, queries: Tensor, piece: Piece, step: Key) -> tuple[Tensor, Tensor]:
+        """Return the mean of both halves' losses, (), and their logits, (2 rows, 1 + draws)."""
+        negatives, owners = self.negatives(piece, step)
+        met = piece.candidates()[piece.rows], negatives
+        halves = zip(*(each.unbind(1) for each in (queries, *met)), strict=True)
+        each = [self.of_pair(q, k, others, owners) for q, k, others in halves]
+        losses, logits = zip(*each, strict=True)
+        return torch.stack(losses).mean(), torch.cat(logits)
 
 
 class Pairs(Mechanism):
@@ -284,5 +308,5 @@ class Pairs(Mechanism):
 def of(config: PretrainConfig) -> type[Mechanism]:
     """Return the mechanism of a configuration."""
     if config.moco.negatives == "bank":
-        return FromBank
+        return FromCrossedBanks if config.encoder.vectors > 1 else FromBank
     return MomentumKeys if config.moco.keys == "momentum" else Pairs

@@ -116,8 +116,9 @@ class Trainer:
             path = Path(config.init_from).expanduser()
             self.initial = peers.together(lambda: load.start_from(encoder, path))
         images = len(self.splits.train)
-        network = moco.build(encoder, config.moco, config.encoder.dim, config.seed, images)
+        network = moco.build(encoder, config.moco, config.seed, images)
         self.moco = network.to(self.device, self.dtype)
+        encoder.expect(config.views.mean, config.views.std)
         self.optimizer = optimizers.build(config.optim, self.moco.query_encoder.parameters())
         # DDP would give all processes the weights of process 0 without a word.
         weights = fingerprint.of_module(self.moco)

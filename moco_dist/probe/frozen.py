@@ -60,7 +60,9 @@ def both(
     """Return the trained encoder and, if the probe compares with one, a random one, both frozen."""
     found = {TRAINED: source.backbone}
     if config.control:
-        found[CONTROL] = build_encoder(source.architecture, config.seed + 1).backbone
+        control = build_encoder(source.architecture, config.seed + 1)
+        control.expect(source.fed.mean, source.fed.std)
+        found[CONTROL] = control.backbone
     for each in found.values():
         each.requires_grad_(False).eval().to(device, dtype)
     return found
