@@ -24,7 +24,7 @@ from moco_dist.runs import session
 from moco_dist.runs.record import Metric
 from tests import processes
 from tests.recorded_graph import recording
-from tests.test_mechanisms import BANK, SIMCLR, V3
+from tests.test_mechanisms import BANK, CMC, SIMCLR, V3
 from tests.test_one_run_any_machine import SMALL
 
 # Numbers that an operation on a CPU reads are those of the captured step in every later one.
@@ -35,6 +35,7 @@ KINDS = {
     "symmetric": SYMMETRIC,
     "SimCLR": [*SIMCLR, "runtime.micro_batches=2"],
     "bank": BANK,
+    "CMC": CMC,
     "v3": V3,
     "bf16": ["runtime.gradients=bf16", "precision=fp32"],
 }

@@ -168,11 +168,12 @@ def details(record: Record) -> Iterator[str]:
     if record.kind:
         rows["data"] = f"{value('data.name')}, {value('data.size')} pixels"
     if record.kind == "pretrain":
-        halves = config.get("encoder.halves", "none")
+        given, halves = config.get("encoder.options"), config.get("encoder.halves", "none")
+        options = f" with {', '.join(map(text_of, given))}" if isinstance(given, list) else ""
         two = f" in two halves ({text_of(halves)})" if halves != "none" else ""
-        options = f" with {value('encoder.options')}" if config.get("encoder.options") else ""
         rows["encoder"] = (
-            f"{value('encoder.backbone')}{two}{options}, width {value('encoder.width')}, "
+            f"{value('encoder.backbone')}{two}{options * bool(given)}, "
+            f"width {value('encoder.width')}, "
             f"{value('encoder.stem')} stem, {value('encoder.head')} head to {value('encoder.dim')}"
         )
         settings = moco.settings if (moco := MocoConfig.stored(config)) else {}
