@@ -87,16 +87,17 @@ SMALLEST = {
     "mocov3_vit_small": "encoder.backbone=timm/vit_tiny_patch16_224 encoder.options="
     "[img_size=24,patch_size=4,embed_dim=64,depth=2,num_heads=4,weight_init=moco]"
     " views.blur_sigma_max=0.5 views.grayscale=0.8 epochs=13 encoder.head_width=512"
-    " moco.temperature=0.3 moco.momentum=0.96 optim.lr=3e-3 optim.warmup_epochs=1",
+    " moco.momentum=0.96 optim.lr=3e-3 optim.warmup_epochs=1",
 }
 # Halves of width 4 are too narrow: with 1,000 images they had kNN 65 in as many steps, halves of
 # width 8 had 78, and with 1,600 images 96.9.
-# What kNN must reach. The Vision Transformer learns more slowly: 76.8 in the time in which the
-# others are above 90, and 68.0 at a temperature of 0.5 with heads half as wide. What decides is its
-# first weights and its patches: with three layers, after 3 epochs, it has 42 with MoCo v3's weights
-# and 23 with timm's, and 25 in patches of 6 pixels (a shape has about 13). Trained positions (43),
-# twice the width or steps (39) change little.
-BARS = dict.fromkeys(SMALLEST, 0.8) | {"mocov3_vit_small": 0.7}
+# What kNN must reach. The Vision Transformer learns more slowly: 80.3 in 225 seconds, in which the
+# others are above 90; the bar leaves room for another machine's rounding. It has 76.8 at a
+# temperature of 0.3, and 68.0 at 0.5 with heads half as wide. Its first weights and its patches
+# decide too: with three layers at 0.5, after 3 epochs, it has 42 with MoCo v3's weights and 23 with
+# timm's, and 25 in patches of 6 pixels (a shape has about 13). Trained positions (43), twice the
+# width or steps (39) change little.
+BARS = dict.fromkeys(SMALLEST, 0.8) | {"mocov3_vit_small": 0.75}
 # Keys that a smaller form may change. All others are the mechanism, and the preset's.
 SIZES = {
     *("name", "output", "epochs", "batch_size", "knn", "tracking", "runtime", "data"),
