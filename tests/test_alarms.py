@@ -112,6 +112,7 @@ def test_a_queue_longer_than_the_data_is_told_of_before_the_first_step(tmp_path:
     assert alarms(tmp_path / "long") == [(1, "queue longer than the data")]
 
 
+@pytest.mark.slow
 def test_keys_that_move_too_fast_make_the_loss_rise(tmp_path: Path) -> None:
     run = [*SMALL, "optim.lr=0.1", "moco.queue_size=256", "data.size=20", "epochs=40"]
     run += ["moco.momentum=0.9", "stop_at_step=630", f"output={tmp_path}", "name=rise"]

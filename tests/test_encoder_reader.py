@@ -199,6 +199,7 @@ def answers(path: Path, folder: Path, model: Any) -> Iterator[str]:
         yield "ok" if worst < 1e-5 else f"differs by {worst:.1e}"
 
 
+@pytest.mark.slow
 def test_ten_ways_to_name_an_encoder_and_five_readers_have_one_answer(tmp_path: Path) -> None:
     model = trained()
     rows = {}

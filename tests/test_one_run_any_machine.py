@@ -133,7 +133,10 @@ def test_any_number_of_processes_gives_the_same_run(straight: Straight, world_si
     assert_same(straight(world_size), straight(1))
 
 
-@pytest.mark.parametrize(("world_size", "micro_batches"), [(1, 2), (1, 4), (1, 8), (2, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batches"),
+    [(1, 2), pytest.param(1, 4, marks=pytest.mark.slow), (1, 8), (2, 2)],
+)
 def test_micro_batches_give_the_same_run(
     straight: Straight, tmp_path: Path, world_size: int, micro_batches: int
 ) -> None:
