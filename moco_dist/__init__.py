@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from moco_dist.method.views import make as make_views
     from moco_dist.notebook import run_pretrain, run_probe
 
-# PyTorch's threads wait for each other asleep. They would otherwise spin, and next to another
-# program keep from running what they wait for. OpenMP reads this when PyTorch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How often PyTorch's threads look for each other before they sleep. With OpenMP's own 300,000 they
+# fill the time that a program next to them leaves, and keep from running what they wait for; with
+# none they are slow on an idle machine. It is read when PyTorch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 __version__ = "0.1.0"
 
