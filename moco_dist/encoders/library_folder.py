@@ -19,6 +19,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What a model of timm may be built with and still give the features that it gives here; the first
 # two show in its tensors, and the third is compared.
 _FREE = ("num_classes", "in_chans", "global_pool", "dynamic_img_size")
+_SIDES = "img_size", "patch_size"
 # Settings of transformers' ResNet that change its features and not its tensors.
 _RESNET = {
     "hidden_act": "relu",
@@ -77,12 +78,19 @@ def _timm(folder: Path, described: dict[str, Any]) -> tuple[str, list[str]]:
     strange = {k: v for k, v in given.items() if k not in _FREE and v is not None}
     options = []
     if name not in BACKBONES:
-        options = [f"{k}={json.dumps(v)}" for k, v in strange.items() if k.isidentifier()]
+        plain = {k: _side(v) if k in _SIDES else v for k, v in strange.items()}
+        options = [f"{k}={json.dumps(v)}" for k, v in plain.items() if k.isidentifier()]
         strange = {k: v for k, v in strange.items() if not k.isidentifier()}
     usual = "avg" if name in BACKBONES else timm_backbone.pooling(name)
     for pool in (described.get("global_pool"), given.get("global_pool")):
         _refuse(folder, strange if pool in (None, usual) else {"global_pool": pool})
     return (name if name in BACKBONES else f"timm/{name}"), options
+
+
+def _side(value: Any) -> Any:
+    """Return the one number that timm takes for a square, which may be saved as two."""
+    same = isinstance(value, list) and len(value) == 2 and value[0] == value[1]
+    return value[0] if same else value
 
 
 def _refuse(folder: Path, strange: dict[str, Any]) -> None:
