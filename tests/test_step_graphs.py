@@ -101,6 +101,7 @@ def trained(words: list[str], graphs: bool, wrong: bool) -> tuple[list[float], d
     state = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
     for number, buffers in enumerate(trainer.optimizer.state.values()):
         state |= {f"{name} {number}": value.clone() for name, value in buffers.items()}
+    state["counts"] = torch.tensor([trainer.step, trainer.moco.remembered])
     return losses, state
 
 

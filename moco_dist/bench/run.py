@@ -135,7 +135,7 @@ def machine(trainer: Trainer) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": config.precision,
-        "encoder": config.encoder.described.removesuffix(f", {config.encoder.stem} stem"),
+        "encoder": config.encoder.described,
         "parameters": parameters(trainer.moco.query_encoder),
         "batch_size": config.batch_size,
         "bn_groups": config.bn_groups,
