@@ -15,6 +15,7 @@ import torch
 
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import datasets, image_file, image_folder, image_index, tar_shards
+from moco_dist.data.image_file import Recipe
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
@@ -262,7 +263,7 @@ def test_a_member_that_goes_bad_is_named_with_its_tar(folder: Path, tmp_path: Pa
         file.write(bytes(100))
     pool = WorkerPool(1)
     aside = Aside(index, skips=False)
-    images = StreamedImages(index, aside, pool, torch.arange(len(index)), index.labels, 16)
+    images = StreamedImages(index, aside, pool, torch.arange(len(index)), index.labels, Recipe(16))
     with pytest.raises(DataError) as error:
         images.squares(torch.tensor([4]))
     assert str(error.value).startswith(f"{shards / '000000.tar'}: {place.name}: not a readable")

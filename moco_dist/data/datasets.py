@@ -223,9 +223,8 @@ def _read_files(config: DataConfig, channels: int, run: run_lists.Begun | None) 
     )
     if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
         pool = WorkerPool(config.workers)
-        of = config.size, channels, tuple(config.background), config.resize
         held: list[AnyImages] = [
-            StreamedImages(part, aside, pool, torch.arange(len(part)), part.labels, *of)
+            StreamedImages(part, aside, pool, torch.arange(len(part)), part.labels, recipe)
             for part, aside in run_lists.settled(run, parts, config.skip_unreadable)
         ]
         train, *tests = held

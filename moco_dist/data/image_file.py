@@ -130,6 +130,11 @@ class Recipe(NamedTuple):
     # The filter with which the centred square is resized.
     resize: str = "bicubic"
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Views, channels, height and width of what is cut out of each image."""
+        return max(1, len(self.views)), self.channels, self.size, self.size
+
 
 def kind(head: bytes) -> str:
     """Return the name of the format of an image by its first 16 bytes, empty for anything else."""
