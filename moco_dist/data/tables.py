@@ -22,7 +22,7 @@ from moco_dist.config.recipe import DataConfig
 from moco_dist.data import class_names, image_folder, image_index, tar_shards
 from moco_dist.data.folder_walk import holds
 from moco_dist.data.image_index import ImageIndex
-from moco_dist.data.parts import part_of
+from moco_dist.data.parts import part_of, require_one
 from moco_dist.data.tar_members import Member
 from moco_dist.errors import (
     ConfigError,
@@ -306,11 +306,7 @@ def _chosen(
     """Return the column that is named or the only one found, or raise ConfigError."""
     given = f"data.root={shown(config.root)}"
     listed = ", ".join(shown(name) for name in every)
-    if named and named not in every:
-        raise ConfigError(
-            f"data.{what}_column={shown(named)}: no such column in {given}, which has {listed}; "
-            "give one of these"
-        )
+    require_one(f"{what}_column", named, "column", config.root, every)
     if named and named not in readable:
         rule = {"image": "encoded images", "label": "one whole number or name for each image"}[what]
         raise ConfigError(
