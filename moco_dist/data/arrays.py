@@ -116,11 +116,9 @@ class Arrays:
         size = mapped[0].nbytes
         members = [Member(0, f"row {n}", mapped.offset + n * size, size) for n in range(count)]
         named = class_names.numbered(labels, classes)
-        index = image_index.of_members(
-            file.parent, members, named.labels, named.classes, (file.name,)
-        )
+        index = image_index.of_members(file.parent, members, named, (file.name,))
         head = f"P{6 if rest else 5} {width} {height} 255\n"
-        return replace(index, unknown=named.unknown, rows=True, head=head)
+        return replace(index, rows=True, head=head)
 
     def _array(self, name: str) -> Any:
         try:

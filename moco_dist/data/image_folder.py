@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moco_dist.data import folder_walk, image_file, image_index
+from moco_dist.data import class_names, folder_walk, image_file, image_index
+from moco_dist.data.class_names import Numbered
 from moco_dist.data.folder_layout import STRAYS
 from moco_dist.data.image_file import EXTENSIONS, Recipe
 from moco_dist.data.image_index import ImageIndex
@@ -64,26 +65,25 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
     names = sorted({parts[0] for parts in inner if len(parts) > 1})
     empty = {top for top, _ in found.unread if top} - set(names)
     several = len(names) + len(empty) > 1 or classes is not None
-    if not labelled or not names or not several or loose * STRAYS > len(files):
-        if labelled and loose and len(names) > 1:
+    named = Numbered([-1] * len(files), ())
+    if labelled and names and several and loose * STRAYS <= len(files):
+        fault = "" if classes else _no_images(found, empty) or _not_classes(root, names, inner)
+        if fault:
+            raise DataError(fault)
+        if loose:
             said.append(
-                f"{shown(root)}: no classes, because {loose:,} of {len(files):,} images lie "
-                f"next to the {len(names)} folders; the first is {shown(files[0], 4096)}"
+                f"{shown(root)}: {counted(loose, 'image')} without a class next to the class "
+                f"folders; the first is {shown(files[0], 4096)}"
             )
-        unlabelled = image_index.of_members(root, members, [-1] * len(files), ())
-        return replace(unlabelled, warnings=tuple(said), read=tuple(found.folders))
-    if classes is None and (fault := _no_images(found, empty) or _not_classes(root, names, inner)):
-        raise DataError(fault)
-    if loose:
+        labels = [parts[0] if len(parts) > 1 else None for parts in inner]
+        named = class_names.among(labels, classes or tuple(names))
+    elif labelled and loose and len(names) > 1:
         said.append(
-            f"{shown(root)}: {counted(loose, 'image')} without a class next to the class "
-            f"folders; the first is {shown(files[0], 4096)}"
+            f"{shown(root)}: no classes, because {loose:,} of {len(files):,} images lie "
+            f"next to the {len(names)} folders; the first is {shown(files[0], 4096)}"
         )
-    number = {name: i for i, name in enumerate(classes or names)}
-    labels = [number.get(parts[0], -1) if len(parts) > 1 else -1 for parts in inner]
-    unknown = tuple(name for name in names if name not in number)
-    index = image_index.of_members(root, members, labels, classes or tuple(names))
-    return replace(index, warnings=tuple(said), unknown=unknown, read=tuple(found.folders))
+    index = image_index.of_members(root, members, named)
+    return replace(index, warnings=tuple(said), read=tuple(found.folders))
 
 
 def _no_images(found: folder_walk.Walk, empty: set[str]) -> str:

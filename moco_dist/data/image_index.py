@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moco_dist.data.class_names import Numbered
 from moco_dist.data.image_file import Place
 from moco_dist.data.tar_members import Member
 from moco_dist.distributed import fingerprint
@@ -105,7 +106,7 @@ class ImageIndex:
         columns = [column[list(rows)].tolist() for column in (*where, self.sizes, self.labels)]
         spans = zip(*columns[:3], rows, strict=True)
         members = [Member(tar, self.name(row), first, size) for tar, first, size, row in spans]
-        index = of_members(self.root, members, columns[3], self.classes, self.tars)
+        index = of_members(self.root, members, Numbered(columns[3], self.classes), self.tars)
         return replace(index, rows=self.rows, head=self.head)
 
     def all_places(self) -> list[Place]:
@@ -125,8 +126,7 @@ class ImageIndex:
 def of_members(
     root: Path,
     members: Sequence[Member],
-    labels: Sequence[int],
-    classes: tuple[str, ...],
+    named: Numbered,
     tars: tuple[str, ...] = (),
 ) -> ImageIndex:
     """Return the list of some images with their classes; without `tars` they are files."""
@@ -135,9 +135,10 @@ def of_members(
     ends = torch.from_numpy(np.cumsum([len(name) for name in names], dtype=np.int64))
     in_tars = members if tars else []
     where = [m.tar for m in in_tars], [m.offset for m in in_tars]
-    columns = [m.size for m in members], labels, *where
-    sizes, label, tar, offsets = (torch.tensor(each, dtype=torch.int64) for each in columns)
-    return ImageIndex(root, blob, ends, sizes, label, classes, tars, tar, offsets)
+    columns = [m.size for m in members], named.labels, *where
+    sizes, labels, tar, offsets = (torch.tensor(each, dtype=torch.int64) for each in columns)
+    index = ImageIndex(root, blob, ends, sizes, labels, named.classes, tars, tar, offsets)
+    return replace(index, unknown=named.unknown)
 
 
 def kept(cache: Path | None, read: Callable[..., ImageIndex], root: Path, *rest: Any) -> ImageIndex:

@@ -182,8 +182,8 @@ def images(table: Any, config: DataConfig, classes: tuple[str, ...] | None = Non
         index = _of_files(config, outside, len(members), named)
     else:
         tars = tuple(os.path.relpath(file, root) for file in files)
-        index = image_index.of_members(root, members, named.labels, named.classes, tars)
-    return replace(index, unknown=named.unknown, rows=not outside)
+        index = image_index.of_members(root, members, named, tars)
+    return replace(index, rows=not outside)
 
 
 def _of_files(
@@ -198,7 +198,7 @@ def _of_files(
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     states = image_folder.states(paths)
     members = [Member(0, os.path.relpath(p, root), 0, states[p].st_size) for p in paths]
-    return image_index.of_members(Path(root), members, named.labels, named.classes)
+    return image_index.of_members(Path(root), members, named)
 
 
 def _batches(file: Path, column: str, label: str) -> Iterator[tuple[list[Cell], list[str | None]]]:

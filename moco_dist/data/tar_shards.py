@@ -94,6 +94,5 @@ def read(
             f"that end in {', '.join(EXTENSIONS)}{'; ' if said else ''}{'; '.join(said)}"
         )
     named = class_names.numbered(labels, classes)
-    index = image_index.of_members(root, members, named.labels, named.classes, tuple(tars))
-    files = tuple(str(root / tar) for tar in tars)
-    return replace(index, warnings=said, unknown=named.unknown, read=files)
+    index = image_index.of_members(root, members, named, tuple(tars))
+    return replace(index, warnings=said, read=tuple(str(root / tar) for tar in tars))
