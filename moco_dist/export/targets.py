@@ -28,6 +28,7 @@ from moco_dist.encoders.names import from_detectron2, to_detectron2, to_huggingf
 from moco_dist.errors import ConfigError, MissingError, counted
 from moco_dist.method.encoder import Backbone
 from moco_dist.method.moco import REMEMBERED
+from moco_dist.method.residual_blocks import BasicBlock
 
 _RGB = "its images have three channels"
 _WIDTH = "its models have 64 channels in stage 1"
@@ -39,12 +40,6 @@ _HALVES = "it is two backbones, of L and of a and b, behind a conversion of RGB 
 def tensors(found: Found) -> dict[str, Tensor]:
     """Return the backbone's tensors under torchvision's names for ResNets, or timm's."""
     return {name: t.contiguous() for name, t in found.backbone.state_dict().items()}
-
-
-def expansion(found: Found) -> int:
-    """Return a block's output channels divided by those of its 3x3 convolution (1 or 4)."""
-    features: int = found.backbone.num_features
-    return features // (8 * found.architecture.width)
 
 
 def needs(module: str, target: str, packages: str) -> None:
@@ -142,9 +137,9 @@ def huggingface(found: Found, folder: Path) -> str:
     described = ResNetConfig(
         num_channels=config.channels,
         embedding_size=config.width,
-        hidden_sizes=[config.width * expansion(found) * 2**i for i in range(4)],
+        hidden_sizes=[backbone.num_features // 8 * 2**i for i in range(4)],
         depths=[len(stage) for stage in stages],
-        layer_type="basic" if expansion(found) == 1 else "bottleneck",
+        layer_type="basic" if isinstance(backbone.layer1[0], BasicBlock) else "bottleneck",
     )
     model = ResNetModel(described)
     model.load_state_dict({to_huggingface(name): t for name, t in tensors(found).items()})
