@@ -268,7 +268,7 @@ def _image_column(table: Any, config: DataConfig) -> str:
     structs = [name for name, kind in types.items() if of_bytes(kind)]
     found = declared or structs or [name for name, kind in types.items() if encoded(kind)]
     readable = {*structs, *(name for name, kind in types.items() if encoded(kind))}
-    return _chosen(config, "image", config.image_column, readable, found, list(types))
+    return _chosen(config, "image", readable, found, list(types))
 
 
 def _label_column(table: Any, config: DataConfig) -> str:
@@ -292,18 +292,14 @@ def _label_column(table: Any, config: DataConfig) -> str:
     found = [name for name in usual if name in declared] or declared or usual
     if not found and not config.label_column:
         return ""
-    return _chosen(config, "label", config.label_column, readable, found, list(types))
+    return _chosen(config, "label", readable, found, list(types))
 
 
 def _chosen(
-    config: DataConfig,
-    what: str,
-    named: str,
-    readable: set[str],
-    found: list[str],
-    every: list[str],
+    config: DataConfig, what: str, readable: set[str], found: list[str], every: list[str]
 ) -> str:
     """Return the column that is named or the only one found, or raise ConfigError."""
+    named: str = getattr(config, f"{what}_column")
     given = f"data.root={shown(config.root)}"
     listed = ", ".join(shown(name) for name in every)
     require_one(f"{what}_column", named, "column", config.root, every)
