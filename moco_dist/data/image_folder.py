@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +28,6 @@ from moco_dist.errors import ConfigError, DataError, MissingError, counted, mach
 from moco_dist.runs import memory
 
 logger = logging.getLogger(__name__)
-AnyPath = TypeVar("AnyPath", str, Path)
 
 # Version of how pixels are made of files, in the names of cached ones.
 VERSION = 2
@@ -59,8 +57,8 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
             f"end in {', '.join(EXTENSIONS)}"
         )
     inner = [file.relative_to(root).parts for file in files]
-    sizes = states(files)
-    members = [Member(0, str(f.relative_to(root)), 0, sizes[f].st_size) for f in files]
+    found_now = states(map(str, files))
+    members = [Member(0, str(f.relative_to(root)), 0, found_now[str(f)].st_size) for f in files]
     loose = sum(len(parts) == 1 for parts in inner)
     names = sorted({parts[0] for parts in inner if len(parts) > 1})
     empty = {top for top, _ in found.unread if top} - set(names)
@@ -227,7 +225,7 @@ def load(images: ImageIndex, recipe: Recipe, cache: Path, seen: Seen) -> Tensor:
     return pixels
 
 
-def states(paths: Iterable[AnyPath]) -> dict[AnyPath, os.stat_result]:
+def states(paths: Iterable[str]) -> dict[str, os.stat_result]:
     """Return the state of each file; DataError if one has disappeared."""
     try:
         return {path: os.stat(path) for path in paths}
