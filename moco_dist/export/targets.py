@@ -34,7 +34,7 @@ _RGB = "its images have three channels"
 _WIDTH = "its models have 64 channels in stage 1"
 _STEM = "its ResNets begin with a 7x7 convolution and pooling"
 _TIMM = "the backbone comes from timm"
-_HALVES = "it is two backbones, of L and of a and b, behind a conversion of RGB to Lab"
+HALVES = "it is two backbones, of L and of a and b, behind a conversion of RGB to Lab"
 
 
 def tensors(found: Found) -> dict[str, Tensor]:
@@ -282,11 +282,6 @@ def same(theirs: Tensor, ours: Tensor, target: str) -> None:
     assert theirs.shape == ours.shape, f"{target}: {tuple(theirs.shape)}, not {tuple(ours.shape)}"
     worst = float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1))
     assert worst <= 1e-5, f"{target}: its features differ by {worst:.1e} from the encoder's"
-
-
-def check_halves(found: Found, target: str) -> None:
-    """Raise ConfigError if the encoder has two halves, which only ONNX can hold."""
-    refuse(found, target, found.architecture.vectors == 1 or target == "onnx", _HALVES, "onnx")
 
 
 TARGETS: Mapping[str, Callable[[Found, Path], str]] = {
