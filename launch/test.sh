@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, syntax of the shell scripts and types, then the tests, four files at a time. The tests that cause
+# Lint, syntax of the shell scripts and types, then the tests, five files at a time. The tests that cause
 # faults run before the others, next to mypy alone, because they depend on time. Arguments go to pytest,
 # which then runs alone.
 set -euo pipefail
@@ -15,7 +15,7 @@ python -m tests.stand_in >/dev/null || some="$some and not stand_in"
 if (($#)); then wait "$!"; exec pytest -m "$some" "$@"; fi
 pytest -m "$some" tests/test_faults.py
 wait "$!"
-pytest -m "$some" --ignore tests/test_faults.py -n 4 --dist loadfile
+pytest -m "$some" --ignore tests/test_faults.py -n 5 --dist loadfile
 if ! without="$(python -m tests.stand_in)"; then
     echo "not run: tests/stand_in, which needs a stand-in for GPUs ($without)"
 fi
