@@ -68,7 +68,7 @@ def loop(
             seconds = (time.monotonic() - since) / (step - logged)
             owed.append((step, partial(figures_of, trainer, step, taken, hooks.health, seconds)))
             if config.data.skip_unreadable:
-                share_aside(trainer, session)
+                run_lists.share(session.directory, trainer.splits.train, trainer.splits.test)
             since, logged = time.monotonic(), step
         if not take.captured or saves or draws or classifies:
             take.settle()
@@ -155,15 +155,10 @@ def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> dict[str, 
     return found
 
 
-def share_aside(trainer: Trainer, session: Session) -> None:
-    """Note in the run which files could not be read since the last time; a collective."""
-    run_lists.share(session.directory, trainer.splits.train, trainer.splits.test)
-
-
 def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
     """Write a checkpoint of the state after `step` steps, in the background, or `wait` for it."""
     peers.me.mark(trainer.step, "saving")
-    share_aside(trainer, session)
+    run_lists.share(session.directory, trainer.splits.train, trainer.splits.test)
     model, training = state.tensors(trainer.moco, trainer.optimizer)
     momentum = [value for key, value in training.items() if key.startswith("momentum.")]
     peers.same_everywhere(

@@ -7,8 +7,7 @@ from typing import NoReturn
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import to_dict
-from moco_dist.data import datasets
-from moco_dist.data.run_lists import Begun
+from moco_dist.data import datasets, run_lists
 from moco_dist.distributed import comms, faults, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
@@ -16,7 +15,7 @@ from moco_dist.errors import DataError, NumbersError, StoppedError
 from moco_dist.method import encoder
 from moco_dist.pretrain import alarms
 from moco_dist.pretrain.banner import announce, summarize
-from moco_dist.pretrain.loop import loop, owes, save, share_aside
+from moco_dist.pretrain.loop import loop, owes, save
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import saving, session
 from moco_dist.runs.session import Session
@@ -72,7 +71,7 @@ def build(config: PretrainConfig, opened: Session) -> Trainer:
     """Return the trainer of a run as its newest checkpoint has it, or as a run begins."""
     saved = opened.resumed
     peers.together(lambda: encoder.check(config.encoder, config.views.size))
-    begun = Begun(opened.directory, saved.piece("data") if saved else None)
+    begun = run_lists.Begun(opened.directory, saved.piece("data") if saved else None)
     splits = datasets.load(config.data, config.encoder.channels, begun)
     trainer = Trainer(config, opened.accelerator, splits, opened.resumed)
     if config.init_from and not opened.resumed:
@@ -92,7 +91,7 @@ def write_encoder(trainer: Trainer, directory: Path) -> Path | None:
 def end_early(trainer: Trainer, opened: Session, error: session.EndedError) -> NoReturn:
     """Save the state after the last whole step; raise `error` again, with where that is."""
     step = trainer.step
-    share_aside(trainer, opened)
+    run_lists.share(opened.directory, trainer.splits.train, trainer.splits.test)
     if step:
         save(trainer, opened, wait=True)
     place = f"saved after step {step:,} of {trainer.total_steps:,}" if step else "nothing to save"
