@@ -33,7 +33,7 @@ from moco_dist.data import datasets
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError
-from moco_dist.pretrain.loop import run_hooks
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import command
 from moco_dist.runs.session import join
@@ -163,7 +163,7 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
     train = trainer.splits.train
     plain = Textbook(trainer.config, train.squares(torch.arange(len(train))), device, workers)
     pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "step": (partial(trainer.train_step, run_hooks(trainer)), plain.step),
+        "step": (partial(trainer.train_step, RunHooks(trainer)), plain.step),
         "pipeline": (pipeline(trainer), plain.views),
     }
     found: dict[str, Any] = {"workers": workers}

@@ -22,7 +22,7 @@ from moco_dist.data.view_source import views_of
 from moco_dist.distributed import comms
 from moco_dist.pretrain import figures
 from moco_dist.pretrain.hooks import RunHooks
-from moco_dist.pretrain.loop import figures_of, run_hooks
+from moco_dist.pretrain.loop import figures_of
 from moco_dist.pretrain.step_graph import Stepper, Taken
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment
@@ -116,7 +116,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
 
     A collective, which changes weights and queue.
     """
-    device, config, hooks = trainer.device, trainer.config, run_hooks(trainer)
+    device, config, hooks = trainer.device, trainer.config, RunHooks(trainer)
     take = Stepper(trainer, hooks)
     trainer.moco.fill_up(len(trainer.splits.train))
     if device.type == "cuda":

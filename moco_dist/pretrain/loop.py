@@ -28,7 +28,7 @@ def loop(
     trainer: Trainer, session: Session, total: int, tracker: Tracker, can_classify: bool
 ) -> dict[str, float]:
     """Train up to step `total`; return the last figures."""
-    config, hooks = trainer.config, run_hooks(trainer, session)
+    config, hooks = trainer.config, RunHooks(trainer, session)
     take = Stepper(trainer, hooks)
     results: dict[str, float] = {}
     owed: list[tuple[int, Callable[[], dict[str, float]]]] = []
@@ -88,12 +88,6 @@ def loop(
         if classifies or saves or draws:
             since, logged = time.monotonic(), step
     return results
-
-
-def run_hooks(trainer: Trainer, session: Session | None = None) -> RunHooks:
-    """Return what a run does between the lines of the trainer's steps."""
-    parts = trainer.moco, trainer.optimizer, trainer.source, trainer.undo
-    return RunHooks(trainer.config, *parts, session)
 
 
 def figures_of(

@@ -25,7 +25,7 @@ from moco_dist.method import batch_norm, moco, optimizers, schedule
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images, group_share
 from moco_dist.pretrain import mechanisms, rehearsal, state
-from moco_dist.pretrain.hooks import Hooks
+from moco_dist.pretrain.mechanisms import Hooks
 from moco_dist.randomness import Key
 from moco_dist.runs.checkpoint import Checkpoint
 from moco_dist.runs.record import Metric
