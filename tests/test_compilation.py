@@ -27,7 +27,7 @@ from moco_dist.method import views
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
 from moco_dist.method.compilation import compiled
 from moco_dist.method.encoder import Encoder, build_encoder
-from moco_dist.pretrain import loop, rehearsal, run
+from moco_dist.pretrain import loop, run
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
@@ -191,7 +191,7 @@ def test_a_run_that_is_done_is_not_compiled_again(
 ) -> None:
     words = [*RUN, f"output={tmp_path}", "epochs=1", "knn.every_epochs=0"]
     run.run(load(PretrainConfig, words))
-    monkeypatch.setattr(rehearsal, "compile_all", None)
+    monkeypatch.setattr(Trainer, "_compile", None)
     run.run(load(PretrainConfig, [*words, "runtime.compile=true"]))
     assert "nothing is left to do" in capsys.readouterr().out
 
