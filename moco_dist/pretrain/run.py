@@ -47,7 +47,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
         watch = None
         if comms.is_main():
             path = opened.directory / "metrics.jsonl"
-            watch = alarms.Watch(config, len(splits.train), path, tracker.sinks[-1])
+            watch = alarms.Watch(config, len(splits.train), path, *tracker.sinks)
             tracker.sinks.append(watch.sink)
             if jump:
                 watch.note(trainer.step, alarms.OTHER_LENGTH, jump)
