@@ -172,7 +172,7 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
             work()
         ratios, walls = [], []
         for _ in range(repeats):
-            mine, other = (seconds(partial(_times, steps, work), device) for work in (ours, theirs))
+            mine, other = (seconds(work, device, steps) for work in (ours, theirs))
             ratios.append((other[0] / mine[0], other[1] / mine[1]))
             walls.append(other[0] / steps)
         wall, cpu = (statistics.median(each) for each in zip(*ratios, strict=True))
@@ -182,11 +182,6 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
             "textbook_images_per_second": trainer.config.batch_size / statistics.median(walls),
         }
     return found
-
-
-def _times(number: int, work: Callable[[], Any]) -> None:
-    for _ in range(number):
-        work()
 
 
 def show(found: dict[str, Any], speed: Speed) -> None:
