@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from moco_dist.config.moco import MocoConfig
 from moco_dist.errors import counted, shown
 from moco_dist.report.results import TITLES, results
 from moco_dist.runs.partners import labels
 from moco_dist.runs.record import CONTROL, Metric, Record, number, text_of
-from moco_dist.tracking.progress import RunProgress, duration
+from moco_dist.tracking.progress import RunProgress, duration, moment
 from moco_dist.tracking.terminal import layout, loss
 
 KINDS = {"pretrain": "pretraining", "probe": "probe", "": "unknown"}
@@ -28,6 +28,8 @@ NONE = "-"
 PLACES = ("name", "output", "encoder", "data.root", "data.cache")
 # Most keys of a run that are printed because they differ from another run's; a page has all.
 TOLD = 8
+# A local date and time, to the minute.
+date = partial(moment, form="%Y-%m-%d %H:%M", unknown="at an unknown time")
 # States that need no reason.
 WELL = ("done", "running", "starting")
 
@@ -140,14 +142,6 @@ def standing(name: str, record: Record) -> str:
         "empty": f"{name}: the folder is empty.",
         "unknown": f"{run} has no readable status.json; its files end at {place}.",
     }.get(record.state, ended)
-
-
-def date(seconds: float) -> str:
-    """Return a local date and time, to the minute."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-    except (OverflowError, OSError, ValueError):
-        return "at an unknown time"
 
 
 def details(record: Record) -> Iterator[str]:

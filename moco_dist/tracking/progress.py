@@ -148,9 +148,9 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
-def moment(seconds: float) -> str:
-    """Return a point in time as a log shows it: month, day, hour and minute."""
+def moment(seconds: float, form: str = "%m-%d %H:%M", unknown: str = "??-?? ??:??") -> str:
+    """Return a point in time as a log shows it: month, day, hour and minute, or in another form."""
     try:
-        return time.strftime("%m-%d %H:%M", time.localtime(seconds))
+        return time.strftime(form, time.localtime(seconds))
     except (OverflowError, OSError, ValueError):
-        return "??-?? ??:??"
+        return unknown
