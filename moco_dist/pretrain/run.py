@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import to_dict
@@ -61,7 +60,11 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
             if watch and isinstance(error, NumbersError):
                 watch.ended(trainer.step, error)
             # All processes are here, with the state after a whole step.
-            end_early(trainer, opened, error)
+            run_lists.share(opened.directory, splits.train, splits.test)
+            if trainer.step:
+                save(trainer, opened, wait=True)
+            place = f"saved after step {trainer.step:,} of {trainer.total_steps:,}"
+            session.end_early(opened, error, place if trainer.step else "nothing to save")
     if done:
         session.finish(opened, results)
     summarize(trainer, opened, results)
@@ -86,13 +89,3 @@ def write_encoder(trainer: Trainer, directory: Path) -> Path | None:
         return None
     state, config = trainer.moco.state_dict(), to_dict(trainer.config)
     return peers.from_main(lambda: saving.write_encoder(directory, trainer.step, state, config))
-
-
-def end_early(trainer: Trainer, opened: Session, error: session.EndedError) -> NoReturn:
-    """Save the state after the last whole step; raise `error` again, with where that is."""
-    step = trainer.step
-    run_lists.share(opened.directory, trainer.splits.train, trainer.splits.test)
-    if step:
-        save(trainer, opened, wait=True)
-    place = f"saved after step {step:,} of {trainer.total_steps:,}" if step else "nothing to save"
-    session.end_early(opened, error, place)
