@@ -154,18 +154,24 @@ def parse(texts: Iterable[bytes]) -> list[Line]:
     """Return the entries with a step; a header and a line that was cut short have none."""
     found = []
     for text in texts:
-        with suppress(ValueError, RecursionError):
-            entry = json.loads(text)
-            step = number(entry.get("step")) if isinstance(entry, dict) else None
-            if step is not None and 0 <= step < 2**53:
-                found.append(entry | {"step": int(step)})
+        entry = parsed(text)
+        step = number(entry.get("step"))
+        if step is not None and 0 <= step < 2**53:
+            found.append(entry | {"step": int(step)})
     return found
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one if that can't be read."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads(path.read_bytes())
+    with suppress(OSError):
+        return parsed(path.read_bytes())
+    return {}
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """Return the JSON object that a text is; an empty one if it is none."""
+    with suppress(ValueError, RecursionError):
+        content = json.loads(text)
         return content if isinstance(content, dict) else {}
     return {}
 
