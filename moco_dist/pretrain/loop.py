@@ -61,8 +61,10 @@ def loop(
         session.stop.needs = 2 * (slowest + session.saver.seconds)
         step, last = trainer.step, trainer.step == total
         classifies = can_classify and evaluates(trainer, total)
-        saves = last or hooks.agreed.save or saves_at(trainer)
-        draws = due(config.tracking.media_every_epochs, _ended_epoch(trainer), last)
+        keep, epoch = config.checkpoint, _ended_epoch(trainer)
+        is_due = due(keep.every_epochs, epoch) or due(keep.every_steps, step)
+        saves = last or hooks.agreed.save or is_due
+        draws = due(config.tracking.media_every_epochs, epoch, last)
         logs = saves or draws or due(config.tracking.every_steps, step)
         if step == 1 or logs or hooks.health:
             seconds = (time.monotonic() - since) / (step - logged)
@@ -120,12 +122,6 @@ def evaluates(trainer: Trainer, total: int) -> bool:
 def owes(trainer: Trainer, total: int, can_classify: bool) -> bool:
     """Return whether the evaluation after the last step is missing, as a stop cut it short."""
     return can_classify and trainer.evaluated != trainer.step and evaluates(trainer, total)
-
-
-def saves_at(trainer: Trainer) -> bool:
-    """Return whether a checkpoint is due after the step that was done last."""
-    settings, step = trainer.config.checkpoint, trainer.step
-    return due(settings.every_epochs, _ended_epoch(trainer)) or due(settings.every_steps, step)
 
 
 def _ended_epoch(trainer: Trainer) -> int:
