@@ -43,8 +43,8 @@ from moco_dist.tracking.start import console
 AGAINST = ("textbook",)
 
 
-def main(arguments: list[str]) -> None:
-    """Measure what the arguments ask for."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what the arguments, or those of this process, ask for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--against", default="")
     parser.add_argument("--sweep", default="")
