@@ -15,7 +15,6 @@ from moco_dist.method.schedule import due
 from moco_dist.pretrain import figures, finite
 from moco_dist.pretrain.mechanisms import Hooks
 from moco_dist.pretrain.trainer import Trainer
-from moco_dist.runs.record import Metric
 from moco_dist.runs.session import Session
 
 
@@ -97,13 +96,8 @@ class RunHooks(Hooks):
             raise
         if not good:
             self.discard()
-            suspects = {
-                "keys": torch.cat(made),
-                Metric.LOSS: losses,
-                "gradient": self.gradient_norm,
-            }
-            rate = self.trainer.config.optim.lr
-            finite.refuse(self.step, suspects, self.rows, self.trainer.source, rate)
+            suspects = torch.cat(made), losses, self.gradient_norm
+            finite.refuse(self.trainer, self.step, self.rows, *suspects)
         if self.session:
             self.session.saver.copied()
 

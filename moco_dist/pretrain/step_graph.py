@@ -249,10 +249,6 @@ class Stepper:
         trainer.step = step
         trainer.moco.remembered -= (self.count - number) * self._keys
         row = dict(zip(_NAMES, self.read[number % _KEPT], strict=True))
-        suspects = {
-            "keys": row["keys"],
-            Metric.LOSS: row[Metric.LOSS],
-            "gradient": row[Metric.GRADIENT_NORM],
-        }
+        suspects = row["keys"], row[Metric.LOSS], row[Metric.GRADIENT_NORM]
         rows = trainer.plan.step(step, len(trainer.config.moco.passes))
-        finite.refuse(step, suspects, rows, trainer.source, trainer.config.optim.lr)
+        finite.refuse(trainer, step, rows, *suspects)
