@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import run_lists
 from moco_dist.distributed import fingerprint, peers
 from moco_dist.errors import DataError, StoppedError
@@ -161,8 +160,6 @@ def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
         REMEMBERED: trainer.moco.remembered,
         "evaluated": trainer.evaluated,
         "best": trainer.best,
-        "run_id": session.run_id,
         "data": trainer.splits.fingerprint,
-        "config": to_dict(trainer.config),
     }
     session.save(trainer.step, model, training, others, wait)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import datasets
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
@@ -320,9 +319,7 @@ class LinearProbe:
             "epoch": self.step / self.steps_per_epoch,
             "encoder": self.identity,
             "classes": list(self.splits.train.classes),
-            "run_id": self.session.run_id,
             "data": self.splits.fingerprint,
-            "config": to_dict(self.config),
         }
         self.session.save(self.step, model, momentum, about, wait)
 

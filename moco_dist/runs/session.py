@@ -91,8 +91,10 @@ class Session:
     ) -> None:
         """Save the state after `step` steps in the background, or `wait` until it is on disk.
 
-        In the background the tensors must not change until `saver.copied` has returned.
+        In the background the tensors must not change until `saver.copied` has returned. The id and
+        the configuration of the run join the `state`.
         """
+        state = {**state, "run_id": self.run_id, "config": yaml_files.to_dict(self.settings)}
         self.stop.saving = wait or comms.is_main()  # the previous save may need long
         if comms.is_main():
             self.saver.start(step, model, optimizer, state)
