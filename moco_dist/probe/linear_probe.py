@@ -87,8 +87,8 @@ class LinearProbe:
         ]
         self.steps_per_epoch = self.plans[0].steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
-        grid = dataclasses.replace(config.grid, lr=config.rates())
-        self.points = heads.points(grid, config.optim)
+        decays = config.grid.weight_decay or [config.optim.weight_decay]
+        self.points = [heads.Point(lr, decay) for decay in decays for lr in config.rates()]
         num_features, num_classes = self.features["train"].shape[2], len(splits.train.classes)
         self.heads = heads.Heads(
             len(self.names), self.seeds, len(self.points), num_features, num_classes
