@@ -132,7 +132,7 @@ def look_at(runs: Sequence[Record]) -> dict[Path, Look | str]:
                 f"a page has them for at most {LOOKED_AT} runs; make a report of this run alone"
             )
             looks[record.directory] = reason
-        elif not record.checkpoints.steps:
+        elif not record.saved:
             looks[record.directory] = "the run has no checkpoint yet"
         else:
             print(f"features of {shown(record.directory)} ... (--quick skips them)", flush=True)

@@ -181,9 +181,8 @@ def details(record: Record) -> Iterator[str]:
             f"({value('optim.schedule')}), {value('precision')}, seed {value('seed')}"
         )
     rows |= {title: f"{value}, {about}" for title, value, about in key_figures(record)}
-    saved = record.checkpoints
-    names = [f"step {step:,}" for step in saved.steps[-4:]] + saved.damaged
-    earlier = f"{len(saved.steps) - 4} earlier, " if len(saved.steps) > 4 else ""
+    names = [f"step {step:,}" for step in record.saved[-4:]] + record.damaged
+    earlier = f"{len(record.saved) - 4} earlier, " if len(record.saved) > 4 else ""
     rows["checkpoints"] = earlier + ", ".join(names) if names else "none"
     size = max(map(len, rows))
     yield from (f"{key:{size}}  {text}" for key, text in rows.items())

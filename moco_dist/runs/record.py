@@ -55,14 +55,6 @@ class Metric(StrEnum):
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """The folders in checkpoints/, whole or not."""
-
-    steps: list[int]
-    damaged: list[str]
-
-
-@dataclass(frozen=True)
 class Record:
     """A run as its files describe it."""
 
@@ -77,7 +69,9 @@ class Record:
     # The content of DONE.
     results: dict[str, Any]
     lines: list[Line]
-    checkpoints: Checkpoints
+    # The steps of the folders in checkpoints/, whole or not, and the names of damaged ones.
+    saved: list[int]
+    damaged: list[str]
 
     @property
     def kind(self) -> str:
@@ -139,7 +133,7 @@ def read(directory: Path) -> Record:
         stored(directory / "config.yaml"),
         read_object(directory / "DONE"),
         lines(directory / "metrics.jsonl"),
-        _checkpoints(directory),
+        *_checkpoints(directory),
     )
 
 
@@ -226,14 +220,14 @@ def standing(directory: Path) -> tuple[str, str]:
     if state != "running":
         return state, reason
     who = owner.name if owner else f"process {status.get('pid')} on {text_of(status.get('host'))}"
-    saved = _checkpoints(directory).steps
+    saved, _ = _checkpoints(directory)
     again = f"the same command resumes from step {max(saved):,}" if saved else "nothing was saved"
     return "gone", f"{who} ended without a reason; {again}"
 
 
-def _checkpoints(directory: Path) -> Checkpoints:
+def _checkpoints(directory: Path) -> tuple[list[int], list[str]]:
     names: list[str] = []
     with suppress(OSError):
         names = sorted(path.name for path in (directory / "checkpoints").iterdir())
     steps = [int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{1,15}", name)]
-    return Checkpoints(steps, [shown(name) for name in names if name.startswith("damaged_step_")])
+    return steps, [shown(name) for name in names if name.startswith("damaged_step_")]
