@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +15,9 @@ from moco_dist.errors import StoppedError, UserError, output_errors
 from moco_dist.runs.record import number, parsed
 from moco_dist.tracking.feed import Feed
 from moco_dist.tracking.media import Album
-from moco_dist.tracking.terminal import Display
+from moco_dist.tracking.terminal import Display, Sink
 
 Metrics = Mapping[str, float]
-Sink = Callable[[int, Metrics], None]
 
 # The first line of metrics.jsonl. Version 1: every other line has "step", "time" and metrics.
 HEADER = {"schema": "moco_dist.metrics", "version": 1}
