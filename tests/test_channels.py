@@ -132,10 +132,10 @@ def test_gray_pixels_are_those_of_pil_from_files_and_from_memory(tmp_path: Path)
     folder = gray_folder(tmp_path / "set", 6)
     listing = image_folder.scan(folder, labelled=True)
     pixels = image_folder.decode(listing, Recipe(16, channels=1))
-    for path, found in zip(listing.files, pixels, strict=True):
-        with Image.open(path) as image:
+    for place, found in zip(listing.all_places(), pixels, strict=True):
+        with Image.open(place.path) as image:
             gray = ImageOps.fit(image.convert("L"), (16, 16), Image.Resampling.BICUBIC)
-        assert np.array_equal(found[0].numpy(), np.asarray(gray)), path
+        assert np.array_equal(found[0].numpy(), np.asarray(gray)), place
     config = DataConfig(shapes_train=20, shapes_test=10, size=24)
     drawn, gray_ones = datasets.load(config), datasets.load(config, 1)
     assert isinstance(drawn.test, datasets.Images)

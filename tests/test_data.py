@@ -287,7 +287,7 @@ def test_unreadable_images_are_named_and_left_out_on_request(
         assert splits.train.labels.bincount().tolist() == [99, 99]
         assert splits.held.endswith("; 2 unreadable left out; 1 transparent, on white")
     whole = image_folder.scan(tmp_path / "own", labelled=True)
-    good = [file for file in whole.files if str(file) not in bad]
+    good = [place.path for place in whole.all_places() if place.path not in bad]
     for row in (0, 2, 60, 197):  # row 1 is transparent
         with Image.open(good[row]) as image:
             square = ImageOps.fit(image.convert("RGB"), (16, 16), Image.Resampling.BICUBIC)

@@ -225,6 +225,19 @@ def test_detectron2_gets_its_names_and_every_weight_once(imagenet: Path) -> None
     assert "DEPTH: 18" in (folder / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("backbone", "groups", "channels"), [("wide_resnet50_2", 1, 32), ("resnext50_32x4d", 32, 1)]
+)
+def test_detectron2_is_told_the_depth_and_the_groups(
+    tmp_path: Path, backbone: str, groups: int, channels: int
+) -> None:
+    run = written(tmp_path / "run", backbone=backbone, width=16, stem="imagenet")
+    card = (export(run, "detectron2") / "README.md").read_text()
+    resnets = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])["MODEL"]["RESNETS"]
+    assert (resnets["DEPTH"], resnets["RES2_OUT_CHANNELS"]) == (50, 64)
+    assert (resnets["NUM_GROUPS"], resnets["WIDTH_PER_GROUP"]) == (groups, channels)
+
+
 def test_the_original_scripts_find_both_encoders_and_the_queue(imagenet: Path) -> None:
     path = export(imagenet, "moco") / "model.pth.tar"
     saved = torch.load(path, weights_only=True)

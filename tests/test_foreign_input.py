@@ -38,10 +38,6 @@ def write_image(path: Path, color: tuple[int, int, int] = (1, 2, 3)) -> None:
     Image.new("RGB", (12, 12), color).save(path)
 
 
-def names(listing: image_folder.Listing) -> list[str]:
-    return [str(file.relative_to(listing.root)) for file in listing.files]
-
-
 def bomb(width: int, height: int) -> bytes:
     """Return a PNG of black pixels with a few bytes for each megabyte that it unpacks to."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -60,7 +56,7 @@ def test_a_loop_of_links_ends_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "dog" / "self").symlink_to(tmp_path / "dog")
     (tmp_path / "dog" / "circle.png").symlink_to(tmp_path / "dog" / "circle.png")
     listing = image_folder.scan(tmp_path, labelled=True)
-    assert names(listing) == ["cat/0.png", "dog/0.png"]
+    assert listing.all_labels() == ["cat/0.png", "dog/0.png"]
     assert listing.classes == ("cat", "dog")
     assert sorted(listing.warnings) == [
         f"{tmp_path}: left out 1 links to nothing; the first is {tmp_path / 'dog' / 'circle.png'}",
@@ -75,7 +71,7 @@ def test_links_among_siblings_cost_no_more_than_folders(tmp_path: Path) -> None:
         for j in range(12):
             (tmp_path / "set" / f"{i:02}" / f"to{j}").symlink_to(tmp_path / "set" / f"{j:02}")
     start = time.process_time()
-    assert len(image_folder.scan(tmp_path / "set", labelled=True).files) == 12
+    assert len(image_folder.scan(tmp_path / "set", labelled=True)) == 12
     assert time.process_time() - start < 5
 
 
@@ -87,14 +83,15 @@ def test_class_folders_that_are_links_hold_images(tmp_path: Path) -> None:
         (tmp_path / "set" / name).symlink_to(tmp_path / "pool" / name)
     (tmp_path / "set" / "cat" / "1.png").symlink_to(tmp_path / "pool" / "cat" / "0.png")
     listing = image_folder.scan(tmp_path / "set", labelled=True)
-    assert (names(listing), listing.labels) == (["cat/0.png", "cat/1.png", "dog/0.png"], [0, 0, 1])
+    assert listing.all_labels() == ["cat/0.png", "cat/1.png", "dog/0.png"]
+    assert listing.labels.tolist() == [0, 0, 1]
 
 
 def test_images_come_folder_by_folder_in_the_order_of_their_names(tmp_path: Path) -> None:
     places = ["b.png", "z.png", "a/y.png", "a/b/c.png", "a-b/c.png", "c/a.png"]
     for place in reversed(places):
         write_image(tmp_path / place)
-    assert names(image_folder.scan(tmp_path, labelled=True)) == places
+    assert image_folder.scan(tmp_path, labelled=True).all_labels() == places
 
 
 def test_pipes_dangling_links_and_closed_folders_are_named(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import datasets, image_file, image_folder, image_index, tar_shards
+from moco_dist.data.image_file import Recipe
+from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.set_aside import Aside
 from moco_dist.data.streamed_images import StreamedImages
 from moco_dist.data.worker_pool import WorkerPool
@@ -38,6 +40,13 @@ def config(root: Path, cache: Path, **values: Any) -> DataConfig:
     return DataConfig(**given | values)
 
 
+def listed(root: Path, cache: Path, tars: Sequence[str] = ()) -> ImageIndex:
+    """Return the images of a folder, or of some tars in it, by way of the cache."""
+    if tars:
+        return image_index.kept(cache, tar_shards.read, root, tars, True, None)
+    return image_index.kept(cache, image_folder.scan, root, True, None)
+
+
 @pytest.fixture
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders whose images, or tars, were listed."""
@@ -57,19 +66,19 @@ def test_a_list_is_made_once_and_again_when_a_folder_changes(
 ) -> None:
     train, cache = folder / "train", tmp_path / "cache"
     settle(folder)
-    first = image_index.of_folder(train, True, cache)
-    again = image_index.of_folder(train, True, cache)
+    first = listed(train, cache)
+    again = listed(train, cache)
     assert walks == [train]
     assert again.fingerprint() == first.fingerprint()
     assert again.all_places() == first.all_places()
     assert again.labels.equal(first.labels)
     assert again.classes == first.classes
     (train / "class_1" / "9999.jpg").write_bytes(image_sets.jpeg(image_sets.picture(1, 16, 16)))
-    changed = image_index.of_folder(train, True, cache)
+    changed = listed(train, cache)
     assert len(changed) == len(first) + 1
     assert changed.fingerprint() != first.fingerprint()
     # It was changed a moment ago, and may change again within the clock's grain.
-    image_index.of_folder(train, True, cache)
+    listed(train, cache)
     assert walks == [train] * 3
 
 
@@ -78,19 +87,19 @@ def test_a_list_names_the_files_as_the_folder_does(folder: Path, tmp_path: Path)
     odd.write_bytes(b"")
     os.rename(odd, os.fsencode(odd.parent) + b"/\xff.jpg")  # no text in any encoding
     settle(folder)
-    listing = image_folder.scan(folder / "train", True)
+    files = sorted((folder / "train").glob("*/*"))
     for _ in range(2):  # made, and kept
-        index = image_index.of_folder(folder / "train", True, tmp_path / "cache")
-        assert [place.path for place in index.all_places()] == [str(f) for f in listing.files]
-        assert index.sizes.tolist() == [f.stat().st_size for f in listing.files]
-        assert index.labels.tolist() == listing.labels
+        index = listed(folder / "train", tmp_path / "cache")
+        assert [place.path for place in index.all_places()] == [str(f) for f in files]
+        assert index.sizes.tolist() == [f.stat().st_size for f in files]
+        assert [index.classes[n] for n in index.labels] == [f.parent.name for f in files]
 
 
 def test_a_fingerprint_knows_names_sizes_and_classes_but_not_the_place(
     folder: Path, tmp_path: Path
 ) -> None:
     def now(root: Path) -> str:
-        return image_index.of_folder(root, True, tmp_path / "no cache").fingerprint()
+        return listed(root, tmp_path / "no cache").fingerprint()
 
     first = now(folder / "train")
     moved = folder.rename(tmp_path / "moved") / "train"
@@ -109,15 +118,15 @@ def test_a_damaged_list_is_named_and_made_again(
     folder: Path, tmp_path: Path, walks: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     settle(folder)
-    first = image_index.of_folder(folder / "train", True, tmp_path / "cache")
+    first = listed(folder / "train", tmp_path / "cache")
     (kept,) = (tmp_path / "cache").iterdir()
     content = bytearray(kept.read_bytes())
     content[-3] ^= 1
     kept.write_bytes(content)
-    again = image_index.of_folder(folder / "train", True, tmp_path / "cache")
+    again = listed(folder / "train", tmp_path / "cache")
     assert f"{kept}: its content changed on disk; listing it again" in caplog.text
     kept.write_bytes(b"nothing")
-    third = image_index.of_folder(folder / "train", True, tmp_path / "cache")
+    third = listed(folder / "train", tmp_path / "cache")
     assert "listing the images again" in caplog.text
     assert len({each.fingerprint() for each in (first, again, third)}) == 1
     assert len(walks) == 3
@@ -149,11 +158,11 @@ def test_a_list_of_shards_is_made_once_and_again_when_a_tar_changes(
     settle(shards)
     tars = ["000000.tar", "000001.tar", "000002.tar"]
     for _ in range(2):
-        assert len(image_index.of_shards(shards, tars, True, tmp_path / "cache")) == 24
+        assert len(listed(shards, tmp_path / "cache", tars)) == 24
     assert walks == [shards]
     with tarfile.open(shards / tars[2], "a") as tar:
         image_sets.add(tar, "new.jpg", b"x")
-    assert len(image_index.of_shards(shards, tars, True, tmp_path / "cache")) == 25
+    assert len(listed(shards, tmp_path / "cache", tars)) == 25
     assert walks == [shards] * 2
 
 
@@ -186,10 +195,10 @@ def test_labels_are_those_of_the_sample_and_extensions_begin_at_the_first_dot(
         },
     )
     found = tar_shards.read(tmp_path, ["a.tar"], True, None)
-    assert [m.name for m in found.members] == ["a/1.jpg", "a/2.JPEG", f"{long}.webp", "c/4.png"]
+    places = found.all_places()
+    assert [p.name for p in places] == ["a/1.jpg", "a/2.JPEG", f"{long}.webp", "c/4.png"]
     content = (tmp_path / "a.tar").read_bytes()
-    pieces = [content[m.offset :][: m.size] for m in found.members]
-    assert pieces == [b"one", b"two", b"three", b"four!"]
+    assert [content[p.offset :][: p.size] for p in places] == [b"one", b"two", b"three", b"four!"]
     named = [found.classes[label] for label in found.labels]
     assert named == ["2", "a", "0", "1"]  # without a label, the first folder is the class
     assert tar_shards.read(tmp_path, ["a.tar"], False, None).classes == ()
@@ -247,14 +256,14 @@ def test_a_tar_that_cant_be_read_at_any_place_is_named(tmp_path: Path, damage: s
 
 def test_a_member_that_goes_bad_is_named_with_its_tar(folder: Path, tmp_path: Path) -> None:
     shards = image_sets.write_shards(folder, tmp_path / "tars") / "train"
-    index = image_index.of_shards(shards, ["000000.tar"], True, tmp_path / "cache")
+    index = listed(shards, tmp_path / "cache", ["000000.tar"])
     (place,) = index.places([4])
     with open(place.path, "r+b") as file:
         file.seek(place.offset)
         file.write(bytes(100))
     pool = WorkerPool(1)
     aside = Aside(index, skips=False)
-    images = StreamedImages(index, aside, pool, torch.arange(len(index)), index.labels, 16)
+    images = StreamedImages(index, aside, pool, torch.arange(len(index)), index.labels, Recipe(16))
     with pytest.raises(DataError) as error:
         images.squares(torch.tensor([4]))
     assert str(error.value).startswith(f"{shards / '000000.tar'}: {place.name}: not a readable")

@@ -14,6 +14,7 @@ import pytest
 import webdataset
 
 from moco_dist.data import tar_shards
+from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.tar_members import Notes, read, split
 from moco_dist.errors import DataError
 from tests.image_sets import add, jpeg, picture
@@ -32,9 +33,8 @@ def written(folder: Path, samples: list[dict[str, Any]], each: int = 7) -> list[
     return sorted(path.name for path in folder.glob("*.tar"))
 
 
-def contents(folder: Path, tars: list[str], found: tar_shards.Found) -> list[bytes]:
-    tar_bytes = [(folder / tar).read_bytes() for tar in tars]
-    return [tar_bytes[m.tar][m.offset : m.offset + m.size] for m in found.members]
+def contents(found: ImageIndex) -> list[bytes]:
+    return [Path(p.path).read_bytes()[p.offset : p.offset + p.size] for p in found.all_places()]
 
 
 def library(folder: Path, tars: list[str]) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def library(folder: Path, tars: list[str]) -> list[dict[str, Any]]:
     return samples
 
 
-def names(found: tar_shards.Found) -> list[str | None]:
+def names(found: ImageIndex) -> list[str | None]:
     return [found.classes[label] if label >= 0 else None for label in found.labels]
 
 
@@ -62,8 +62,10 @@ def test_samples_are_those_that_the_library_reads(tmp_path: Path, label: str) ->
     theirs = library(tmp_path, tars)
     ours = tar_shards.read(tmp_path, tars, True, None)
     assert len(tars) == 3
-    assert contents(tmp_path, tars, ours) == [sample["jpg"] for sample in theirs]
-    assert [split(m.name).key for m in ours.members] == [each["__key__"] for each in theirs]
+    assert contents(ours) == [sample["jpg"] for sample in theirs]
+    assert [split(place.name).key for place in ours.all_places()] == [
+        each["__key__"] for each in theirs
+    ]
     expected = [
         str(int(each["cls"])) if label == "cls" else str(json.loads(each["json"])["label"])
         for each in theirs
@@ -89,7 +91,7 @@ def test_where_no_image_has_a_bare_suffix_each_is_read(tmp_path: Path) -> None:
     theirs = library(tmp_path, tars)
     ours = tar_shards.read(tmp_path, tars, True, None)
     images = [each[suffix] for each in theirs for suffix in each if suffix.endswith(".jpg")]
-    assert contents(tmp_path, tars, ours) == images
+    assert contents(ours) == images
     assert names(ours) == [*"01010", *"001100"]
     (said,) = ours.warnings
     assert "11 images have a suffix of several parts" in said
@@ -104,12 +106,12 @@ def test_names_with_dots_lose_no_image_and_keep_their_labels(tmp_path: Path) -> 
             add(tar, f"{key}.jpg", image(n))
             add(tar, f"{key}.cls", str(n % 2).encode())
     found = tar_shards.read(tmp_path, ["a.tar"], True, None)
-    assert contents(tmp_path, ["a.tar"], found) == [image(n) for n in range(60)]
+    assert contents(found) == [image(n) for n in range(60)]
     assert names(found) == [str(n % 2) for n in range(60)]
     (said,) = found.warnings
     assert "20 images have a suffix of several parts, since WebDataset cuts a name at its" in said
     assert "(1 .000.v1.jpg, 1 .003.v1.jpg, 1 .006.v1.jpg, ...)" in said
-    keys = {split(member.name).key for member in found.members}
+    keys = {split(place.name).key for place in found.all_places()}
     assert keys == {each["__key__"] for each in library(tmp_path, ["a.tar"])}
 
 
@@ -127,7 +129,7 @@ def test_members_that_are_not_read_are_counted_by_their_reason(tmp_path: Path) -
         for name in ("y/._2.jpg", "__MACOSX/y/2.jpg"):
             add(tar, name, b"of macOS")
     found = tar_shards.read(tmp_path, ["a.tar"], True, None)
-    assert [member.name for member in found.members] == ["x/1.jpg", "y/2.jpg", "z/3.jpg"]
+    assert [place.name for place in found.all_places()] == ["x/1.jpg", "y/2.jpg", "z/3.jpg"]
     assert names(found) == [*"xyz"]
     place, first = tmp_path, f"the first is {tmp_path}/a.tar: "
     assert found.warnings == (
@@ -150,7 +152,7 @@ def test_a_key_that_comes_again_is_another_sample_as_for_the_library(tmp_path: P
                 add(tar, f"{key}.cls", str(label).encode())
     found = tar_shards.read(tmp_path, ["a.tar"], True, None)
     theirs = library(tmp_path, ["a.tar"])
-    assert contents(tmp_path, ["a.tar"], found) == [each["jpg"] for each in theirs]
+    assert contents(found) == [each["jpg"] for each in theirs]
     assert names(found) == [each["cls"].decode() for each in theirs]
     (said,) = found.warnings
     assert said.startswith(f"{tmp_path}/a.tar: 8 samples have the key of another one, and are read")
@@ -248,6 +250,6 @@ def test_a_long_end_of_zeros_is_said(whole: tuple[bytes, int], tmp_path: Path) -
     """As a copy leaves it that reserved its place and was interrupted."""
     (tmp_path / "a.tar").write_bytes(whole[0] + bytes(3 * 2**20))
     found = tar_shards.read(tmp_path, ["a.tar"], True, None)
-    assert len(found.members) == 3
+    assert len(found) == 3
     (said,) = found.warnings
     assert "bytes of zeros stand at its end; make sure that it was copied whole" in said

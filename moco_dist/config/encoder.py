@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -154,9 +153,6 @@ class EncoderConfig:
 def _value(text: str) -> Any:
     """Return the value of an option; Python's True, False and None are JSON's."""
     try:
-        return json.loads(re.sub("^(True|False|None)$", lambda m: _JSON[m[0]], text))
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         return text
-
-
-_JSON = {"True": "true", "False": "false", "None": "null"}

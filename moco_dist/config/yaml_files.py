@@ -11,6 +11,7 @@ import difflib
 import os
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar
@@ -119,7 +120,7 @@ def load(schema: type[Schema], arguments: list[str]) -> Schema:
                 found = _override(key, value, keys)
             else:
                 text = _read(argument, keys)
-                node = _composed(text)
+                node = yaml.compose(text, _Loader)
                 if node and not isinstance(node, yaml.MappingNode):
                     raise ConfigError("holds no 'key: value' lines; see --help for the keys")
                 found = _leaves(node, "", keys, text) if node else {}
@@ -171,25 +172,14 @@ def _override(key: str, value: str, keys: dict[str, Any]) -> dict[str, Any]:
     """Return the values of 'key=value', which are several where the key is a group."""
     if not any(f"{known}.".startswith(f"{key}.") for known in keys):
         raise ConfigError(_no_key(key, keys))
-    quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
     if key in keys and keys[key] is not NoneType and typing.get_origin(keys[key]) is not list:
-        if quoted:
-            try:
-                node = _composed(value)
-            except yaml.YAMLError:  # two quoted names, or the beginning of a longer one
-                node = None
-            value = node.value if isinstance(node, yaml.ScalarNode) else value
-        return {key: _value(key, keys[key], value, _parsed, value)}
-    return _leaves(_composed(value) or yaml.ScalarNode(f"{_TAG}str", ""), key, keys, value)
-
-
-def _composed(text: str) -> yaml.Node | None:
-    """Return the only document of a text as nodes, whose scalars are the texts that stand there."""
-    loader = _Loader(text)
-    try:
-        return loader.get_single_node()
-    finally:
-        loader.dispose()
+        if len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]:
+            with suppress(yaml.YAMLError):  # of two quoted names, or the beginning of a longer one
+                node = yaml.compose(value, _Loader)
+                value = node.value if isinstance(node, yaml.ScalarNode) else value
+        return _leaves(yaml.ScalarNode(f"{_TAG}str", value), key, keys, value)
+    node = yaml.compose(value, _Loader) or yaml.ScalarNode(f"{_TAG}str", "")
+    return _leaves(node, key, keys, value)
 
 
 def _leaves(node: yaml.Node, key: str, keys: dict[str, Any], text: str) -> dict[str, Any]:
@@ -198,8 +188,12 @@ def _leaves(node: yaml.Node, key: str, keys: dict[str, Any], text: str) -> dict[
         problem = f"could not determine a constructor for the tag '{node.tag}'"
         raise ConstructorError(None, None, problem, node.start_mark)
     if key in keys and not (keys[key] is NoneType and isinstance(node, yaml.MappingNode)):
-        here = text[node.start_mark.index : node.end_mark.index].strip() if node.start_mark else ""
-        return {key: _value(key, keys[key], node, _of_node, here)}
+        try:
+            return {key: _converted(keys[key], node, _parsed)}
+        except _BROKEN as error:
+            mark, end = node.start_mark, node.end_mark
+            here = text[mark.index : end.index].strip() if mark else node.value
+            raise ConfigError(f"{key}={shown(here)} is not {_kind(keys[key])}") from error
     if key and not any(known.startswith(f"{key}.") for known in keys):
         raise ConfigError(_no_key(key, keys))
     if not isinstance(node, yaml.MappingNode):
@@ -237,14 +231,6 @@ def _read(argument: str, keys: dict[str, Any]) -> str:
         raise ConfigError(f"not valid YAML ({error}); save it as UTF-8") from error
 
 
-def _value(key: str, kind: Any, given: Any, convert: Callable[[Any, Any], Any], text: str) -> Any:
-    """Return what is `given` for a key as its type; `text` is how it was written."""
-    try:
-        return _converted(kind, given, convert)
-    except _BROKEN as error:
-        raise ConfigError(f"{key}={shown(text)} is not {_kind(kind)}") from error
-
-
 def _converted(kind: Any, given: Any, convert: Callable[[Any, Any], Any]) -> Any:
     """Return what is `given` as a value of a type; ValueError if it is none.
 
@@ -266,14 +252,11 @@ def _converted(kind: Any, given: Any, convert: Callable[[Any, Any], Any]) -> Any
     return value
 
 
-def _of_node(kind: Any, node: yaml.Node) -> Any:
+def _parsed(kind: Any, node: yaml.Node) -> Any:
+    """Return a scalar as a value of a type: numbers are decimal, texts are as they stand."""
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError("no scalar")
-    return _parsed(kind, node.value)
-
-
-def _parsed(kind: Any, text: str) -> Any:
-    """Return a text as a value of a type: numbers are decimal, texts are as they stand."""
+    text = node.value
     if "${" in text or text == "???":
         return text  # refused with a sentence of its own
     if typing.get_origin(kind) is Literal:

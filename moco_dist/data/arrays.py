@@ -21,7 +21,7 @@ import numpy as np
 from moco_dist.config.recipe import DataConfig
 from moco_dist.data import class_names, image_index
 from moco_dist.data.image_index import ImageIndex
-from moco_dist.data.parts import Part, part_of
+from moco_dist.data.parts import Part, part_of, require_one
 from moco_dist.data.tar_members import Member
 from moco_dist.errors import ConfigError, DataError, MissingError, OutputError, shown
 from moco_dist.runs.status import written_whole
@@ -84,17 +84,13 @@ class Arrays:
                     f"{kind} for {part}, by their names; choose by "
                     f"data.{kind.removesuffix('s')}_column, or name one otherwise"
                 )
-        every = ", ".join(shown(name) for name in self.names)
         for key, name in (("image", self.config.image_column), ("label", self.config.label_column)):
-            if name and name not in self.names:
-                raise ConfigError(
-                    f"data.{key}_column={shown(name)}: no such array in "
-                    f"data.root={shown(self.root)}, which has {every}; give one of these"
-                )
+            require_one(f"{key}_column", name, "array", self.root, self.names)
         if ("train", "images") not in found:
             raise ConfigError(
-                f"data.root={shown(self.root)}: which of its arrays {every} are the images for "
-                "training is not clear; name them x_train or images, or give data.image_column"
+                f"data.root={shown(self.root)}: which of its arrays "
+                f"{', '.join(map(shown, self.names))} are the images for training is not clear; "
+                "name them x_train or images, or give data.image_column"
             )
         labels = {} if self.config.labels == "none" else found
         return {
@@ -120,11 +116,9 @@ class Arrays:
         size = mapped[0].nbytes
         members = [Member(0, f"row {n}", mapped.offset + n * size, size) for n in range(count)]
         named = class_names.numbered(labels, classes)
-        index = image_index.of_members(
-            file.parent, members, named.labels, named.classes, (file.name,)
-        )
+        index = image_index.of_members(file.parent, members, named, (file.name,))
         head = f"P{6 if rest else 5} {width} {height} 255\n"
-        return replace(index, unknown=named.unknown, rows=True, head=head)
+        return replace(index, rows=True, head=head)
 
     def _array(self, name: str) -> Any:
         try:

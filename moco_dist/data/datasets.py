@@ -6,9 +6,9 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,11 +121,11 @@ def load(config: DataConfig, channels: int = 3, run: run_lists.Begun | None = No
     downloads before other machines, which may share its folder. Raises MissingError or DataError on
     all processes.
     """
-    loaded: Loaded | None = None
+    read = cache(partial(_read, config, channels, run))
     downloads = config.name not in ("shapes", "folder", "shards", "arrays")
-    for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0, True):
-        loaded = peers.together(partial(_once, loaded, config, channels, my_turn, run))
-    assert loaded, "the last turn is everyone's"
+    for my_turn in (comms.is_main() and downloads, comms.local_rank() == 0):
+        peers.together(read if my_turn else lambda: None)
+    loaded = peers.together(read)
     content = _fingerprint(loaded.train, loaded.test)
     peers.same_everywhere("the data set's fingerprint", content)
     files = run_lists.state(loaded.train, loaded.test)
@@ -135,16 +135,6 @@ def load(config: DataConfig, channels: int = 3, run: run_lists.Begun | None = No
     train, validation = _split(loaded.train, config)
     held = _held(config, channels, loaded)
     return Splits(train, validation, loaded.test, content, held, loaded.parts, loaded.fault)
-
-
-def _once(
-    loaded: Loaded | None,
-    config: DataConfig,
-    channels: int,
-    my_turn: bool,
-    run: run_lists.Begun | None,
-) -> Loaded | None:
-    return loaded or (_read(config, channels, run) if my_turn else None)
 
 
 def _fingerprint(train: AnyImages, test: AnyImages) -> str:
@@ -200,7 +190,7 @@ def _read(config: DataConfig, channels: int, run: run_lists.Begun | None) -> Loa
         train, test = Images(*drawn, shapes.CLASSES), Images(*test_drawn, shapes.CLASSES)
     else:
         train_part, test_part = torchvision_sets.read(config, file_sets.root(config))
-        train, test = _images(*train_part), _images(*test_part)
+        train, test = Images(*train_part), Images(*test_part)
     return Loaded(_gray(train), _gray(test)) if channels == 1 else Loaded(train, test)
 
 
@@ -223,9 +213,8 @@ def _read_files(config: DataConfig, channels: int, run: run_lists.Begun | None) 
     )
     if _gigabytes(sum(map(len, parts)), config.size, channels) > config.memory_gb:
         pool = WorkerPool(config.workers)
-        of = config.size, channels, tuple(config.background), config.resize
         held: list[AnyImages] = [
-            StreamedImages(part, aside, pool, torch.arange(len(part)), part.labels, *of)
+            StreamedImages(part, aside, pool, torch.arange(len(part)), part.labels, recipe)
             for part, aside in run_lists.settled(run, parts, config.skip_unreadable)
         ]
         train, *tests = held
@@ -260,10 +249,6 @@ def _in_memory(part: ImageIndex, config: DataConfig, recipe: Recipe, kept: Path)
     good = torch.ones(len(images), dtype=torch.bool)
     good[[row for row, _ in bad]] = False
     return images[good]
-
-
-def _images(pixels: Tensor, labels: Any, classes: Any) -> Images:
-    return Images(pixels, torch.as_tensor(labels, dtype=torch.int64), tuple(classes))
 
 
 def _split(images: AnyImages, config: DataConfig) -> tuple[AnyImages, AnyImages]:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from moco_dist.config.recipe import DataConfig
-from moco_dist.data import folder_layout, image_archive, image_index, parts, tables, tar_shards
+from moco_dist.data import (
+    folder_layout,
+    image_archive,
+    image_folder,
+    image_index,
+    parts,
+    tables,
+    tar_shards,
+)
 from moco_dist.data.arrays import Arrays
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.label_table import LabelTable
@@ -24,8 +33,8 @@ class Source(NamedTuple):
 
     # For a text.
     name: str
-    # Returns its images, given the classes of the training images.
-    list: Callable[[tuple[str, ...]], ImageIndex]
+    # Returns its images, given the classes of the training images, None for these themselves.
+    list: Callable[[tuple[str, ...] | None], ImageIndex]
 
 
 class Sources(NamedTuple):
@@ -82,7 +91,7 @@ def find(config: DataConfig, given: Path, kept: Path | None) -> FileSet:
     kinds = {"shards": _shards, "huggingface": _tables, "arrays": _arrays}
     sources = kinds.get(config.name, _folders)
     train, tests, said, late = sources(config, given, kept)
-    images = train.list(())
+    images = train.list(None)
     chosen, words, fault, aside = None, [f"trains on {train.name}"], "", list[str]()
     for part in tests:
         if not images.classes or chosen or fault:
@@ -122,11 +131,11 @@ def _folders(config: DataConfig, given: Path, kept: Path | None) -> Sources:
     table = LabelTable(config, given) if config.labels not in ("folders", "none") else None
 
     def of(part: Path) -> Source:
-        def listed(classes: tuple[str, ...]) -> ImageIndex:
+        def listed(classes: tuple[str, ...] | None) -> ImageIndex:
             is_part = part != layout.root
-            folder = folder_layout.inside(part, classes=classes) if is_part else part
-            images = image_index.of_folder(folder, labelled, kept, classes or None)
-            return table.on(images, classes or None) if table else images
+            folder = folder_layout.inside(part, classes=classes or ()) if is_part else part
+            images = image_index.kept(kept, image_folder.scan, folder, labelled, classes)
+            return table.on(images, classes) if table else images
 
         place = os.path.relpath(part, given)
         return Source(ALL if place == "." else shown(place), listed)
@@ -140,9 +149,7 @@ def _shards(config: DataConfig, given: Path, kept: Path | None) -> Sources:
     train, tests, warnings = tar_shards.parts(given)
 
     def of(tars: tar_shards.Tars) -> Source:
-        def listed(classes: tuple[str, ...]) -> ImageIndex:
-            return image_index.of_shards(*tars, labelled, kept, classes or None)
-
+        listed = partial(image_index.kept, kept, tar_shards.read, *tars, labelled)
         place = shown(os.path.relpath(tars.folder / tars.names[0], given))
         return Source(f"{counted(len(tars.names), 'tar')} from {place}", listed)
 
@@ -157,9 +164,7 @@ def _tables(config: DataConfig, given: Path, kept: Path | None) -> Sources:
         said += (f"{shown(config.root)}: neither trains nor tests on {unused}",)
 
     def of(name: str) -> Source:
-        def listed(classes: tuple[str, ...]) -> ImageIndex:
-            return tables.images(splits[name], config, classes or None)
-
+        listed = partial(tables.images, splits[name], config)
         return Source(ALL if len(splits) == 1 else f"split {shown(name)}", listed)
 
     return Sources(of(train), [of(name) for name in tests], said)
@@ -170,9 +175,7 @@ def _arrays(config: DataConfig, given: Path, kept: Path | None) -> Sources:
     pairs = arrays.parts()
 
     def of(part: parts.Part) -> Source:
-        def listed(classes: tuple[str, ...]) -> ImageIndex:
-            return arrays.images(pairs[part], classes or None)
-
+        listed = partial(arrays.images, pairs[part])
         return Source(ALL if len(pairs) == 1 else shown(pairs[part].images), listed)
 
     tests: list[parts.Part] = ["test", "validation"]

@@ -130,19 +130,12 @@ def _sort_out(found: Walk, others: dict[tuple[str, str], _Others]) -> None:
         is_image = suffix in UNREAD
         if not is_image and looks:
             looks -= 1
-            is_image = bool(image_file.kind(_head(each.first)))
+            with suppress(OSError), open(each.first, "rb") as file:
+                is_image = bool(image_file.kind(file.read(16)))
         if is_image:
             top = os.path.relpath(folder, found.root).split(os.sep)[0].removeprefix(".")
             known = found.unread.setdefault((top, suffix), _Others(0, each.first))
             known.count += each.count
-
-
-def _head(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(16)
-    except OSError:
-        return b""
 
 
 def _above(folder: str | Path) -> set[tuple[int, int]]:

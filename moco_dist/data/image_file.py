@@ -130,6 +130,11 @@ class Recipe(NamedTuple):
     # The filter with which the centred square is resized.
     resize: str = "bicubic"
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Views, channels, height and width of what is cut out of each image."""
+        return max(1, len(self.views)), self.channels, self.size, self.size
+
 
 def kind(head: bytes) -> str:
     """Return the name of the format of an image by its first 16 bytes, empty for anything else."""
@@ -150,19 +155,13 @@ def read(place: Place) -> bytes:
 
 
 def _read(place: Place) -> bytes:
-    file = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        left = os.fstat(file).st_size if place.size < 0 else place.size
-        parts, at = [place.head.encode("latin-1")], place.offset
-        while left:
-            part = os.pread(file, left, at)
-            if not part:
-                raise ValueError(f"it ends {left:,} bytes too early")
-            parts.append(part)
-            left, at = left - len(part), at + len(part)
-        return b"".join(parts)
-    finally:
-        os.close(file)
+    with open(place.path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size if place.size < 0 else place.size
+        file.seek(place.offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"it ends {size - len(content):,} bytes too early")
+    return place.head.encode("latin-1") + content
 
 
 def opened(content: bytes) -> ImageFile.ImageFile:

@@ -8,27 +8,26 @@ import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from moco_dist.data import folder_walk, image_file
+from moco_dist.data import class_names, folder_walk, image_file, image_index
+from moco_dist.data.class_names import Numbered
 from moco_dist.data.folder_layout import STRAYS
-from moco_dist.data.image_file import EXTENSIONS, Place, Recipe
+from moco_dist.data.image_file import EXTENSIONS, Recipe
+from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.parts import part_of
+from moco_dist.data.tar_members import Member
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import ConfigError, DataError, MissingError, counted, machine_error, shown
 from moco_dist.runs import memory
-from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
-AnyPath = TypeVar("AnyPath", str, Path)
 
 # Version of how pixels are made of files, in the names of cached ones.
 VERSION = 2
@@ -36,37 +35,7 @@ VERSION = 2
 MAX_BAD = 100
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The images below a folder in a fixed order; without labels, `classes` is empty."""
-
-    root: Path
-    files: list[Path]
-    # -1 for an image without a class.
-    labels: list[int]
-    classes: tuple[str, ...]
-    # All folders that were read.
-    folders: tuple[str, ...] = ()
-    # Sentences about what was left out, or has no class.
-    warnings: tuple[str, ...] = ()
-    # First-level folders that are none of the given classes.
-    unknown: tuple[str, ...] = ()
-
-    def all_places(self) -> list[Place]:
-        """Return the locations of the images."""
-        return [Place(str(file)) for file in self.files]
-
-
-class Located(Protocol):
-    """A `Listing` or an `ImageIndex`."""
-
-    @property
-    def root(self) -> Path: ...
-
-    def all_places(self) -> list[Place]: ...
-
-
-def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> Listing:
+def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> ImageIndex:
     """Return the images below `root`, at any depth, in the order of their names.
 
     An image's class is its first-level folder. There are no classes if there is only one such
@@ -88,29 +57,31 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
             f"end in {', '.join(EXTENSIONS)}"
         )
     inner = [file.relative_to(root).parts for file in files]
+    found_now = states(map(str, files))
+    members = [Member(0, str(f.relative_to(root)), 0, found_now[str(f)].st_size) for f in files]
     loose = sum(len(parts) == 1 for parts in inner)
     names = sorted({parts[0] for parts in inner if len(parts) > 1})
     empty = {top for top, _ in found.unread if top} - set(names)
     several = len(names) + len(empty) > 1 or classes is not None
-    if not labelled or not names or not several or loose * STRAYS > len(files):
-        if labelled and loose and len(names) > 1:
+    named = Numbered([-1] * len(files), ())
+    if labelled and names and several and loose * STRAYS <= len(files):
+        fault = "" if classes else _no_images(found, empty) or _not_classes(root, names, inner)
+        if fault:
+            raise DataError(fault)
+        if loose:
             said.append(
-                f"{shown(root)}: no classes, because {loose:,} of {len(files):,} images lie "
-                f"next to the {len(names)} folders; the first is {shown(files[0], 4096)}"
+                f"{shown(root)}: {counted(loose, 'image')} without a class next to the class "
+                f"folders; the first is {shown(files[0], 4096)}"
             )
-        return Listing(root, files, [-1] * len(files), (), tuple(found.folders), tuple(said))
-    if classes is None and (fault := _no_images(found, empty) or _not_classes(root, names, inner)):
-        raise DataError(fault)
-    if loose:
+        labels = [parts[0] if len(parts) > 1 else None for parts in inner]
+        named = class_names.among(labels, classes or tuple(names))
+    elif labelled and loose and len(names) > 1:
         said.append(
-            f"{shown(root)}: {counted(loose, 'image')} without a class next to the class "
-            f"folders; the first is {shown(files[0], 4096)}"
+            f"{shown(root)}: no classes, because {loose:,} of {len(files):,} images lie "
+            f"next to the {len(names)} folders; the first is {shown(files[0], 4096)}"
         )
-    number = {name: i for i, name in enumerate(classes or names)}
-    labels = [number.get(parts[0], -1) if len(parts) > 1 else -1 for parts in inner]
-    kept, read = classes or tuple(names), tuple(found.folders)
-    unknown = tuple(name for name in names if name not in number)
-    return Listing(root, files, labels, kept, read, tuple(said), unknown)
+    index = image_index.of_members(root, members, named)
+    return replace(index, warnings=tuple(said), read=tuple(found.folders))
 
 
 def _no_images(found: folder_walk.Walk, empty: set[str]) -> str:
@@ -164,7 +135,7 @@ class Seen:
     transparent: int = 0
 
 
-def decode(images: Located, recipe: Recipe, seen: Seen | None = None) -> Tensor:
+def decode(images: ImageIndex, recipe: Recipe, seen: Seen | None = None) -> Tensor:
     """Return the pixels, uint8 (n, channels, size, size): shorter side resized, centre cropped.
 
     Raises DataError, naming the first files, if some can't be decoded; with `seen` they are added
@@ -213,7 +184,7 @@ def decode(images: Located, recipe: Recipe, seen: Seen | None = None) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def listed(images: Located, unreadable: list[Unreadable]) -> str:
+def listed(images: ImageIndex, unreadable: list[Unreadable]) -> str:
     """Return a text: how many images can't be read, the first ones, and why."""
     places = images.all_places()
     first = ", ".join(f"{shown(places[row], 4096)} ({reason})" for row, reason in unreadable[:5])
@@ -222,13 +193,13 @@ def listed(images: Located, unreadable: list[Unreadable]) -> str:
     return f"{count} images are not readable: {first}{more}"
 
 
-def load(images: Located, recipe: Recipe, cache: Path, seen: Seen) -> Tensor:
+def load(images: ImageIndex, recipe: Recipe, cache: Path, seen: Seen) -> Tensor:
     """Return what `decode` returns, from `cache` if it has files of equal path, size and time.
 
     If the cache is damaged, the images are decoded again, with a warning.
     """
     path = cache / f"{_key(images, recipe)}.safetensors"
-    shape = len(images.all_places()), recipe.channels, recipe.size, recipe.size
+    shape = len(images), recipe.channels, recipe.size, recipe.size
     if os.path.isfile(path):
         try:
             with safe_open(path, framework="pt") as file:
@@ -250,22 +221,11 @@ def load(images: Located, recipe: Recipe, cache: Path, seen: Seen) -> Tensor:
     pixels = decode(images, recipe, seen)
     notes = {"fingerprint": fingerprint.of_tensors(pixels), "transparent": str(seen.transparent)}
     notes["unreadable"] = json.dumps(seen.unreadable)
-    keep(path, {"pixels": pixels}, notes, "the decoded images")
+    image_index.keep(path, {"pixels": pixels}, notes, "the decoded images")
     return pixels
 
 
-def keep(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], what: str) -> None:
-    """Write tensors to the cache, with a warning if that fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            save_file(tensors, temporary, notes)
-    except (OSError, SafetensorError) as error:
-        reason, text = getattr(error, "strerror", None) or error, "%s: can't keep %s (%s)"
-        logger.warning(f"{text}; choose data.cache=FOLDER", shown(path.parent), what, reason)
-
-
-def states(paths: Iterable[AnyPath]) -> dict[AnyPath, os.stat_result]:
+def states(paths: Iterable[str]) -> dict[str, os.stat_result]:
     """Return the state of each file; DataError if one has disappeared."""
     try:
         return {path: os.stat(path) for path in paths}
@@ -276,7 +236,7 @@ def states(paths: Iterable[AnyPath]) -> dict[AnyPath, os.stat_result]:
         ) from error
 
 
-def _key(images: Located, recipe: Recipe) -> str:
+def _key(images: ImageIndex, recipe: Recipe) -> str:
     places, root = images.all_places(), str(images.root)
     found = states({place.path for place in places})
     rows = [

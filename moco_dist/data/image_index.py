@@ -15,17 +15,20 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from moco_dist.data import image_folder, tar_shards
+from moco_dist.data.class_names import Numbered
 from moco_dist.data.image_file import Place
 from moco_dist.data.tar_members import Member
 from moco_dist.distributed import fingerprint
 from moco_dist.errors import shown
+from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,8 @@ class ImageIndex:
     rows: bool = False
     # What stands before the pixels of each image (`Place.head`).
     head: str = ""
+    # Folders or tars that were read for the list, and with which it changes.
+    read: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -101,7 +106,7 @@ class ImageIndex:
         columns = [column[list(rows)].tolist() for column in (*where, self.sizes, self.labels)]
         spans = zip(*columns[:3], rows, strict=True)
         members = [Member(tar, self.name(row), first, size) for tar, first, size, row in spans]
-        index = of_members(self.root, members, columns[3], self.classes, self.tars)
+        index = of_members(self.root, members, Numbered(columns[3], self.classes), self.tars)
         return replace(index, rows=self.rows, head=self.head)
 
     def all_places(self) -> list[Place]:
@@ -118,46 +123,10 @@ class ImageIndex:
         return fingerprint.of_tensors(*content)
 
 
-def of_folder(
-    root: Path, labelled: bool, cache: Path | None, classes: tuple[str, ...] | None = None
-) -> ImageIndex:
-    """Return the images below `root`, as `image_folder.scan` finds them, by way of the cache."""
-
-    def make() -> tuple[ImageIndex, list[str]]:
-        listing = image_folder.scan(root, labelled, classes)
-        states = image_folder.states(listing.files)
-        members = [Member(0, str(f.relative_to(root)), 0, states[f].st_size) for f in listing.files]
-        index = of_members(root, members, listing.labels, listing.classes)
-        said = replace(index, warnings=listing.warnings, unknown=listing.unknown)
-        return said, list(listing.folders)
-
-    return _kept(root, ["folder", labelled, classes], cache, make)
-
-
-def of_shards(
-    root: Path,
-    tars: list[str],
-    labelled: bool,
-    cache: Path | None,
-    classes: tuple[str, ...] | None = None,
-) -> ImageIndex:
-    """Return the images in the tar files `tars` of `root`, as `tar_shards.read` finds them."""
-
-    def make() -> tuple[ImageIndex, list[str]]:
-        found = tar_shards.read(root, tars, labelled, classes)
-        index = of_members(root, found.members, found.labels, found.classes, tuple(tars))
-        return replace(index, warnings=found.warnings, unknown=found.unknown), [
-            str(root / tar) for tar in tars
-        ]
-
-    return _kept(root, ["shards", tars, labelled, classes], cache, make)
-
-
 def of_members(
     root: Path,
     members: Sequence[Member],
-    labels: Sequence[int],
-    classes: tuple[str, ...],
+    named: Numbered,
     tars: tuple[str, ...] = (),
 ) -> ImageIndex:
     """Return the list of some images with their classes; without `tars` they are files."""
@@ -166,18 +135,17 @@ def of_members(
     ends = torch.from_numpy(np.cumsum([len(name) for name in names], dtype=np.int64))
     in_tars = members if tars else []
     where = [m.tar for m in in_tars], [m.offset for m in in_tars]
-    columns = [m.size for m in members], labels, *where
-    sizes, label, tar, offsets = (torch.tensor(each, dtype=torch.int64) for each in columns)
-    return ImageIndex(root, blob, ends, sizes, label, classes, tars, tar, offsets)
+    columns = [m.size for m in members], named.labels, *where
+    sizes, labels, tar, offsets = (torch.tensor(each, dtype=torch.int64) for each in columns)
+    index = ImageIndex(root, blob, ends, sizes, labels, named.classes, tars, tar, offsets)
+    return replace(index, unknown=named.unknown)
 
 
-def _kept(
-    root: Path, kind: object, cache: Path | None, make: Callable[[], tuple[ImageIndex, list[str]]]
-) -> ImageIndex:
-    """Return the index that `make` returns, from the cache if the paths it read haven't changed."""
+def kept(cache: Path | None, read: Callable[..., ImageIndex], root: Path, *rest: Any) -> ImageIndex:
+    """Return `read(root, *rest)`, from the cache if what was read for it hasn't changed."""
     if cache is None:
-        return make()[0]
-    key = json.dumps([str(root.resolve()), kind, VERSION])
+        return read(root, *rest)
+    key = json.dumps([str(root.resolve()), rest, VERSION])
     path = cache / f"list_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if os.path.isfile(path):
         try:
@@ -194,16 +162,28 @@ def _kept(
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s: can't be read (%s); listing the images again", path, shown(error))
     began = time.time()
-    index, seen = make()
-    states = _states(seen)
-    if len(states) == len(seen) and all(t + SETTLED_SECONDS < began for _, t in states.values()):
+    index = read(root, *rest)
+    states = _states(index.read)
+    settled = all(changed + SETTLED_SECONDS < began for _, changed in states.values())
+    if settled and len(states) == len(index.read):
         noted = {"seen": states, "classes": index.classes, "tars": index.tars}
         noted |= {"warnings": index.warnings, "unknown": index.unknown}
         texts = {name: json.dumps(note) for name, note in noted.items()}
         tensors = {name: part for name, part in vars(index).items() if isinstance(part, Tensor)}
         texts["fingerprint"] = index.fingerprint()
-        image_folder.keep(path, tensors, texts, "the list of the images")
+        keep(path, tensors, texts, "the list of the images")
     return index
+
+
+def keep(path: Path, tensors: dict[str, Tensor], notes: dict[str, str], what: str) -> None:
+    """Write tensors to the cache, with a warning if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, notes)
+    except (OSError, SafetensorError) as error:
+        reason, text = getattr(error, "strerror", None) or error, "%s: can't keep %s (%s)"
+        logger.warning(f"{text}; choose data.cache=FOLDER", shown(path.parent), what, reason)
 
 
 def _states(paths: Iterable[str]) -> dict[str, list[float]]:

@@ -41,8 +41,7 @@ def answer(request: dict[str, Any], numbers: bytes, memory: mmap.mmap) -> Answer
     """Fulfil a request, but for images that can't be read; return what is wrong."""
     recipe = Recipe(*request["recipe"])
     places = [Place(*place) for place in request["places"]]
-    shape = len(places), max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
-    pixels = np.ndarray(shape, np.uint8, memory)
+    pixels = np.ndarray((len(places), *recipe.shape), np.uint8, memory)
     drawn = np.frombuffer(numbers)
     rows = drawn.reshape(len(places), -1, CROP_NUMBERS).tolist() if recipe.views else []
     bad: list[tuple[int, str]] = []

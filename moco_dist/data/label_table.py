@@ -72,10 +72,8 @@ class LabelTable:
                 f"{shown(images.label(bare[0]), 4096)}",
             )
         named = class_names.numbered(labels, classes)
-        columns = images.labels.new_tensor(named.labels), named.classes, named.unknown
-        return replace(
-            images, labels=columns[0], classes=columns[1], unknown=columns[2], warnings=said
-        )
+        labelled = replace(images, labels=images.labels.new_tensor(named.labels), warnings=said)
+        return replace(labelled, classes=named.classes, unknown=named.unknown)
 
     def unused(self) -> tuple[str, ...]:
         """Return a sentence about rows that no image has, if there are any."""

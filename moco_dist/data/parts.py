@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from moco_dist.errors import ConfigError, shown
@@ -44,24 +44,29 @@ def part_of(name: str, anywhere: bool = False) -> Part | None:
     return next((part for part in found if part != "train"), "train")
 
 
+def require_one(key: str, wanted: str, kind: str, root: object, names: Collection[str]) -> None:
+    """Raise ConfigError if a key of `data` names a split, column or array that is not there."""
+    if wanted and wanted not in names:
+        raise ConfigError(
+            f"data.{key}={shown(wanted)}: no such {kind} in data.root={shown(root)}, which has "
+            f"{', '.join(map(shown, names))}; give one of these"
+        )
+
+
 def of_splits(names: Sequence[str], wanted: str, root: str) -> tuple[str, list[str], list[str]]:
     """Return which of the splits of a set is for training, those to test on, and the others.
 
     Of those to test on, the first is to be preferred. Raises ConfigError unless one for training is
     `wanted`, named so, or the only one.
     """
-    listed = ", ".join(shown(name) for name in names)
-    if wanted and wanted not in names:
-        raise ConfigError(
-            f"data.split={shown(wanted)}: no such split in data.root={shown(root)}, which has "
-            f"{listed}; give one of these"
-        )
+    require_one("split", wanted, "split", root, names)
     trains = [name for name in names if part_of(name) == "train"]
     first = [wanted] * bool(wanted) or [n for n in trains if n == "train"] or trains or list(names)
     if len(first) != 1:
         raise ConfigError(
-            f"data.root={shown(root)}: no split is called train, of {listed}; choose the one to "
-            f"train on by data.split={shown(first[0])}"
+            f"data.root={shown(root)}: no split is called train, of "
+            f"{', '.join(map(shown, names))}; choose the one to train on by "
+            f"data.split={shown(first[0])}"
         )
     tests = [name for name in names if part_of(name) in ("test", "validation") and name != first[0]]
     tests.sort(key=lambda name: part_of(name) != "test")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moco_dist.config.recipe import ViewsConfig
 from moco_dist.data import worker_pool
-from moco_dist.data.image_file import WHITE, Recipe
+from moco_dist.data.image_file import Recipe
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.set_aside import Aside
 from moco_dist.data.worker_pool import Ticket, WorkerPool
@@ -53,7 +53,7 @@ class Order:
 
         Raises DataError, or leaves it to `faults.agree`, for what can't be read.
         """
-        shape = len(self.positions), *worker_pool.shape_of(self.recipe)
+        shape = len(self.positions), *self.recipe.shape
         pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
         first, missing, pool = 0, list[int](), self.images.pool
         while self.tickets:
@@ -93,25 +93,13 @@ class StreamedImages:
     rows: Tensor
     # int64 (n,), -1 if unknown.
     labels: Tensor
-    # Side in pixels of `squares`.
-    size: int
-    channels: int = 3
-    # RGB, composed with what is transparent.
-    background: tuple[int, ...] = WHITE
-    # The filter of `squares`.
-    resize: str = "bicubic"
+    # That of `squares`; its channels and background are those of all crops.
+    squared: Recipe
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes."""
         return self.catalogue.classes
-
-    @property
-    def squared(self) -> Recipe:
-        """The recipe of `squares`."""
-        return Recipe(
-            self.size, channels=self.channels, background=self.background, resize=self.resize
-        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -204,6 +192,7 @@ class StreamedImages:
             views.crop_numbers(views.recipe(recipes, view), seed, epoch, samples, view)
             for view in (0, 1)
         ]
-        shape = shared.ratio_min, shared.ratio_max
-        recipe = Recipe(shared.size, wanted, *shape, self.channels, self.background)
+        recipe = self.squared._replace(
+            size=shared.size, views=wanted, ratio_min=shared.ratio_min, ratio_max=shared.ratio_max
+        )
         return self.order(samples, recipe, torch.stack(numbers, dim=1), Draw(seed, epoch))

@@ -22,7 +22,7 @@ from moco_dist.config.recipe import DataConfig
 from moco_dist.data import class_names, image_folder, image_index, tar_shards
 from moco_dist.data.folder_walk import holds
 from moco_dist.data.image_index import ImageIndex
-from moco_dist.data.parts import part_of
+from moco_dist.data.parts import part_of, require_one
 from moco_dist.data.tar_members import Member
 from moco_dist.errors import (
     ConfigError,
@@ -182,8 +182,8 @@ def images(table: Any, config: DataConfig, classes: tuple[str, ...] | None = Non
         index = _of_files(config, outside, len(members), named)
     else:
         tars = tuple(os.path.relpath(file, root) for file in files)
-        index = image_index.of_members(root, members, named.labels, named.classes, tars)
-    return replace(index, unknown=named.unknown, rows=not outside)
+        index = image_index.of_members(root, members, named, tars)
+    return replace(index, rows=not outside)
 
 
 def _of_files(
@@ -198,7 +198,7 @@ def _of_files(
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     states = image_folder.states(paths)
     members = [Member(0, os.path.relpath(p, root), 0, states[p].st_size) for p in paths]
-    return image_index.of_members(Path(root), members, named.labels, named.classes)
+    return image_index.of_members(Path(root), members, named)
 
 
 def _batches(file: Path, column: str, label: str) -> Iterator[tuple[list[Cell], list[str | None]]]:
@@ -268,7 +268,7 @@ def _image_column(table: Any, config: DataConfig) -> str:
     structs = [name for name, kind in types.items() if of_bytes(kind)]
     found = declared or structs or [name for name, kind in types.items() if encoded(kind)]
     readable = {*structs, *(name for name, kind in types.items() if encoded(kind))}
-    return _chosen(config, "image", config.image_column, readable, found, list(types))
+    return _chosen(config, "image", readable, found, list(types))
 
 
 def _label_column(table: Any, config: DataConfig) -> str:
@@ -292,25 +292,17 @@ def _label_column(table: Any, config: DataConfig) -> str:
     found = [name for name in usual if name in declared] or declared or usual
     if not found and not config.label_column:
         return ""
-    return _chosen(config, "label", config.label_column, readable, found, list(types))
+    return _chosen(config, "label", readable, found, list(types))
 
 
 def _chosen(
-    config: DataConfig,
-    what: str,
-    named: str,
-    readable: set[str],
-    found: list[str],
-    every: list[str],
+    config: DataConfig, what: str, readable: set[str], found: list[str], every: list[str]
 ) -> str:
     """Return the column that is named or the only one found, or raise ConfigError."""
+    named: str = getattr(config, f"{what}_column")
     given = f"data.root={shown(config.root)}"
     listed = ", ".join(shown(name) for name in every)
-    if named and named not in every:
-        raise ConfigError(
-            f"data.{what}_column={shown(named)}: no such column in {given}, which has {listed}; "
-            "give one of these"
-        )
+    require_one(f"{what}_column", named, "column", config.root, every)
     if named and named not in readable:
         rule = {"image": "encoded images", "label": "one whole number or name for each image"}[what]
         raise ConfigError(

@@ -7,28 +7,16 @@ read later by their position in the file, in any order.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from moco_dist.data import class_names, folder_layout, tar_members
+from moco_dist.data import class_names, folder_layout, image_index, tar_members
 from moco_dist.data.folder_walk import ignored
 from moco_dist.data.image_file import EXTENSIONS
+from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.parts import part_of
-from moco_dist.data.tar_members import Member
 from moco_dist.errors import MissingError, counted, shown
-
-
-class Found(NamedTuple):
-    """The images of some tars in order; without labels, `classes` is empty."""
-
-    members: list[Member]
-    labels: list[int]
-    classes: tuple[str, ...]
-    # Sentences about what was left out, or read in a way that may surprise.
-    warnings: tuple[str, ...]
-    # Classes of images that are none of those that were given.
-    unknown: tuple[str, ...] = ()
-
 
 # Endings of tars that are compressed.
 COMPRESSED = (".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
@@ -83,7 +71,9 @@ def _tars(folder: Path, endings: tuple[str, ...]) -> list[str]:
     return sorted(name for name in names if name.lower().endswith(endings))
 
 
-def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] | None) -> Found:
+def read(
+    root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] | None
+) -> ImageIndex:
     """Return the images in the tar files `tars` of `root`, in order.
 
     An image's class is in KEY.cls (a number or a name), or in KEY.json under "cls", "label" or
@@ -103,5 +93,6 @@ def read(root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] |
             f"{shown(root)}: no images in {len(tars)} tar files; data.name=shards needs members "
             f"that end in {', '.join(EXTENSIONS)}{'; ' if said else ''}{'; '.join(said)}"
         )
-    found_classes = class_names.numbered(labels, classes)
-    return Found(members, found_classes.labels, found_classes.classes, said, found_classes.unknown)
+    named = class_names.numbered(labels, classes)
+    index = image_index.of_members(root, members, named, tuple(tars))
+    return replace(index, warnings=said, read=tuple(str(root / tar) for tar in tars))

@@ -31,10 +31,10 @@ def place(name: str, given: Path) -> Path:
     return given if given.name == inner.name and given.is_dir() and not inner.is_dir() else inner
 
 
-def read(config: DataConfig, given: Path) -> list[tuple[Tensor, Any, tuple[str, ...]]]:
-    """Return pixels, uint8 (n, 3, size, size), labels and classes for training and for testing.
+def read(config: DataConfig, given: Path) -> list[tuple[Tensor, Tensor, tuple[str, ...]]]:
+    """Return pixels, uint8 (n, 3, size, size), labels, int64 (n,), and classes of both parts.
 
-    Raises MissingError or DataError.
+    The first is for training, the other one for testing. Raises MissingError or DataError.
     """
     parts: list[Any]
     folder = place(config.name, given).parent
@@ -69,7 +69,7 @@ def read(config: DataConfig, given: Path) -> list[tuple[Tensor, Any, tuple[str, 
             "unpack its archive again"
         )
     return [
-        (_resized(pixels.contiguous(), config.size), labels, tuple(classes))
+        (_resized(pixels.contiguous(), config.size), torch.as_tensor(labels).long(), tuple(classes))
         for pixels, labels in arrays
     ]
 

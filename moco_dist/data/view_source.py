@@ -142,7 +142,7 @@ class StreamedSource:
     ) -> None:
         self.images, self.recipes, self.seed = images, recipes, plan.seed
         self.maker = Maker(recipes, plan.seed, dtype, cut=True)
-        self.shape = torch.Size([images.channels, recipes[0].size, recipes[0].size])
+        self.shape = torch.Size([images.squared.channels, recipes[0].size, recipes[0].size])
         self.device = plan.device
         self.plan = replace(plan, device=torch.device("cpu"))
         self.passes, self.keys_by = passes, keys_by

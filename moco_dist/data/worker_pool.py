@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import json
+import math
 import mmap
 import os
 import selectors
@@ -20,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def default_workers() -> int:
 
 def images_of_request(recipe: Recipe) -> int:
     """Return how many images a request holds; ConfigError if one image is too large."""
-    each = max(1, len(recipe.views)) * recipe.channels * recipe.size**2
+    each = math.prod(recipe.shape)
     if each > SLOT_BYTES:
         limit = int((SLOT_BYTES / 6) ** 0.5)
         raise ConfigError(
@@ -77,11 +77,6 @@ def images_of_request(recipe: Recipe) -> int:
             f"views.size of {limit} or less"
         )
     return min(REQUEST_IMAGES, max(1, REQUEST_BYTES // each))
-
-
-def shape_of(recipe: Recipe) -> tuple[int, int, int, int]:
-    """Return views, channels, height and width of what a request has for each image."""
-    return max(1, len(recipe.views)), recipe.channels, recipe.size, recipe.size
 
 
 class WorkerPool:
@@ -106,7 +101,7 @@ class WorkerPool:
         worker = self._workers[number]
         if not self._free:
             self._add_slot()
-        ticket = Ticket(places, (len(places), *shape_of(recipe)), number, self._free.pop())
+        ticket = Ticket(places, (len(places), *recipe.shape), number, self._free.pop())
         content = b"" if numbers is None else numbers.numpy().tobytes()
         request = {"slot": ticket.slot, "recipe": recipe, "places": places, "bytes": len(content)}
         worker.tickets.append(ticket)
@@ -136,7 +131,7 @@ class WorkerPool:
                 )
         if ticket.answer.fault:
             raise DataError(ticket.answer.fault)
-        count = int(np.prod(ticket.shape))
+        count = math.prod(ticket.shape)
         memory = torch.frombuffer(self._slots[ticket.slot], dtype=torch.uint8, count=count)
         return memory.view(ticket.shape)
 

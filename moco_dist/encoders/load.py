@@ -70,19 +70,16 @@ class Found:
         return self.views or original.usual_views(self.architecture)
 
 
-def find(
-    path: Path, which: Which = "query", backbone: str = "", options: Sequence[str] = ()
-) -> Found:
+def find(path: Path, which: Which = "query", backbone: str = "") -> Found:
     """Return the trained encoder that `path` names, float32, on the CPU.
 
     `path` is a run (its newest whole checkpoint), a checkpoint folder, an exported folder, a folder
     that timm or transformers saved, or a file with a state dict, as libraries and training scripts
-    save it (`layouts`). `backbone` names the architecture and `options` are its encoder.options,
-    which only a state dict of a timm model needs. Raises MissingError, or DataError unless the
-    encoder is trained, of that architecture, and its tensors, except for known heads, are exactly
-    the expected ones.
+    save it (`layouts`). `backbone` names the architecture, which only a state dict of a timm model
+    needs. Raises MissingError, or DataError unless the encoder is trained, of that architecture,
+    and its tensors, except for known heads, are exactly the expected ones.
     """
-    found = _found(path, which, backbone, options)
+    found = _found(path, which, backbone)
     if backbone and not recognise.alike(found.architecture.backbone, backbone):
         raise DataError(
             f"{found.place}: is not the {shown(backbone)} that was named; name the right one"
@@ -90,8 +87,8 @@ def find(
     return found
 
 
-def _found(path: Path, which: Which, backbone: str, options: Sequence[str]) -> Found:
-    """Return `find`'s answer, whatever its architecture."""
+def _found(path: Path, which: Which, backbone: str, options: Sequence[str] = ()) -> Found:
+    """Return `find`'s answer, whatever its architecture; `options` are those of a timm model."""
     path = path.expanduser()
     if not path.exists():
         raise MissingError(
@@ -214,9 +211,7 @@ def _library(folder: Path, which: Which, backbone: str) -> Found:
     """Return the encoder of a folder that timm or transformers saved."""
     read = library_folder.read(folder)
     found = _file(read.weights, which, backbone, read.backbone, read.options)
-    if read.views is None:
-        return found
-    if len(read.views.mean) != found.architecture.channels:
+    if read.views is None or len(read.views.mean) != found.architecture.channels:
         return found
     return replace(found, views=read.views, resize=read.resize)
 

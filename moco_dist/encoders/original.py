@@ -32,14 +32,9 @@ _IMAGENET = {"size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0
 def write(model: Mapping[str, Tensor], config: EncoderConfig, epoch: int, enqueued: int) -> Any:
     """Return the content of an original checkpoint with the tensors of one of ours.
 
-    `model` may lack the key encoder and the queue. Empty slots of the queue are zero. Raises
-    ConfigError for a backbone that isn't torchvision's.
+    `model` may lack the key encoder and the queue. Empty slots of the queue are zero. The backbone
+    is a ResNet of torchvision's.
     """
-    if config.is_timm:
-        raise ConfigError(
-            f"{config.backbone} can't be written for the original scripts, which only have "
-            "torchvision's ResNets; use --to timm or --to onnx"
-        )
     tensors: dict[str, Tensor] = {}
     for ours, theirs in _ENCODERS.items():
         names = {f"{ours}backbone.": theirs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from moco_dist.config.yaml_files import flat, to_dict
 from moco_dist.distributed import fingerprint
 from moco_dist.encoders.load import Found
 from moco_dist.errors import UserError, shown
-from moco_dist.export.targets import expansion
 from moco_dist.runs.checkpoint import Checkpoint, newest
 from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric, read, read_object
 
@@ -224,25 +224,19 @@ def run_directory(found: Checkpoint) -> Path | None:
 def detectron2_config(found: Found, folder: Path | str) -> str:
     """Return the part of a detectron2 configuration that matches the weights."""
     config, views = found.architecture, found.fed
-    depth = int("".join(filter(str.isdigit, config.backbone.partition("_")[0])))
-    groups, width = 1, config.width
-    if "x" in (tail := config.backbone.partition("_")[2]):
-        groups, width = (int(n) for n in tail.rstrip("d").split("x"))
-        width = width * config.width // 64
-    elif tail == "2":
-        width = 2 * config.width
+    convolution = found.backbone.layer1[0].conv2
     return f"""\
 MODEL:
   WEIGHTS: {folder}/backbone.pkl
   PIXEL_MEAN: {[round(255 * v, 3) for v in views.mean]}
   PIXEL_STD: {[round(255 * v, 3) for v in views.std]}
   RESNETS:
-    DEPTH: {depth}
+    DEPTH: {re.findall("[0-9]+", config.backbone)[0]}
     STRIDE_IN_1X1: false
-    NUM_GROUPS: {groups}
-    WIDTH_PER_GROUP: {width}
+    NUM_GROUPS: {convolution.groups}
+    WIDTH_PER_GROUP: {convolution.out_channels // convolution.groups}
     STEM_OUT_CHANNELS: {config.width}
-    RES2_OUT_CHANNELS: {config.width * expansion(found)}
+    RES2_OUT_CHANNELS: {found.backbone.num_features // 8}
 INPUT:
   FORMAT: RGB
 """

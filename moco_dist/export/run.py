@@ -53,7 +53,7 @@ from moco_dist.errors import (
 )
 from moco_dist.export import hub
 from moco_dist.export.card import description, run_directory, text
-from moco_dist.export.targets import TARGETS, check_halves, run_lines, same
+from moco_dist.export.targets import HALVES, TARGETS, refuse, run_lines, same
 from moco_dist.method import views
 
 # Drawn images whose features are compared.
@@ -79,7 +79,8 @@ def export(
     if target == "moco" and which == "key":
         raise ConfigError("--to moco holds the query and the key encoder; leave out --encoder key")
     found = load.find(path, which, backbone)
-    check_halves(found, target)
+    whole = found.architecture.vectors == 1 or target == "onnx"
+    refuse(found, target, whole, HALVES, "onnx")
     expected = _expected(found)
     folder = output
     if folder is None:

@@ -28,23 +28,18 @@ from moco_dist.encoders.names import from_detectron2, to_detectron2, to_huggingf
 from moco_dist.errors import ConfigError, MissingError, counted
 from moco_dist.method.encoder import Backbone
 from moco_dist.method.moco import REMEMBERED
+from moco_dist.method.residual_blocks import BasicBlock
 
 _RGB = "its images have three channels"
 _WIDTH = "its models have 64 channels in stage 1"
 _STEM = "its ResNets begin with a 7x7 convolution and pooling"
 _TIMM = "the backbone comes from timm"
-_HALVES = "it is two backbones, of L and of a and b, behind a conversion of RGB to Lab"
+HALVES = "it is two backbones, of L and of a and b, behind a conversion of RGB to Lab"
 
 
 def tensors(found: Found) -> dict[str, Tensor]:
     """Return the backbone's tensors under torchvision's names for ResNets, or timm's."""
     return {name: t.contiguous() for name, t in found.backbone.state_dict().items()}
-
-
-def expansion(found: Found) -> int:
-    """Return a block's output channels divided by those of its 3x3 convolution (1 or 4)."""
-    features: int = found.backbone.num_features
-    return features // (8 * found.architecture.width)
 
 
 def needs(module: str, target: str, packages: str) -> None:
@@ -142,9 +137,9 @@ def huggingface(found: Found, folder: Path) -> str:
     described = ResNetConfig(
         num_channels=config.channels,
         embedding_size=config.width,
-        hidden_sizes=[config.width * expansion(found) * 2**i for i in range(4)],
+        hidden_sizes=[backbone.num_features // 8 * 2**i for i in range(4)],
         depths=[len(stage) for stage in stages],
-        layer_type="basic" if expansion(found) == 1 else "bottleneck",
+        layer_type="basic" if isinstance(backbone.layer1[0], BasicBlock) else "bottleneck",
     )
     model = ResNetModel(described)
     model.load_state_dict({to_huggingface(name): t for name, t in tensors(found).items()})
@@ -287,11 +282,6 @@ def same(theirs: Tensor, ours: Tensor, target: str) -> None:
     assert theirs.shape == ours.shape, f"{target}: {tuple(theirs.shape)}, not {tuple(ours.shape)}"
     worst = float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1))
     assert worst <= 1e-5, f"{target}: its features differ by {worst:.1e} from the encoder's"
-
-
-def check_halves(found: Found, target: str) -> None:
-    """Raise ConfigError if the encoder has two halves, which only ONNX can hold."""
-    refuse(found, target, found.architecture.vectors == 1 or target == "onnx", _HALVES, "onnx")
 
 
 TARGETS: Mapping[str, Callable[[Found, Path], str]] = {
