@@ -27,7 +27,8 @@ from moco_dist.config import yaml_files
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.data import datasets
 from moco_dist.errors import NumbersError
-from moco_dist.pretrain import loop, run
+from moco_dist.pretrain import run
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.session import join
@@ -54,7 +55,7 @@ def losses(*words: str) -> tuple[list[float], str, bool]:
     config = load(*words)
     PartialState._reset_state()
     trainer = Trainer(config, join(config), datasets.load(config.data, config.encoder.channels))
-    take = Stepper(trainer, loop.run_hooks(trainer))
+    take = Stepper(trainer, RunHooks(trainer))
     found = [take().figures()["train/loss"] for _ in range(STEPS)]
     digest = hashlib.sha256()
     for _, tensor in sorted(trainer.moco.state_dict().items()):
@@ -111,7 +112,7 @@ def refused(*words: str) -> dict[str, Any]:
         config = load("optim.lr=0.01", f"runtime.cuda_graph={graph}", *words)
         PartialState._reset_state()
         trainer = Trainer(config, join(config), datasets.load(config.data, config.encoder.channels))
-        hooks = loop.run_hooks(trainer)
+        hooks = RunHooks(trainer)
         take = Stepper(trainer, hooks)
         try:
             for step in range(STEPS):
@@ -119,7 +120,7 @@ def refused(*words: str) -> dict[str, Any]:
                     high = dataclasses.replace(
                         config, optim=dataclasses.replace(config.optim, lr=1e19)
                     )
-                    trainer.config = hooks.config = high
+                    trainer.config = high
                 take()
             take.settle()
             said.append("nothing was refused")

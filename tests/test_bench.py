@@ -25,7 +25,7 @@ from moco_dist.distributed import comms
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError
 from moco_dist.method.convolutions import SmallMapConv
-from moco_dist.pretrain import loop
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from tests import processes
 from tests.test_trainer import TINY, build
@@ -51,7 +51,7 @@ def received() -> int:
 def traffic(*more: str) -> tuple[float, int, int, int]:
     """Return per step: bytes received, counted for keys, and reckoned for gradients; parameters."""
     trainer = build(*LARGE, *more)
-    hooks = loop.run_hooks(trainer)
+    hooks = RunHooks(trainer)
     for _ in range(3):
         trainer.train_step(hooks)
     comms.all_gather(torch.zeros(1))  # nobody is behind
@@ -94,7 +94,7 @@ def with_gradients_of(precision: str) -> tuple[float, torch.Tensor]:
     """Return the bytes of gradients received in a step, and the first gradient that isn't 0."""
     got, keys, _, _ = traffic(f"runtime.gradients={precision}")
     trainer = build(*LARGE, f"runtime.gradients={precision}", "optim.weight_decay=0")
-    hooks = loop.run_hooks(trainer)
+    hooks = RunHooks(trainer)
     for _ in range(2):  # the queue is empty in the first
         trainer.train_step(hooks)
     found = [each["momentum_buffer"].flatten() for each in trainer.optimizer.state.values()]
@@ -125,7 +125,7 @@ def test_flops_of_a_step_are_those_of_its_convolutions_and_products(width: int) 
     for module in trainer.moco.key_encoder.modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(count)
-    found = bench_speed.step_flops(trainer, loop.run_hooks(trainer))
+    found = bench_speed.step_flops(trainer, RunHooks(trainer))
     first = trainer.moco.key_encoder.backbone.conv1
     images = 64 * 16 * 16 * first.weight.numel()  # the pixels get no gradient
     loss = 2 * 64 * 256 * 64
@@ -135,7 +135,7 @@ def test_flops_of_a_step_are_those_of_its_convolutions_and_products(width: int) 
 
 def test_parts_of_a_step_add_up_to_it_and_none_is_counted_twice() -> None:
     trainer = build(*LARGE, "tracking.health_every_steps=1")
-    hooks = loop.run_hooks(trainer)
+    hooks = RunHooks(trainer)
     trainer.train_step(hooks)
     times = []
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from moco_dist.data import datasets, view_source
 from moco_dist.data.view_source import Maker
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, StoppedError
-from moco_dist.method import views
 from moco_dist.method.batch_norm import GroupedBatchNorm, batch_norms, take_in
 from moco_dist.method.compilation import compiled
 from moco_dist.method.encoder import Encoder, build_encoder
-from moco_dist.pretrain import loop, rehearsal, run
+from moco_dist.pretrain import loop, run
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
@@ -110,12 +108,10 @@ def test_statistics_move_where_someone_else_compiles() -> None:
     assert norms[1].group_mean.abs().sum(1).all()
 
 
-@pytest.mark.parametrize(("work", "sides"), [(views.make, (20, 24)), (views.finish, (16, 16))])
-def test_compiled_views_are_the_views_of_any_epoch(
-    work: Callable[..., Tensor], sides: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(("cut", "sides"), [(False, (20, 24)), (True, (16, 16))])
+def test_compiled_views_are_the_views_of_any_epoch(cut: bool, sides: tuple[int, int]) -> None:
     plain = ViewsConfig(size=16, jitter=0, grayscale=0, solarize=0.5)
-    maker = Maker(work, [ViewsConfig(size=16, blur=0.5), plain], 3, torch.float64)
+    maker = Maker([ViewsConfig(size=16, blur=0.5), plain], 3, torch.float64, cut)
     maker.compile_step()
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (40, 3, *sides), generator=generator, dtype=torch.uint8)
@@ -191,7 +187,7 @@ def test_a_run_that_is_done_is_not_compiled_again(
 ) -> None:
     words = [*RUN, f"output={tmp_path}", "epochs=1", "knn.every_epochs=0"]
     run.run(load(PretrainConfig, words))
-    monkeypatch.setattr(rehearsal, "compile_all", None)
+    monkeypatch.setattr(Trainer, "_compile", None)
     run.run(load(PretrainConfig, [*words, "runtime.compile=true"]))
     assert "nothing is left to do" in capsys.readouterr().out
 

@@ -25,6 +25,7 @@ from moco_dist.data.view_source import view_source
 from moco_dist.distributed import agreement
 from moco_dist.method import batch_norm
 from moco_dist.pretrain import loop
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session
@@ -116,7 +117,7 @@ def test_a_step_of_one_process_waits_for_its_device_once(
 ) -> None:
     trainer = build("bn_groups=2", "tracking.health_every_steps=3", *overrides)
     with watched() as found:
-        hooks = loop.run_hooks(moved(trainer))
+        hooks = RunHooks(moved(trainer))
         trainer.train_step(hooks)  # the first one measures health, as the third
         found.clear()
         loss, (logits, *_) = trainer.train_step(hooks)

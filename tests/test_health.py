@@ -17,6 +17,7 @@ from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.pretrain import figures, loop
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
@@ -89,7 +90,7 @@ def followed(folder: str, overrides: list[str], until: int) -> list[dict[str, An
     config = load(PretrainConfig, [*SMALL, f"output={folder}", *overrides])
     session = runs_session.start(config)
     trainer = Trainer(config, session.accelerator, datasets.load(config.data))
-    hooks = loop.run_hooks(trainer, session)
+    hooks = RunHooks(trainer, session)
     take = Stepper(trainer, hooks)
     steps = []
     while trainer.step < until:

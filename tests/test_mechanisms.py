@@ -19,7 +19,7 @@ from moco_dist.method import pairs
 from moco_dist.method.bank import Bank
 from moco_dist.method.batch_norm import batch_norms
 from moco_dist.method.plan import Plan
-from moco_dist.pretrain import loop
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from tests import processes
 from tests.test_bench import received
@@ -297,7 +297,7 @@ def traffic(kind: list[str]) -> tuple[float, int, int]:
     """Return per step: bytes received, bytes sent in gathers, and bytes reckoned for gradients."""
     size = ["encoder.width=16", "encoder.dim=64", "batch_size=64", "tracking.health_every_steps=0"]
     trainer = build(*size, *kind)
-    hooks = loop.run_hooks(trainer)
+    hooks = RunHooks(trainer)
     for _ in range(3):
         trainer.train_step(hooks)
     comms.all_gather(torch.zeros(1))
@@ -351,7 +351,7 @@ def test_what_cannot_be_combined_is_refused(words: list[str], sentence: str) -> 
 def test_health_names_only_what_a_mechanism_has() -> None:
     for kind, words in KINDS.items():
         trainer = build(*words)
-        hooks = loop.run_hooks(trainer)
+        hooks = RunHooks(trainer)
         trainer.train_step(hooks)
         assert not any(name.startswith("queue/") for name in hooks.health), kind
         assert ("health/ema_distance" in hooks.health) == (kind == "v3")

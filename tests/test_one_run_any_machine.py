@@ -15,6 +15,7 @@ from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.distributed import comms, fingerprint
 from moco_dist.pretrain import loop
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session as runs_session
 from tests import processes
@@ -50,7 +51,7 @@ def train(folder: str, overrides: list[str], until: int, nudge: float = 0) -> di
     session = runs_session.start(config)
     splits = datasets.load(config.data)
     trainer = Trainer(config, session.accelerator, splits, session.resumed)
-    hooks = loop.run_hooks(trainer, session)
+    hooks = RunHooks(trainer, session)
     if nudge:
         for module in trainer.moco.encoders.values():
             draws = torch.Generator().manual_seed(0)

@@ -23,6 +23,7 @@ from moco_dist.data import datasets
 from moco_dist.encoders import features
 from moco_dist.errors import ConfigError
 from moco_dist.pretrain import loop, state
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session
 from tests import processes
@@ -157,7 +158,7 @@ def steps(folder: Path, until: int, *more: str) -> dict[str, float]:
     opened = session.start(config)
     trainer = Trainer(config, opened.accelerator, datasets.load(config.data), opened.resumed)
     while trainer.step < until:
-        trainer.train_step(loop.run_hooks(trainer, opened))
+        trainer.train_step(RunHooks(trainer, opened))
     loop.save(trainer, opened, wait=True)
     found = trainer.accuracies()
     opened.close()

@@ -16,7 +16,7 @@ from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.distributed import comms
 from moco_dist.errors import DataError, NumbersError
-from moco_dist.pretrain import loop
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import checkpoint, saving, session, status
 from tests import processes
@@ -127,7 +127,7 @@ def wish(output: str) -> tuple[bool, bool]:
     config = load(PretrainConfig, [*TINY, f"output={output}"])
     opened = session.start(config)
     trainer = Trainer(config, opened.accelerator, datasets.load(config.data))
-    hooks = loop.run_hooks(trainer, opened)
+    hooks = RunHooks(trainer, opened)
     trainer.train_step(hooks)
     before = hooks.agreed.save
     hooks.wants_save = comms.rank() == 1

@@ -77,7 +77,7 @@ def test_a_second_recipe_that_can_not_be_is_one_sentence(words: str, sentence: s
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0, 0, 1), (1,), (0, 0)])
 def test_views_of_a_batch_with_two_recipes_are_those_made_one_by_one(order: list[int]) -> None:
-    maker = Maker(views.make, [BYOL, SECOND], 3, torch.float64)
+    maker = Maker([BYOL, SECOND], 3, torch.float64, cut=False)
     images = make_images(len(order) * 9, 24, 28)
     wanted = [(torch.arange(9) + 5 * place, view) for place, view in enumerate(order)]
     found = maker.of_step(images, wanted, 7)
@@ -88,8 +88,8 @@ def test_views_of_a_batch_with_two_recipes_are_those_made_one_by_one(order: list
         other = views.make(part, (SECOND, BYOL)[view], 3, 7, samples, view, torch.float64)
         assert not torch.allclose(made, other)
     # One recipe for both is what it was: a single pass.
-    once = Maker(views.make, [BYOL], 3, torch.float64).of_step(images, wanted, 7)
-    twice = Maker(views.make, [BYOL, BYOL], 3, torch.float64).of_step(images, wanted, 7)
+    once = Maker([BYOL], 3, torch.float64, cut=False).of_step(images, wanted, 7)
+    twice = Maker([BYOL, BYOL], 3, torch.float64, cut=False).of_step(images, wanted, 7)
     torch.testing.assert_close(once, twice, rtol=0, atol=1e-12)
 
 

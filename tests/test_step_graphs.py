@@ -15,8 +15,9 @@ from moco_dist.data import datasets
 from moco_dist.distributed import comms
 from moco_dist.errors import NumbersError
 from moco_dist.method.moco import MoCo
-from moco_dist.pretrain import loop, step_graph
+from moco_dist.pretrain import step_graph
 from moco_dist.pretrain.device_clock import DeviceClock
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.step_parts import Parts
 from moco_dist.pretrain.trainer import Trainer
@@ -78,7 +79,7 @@ def trained(words: list[str], graphs: bool, wrong: bool) -> tuple[list[float], d
     """Return the losses and the state after some steps, of which one is first refused."""
     config = load(PretrainConfig, [*SMALL, *CONSTANT, *words])
     trainer = Trainer(config, session.join(config), datasets.load(config.data))
-    take, losses = Stepper(trainer, loop.run_hooks(trainer)), []
+    take, losses = Stepper(trainer, RunHooks(trainer)), []
     while trainer.step < STEPS:
         if graphs and trainer.step == EAGER:
             captured(take)

@@ -21,6 +21,7 @@ from moco_dist.method import loss as method_loss
 from moco_dist.method import views
 from moco_dist.method.batch_norm import batch_norms
 from moco_dist.pretrain import loop, run
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment, session
 from tests import processes
@@ -42,7 +43,7 @@ def test_a_step_needs_no_run_directory(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     trainer = build()
     trainer.train_step()
-    trainer.train_step(loop.run_hooks(trainer))
+    trainer.train_step(RunHooks(trainer))
     assert trainer.step == 2
     assert list(tmp_path.iterdir()) == []
 

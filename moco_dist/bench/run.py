@@ -33,7 +33,7 @@ from moco_dist.data import datasets
 from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError
-from moco_dist.pretrain.loop import run_hooks
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import command
 from moco_dist.runs.session import join
@@ -43,8 +43,8 @@ from moco_dist.tracking.start import console
 AGAINST = ("textbook",)
 
 
-def main(arguments: list[str]) -> None:
-    """Measure what the arguments ask for."""
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what the arguments, or those of this process, ask for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--against", default="")
     parser.add_argument("--sweep", default="")
@@ -163,7 +163,7 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
     train = trainer.splits.train
     plain = Textbook(trainer.config, train.squares(torch.arange(len(train))), device, workers)
     pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "step": (partial(trainer.train_step, run_hooks(trainer)), plain.step),
+        "step": (partial(trainer.train_step, RunHooks(trainer)), plain.step),
         "pipeline": (pipeline(trainer), plain.views),
     }
     found: dict[str, Any] = {"workers": workers}
@@ -172,7 +172,7 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
             work()
         ratios, walls = [], []
         for _ in range(repeats):
-            mine, other = (seconds(partial(_times, steps, work), device) for work in (ours, theirs))
+            mine, other = (seconds(work, device, steps) for work in (ours, theirs))
             ratios.append((other[0] / mine[0], other[1] / mine[1]))
             walls.append(other[0] / steps)
         wall, cpu = (statistics.median(each) for each in zip(*ratios, strict=True))
@@ -182,11 +182,6 @@ def against_textbook(trainer: Trainer, steps: int, repeats: int, workers: int) -
             "textbook_images_per_second": trainer.config.batch_size / statistics.median(walls),
         }
     return found
-
-
-def _times(number: int, work: Callable[[], Any]) -> None:
-    for _ in range(number):
-        work()
 
 
 def show(found: dict[str, Any], speed: Speed) -> None:

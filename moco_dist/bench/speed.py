@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
 
-from moco_dist.data.view_source import views_of
 from moco_dist.distributed import comms
 from moco_dist.pretrain import figures
 from moco_dist.pretrain.hooks import RunHooks
-from moco_dist.pretrain.loop import figures_of, run_hooks
+from moco_dist.pretrain.loop import figures_of
 from moco_dist.pretrain.step_graph import Stepper, Taken
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import environment
@@ -102,11 +101,12 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Return the wall time and the process time of `work`."""
+def seconds(work: Callable[[], Any], device: torch.device, times: int = 1) -> tuple[float, float]:
+    """Return the wall time and the process time of `work`, so many times."""
     wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    work()
+    for _ in range(times):
+        work()
     wait_for(device)
     return time.perf_counter() - wall, time.process_time() - cpu
 
@@ -116,7 +116,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
 
     A collective, which changes weights and queue.
     """
-    device, config, hooks = trainer.device, trainer.config, run_hooks(trainer)
+    device, config, hooks = trainer.device, trainer.config, RunHooks(trainer)
     take = Stepper(trainer, hooks)
     trainer.moco.fill_up(len(trainer.splits.train))
     if device.type == "cuda":
@@ -126,7 +126,7 @@ def measure(trainer: Trainer, steps: int, repeats: int, warm_up: int) -> Speed:
     flops = step_flops(trainer, hooks)
     peaks, walls, cpus, parts = [peak_flops(trainer)], [], [], []
     for _ in range(repeats):
-        wall, cpu = seconds(lambda: [take() for _ in range(steps)], device)
+        wall, cpu = seconds(take, device, steps)
         walls.append(wall / steps)
         cpus.append(cpu / steps)
         parts.append(timed_parts(trainer, hooks, steps))
@@ -157,9 +157,7 @@ def both_views(trainer: Trainer, step: int) -> None:
     """Make the views of a step, of queries and of keys."""
     trainer.source.begin(step)
     rows = trainer.plan.step(step, len(trainer.config.moco.passes))
-    micro_batches = trainer.config.runtime.micro_batches
-    passes = trainer.config.moco.passes
-    for views in views_of(rows, passes, trainer.source, micro_batches):
+    for views in trainer.contrast.make_views(rows):
         for make in chain.from_iterable(views):
             make()
 
@@ -206,13 +204,8 @@ def peak_flops(trainer: Trainer) -> float:
     side, times = (8192, 20) if device.type == "cuda" else (1536, 2)
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     product = torch.mm(a, b)
-    work = partial(_multiply, a, b, product, times)
-    return max(2.0 * side**3 * times / seconds(work, device)[0] for _ in range(3))
-
-
-def _multiply(a: Tensor, b: Tensor, product: Tensor, times: int) -> None:
-    for _ in range(times):
-        torch.mm(a, b, out=product)
+    work = partial(torch.mm, a, b, out=product)
+    return max(2.0 * side**3 * times / seconds(work, device, times)[0] for _ in range(3))
 
 
 @torch.no_grad()

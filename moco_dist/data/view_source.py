@@ -37,18 +37,14 @@ Pieces = list[Callable[[], Tensor]]
 
 
 class Maker:
-    """Makes views of uint8 images by `work`, which is `views.make` or `views.finish`."""
+    """Makes views of uint8 images, or of crops that are `cut` and resized."""
 
     def __init__(
-        self,
-        work: Callable[..., Tensor],
-        recipes: Sequence[ViewsConfig],
-        seed: int,
-        dtype: torch.dtype,
+        self, recipes: Sequence[ViewsConfig], seed: int, dtype: torch.dtype, cut: bool
     ) -> None:
         def making(config: ViewsConfig) -> Callable[..., Tensor]:
             def make(images: Tensor, epoch: Tensor, samples: Tensor, numbers: Tensor) -> Tensor:
-                return work(images, config, seed, epoch, samples, numbers, dtype)
+                return views.make(images, config, seed, epoch, samples, numbers, dtype, cut)
 
             return make
 
@@ -109,7 +105,7 @@ class MemorySource:
     def __init__(
         self, images: Images, recipes: Sequence[ViewsConfig], seed: int, dtype: torch.dtype
     ) -> None:
-        self.images, self.maker = images, Maker(views.make, recipes, seed, dtype)
+        self.images, self.maker = images, Maker(recipes, seed, dtype, cut=False)
         # Shape of an image that views are made from.
         self.shape = images.pixels.shape[1:]
 
@@ -145,7 +141,7 @@ class StreamedSource:
         keys_by: Literal["exchange", "plan"],
     ) -> None:
         self.images, self.recipes, self.seed = images, recipes, plan.seed
-        self.maker = Maker(views.finish, recipes, plan.seed, dtype)
+        self.maker = Maker(recipes, plan.seed, dtype, cut=True)
         self.shape = torch.Size([images.squared.channels, recipes[0].size, recipes[0].size])
         self.device = plan.device
         self.plan = replace(plan, device=torch.device("cpu"))

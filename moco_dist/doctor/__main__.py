@@ -2,15 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from moco_dist.doctor import run
-
-
-def main() -> None:
-    """Run the command with the arguments of this process."""
-    run.main(sys.argv[1:])
-
+from moco_dist.doctor.run import main
 
 if __name__ == "__main__":
     main()

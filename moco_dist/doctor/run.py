@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -83,8 +84,9 @@ def examine(config: PretrainConfig, seconds: float = images.SECONDS) -> None:
         raise FaultsError(f"{len(faults)} will fail:{listed}").on_all()
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Print the table, or with --bn-leak look for a leak."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     flags = {argument for argument in arguments if argument.startswith("-")} - {"-h", "--help"}
 
     def run(config: PretrainConfig, stop: StopRequests) -> None:

@@ -39,9 +39,8 @@ def projection(
     He 2021, section 5.2): no biases, and a `norm` behind each layer, the last without an affine
     transform.
     """
-    hidden = (
-        [] if config.head == "linear" else [_width(config, features)] * (config.head_layers - 1)
-    )
+    layers = 1 if config.head == "linear" else config.head_layers
+    hidden = [config.head_width or features] * (layers - 1)
     return _mlp([features, *hidden, config.dim], norm if config.head == "mlp_bn" else None)
 
 
@@ -64,11 +63,7 @@ def predictor(
     config: EncoderConfig, features: int, norm: Callable[..., nn.Module]
 ) -> nn.Sequential:
     """Return the predictor of MoCo v3: two layers with BatchNorm, as wide as the head."""
-    return _mlp([config.dim, _width(config, features), config.dim], norm)
-
-
-def _width(config: EncoderConfig, features: int) -> int:
-    return config.head_width or features
+    return _mlp([config.dim, config.head_width or features, config.dim], norm)
 
 
 def _mlp(widths: Sequence[int], norm: Callable[..., nn.Module] | None) -> nn.Sequential:

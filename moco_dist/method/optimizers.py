@@ -49,21 +49,16 @@ class Lars(torch.optim.SGD):
 def _norms(tensors: list[Tensor]) -> Tensor:
     """Return the Euclidean norms of tensors of two or more dimensions, (tensors,).
 
-    `_foreach_norm` needs pinned memory, which no graph may take.
+    Each is the norm of the norms along the longest dimension: a sum over everything would depend on
+    the number of threads, which may differ from process to process. `_foreach_norm` needs pinned
+    memory, which no graph may take.
     """
-    return torch.stack([_norm(each) for each in tensors])
-
-
-def _norm(x: Tensor) -> Tensor:
-    """Return the norm of the norms along the longest dimension.
-
-    A sum over everything would depend on the number of threads, which may differ from process to
-    process.
-    """
-    longest = max(range(x.ndim), key=lambda place: x.shape[place])
-    others = [place for place in range(x.ndim) if place != longest]
-    norm: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=others))
-    return norm
+    norms = []
+    for x in tensors:
+        longest = max(range(x.ndim), key=x.shape.__getitem__)
+        others = [place for place in range(x.ndim) if place != longest]
+        norms.append(torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=others)))
+    return torch.stack(norms)
 
 
 def build(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

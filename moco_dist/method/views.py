@@ -308,24 +308,15 @@ def make(
     index: Tensor,
     view: Key,
     dtype: torch.dtype = torch.float32,
+    cut: bool = False,
 ) -> Tensor:
-    """Return view number `view` of uint8 images (n, c, H, W): `apply` of `draw`."""
+    """Return view number `view` of uint8 images (n, c, H, W): `apply` of `draw`.
+
+    With `cut` the images are crops that are cut and resized, (n, c, size, size).
+    """
     draws = draw(config, seed, epoch, index, view, *images.shape[2:])
+    if cut:
+        # The window is the whole crop, so that only the flip is left of that stage.
+        zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, config.size)
+        draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
     return apply(images, draws, config, dtype)
-
-
-def finish(
-    crops: Tensor,
-    config: ViewsConfig,
-    seed: int,
-    epoch: Key,
-    index: Tensor,
-    view: Key,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return what `make` does, of crops that are cut and resized, uint8 (n, c, size, size)."""
-    draws = draw(config, seed, epoch, index, view, *crops.shape[2:])
-    # The window is the whole crop, so that only the flip is left of that stage.
-    zero, whole = torch.zeros_like(draws.top), torch.full_like(draws.top, config.size)
-    draws = replace(draws, top=zero, left=zero, height=whole, width=whole)
-    return apply(crops, draws, config, dtype)

@@ -6,19 +6,17 @@ resumed run reads those lines again, so nothing else is saved for alarms.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 from moco_dist.config.recipe import PretrainConfig
-from moco_dist.errors import NumbersError, output_errors
+from moco_dist.errors import NumbersError
+from moco_dist.runs import record
 from moco_dist.runs.record import Metric
+from moco_dist.tracking.terminal import Sink
 from moco_dist.tracking.tracker import Metrics
 
 logger = logging.getLogger(__name__)
@@ -58,17 +56,13 @@ class Watch:
     """Reads the lines of metrics of a run in order, and finds each alarm once.
 
     `images` is the number of training images. `path` is metrics.jsonl, cut back to the step from
-    which the run continues. `shown` also gets each alarm, to display it.
+    which the run continues; `write` appends a line to it, and `shown` displays each alarm.
     """
 
     def __init__(
-        self,
-        config: PretrainConfig,
-        images: int,
-        path: Path,
-        shown: Callable[[int, Mapping[str, Any]], None] = lambda step, alarm: None,
+        self, config: PretrainConfig, images: int, path: Path, write: Sink, shown: Sink
     ) -> None:
-        self.config, self.images, self.path, self.shown = config, images, path, shown
+        self.config, self.images, self.write, self.shown = config, images, write, shown
         self.told: set[str] = set()
         # Measurements in a row that look collapsed.
         self._collapsed = 0
@@ -85,27 +79,29 @@ class Watch:
         self._speeds: deque[float] = deque(maxlen=1000)
         self._candidates = config.moco.candidates(config.batch_size, images)
         self._began = "queue was full" if config.moco.fills else "run began"
-        self._replay()
+        self._replay(path)
 
     def sink(self, step: int, metrics: Metrics) -> None:
         """Give the alarms that `look` finds; this is a sink of a Tracker."""
         for name, text in self.look(step, metrics).items():
             if name != TOO_LONG:  # given before the first step
                 logger.warning("%s at step %d: %s", name, step, text)
-            self._write(step, name, text)
-            self.shown(step, {"alarm": name, "text": text})
+            self._give(step, name, text)
 
     def ended(self, step: int, error: NumbersError) -> None:
         """Write the alarm of numbers that are not finite, which the error itself tells the user."""
         if NOT_FINITE not in self.told:
-            self._write(step, NOT_FINITE, str(error))
+            self.write(step, {"alarm": NOT_FINITE, "text": str(error)})
 
     def note(self, step: int, name: str, text: str) -> None:
         """Write and show what was found elsewhere, once."""
         if text not in self.told:
             self.told.add(text)
-            self._write(step, name, text)
-            self.shown(step, {"alarm": name, "text": text})
+            self._give(step, name, text)
+
+    def _give(self, step: int, name: str, text: str) -> None:
+        for sink in (self.write, self.shown):
+            sink(step, {"alarm": name, "text": text})
 
     def look(self, step: int, metrics: Metrics) -> dict[str, str]:
         """Return a sentence for each new alarm in the line `metrics` of `step`, under its name."""
@@ -123,25 +119,19 @@ class Watch:
         self.told |= new.keys()
         return new
 
-    def _replay(self) -> None:
+    def _replay(self, path: Path) -> None:
         """Read the lines up to here, and which alarms have been given.
 
         Speeds are forgotten, because another machine may have logged them.
         """
         told = set()
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            metrics = json.loads(line)
-            if "alarm" in metrics:
-                told |= {metrics["alarm"], metrics.get("text", "")}
-            elif "step" in metrics:
-                self.look(metrics["step"], metrics)
+        for line in record.lines(path):
+            if "alarm" in line:
+                told |= {line["alarm"], line.get("text", "")}
+            else:
+                self.look(line["step"], line)
         self.told = told
         self._speeds.clear()
-
-    def _write(self, step: int, name: str, text: str) -> None:
-        line = {"step": step, "time": round(time.time(), 3), "alarm": name, "text": text}
-        with output_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
     def _collapse(self, metrics: Metrics) -> str | None:
         spread, rank = metrics.get(Metric.FEATURE_STD), metrics.get(Metric.RANKME)

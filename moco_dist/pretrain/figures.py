@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moco_dist.distributed import comms
+from moco_dist.method.loss import owners
 from moco_dist.method.moco import MoCo
 from moco_dist.runs.record import Metric
 
@@ -104,9 +105,7 @@ def own_images(samples: Tensor, queue_samples: Tensor) -> Tensor:
 
     Sample numbers: `samples` int64 (batch_size,), all different, and `queue_samples` (filled,).
     """
-    known = samples.sort().values  # torch.isin would wait for a GPU
-    nearest = known[torch.searchsorted(known, queue_samples).clamp(max=len(known) - 1)]
-    return (nearest == queue_samples).sum() / len(samples)
+    return (owners(queue_samples, samples) >= 0).sum() / len(samples)
 
 
 @torch.no_grad()

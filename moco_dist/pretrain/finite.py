@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from moco_dist.data.view_source import ViewSource
 from moco_dist.distributed import comms
 from moco_dist.errors import NumbersError
 from moco_dist.method.plan import Step
+from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs.record import Metric
 
 
 def norms(parameters: Sequence[nn.Parameter], *others: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,13 +35,14 @@ def flat(x: Tensor) -> Tensor:
 
 
 def refuse(
-    step: int, figures: Mapping[str, Tensor], rows: Step, source: ViewSource, rate: float
+    trainer: Trainer, step: int, rows: Step, keys: Tensor, losses: Tensor, gradient: Tensor
 ) -> NoReturn:
-    """Raise NumbersError, on all processes alike, naming the `figures` and images at fault."""
+    """Raise NumbersError, on all processes alike, naming the figures and images at fault."""
+    figures = {"keys": keys, Metric.LOSS: losses, "gradient": gradient}
     bad = [name for name, figure in figures.items() if not figure.isfinite().all()]
     # An image that isn't finite spoils its BatchNorm group: the views tell which one it is.
     mine = rows.samples[torch.cat([rows.query_rows, *rows.key_rows])]
-    views = source.any_views([(mine, 0), (mine, 1)], rows.epoch)
+    views = trainer.source.any_views([(mine, 0), (mine, 1)], rows.epoch)
     whole = torch.cat([view.flatten(1) for view in views], dim=1).isfinite().all(1)
     found = comms.gather_objects((bad, mine[~whole].tolist()))
     names = ", ".join(dict.fromkeys(name for bad, _ in found for name in bad))
@@ -49,7 +51,7 @@ def refuse(
     error = NumbersError(
         f"{names} not finite in step {step} ({whose}; the batch is in not_finite.json); nothing of "
         "the step was kept. Look at its images, or train again with name=... and optim.lr below "
-        f"{rate:g}"
+        f"{trainer.config.optim.lr:g}"
     )
     error.details = {
         "step": step,

@@ -8,37 +8,14 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from moco_dist.config.recipe import PretrainConfig
-from moco_dist.data.view_source import ViewSource
 from moco_dist.distributed import agreement, comms, peers
 from moco_dist.errors import UserError
-from moco_dist.method import batch_norm
-from moco_dist.method.moco import MoCo
 from moco_dist.method.plan import Step
 from moco_dist.method.schedule import due
 from moco_dist.pretrain import figures, finite
-from moco_dist.runs.record import Metric
+from moco_dist.pretrain.mechanisms import Hooks
+from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.session import Session
-
-
-class Hooks:
-    """What is called between the lines of a step. These hooks only gather the keys."""
-
-    def begin(self, step: int, rows: Step) -> None:
-        """Is called once the rows of the step are known and before anything is computed."""
-
-    def gather(self, keys: Tensor) -> Callable[[], Tensor]:
-        """Begin to gather the keys of all processes in the order of ranks, (batch_size, dim)."""
-        return comms.all_gather_later(keys)
-
-    def pause(self, doing: str) -> None:
-        """Is called between parts of what takes long before the first step."""
-
-    def before_update(self, made: list[Tensor], losses: Tensor) -> None:
-        """Is called once the gradients are known and before weights and memory change."""
-
-    def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
-        """Is called once the encoders have moved and while the memory holds older vectors only."""
 
 
 class RunHooks(Hooks):
@@ -47,18 +24,9 @@ class RunHooks(Hooks):
     Without a `session`, as in a benchmark, nobody asks the step to stop and nothing is saved.
     """
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        network: MoCo,
-        optimizer: torch.optim.Optimizer,
-        source: ViewSource,
-        undo: batch_norm.Undo,
-        session: Session | None = None,
-    ) -> None:
-        self.config, self.network, self.optimizer = config, network, optimizer
-        self.source, self.undo, self.session = source, undo, session
-        self.parameters = [p for p in network.query_encoder.parameters() if p.requires_grad]
+    def __init__(self, trainer: Trainer, session: Session | None = None) -> None:
+        self.trainer, self.session = trainer, session
+        self.parameters = [p for p in trainer.moco.query_encoder.parameters() if p.requires_grad]
         # Whether this process wants a checkpoint after the next step, and what all agreed on.
         self.wants_save = False
         self.agreed = agreement.Agreement(stop=0, save=False)
@@ -73,7 +41,7 @@ class RunHooks(Hooks):
         unequal messages would kill the other processes.
         """
         peers.me.mark(step, "encoding keys")
-        size, processes = self.config.batch_size, comms.world_size()
+        size, processes = self.trainer.config.batch_size, comms.world_size()
         sizes = {len(rows.samples), *(len(mine) * processes for mine in rows.key_rows)}
         if others := sizes - {size}:
             raise UserError(
@@ -82,7 +50,7 @@ class RunHooks(Hooks):
                 "command, files and versions"
             )
         self.step, self.rows = step, rows
-        self.undo.keep()
+        self.trainer.undo.keep()
         asked = self.session.request() if self.session else 0
         self.note: Tensor | None = agreement.note(
             step, rows.samples, asked, self.wants_save, alone=processes == 1
@@ -128,24 +96,20 @@ class RunHooks(Hooks):
             raise
         if not good:
             self.discard()
-            suspects = {
-                "keys": torch.cat(made),
-                Metric.LOSS: losses,
-                "gradient": self.gradient_norm,
-            }
-            finite.refuse(self.step, suspects, self.rows, self.source, self.config.optim.lr)
+            suspects = torch.cat(made), losses, self.gradient_norm
+            finite.refuse(self.trainer, self.step, self.rows, *suspects)
         if self.session:
             self.session.saver.copied()
 
     def discard(self) -> None:
-        self.undo.restore()
-        self.optimizer.zero_grad()
+        self.trainer.undo.restore()
+        self.trainer.optimizer.zero_grad()
 
     @record_function("tracking")
     def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
         """Measure how queries and positives lie on the sphere, in steps in which that is due."""
-        every, number = self.config.tracking.health_every_steps, self.step + 1
+        every, number = self.trainer.config.tracking.health_every_steps, self.step + 1
         if due(every, number, always=number == 1):
-            self.health = figures.health(self.network, queries, positives, self.rows.samples)
+            self.health = figures.health(self.trainer.moco, queries, positives, self.rows.samples)
         else:
             self.health = {}

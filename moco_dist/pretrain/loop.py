@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import run_lists
 from moco_dist.distributed import fingerprint, peers
 from moco_dist.errors import DataError, StoppedError
@@ -28,7 +27,7 @@ def loop(
     trainer: Trainer, session: Session, total: int, tracker: Tracker, can_classify: bool
 ) -> dict[str, float]:
     """Train up to step `total`; return the last figures."""
-    config, hooks = trainer.config, run_hooks(trainer, session)
+    config, hooks = trainer.config, RunHooks(trainer, session)
     take = Stepper(trainer, hooks)
     results: dict[str, float] = {}
     owed: list[tuple[int, Callable[[], dict[str, float]]]] = []
@@ -61,14 +60,16 @@ def loop(
         session.stop.needs = 2 * (slowest + session.saver.seconds)
         step, last = trainer.step, trainer.step == total
         classifies = can_classify and evaluates(trainer, total)
-        saves = last or hooks.agreed.save or saves_at(trainer)
-        draws = due(config.tracking.media_every_epochs, _ended_epoch(trainer), last)
+        keep, epoch = config.checkpoint, _ended_epoch(trainer)
+        is_due = due(keep.every_epochs, epoch) or due(keep.every_steps, step)
+        saves = last or hooks.agreed.save or is_due
+        draws = due(config.tracking.media_every_epochs, epoch, last)
         logs = saves or draws or due(config.tracking.every_steps, step)
         if step == 1 or logs or hooks.health:
             seconds = (time.monotonic() - since) / (step - logged)
             owed.append((step, partial(figures_of, trainer, step, taken, hooks.health, seconds)))
             if config.data.skip_unreadable:
-                share_aside(trainer, session)
+                run_lists.share(session.directory, trainer.splits.train, trainer.splits.test)
             since, logged = time.monotonic(), step
         if not take.captured or saves or draws or classifies:
             take.settle()
@@ -88,12 +89,6 @@ def loop(
         if classifies or saves or draws:
             since, logged = time.monotonic(), step
     return results
-
-
-def run_hooks(trainer: Trainer, session: Session | None = None) -> RunHooks:
-    """Return what a run does between the lines of the trainer's steps."""
-    parts = trainer.moco, trainer.optimizer, trainer.source, trainer.undo
-    return RunHooks(trainer.config, *parts, session)
 
 
 def figures_of(
@@ -128,12 +123,6 @@ def owes(trainer: Trainer, total: int, can_classify: bool) -> bool:
     return can_classify and trainer.evaluated != trainer.step and evaluates(trainer, total)
 
 
-def saves_at(trainer: Trainer) -> bool:
-    """Return whether a checkpoint is due after the step that was done last."""
-    settings, step = trainer.config.checkpoint, trainer.step
-    return due(settings.every_epochs, _ended_epoch(trainer)) or due(settings.every_steps, step)
-
-
 def _ended_epoch(trainer: Trainer) -> int:
     """Return the epoch, from 1, that the last step ended; 0 in the middle of one."""
     epoch, inside = divmod(trainer.step, trainer.steps_per_epoch)
@@ -155,15 +144,10 @@ def evaluate(trainer: Trainer, session: Session, tracker: Tracker) -> dict[str, 
     return found
 
 
-def share_aside(trainer: Trainer, session: Session) -> None:
-    """Note in the run which files could not be read since the last time; a collective."""
-    run_lists.share(session.directory, trainer.splits.train, trainer.splits.test)
-
-
 def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
     """Write a checkpoint of the state after `step` steps, in the background, or `wait` for it."""
     peers.me.mark(trainer.step, "saving")
-    share_aside(trainer, session)
+    run_lists.share(session.directory, trainer.splits.train, trainer.splits.test)
     model, training = state.tensors(trainer.moco, trainer.optimizer)
     momentum = [value for key, value in training.items() if key.startswith("momentum.")]
     peers.same_everywhere(
@@ -176,8 +160,6 @@ def save(trainer: Trainer, session: Session, wait: bool = False) -> None:
         REMEMBERED: trainer.moco.remembered,
         "evaluated": trainer.evaluated,
         "best": trainer.best,
-        "run_id": session.run_id,
         "data": trainer.splits.fingerprint,
-        "config": to_dict(trainer.config),
     }
     session.save(trainer.step, model, training, others, wait)

@@ -24,7 +24,6 @@ from moco_dist.method import moco, pairs
 from moco_dist.method.batch_norm import Undo
 from moco_dist.method.loss import info_nce, owners
 from moco_dist.method.plan import Plan, Step
-from moco_dist.pretrain.hooks import Hooks
 from moco_dist.randomness import Key
 
 Later = Callable[[], Tensor]
@@ -55,6 +54,26 @@ class Piece(NamedTuple):
     candidates: Later
     view: Callable[[], Tensor]  # makes their views, float (rows, channels, size, size)
     last: bool  # of the step
+
+
+class Hooks:
+    """What is called between the lines of a step. These hooks only gather the keys."""
+
+    def begin(self, step: int, rows: Step) -> None:
+        """Is called once the rows of the step are known and before anything is computed."""
+
+    def gather(self, keys: Tensor) -> Callable[[], Tensor]:
+        """Begin to gather the keys of all processes in the order of ranks, (batch_size, dim)."""
+        return comms.all_gather_later(keys)
+
+    def pause(self, doing: str) -> None:
+        """Is called between parts of what takes long before the first step."""
+
+    def before_update(self, made: list[Tensor], losses: Tensor) -> None:
+        """Is called once the gradients are known and before weights and memory change."""
+
+    def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
+        """Is called once the encoders have moved and while the memory holds older vectors only."""
 
 
 class Mechanism(ABC):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn
 
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import to_dict
-from moco_dist.data import datasets
-from moco_dist.data.run_lists import Begun
+from moco_dist.data import datasets, run_lists
 from moco_dist.distributed import comms, faults, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
@@ -16,7 +14,7 @@ from moco_dist.errors import DataError, NumbersError, StoppedError
 from moco_dist.method import encoder
 from moco_dist.pretrain import alarms
 from moco_dist.pretrain.banner import announce, summarize
-from moco_dist.pretrain.loop import loop, owes, save, share_aside
+from moco_dist.pretrain.loop import loop, owes, save
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import saving, session
 from moco_dist.runs.session import Session
@@ -48,7 +46,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
         watch = None
         if comms.is_main():
             path = opened.directory / "metrics.jsonl"
-            watch = alarms.Watch(config, len(splits.train), path, tracker.sinks[-1])
+            watch = alarms.Watch(config, len(splits.train), path, *tracker.sinks)
             tracker.sinks.append(watch.sink)
             if jump:
                 watch.note(trainer.step, alarms.OTHER_LENGTH, jump)
@@ -62,7 +60,11 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
             if watch and isinstance(error, NumbersError):
                 watch.ended(trainer.step, error)
             # All processes are here, with the state after a whole step.
-            end_early(trainer, opened, error)
+            run_lists.share(opened.directory, splits.train, splits.test)
+            if trainer.step:
+                save(trainer, opened, wait=True)
+            place = f"saved after step {trainer.step:,} of {trainer.total_steps:,}"
+            session.end_early(opened, error, place if trainer.step else "nothing to save")
     if done:
         session.finish(opened, results)
     summarize(trainer, opened, results)
@@ -72,7 +74,7 @@ def build(config: PretrainConfig, opened: Session) -> Trainer:
     """Return the trainer of a run as its newest checkpoint has it, or as a run begins."""
     saved = opened.resumed
     peers.together(lambda: encoder.check(config.encoder, config.views.size))
-    begun = Begun(opened.directory, saved.piece("data") if saved else None)
+    begun = run_lists.Begun(opened.directory, saved.piece("data") if saved else None)
     splits = datasets.load(config.data, config.encoder.channels, begun)
     trainer = Trainer(config, opened.accelerator, splits, opened.resumed)
     if config.init_from and not opened.resumed:
@@ -87,13 +89,3 @@ def write_encoder(trainer: Trainer, directory: Path) -> Path | None:
         return None
     state, config = trainer.moco.state_dict(), to_dict(trainer.config)
     return peers.from_main(lambda: saving.write_encoder(directory, trainer.step, state, config))
-
-
-def end_early(trainer: Trainer, opened: Session, error: session.EndedError) -> NoReturn:
-    """Save the state after the last whole step; raise `error` again, with where that is."""
-    step = trainer.step
-    share_aside(trainer, opened)
-    if step:
-        save(trainer, opened, wait=True)
-    place = f"saved after step {step:,} of {trainer.total_steps:,}" if step else "nothing to save"
-    session.end_early(opened, error, place)

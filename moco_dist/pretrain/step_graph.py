@@ -24,7 +24,8 @@ from moco_dist.errors import shown
 from moco_dist.method.plan import Step
 from moco_dist.pretrain import figures, finite
 from moco_dist.pretrain.device_clock import DeviceClock
-from moco_dist.pretrain.hooks import Hooks, RunHooks
+from moco_dist.pretrain.hooks import RunHooks
+from moco_dist.pretrain.mechanisms import Hooks
 from moco_dist.pretrain.step_parts import OtherGradients, Parts
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.record import Metric
@@ -70,14 +71,14 @@ class _Guard(Hooks):
         self.stepper, self.clock = stepper, clock
 
     def begin(self, step: int, rows: Step) -> None:
-        self.stepper.hooks.undo.keep()
+        self.stepper.trainer.undo.keep()
         self.rows = rows
 
     def before_update(self, made: list[Tensor], losses: Tensor) -> None:
         hooks, good = self.stepper.hooks, self.clock.good
         self.norms = finite.norms(hooks.parameters, *made)
         good.logical_and_(torch.add(*self.norms).isfinite())
-        hooks.undo.restore_unless(good)
+        self.stepper.trainer.undo.restore_unless(good)
         # The fused optimizer does nothing if this is 1.
         self.stepper.trainer.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
 
@@ -248,10 +249,6 @@ class Stepper:
         trainer.step = step
         trainer.moco.remembered -= (self.count - number) * self._keys
         row = dict(zip(_NAMES, self.read[number % _KEPT], strict=True))
-        suspects = {
-            "keys": row["keys"],
-            Metric.LOSS: row[Metric.LOSS],
-            "gradient": row[Metric.GRADIENT_NORM],
-        }
+        suspects = row["keys"], row[Metric.LOSS], row[Metric.GRADIENT_NORM]
         rows = trainer.plan.step(step, len(trainer.config.moco.passes))
-        finite.refuse(step, suspects, rows, trainer.source, trainer.config.optim.lr)
+        finite.refuse(trainer, step, rows, *suspects)

@@ -21,7 +21,8 @@ from moco_dist.distributed import comms
 from moco_dist.method.plan import Step
 from moco_dist.pretrain.device_clock import DeviceClock
 from moco_dist.pretrain.finite import flat
-from moco_dist.pretrain.hooks import Hooks, RunHooks
+from moco_dist.pretrain.hooks import RunHooks
+from moco_dist.pretrain.mechanisms import Hooks
 from moco_dist.pretrain.trainer import Trainer
 
 # By how much the gradient of the first step by parts may differ from the eager one, relative to it.

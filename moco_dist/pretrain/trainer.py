@@ -22,16 +22,17 @@ from moco_dist.distributed import comms, fingerprint, peers
 from moco_dist.encoders import features, load
 from moco_dist.errors import ConfigError
 from moco_dist.method import batch_norm, moco, optimizers, schedule
+from moco_dist.method.compilation import compile_errors
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images, group_share
-from moco_dist.pretrain import mechanisms, rehearsal, state
-from moco_dist.pretrain.hooks import Hooks
+from moco_dist.pretrain import mechanisms, state
 from moco_dist.randomness import Key
 from moco_dist.runs.checkpoint import Checkpoint
 from moco_dist.runs.record import Metric
-from moco_dist.tracking import media
+from moco_dist.tracking import media, terminal
+from moco_dist.tracking.start import console
 
-GATHER_ONLY = Hooks()
+GATHER_ONLY = mechanisms.Hooks()
 
 
 class HostClock:
@@ -133,7 +134,7 @@ class Trainer:
         ends = saved is not None and saved.step >= self.total_steps
         self.undo = batch_norm.Undo(*self.moco.encoders.values())
         if config.runtime.compile and not ends:
-            peers.together(lambda: rehearsal.compile_all(self._rehearsal(), self.source, config))
+            peers.together(self._compile)
         # The query encoder alone gets DDP: keys have no gradients, and DDP would send the queue
         # at each step. It would also give each process the BatchNorm statistics of process 0.
         self.query = accelerator.prepare(self.moco.query_encoder)
@@ -141,7 +142,10 @@ class Trainer:
         self.undo = batch_norm.Undo(*self.moco.encoders.values())
         if processes > 1:
             self.query.broadcast_buffers = False
-            rehearsal.settle_buckets(self._rehearsal(), self.query)
+            # After a backward pass DDP lays out its sums in another order. With three processes or
+            # more the layout decides in which order gradients are added: without this pass, the
+            # first step of a launch that resumes would have other bits than in the middle of a run.
+            self._rehearse(self.query)
         self.contrast = self.mechanism()
         if saved:
             peers.together(lambda: self.restore(saved))
@@ -161,14 +165,51 @@ class Trainer:
             device=self.device,
         )
 
-    def _rehearsal(self) -> rehearsal.Rehearsal:
-        config, size = self.config, self.config.views.size
-        rows = config.batch_size // comms.world_size() // config.runtime.micro_batches
-        images = torch.zeros(
-            *(rows, config.encoder.channels, size, size), dtype=self.dtype, device=self.device
-        )
-        micro_batches = config.runtime.micro_batches
-        return rehearsal.Rehearsal(self.moco, self.undo, self.accelerator, images, micro_batches)
+    @property
+    def _rows(self) -> int:
+        """Rows of a micro-batch on this process."""
+        return self.config.batch_size // comms.world_size() // self.config.runtime.micro_batches
+
+    def _rehearse(self, *encoders: Callable[[Tensor], Tensor]) -> None:
+        """Encode black images once round the BatchNorm groups; also backward, where it can.
+
+        Nothing of it stays, but what compiles in it is compiled.
+        """
+        size = self.config.views.size, self.config.views.size
+        shape = self._rows, self.config.encoder.channels, *size
+        images = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.undo.keep()
+        for _ in range(self.config.runtime.micro_batches):
+            for encoder in encoders:
+                with self.accelerator.autocast():
+                    vectors = encoder(images)
+                if vectors.requires_grad:
+                    self.accelerator.backward(vectors.sum())
+        self.undo.restore()
+        self.moco.query_encoder.zero_grad()
+
+    def _compile(self) -> None:
+        """Compile views and encoders for the shapes of a step; ConfigError if that fails."""
+        if comms.is_main():
+            text = "compiling views and encoders: a minute or more at a first launch, then seconds"
+            terminal.write_line(console, text)
+        # A process keeps few compiled forms of a function, and may have had other runs.
+        torch.compiler.reset()
+        self.source.maker.compile_step()
+        for encoder in self.moco.encoders.values():
+            encoder.compile_training()
+        views = [view for views in self.config.moco.passes for view in views if view is not None]
+        whole = self.config.runtime.micro_batches == 1
+        together = [views] if whole else [[view] for view in {*views}]
+        samples = torch.arange(self._rows, device=self.device)
+        shape = len(together[0]) * self._rows, *self.source.shape
+        images = samples.new_zeros(shape, dtype=torch.uint8)
+        with compile_errors():
+            for views in together:
+                self.source.maker.of_step(images, [(samples, view) for view in views], 0)
+            # What runs without gradients in a step is another graph: mostly the key encoder.
+            *_, last = self.moco.encoders.values()
+            self._rehearse(self.moco.query_encoder, torch.no_grad()(last.forward))
 
     def mechanism(self, query: Callable[[Tensor], Tensor] | None = None) -> mechanisms.Mechanism:
         """Return what finds the loss and gradients of a step, from the parts of this trainer.
@@ -178,7 +219,7 @@ class Trainer:
         parts = self.moco, query or self.query, self.accelerator, self.source, self.plan, self.undo
         return mechanisms.of(self.config)(self.config, *parts)
 
-    def train_step(self, hooks: Hooks = GATHER_ONLY) -> tuple[Tensor, list[Tensor]]:
+    def train_step(self, hooks: mechanisms.Hooks = GATHER_ONLY) -> tuple[Tensor, list[Tensor]]:
         """Take one step: for MoCo Algorithm 1 (He et al. 2020), whose lines stand on the right.
 
         Returns this process's mean loss, (), and the logits of each micro-batch of each pass,

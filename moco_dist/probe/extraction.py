@@ -33,12 +33,7 @@ def extract(
                 found.append(features.extract(each, images, config.views, config.batch_size))
     except DataError as error:
         if error.shared:
-            share_aside(session, splits)
+            run_lists.share(session.directory, splits.train, splits.test)
         raise
-    share_aside(session, splits)
-    return torch.stack(found)
-
-
-def share_aside(session: Session, splits: datasets.Splits) -> None:
-    """Note in the run which files could not be read since the last time; a collective."""
     run_lists.share(session.directory, splits.train, splits.test)
+    return torch.stack(found)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from moco_dist.config.optim import OptimConfig
-from moco_dist.config.probe import GridConfig
 from moco_dist.method import schedule
 
 # Most logits in memory at once during an evaluation.
@@ -26,12 +25,6 @@ class Point:
 
     lr: float
     weight_decay: float
-
-
-def points(grid: GridConfig, optim: OptimConfig) -> list[Point]:
-    """Return the points of the grid, ordered by weight decay."""
-    rates, decays = grid.lr or [optim.lr], grid.weight_decay or [optim.weight_decay]
-    return [Point(lr, decay) for decay in decays for lr in rates]
 
 
 class Heads(nn.Module):

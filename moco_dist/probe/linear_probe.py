@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.config.yaml_files import to_dict
 from moco_dist.data import datasets
 from moco_dist.data.view_source import view_source
 from moco_dist.distributed import comms, fingerprint, peers
@@ -88,8 +87,8 @@ class LinearProbe:
         ]
         self.steps_per_epoch = self.plans[0].steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
-        grid = dataclasses.replace(config.grid, lr=config.rates())
-        self.points = heads.points(grid, config.optim)
+        decays = config.grid.weight_decay or [config.optim.weight_decay]
+        self.points = [heads.Point(lr, decay) for decay in decays for lr in config.rates()]
         num_features, num_classes = self.features["train"].shape[2], len(splits.train.classes)
         self.heads = heads.Heads(
             len(self.names), self.seeds, len(self.points), num_features, num_classes
@@ -320,9 +319,7 @@ class LinearProbe:
             "epoch": self.step / self.steps_per_epoch,
             "encoder": self.identity,
             "classes": list(self.splits.train.classes),
-            "run_id": self.session.run_id,
             "data": self.splits.fingerprint,
-            "config": to_dict(self.config),
         }
         self.session.save(self.step, model, momentum, about, wait)
 

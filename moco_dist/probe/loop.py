@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moco_dist.data import run_lists
 from moco_dist.distributed import comms
 from moco_dist.errors import output_errors
 from moco_dist.method.schedule import due
-from moco_dist.probe.extraction import share_aside
 from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.probe.overlap import Overlap
 from moco_dist.probe.results import LOSS, TOP1, TOP_K, brief, measure, select
@@ -39,7 +39,7 @@ def loop(probe: LinearProbe, total: int, tracker: Tracker) -> None:
                 Metric.MEMORY_GB: memory_gb(probe.session.device),
             }
             tracker.log(step, metrics | evaluate(probe, comms.mean(losses), epoch > 0))
-            share_aside(probe.session, probe.splits)
+            run_lists.share(probe.session.directory, probe.splits.train, probe.splits.test)
             since, evaluated = time.monotonic(), step
         keep = config.checkpoint
         probe.session.stop.needs = 2 * probe.session.saver.seconds

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from moco_dist.config.probe import ProbeConfig
-from moco_dist.data import datasets
+from moco_dist.data import datasets, run_lists
 from moco_dist.data.image_file import MODES
-from moco_dist.data.run_lists import Begun
 from moco_dist.distributed import comms, faults, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.encoders import load
@@ -20,7 +19,6 @@ from moco_dist.errors import ConfigError, DataError, NumbersError, StoppedError,
 from moco_dist.method import schedule
 from moco_dist.method.encoder import check
 from moco_dist.probe import overlap
-from moco_dist.probe.extraction import share_aside
 from moco_dist.probe.label_fraction import require_classes
 from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.probe.loop import conclude, loop, write
@@ -49,7 +47,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     peers.together(lambda: require_channels(config, source))
     warn_of_views(config, source)
     saved = opened.resumed
-    begun = Begun(opened.directory, saved.piece("data") if saved else None)
+    begun = run_lists.Begun(opened.directory, saved.piece("data") if saved else None)
     splits = images_for(config, source, begun)
     overlaps = find_overlaps(splits)
     probe = LinearProbe(config, opened, splits, source)
@@ -69,7 +67,7 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         except (StoppedError, NumbersError, DataError) as error:
             if isinstance(error, DataError) and not error.shared:
                 raise
-            share_aside(opened, probe.splits)
+            run_lists.share(opened.directory, probe.splits.train, probe.splits.test)
             if probe.step:
                 probe.save(wait=True)
             place = f"saved after step {probe.step:,} of {probe.total_steps:,}"
@@ -89,7 +87,7 @@ def rate(probe: LinearProbe, epochs: int, step: int) -> dict[str, float]:
     return {"the learning rate goes": found}
 
 
-def images_for(config: ProbeConfig, source: Found, run: Begun | None = None) -> datasets.Splits:
+def images_for(config: ProbeConfig, source: Found, run: run_lists.Begun) -> datasets.Splits:
     """Return the labelled images for an encoder; a collective."""
     found = datasets.load(config.data, source.architecture.channels, run)
     return peers.together(lambda: labelled(found, config))

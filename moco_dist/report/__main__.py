@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from moco_dist.report.run import run
-
-
-def main() -> None:
-    """Run the command with the arguments of this process."""
-    sys.exit(run(sys.argv[1:]))
-
+from moco_dist.report.run import run as main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from moco_dist.method import views
 from moco_dist.randomness import Purpose, permutation
 from moco_dist.report.pictures import Tile
 from moco_dist.tracking import fonts
+from moco_dist.tracking.media import colours
 
 # Images in the sample, images on the t-SNE map, images in a batch, and most seconds that extracting
 # the features may take.
@@ -203,15 +204,11 @@ def _queries(labels: Tensor) -> list[int]:
 def pairs(images: Images, recipes: Sequence[ViewsConfig]) -> list[list[Tile]]:
     """Return two rows of tiles, the two views of some images with the run's settings."""
     rows = torch.arange(min(PAIRS, len(images)))
-    mean, std = (torch.tensor(each)[:, None, None] for each in (recipes[0].mean, recipes[0].std))
     both = (
         views.make(images.pixels[rows], views.recipe(recipes, view), 0, 0, rows, view)
         for view in (0, 1)
     )
-    return [
-        [Tile(_pixels(((each * std + mean) * 255).clamp(0, 255).byte())) for each in made]
-        for made in both
-    ]
+    return [[Tile(_pixels(each)) for each in colours(made, recipes[0])] for made in both]
 
 
 def _pixels(image: Tensor) -> NDArray[np.uint8]:

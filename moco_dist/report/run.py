@@ -132,7 +132,7 @@ def look_at(runs: Sequence[Record]) -> dict[Path, Look | str]:
                 f"a page has them for at most {LOOKED_AT} runs; make a report of this run alone"
             )
             looks[record.directory] = reason
-        elif not record.checkpoints.steps:
+        elif not record.saved:
             looks[record.directory] = "the run has no checkpoint yet"
         else:
             print(f"features of {shown(record.directory)} ... (--quick skips them)", flush=True)
@@ -147,11 +147,11 @@ def look_at(runs: Sequence[Record]) -> dict[Path, Look | str]:
     return looks
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str] | None = None) -> int:
     """Run the command, print a sentence if it fails, and return the exit status."""
     escape_output()
     try:
-        status = main(arguments)
+        status = main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return status
     except UserError as error:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from moco_dist.config.moco import MocoConfig
 from moco_dist.errors import counted, shown
 from moco_dist.report.results import TITLES, results
 from moco_dist.runs.partners import labels
 from moco_dist.runs.record import CONTROL, Metric, Record, number, text_of
-from moco_dist.tracking.progress import RunProgress, duration
+from moco_dist.tracking.progress import RunProgress, duration, moment
 from moco_dist.tracking.terminal import layout, loss
 
 KINDS = {"pretrain": "pretraining", "probe": "probe", "": "unknown"}
@@ -28,6 +28,8 @@ NONE = "-"
 PLACES = ("name", "output", "encoder", "data.root", "data.cache")
 # Most keys of a run that are printed because they differ from another run's; a page has all.
 TOLD = 8
+# A local date and time, to the minute.
+date = partial(moment, form="%Y-%m-%d %H:%M", unknown="at an unknown time")
 # States that need no reason.
 WELL = ("done", "running", "starting")
 
@@ -142,14 +144,6 @@ def standing(name: str, record: Record) -> str:
     }.get(record.state, ended)
 
 
-def date(seconds: float) -> str:
-    """Return a local date and time, to the minute."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-    except (OverflowError, OSError, ValueError):
-        return "at an unknown time"
-
-
 def details(record: Record) -> Iterator[str]:
     """Yield the details of one run, one line each."""
     config = record.config
@@ -187,9 +181,8 @@ def details(record: Record) -> Iterator[str]:
             f"({value('optim.schedule')}), {value('precision')}, seed {value('seed')}"
         )
     rows |= {title: f"{value}, {about}" for title, value, about in key_figures(record)}
-    saved = record.checkpoints
-    names = [f"step {step:,}" for step in saved.steps[-4:]] + saved.damaged
-    earlier = f"{len(saved.steps) - 4} earlier, " if len(saved.steps) > 4 else ""
+    names = [f"step {step:,}" for step in record.saved[-4:]] + record.damaged
+    earlier = f"{len(record.saved) - 4} earlier, " if len(record.saved) > 4 else ""
     rows["checkpoints"] = earlier + ", ".join(names) if names else "none"
     size = max(map(len, rows))
     yield from (f"{key:{size}}  {text}" for key, text in rows.items())

@@ -55,14 +55,6 @@ class Metric(StrEnum):
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """The folders in checkpoints/, whole or not."""
-
-    steps: list[int]
-    damaged: list[str]
-
-
-@dataclass(frozen=True)
 class Record:
     """A run as its files describe it."""
 
@@ -77,7 +69,9 @@ class Record:
     # The content of DONE.
     results: dict[str, Any]
     lines: list[Line]
-    checkpoints: Checkpoints
+    # The steps of the folders in checkpoints/, whole or not, and the names of damaged ones.
+    saved: list[int]
+    damaged: list[str]
 
     @property
     def kind(self) -> str:
@@ -139,7 +133,7 @@ def read(directory: Path) -> Record:
         stored(directory / "config.yaml"),
         read_object(directory / "DONE"),
         lines(directory / "metrics.jsonl"),
-        _checkpoints(directory),
+        *_checkpoints(directory),
     )
 
 
@@ -154,18 +148,24 @@ def parse(texts: Iterable[bytes]) -> list[Line]:
     """Return the entries with a step; a header and a line that was cut short have none."""
     found = []
     for text in texts:
-        with suppress(ValueError, RecursionError):
-            entry = json.loads(text)
-            step = number(entry.get("step")) if isinstance(entry, dict) else None
-            if step is not None and 0 <= step < 2**53:
-                found.append(entry | {"step": int(step)})
+        entry = parsed(text)
+        step = number(entry.get("step"))
+        if step is not None and 0 <= step < 2**53:
+            found.append(entry | {"step": int(step)})
     return found
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one if that can't be read."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads(path.read_bytes())
+    with suppress(OSError):
+        return parsed(path.read_bytes())
+    return {}
+
+
+def parsed(text: bytes) -> dict[str, Any]:
+    """Return the JSON object that a text is; an empty one if it is none."""
+    with suppress(ValueError, RecursionError):
+        content = json.loads(text)
         return content if isinstance(content, dict) else {}
     return {}
 
@@ -220,14 +220,14 @@ def standing(directory: Path) -> tuple[str, str]:
     if state != "running":
         return state, reason
     who = owner.name if owner else f"process {status.get('pid')} on {text_of(status.get('host'))}"
-    saved = _checkpoints(directory).steps
+    saved, _ = _checkpoints(directory)
     again = f"the same command resumes from step {max(saved):,}" if saved else "nothing was saved"
     return "gone", f"{who} ended without a reason; {again}"
 
 
-def _checkpoints(directory: Path) -> Checkpoints:
+def _checkpoints(directory: Path) -> tuple[list[int], list[str]]:
     names: list[str] = []
     with suppress(OSError):
         names = sorted(path.name for path in (directory / "checkpoints").iterdir())
     steps = [int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{1,15}", name)]
-    return Checkpoints(steps, [shown(name) for name in names if name.startswith("damaged_step_")])
+    return steps, [shown(name) for name in names if name.startswith("damaged_step_")]

@@ -91,8 +91,10 @@ class Session:
     ) -> None:
         """Save the state after `step` steps in the background, or `wait` until it is on disk.
 
-        In the background the tensors must not change until `saver.copied` has returned.
+        In the background the tensors must not change until `saver.copied` has returned. The id and
+        the configuration of the run join the `state`.
         """
+        state = {**state, "run_id": self.run_id, "config": yaml_files.to_dict(self.settings)}
         self.stop.saving = wait or comms.is_main()  # the previous save may need long
         if comms.is_main():
             self.saver.start(step, model, optimizer, state)
@@ -225,8 +227,7 @@ def begin(session: Session, schedule: Schedule = lambda epochs, step: {}) -> str
         end_early(session, error, "nothing has begun")
     peers.me.training = True
 
-    run, change = session.directory, _changed_length(session)
-    jump = _jump(session, schedule) if change else ""
+    run, (change, jump) = session.directory, _changed_length(session, schedule)
     if jump:
         logger.warning(jump)
 
@@ -245,29 +246,24 @@ def begin(session: Session, schedule: Schedule = lambda epochs, step: {}) -> str
     return jump
 
 
-def _changed_length(session: Session) -> list[str]:
-    """Return a comment for config.yaml if this launch changes the length of the run."""
-    if not session.resumed:
-        return []
-    before, now = session.resumed.piece("config")["epochs"], session.settings.epochs
-    place = f"from step {session.resumed.step} on"
-    return [f"# epochs was {before} before; it is {now} {place}"] if before != now else []
+def _changed_length(session: Session, schedule: Schedule) -> tuple[list[str], str]:
+    """Return a comment for config.yaml if this launch changes the length of the run.
 
-
-def _jump(session: Session, schedule: Schedule) -> str:
-    """Return a sentence if a step has other settings than in a run of the length before."""
-    assert session.resumed, "a new run has no length before"
-    step, before = session.resumed.step, session.resumed.piece("config")["epochs"]
-    now = session.settings.epochs
+    Also a sentence if the step then has other settings than in a run of the length before.
+    """
+    saved, now = session.resumed, session.settings.epochs
+    if not saved or (before := saved.piece("config")["epochs"]) == now:
+        return [], ""
+    step = saved.step
     last, planned, new = schedule(before, step - 1), schedule(before, step), schedule(now, step)
     jumps = [f"{k} from {last[k]:.3g} to {new[k]:.3g}" for k in new if new[k] != planned[k]]
-    if not jumps:
-        return ""
-    return (
+    sentence = (
         f"epochs={now} was {before} until step {step}, so {' and '.join(jumps)} in one step; this "
         f"run will differ from one of {now} epochs from the start, for which give name=...; "
         "config.yaml notes it"
     )
+    comment = f"# epochs was {before} before; it is {now} from step {step} on"
+    return [comment], sentence if jumps else ""
 
 
 def _comments(path: Path) -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
@@ -24,14 +23,6 @@ PAUSE = 1.0  # seconds between two looks at the files
 EARLIER = 5  # results at most that one look prints above the live picture
 
 
-class News(NamedTuple):
-    """Whole lines of a file: the new ones and, if it was cut back, those that stayed."""
-
-    cut: bool
-    old: list[bytes]
-    new: list[bytes]
-
-
 class Tail:
     """The lines of a file that grows, and is sometimes cut back to an earlier line."""
 
@@ -39,8 +30,11 @@ class Tail:
         self._path, self._end, self._last = path, 0, b""
         self._known: list[int] = []
 
-    def read(self) -> News:
-        """Return what is new since the last call; nothing if the file can't be read."""
+    def read(self) -> tuple[bool, list[bytes], list[bytes]]:
+        """Return whether it was cut back since the last call, the lines that stayed, and new ones.
+
+        All are whole lines; nothing is new if the file can't be read.
+        """
         try:
             with self._path.open("rb") as file:
                 file.seek(self._end - len(self._last))
@@ -49,7 +43,7 @@ class Tail:
                     file.seek(0)
                 content = file.read()
         except OSError:
-            return News(False, [], [])
+            return False, [], []
         lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
         hashes, kept = list(map(hash, lines)), 0
         if cut:
@@ -60,7 +54,7 @@ class Tail:
         self._end += sum(map(len, lines))
         self._last = lines[-1] if lines else self._last
         self._known += hashes[kept:]
-        return News(cut, lines[:kept], lines[kept:])
+        return cut, lines[:kept], lines[kept:]
 
 
 class Watch:
@@ -79,12 +73,12 @@ class Watch:
         """Show what is new; return whether the run is done."""
         # In this order, because a run that is done has written all its lines.
         state, reason = record.standing(self._directory)
-        news = self._tail.read()
-        if news.cut:
+        cut, kept, new = self._tail.read()
+        if cut:
             self._progress = RunProgress()
-            self._add(record.parse(news.old))
+            self._add(record.parse(kept))
             self._print(f"{self._place()} started again from here")
-        texts = self._add(record.parse(news.new))
+        texts = self._add(record.parse(new))
         for text in texts[-EARLIER:] if self._live else texts:
             self._print(text)
         self._progress.running = state == "running"

@@ -45,7 +45,7 @@ class Album:
 
         Both are float (images, 3, size, size), normalised.
         """
-        rows = [[_tile(view) for view in _colours(part, config)] for part in (first, second)]
+        rows = [[_tile(view) for view in colours(part, config)] for part in (first, second)]
         self._save(step, "views.png", lambda path: _grid(rows).save(path))
 
     def neighbours(self, step: int, queries: Tensor, nearest: Tensor, right: Tensor) -> None:
@@ -88,7 +88,7 @@ class Album:
                 logger.warning("%s: can't be written (%s); the run continues", path, error)
 
 
-def _colours(views: Tensor, config: ViewsConfig) -> Tensor:
+def colours(views: Tensor, config: ViewsConfig) -> Tensor:
     """Return normalised views as uint8 (images, 3, size, size) on the CPU."""
     views = views.cpu()
     mean, std = (views.new_tensor(each)[:, None, None] for each in (config.mean, config.std))

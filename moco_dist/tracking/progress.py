@@ -7,20 +7,12 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from moco_dist.runs.record import Metric, number, steps_per_epoch, text_of
 
 WINDOW = 1000  # lines of metrics over which the pace is measured
 POINTS = 512  # that a curve keeps at most
-
-
-class Alarm(NamedTuple):
-    """Something wrong with the run, in words."""
-
-    step: int
-    name: str
-    text: str
 
 
 class Curve:
@@ -71,7 +63,7 @@ class RunProgress:
         # The accuracy is kNN's, or the probe's top-1.
         self.loss, self.accuracy = Curve(), Curve()
         self.best_knn: tuple[int, float] | None = None  # step and accuracy
-        self.alarms: list[Alarm] = []
+        self.alarms: list[str] = []
         self.running = True
         self.moment = 0.0  # of the newest line
         self._filled = False
@@ -85,7 +77,7 @@ class RunProgress:
         step, before = line["step"], self.moment
         self.moment = now = number(line.get("time")) or before
         if isinstance(line.get("alarm"), str):
-            alarm = Alarm(step, text_of(line["alarm"]), text_of(line.get("text") or ""))
+            alarm = f"ALARM at step {step}: {text_of(line.get('text') or line['alarm'])}"
             self.alarms, self.step = [*self.alarms, alarm], max(self.step, step)
             return
         self.per_epoch = steps_per_epoch(dict(line)) or self.per_epoch
@@ -148,9 +140,9 @@ def duration(seconds: float) -> str:
     return f"{whole}s"
 
 
-def moment(seconds: float) -> str:
-    """Return a point in time as a log shows it: month, day, hour and minute."""
+def moment(seconds: float, form: str = "%m-%d %H:%M", unknown: str = "??-?? ??:??") -> str:
+    """Return a point in time as a log shows it: month, day, hour and minute, or in another form."""
     try:
-        return time.strftime("%m-%d %H:%M", time.localtime(seconds))
+        return time.strftime(form, time.localtime(seconds))
     except (OverflowError, OSError, ValueError):
-        return "??-?? ??:??"
+        return unknown

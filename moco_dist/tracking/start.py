@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import sys
 from functools import partial
-from typing import Any
 
 import accelerate
 import torch
@@ -14,7 +12,7 @@ from rich.console import Console
 import moco_dist
 from moco_dist.config import yaml_files
 from moco_dist.distributed import comms, peers
-from moco_dist.errors import counted, shown
+from moco_dist.errors import counted
 from moco_dist.runs import record
 from moco_dist.runs.environment import environment
 from moco_dist.runs.session import Session
@@ -49,7 +47,7 @@ def tracker(session: Session, total_steps: int, job: str, group: str | None = No
         group = group or f"{settings.name}-{session.run_id}"
         identity = {"id": session.run_id, "name": settings.name, "group": group, "job_type": job}
         machine = {key: value for key, value in environment().items() if key != "arguments"}
-        content = _printable(yaml_files.to_dict(settings)) | {"environment": machine}
+        content = yaml_files.to_dict(settings) | {"environment": machine}
         say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
         services.append(wandb_run.WandbRun(settings.tracking, run, identity, content, say))
     if settings.tracking.tensorboard:
@@ -57,18 +55,6 @@ def tracker(session: Session, total_steps: int, job: str, group: str | None = No
     feeds = [Feed(service, path) for service in services]
     album = Album(run / "media") if settings.tracking.media_every_epochs else None
     return Tracker([lines, shown], bar, feeds, album)
-
-
-def _printable(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values that can be sent as UTF-8, which the bytes of a path need not be."""
-    return {
-        key: _printable(value)
-        if isinstance(value, dict)
-        else shown(value, sys.maxsize)
-        if isinstance(value, str)
-        else value
-        for key, value in values.items()
-    }
 
 
 def banner(session: Session, title: str, rows: dict[str, str]) -> None:

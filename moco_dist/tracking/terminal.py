@@ -206,8 +206,8 @@ def picture(
     for name, curve in (("loss", progress.loss), (accuracy, progress.accuracy)):
         if len(curve.points) > 1:
             rows.append(Text(f"{name} {curve.drawn(width - 5, marks)}", no_wrap=True))
-    alarms = [f"ALARM at step {a.step}: {a.text or a.name}" for a in progress.alarms[-ALARMS:]]
-    for text, style in [*((alarm, "bold yellow") for alarm in alarms), (note, "dim")]:
+    alarms = ((alarm, "bold yellow") for alarm in progress.alarms[-ALARMS:])
+    for text, style in [*alarms, (note, "dim")]:
         if text:
             cut = text if len(text) <= width else f"{text[: width - 3]}..."
             rows.append(Text(cut, style=style))

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from moco_dist.errors import StoppedError, UserError, output_errors
-from moco_dist.runs.record import number
+from moco_dist.runs.record import number, parsed
 from moco_dist.tracking.feed import Feed
 from moco_dist.tracking.media import Album
-from moco_dist.tracking.terminal import Display
+from moco_dist.tracking.terminal import Display, Sink
 
 Metrics = Mapping[str, float]
-Sink = Callable[[int, Metrics], None]
 
 # The first line of metrics.jsonl. Version 1: every other line has "step", "time" and metrics.
 HEADER = {"schema": "moco_dist.metrics", "version": 1}
@@ -81,7 +80,7 @@ def json_lines(path: Path, step: int, evaluated: bool = True) -> Sink:
         file.seek(0)
         end = 0
         for line in file:
-            found = _parsed(line)
+            found = parsed(line) if line.endswith(b"\n") else {}  # cut short by a crash
             if end or found.get("schema") != HEADER["schema"]:
                 at = number(found.get("step"))
                 again = not evaluated and at == step and b'"knn/' in line
@@ -105,11 +104,3 @@ def cut_media(folder: Path, step: int) -> None:
         with suppress(ValueError):
             if int(each.name.removeprefix("step_")) > step:
                 shutil.rmtree(each, ignore_errors=True)
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """Return the JSON object of a line; an empty one if a crash cut it short."""
-    with suppress(ValueError):
-        content = json.loads(line) if line.endswith(b"\n") else {}
-        return content if isinstance(content, dict) else {}
-    return {}

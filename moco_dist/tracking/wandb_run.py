@@ -12,13 +12,14 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moco_dist.config.running import TrackingConfig
-from moco_dist.errors import StoppedError
+from moco_dist.errors import StoppedError, shown
 from moco_dist.runs import record
 from moco_dist.runs.status import replace
 
@@ -48,11 +49,15 @@ def mode(settings: TrackingConfig) -> str:
 
 
 def shareable(content: Any) -> Any:
-    """Return a configuration with absolute paths, and those with ~, cut to their last part."""
+    """Return a configuration with absolute paths, and those with ~, cut to their last part.
+
+    Texts can be sent as UTF-8, which the bytes of a path need not be.
+    """
     if isinstance(content, Mapping):
         return {key: shareable(value) for key, value in content.items()}
-    if isinstance(content, str) and (content.startswith("~") or Path(content).is_absolute()):
-        return Path(content).name
+    if isinstance(content, str):
+        private = content.startswith("~") or Path(content).is_absolute()
+        return shown(Path(content).name if private else content, sys.maxsize)
     return content
 
 

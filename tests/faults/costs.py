@@ -23,7 +23,8 @@ from moco_dist.distributed import agreement, comms
 from moco_dist.method.batch_norm import group_statistics
 from moco_dist.method.encoder import build_encoder
 from moco_dist.method.moco import MoCo
-from moco_dist.pretrain import figures, finite, loop, run
+from moco_dist.pretrain import figures, finite, run
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import saving, session
 from tests import processes
@@ -59,7 +60,7 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
     config = load(PretrainConfig, [*SMALL, f"output={output}"])
     opened = session.start(config)
     trainer = Trainer(config, opened.accelerator, datasets.load(config.data))
-    hooks = loop.run_hooks(trainer, opened)
+    hooks = RunHooks(trainer, opened)
     clocks: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +72,7 @@ def measure_guard(output: str, steps: int) -> tuple[float, float]:
 
         return call
 
-    hooks.undo.keep = timed(hooks.undo.keep)  # type: ignore[method-assign]
+    trainer.undo.keep = timed(trainer.undo.keep)  # type: ignore[method-assign]
     for owner, name in ((agreement, "note"), (agreement, "agree"), (finite, "norms")):
         setattr(owner, name, timed(getattr(owner, name)))
     # What the note adds to the gather of the keys: with and without it, in turn.

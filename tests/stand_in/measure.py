@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
-from moco_dist.pretrain.loop import run_hooks
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.step_graph import Stepper
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session
@@ -50,7 +50,7 @@ def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
     """
     trainer = built(words)
     trainer.step = 1  # the first one measures health
-    hooks = run_hooks(trainer)
+    hooks = RunHooks(trainer)
     stepper = Stepper(trainer, hooks)
 
     def step() -> None:

@@ -12,14 +12,14 @@ import os
 import sys
 
 from moco_dist.errors import NumbersError
-from moco_dist.pretrain.loop import run_hooks
+from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.step_graph import Stepper
 from tests.stand_in.measure import built
 
 if __name__ == "__main__":
     trainer = built(sys.argv[1:])
     trainer.step, queue = 1, trainer.moco.queue
-    take = Stepper(trainer, run_hooks(trainer))
+    take = Stepper(trainer, RunHooks(trainer))
     while not take.captured or take.count < 3:
         take()
         if take.captured:
