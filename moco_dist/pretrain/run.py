@@ -46,7 +46,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
         watch = None
         if comms.is_main():
             path = opened.directory / "metrics.jsonl"
-            watch = alarms.Watch(config, len(splits.train), path, *tracker.sinks)
+            watch = alarms.Watch(config, len(splits.train), path, *tracker.sinks[:2])
             tracker.sinks.append(watch.sink)
             if jump:
                 watch.note(trainer.step, alarms.OTHER_LENGTH, jump)
