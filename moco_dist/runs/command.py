@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -62,6 +63,10 @@ def main(
     warnings.formatwarning = lambda message, category, filename, lineno, line=None: (
         f"{category.__name__}: {' '.join(str(message).split())} ({filename}:{lineno})"
     )
+    # Threads of a library can abort a process that ends Python, after all its work is done, and the
+    # launcher then calls the run failed. What libraries register from here on still runs before.
+    done: list[bool] = []
+    atexit.register(lambda: leave(0) if done else None)
     stop = StopRequests()
     peers.me.give_up = partial(_end, stop=stop)
     if _first():
@@ -78,7 +83,15 @@ def main(
     stop.on_end(0, "", False)
     peers.me.part()
     comms.shutdown()
+    done.append(True)
     sys.exit(0)
+
+
+def leave(status: int) -> None:
+    """Exit at once, without ending Python and its libraries one by one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _first() -> bool:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ from typing import Protocol
 
 from moco_dist.distributed import peers
 from moco_dist.runs import record
+from moco_dist.runs.command import leave
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ class Feed:
             peers.me.mark(peers.me.step, f"finishing {self.service.name}")
         if self._thread.is_alive():
             self._fail("does not finish")
-            atexit.register(_exit, status)  # runs before the handlers of the service, which wait
+            atexit.register(leave, status)  # runs before the handlers of the service, which wait
 
     def _run(self) -> None:
         try:
@@ -121,9 +120,3 @@ class Feed:
             self._flush()
         self.service.finish(status)
         self._ended = True
-
-
-def _exit(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
