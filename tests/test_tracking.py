@@ -15,6 +15,7 @@ from PIL import Image
 from moco_dist.config.recipe import ViewsConfig
 from moco_dist.encoders import features
 from moco_dist.errors import StoppedError
+from moco_dist.runs import command
 from moco_dist.tracking import feed
 from moco_dist.tracking.media import Album
 from moco_dist.tracking.tracker import Tracker, cut_media, json_lines
@@ -150,7 +151,7 @@ def test_a_service_that_hangs_does_not_hold_the_end(
     ]
     assert book.rows == []  # it has hung all the time
     book.go_on.set()
-    atexit.unregister(feed._exit)
+    atexit.unregister(command.leave)
 
 
 def test_a_picture_that_cannot_be_written_is_one_warning(

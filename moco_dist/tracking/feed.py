@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moco_dist.distributed import peers
-from moco_dist.runs import record
-from moco_dist.runs.command import leave
+from moco_dist.runs import command, record
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,9 @@ class Feed:
             peers.me.mark(peers.me.step, f"finishing {self.service.name}")
         if self._thread.is_alive():
             self._fail("does not finish")
-            atexit.register(leave, status)  # runs before the handlers of the service, which wait
+            atexit.register(
+                command.leave, status
+            )  # runs before the handlers of the service, which wait
 
     def _run(self) -> None:
         try:
