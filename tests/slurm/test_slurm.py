@@ -433,10 +433,9 @@ def test_an_archive_is_unpacked_once_on_the_disk_of_the_node(
     slurm.wait(job)
     assert slurm.facts(job)["JobState"] == "COMPLETED", slurm.text(job)
     names = [path.name for path in (tmp_path / "node" / "moco_dist").iterdir()]
-    assert sorted(name.split("_")[0].split(".")[-1] for name in names) == [
-        "safetensors",
-        "unpacked",
-    ]
+    kinds = sorted(name.split("_")[0].split(".")[-1] for name in names)
+    # The list of the images is kept too, if the job began long enough after they were made.
+    assert [kind for kind in kinds if kind != "list"] == ["safetensors", "unpacked"]
 
 
 def test_a_job_that_is_too_long_for_its_time_is_requeued_until_it_is_done(
