@@ -129,7 +129,7 @@ def test_the_run_learns_something_worth_comparing(straight: Straight) -> None:
     assert account["state"]["queue.samples"].min() >= 0
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_any_number_of_processes_gives_the_same_run(straight: Straight, world_size: int) -> None:
     assert_same(straight(world_size), straight(1))
 
