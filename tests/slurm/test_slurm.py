@@ -435,7 +435,7 @@ def test_an_archive_is_unpacked_once_on_the_disk_of_the_node(
     names = [path.name for path in (tmp_path / "node" / "moco_dist").iterdir()]
     kinds = sorted(name.split("_")[0].split(".")[-1] for name in names)
     # The list of the images is kept too, if the job began long enough after they were made.
-    assert [kind for kind in kinds if kind != "list"] == ["safetensors", "unpacked"]
+    assert kinds in (["safetensors", "unpacked"], ["list", "safetensors", "unpacked"])
 
 
 def test_a_job_that_is_too_long_for_its_time_is_requeued_until_it_is_done(
