@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the list in launch/record.txt on one GPU, in pieces: each call works for RECORD_SECONDS (500) and
-# exits with status 75 while there is more to do. The same call continues from there and skips finished
+# exits with status 75 if there is more to do. The same call continues from there and skips finished
 # runs. With CIFAR-10 as DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg:
 #   until bash launch/record.sh DIR; do [[ $? == 75 ]] || break; done
 #   bash launch/record.sh DIR [key=value for the pretrainings ...] [-- key=value for the probes ...]

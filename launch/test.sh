@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Lint, syntax of the shell scripts and types, then the tests, five files at a time. The tests that cause
-# faults run before the others, next to mypy alone, because they depend on time. Arguments go to pytest,
-# which then runs alone.
+# Runs ruff, bash -n and mypy, then the tests, five files at a time. The tests that cause faults run before
+# the others, next to mypy alone, because they depend on time. Arguments go to pytest, which then runs alone.
 set -euo pipefail
 # shellcheck source=launch/environment.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" ".[dev]"

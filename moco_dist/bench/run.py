@@ -3,11 +3,16 @@
   python -m moco_dist.bench CONFIG [key=value ...] [--against textbook] [--sweep KEY=A,B,...]
   accelerate launch -m moco_dist.bench CONFIG ...        several processes or GPUs, as pretrain
 
-Takes real steps with a full queue, and writes no file. --against textbook measures a plain loop in
-turn (PIL views in a DataLoader, fp32, NCHW, eager) and prints ratios. --sweep measures each value
-of a key. --repeats (5), --steps (of a repeat: 1, on a GPU 20), --warm-up (2, on a GPU 20) and
---workers (of the plain loop's DataLoader: 0, on a GPU one per core of a process) set how much is
-measured. The last line of the output holds all figures as JSON.
+Takes real steps with a full queue, and writes no file. The last line of the output has all figures
+as JSON.
+
+  --against textbook  alternate with a plain loop (PIL views in a DataLoader, fp32, NCHW, eager), and
+                      print ratios
+  --sweep KEY=A,B     measure each of these values of a key
+  --repeats N         measurements, whose median is printed; default 5
+  --steps N           steps per measurement; default 1, on a GPU 20
+  --warm-up N         steps before the first measurement; default 2, on a GPU 20
+  --workers N         workers of the plain loop's DataLoader; default 0, on a GPU one per core
 """
 
 from __future__ import annotations

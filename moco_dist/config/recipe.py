@@ -50,7 +50,7 @@ class DataConfig:
     # The filter that resizes to these squares; torchvision's Resize, and so the published protocols
     # of evaluation on ImageNet, are bilinear.
     resize: Literal["bicubic", "bilinear"] = "bicubic"
-    # A folder or shards whose squares need more than this many GB (10^9 bytes) are streamed, i.e.
+    # Images from files whose squares need more than this many GB (10^9 bytes) are streamed, i.e.
     # decoded whenever they are needed; 0 always streams. Streaming changes the views.
     memory_gb: float = 16.0
     # Go on without unreadable images, with a warning, instead of stopping.

@@ -5,10 +5,11 @@
   python -m moco_dist.doctor RUN|CONFIG [key=value ...] --bn-leak  is its BatchNorm a leak?
 
 The table shows processes, versions, network, batch, queue, data, colors, memory, disk and W&B as
-the launcher and the configuration set them. Exits with status 1, and lists what will fail.
+the launcher and the configuration set them. If something will fail, it is listed, and the command
+exits with status 1.
 
 For --bn-leak, RUN is a run directory. A CONFIG stands for the run that it describes, or for a short
-training that is not kept if there is no such run yet. Exits with status 78 if the run leaks.
+training, which is not kept, if there is no such run yet. Exits with status 78 if the run leaks.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
   python -m moco_dist.export runs/cifar10 --to timm [--output DIR] [--encoder query|key]
 
 The first argument is a run (its newest checkpoint), a checkpoint folder, another export, a folder
-that timm or transformers saved, or a file with a state dict, as libraries and training scripts save
-it. --backbone timm/NAME says which model of timm a file without a description holds. The targets
-of --to are
+that timm or transformers saved, or a file with a state dict from a library or training script.
+--backbone timm/NAME names the timm model in a file that does not. The targets of --to are:
 
   torchvision   model.safetensors for torchvision.models; published width only
   timm          model.safetensors and config.json for timm.create_model; published width only
@@ -14,8 +13,8 @@ of --to are
   moco          model.pth.tar like the original MoCo scripts, with queue and both encoders
   onnx          model.onnx, from any number of images to features; any encoder
 
-Each folder has a README.md: what the encoder is, how it was trained and measured, and the code
-that loads it. This code is run, and the features are compared, before anything is kept.
+Each folder gets a README.md: what the encoder is, how it was trained and measured, and the code
+that loads it. Nothing is kept unless this code runs and gives the same features.
 `moco_dist.load_encoder(PATH)` reads the same files in Python.
 
   --push NAME   list what would be uploaded to NAME or OWNER/NAME on the Hugging Face hub

@@ -9,7 +9,7 @@
 
 The columns are the last loss, the last and the best kNN accuracy on the validation images, and a
 probe's top-1 accuracy on the test images, for the trained encoder and a random one (control).
-Several runs are followed by the keys in which they differ.
+For several runs, the keys in which they differ follow.
 The page of a run includes its probes, and the page of a probe its pretraining. The runs may still
 be running, on this machine or on another one that shares the disk; their files are not changed.
 """

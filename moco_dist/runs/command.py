@@ -36,8 +36,10 @@ Schema = TypeVar("Schema")
 COMMANDS = """\
   accelerate launch -m moco_dist.pretrain configs/pretrain/cifar10.yaml [file.yaml | key=value ...]
   accelerate launch -m moco_dist.probe configs/probe/cifar10.yaml encoder=runs/cifar10 [...]
-One process: python -m. Several CPU processes: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu
---num_processes 2 -m. Files and overrides apply from left to right onto these defaults:
+
+For one process, replace "accelerate launch" by "python". For several on CPUs, replace it by
+"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2". moco_dist/config explains
+each key. Files and overrides apply from left to right to these defaults:
 """
 
 OTHERS_SECONDS = 5.0  # in which a launcher ends the others when the first process has failed
