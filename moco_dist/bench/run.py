@@ -6,8 +6,8 @@
 Takes real steps with a full queue, and writes no file. The last line of the output has all figures
 as JSON.
 
-  --against textbook  alternate with a plain loop (PIL views in a DataLoader, fp32, NCHW, eager), and
-                      print ratios
+  --against textbook  alternate with a plain loop (PIL views in a DataLoader, fp32, NCHW, eager),
+                      and print ratios
   --sweep KEY=A,B     measure each of these values of a key
   --repeats N         measurements, whose median is printed; default 5
   --steps N           steps per measurement; default 1, on a GPU 20
