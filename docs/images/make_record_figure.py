@@ -1,6 +1,6 @@
-"""Draw the figure of docs/recipes.md, docs/images/record.png, from recorded runs.
+"""Draw a figure of docs/recipes.md, such as docs/images/record.png, from recorded runs.
 
-python docs/images/make_record_figure.py "LABEL=RUN" ...
+python docs/images/make_record_figure.py FILE.png "LABEL=RUN" ...
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from PIL import Image
 from moco_dist.report import curves, figures
 from moco_dist.runs import record
 
-TARGET = Path(__file__).parent / "record.png"
 
-
-def main(words: list[str]) -> None:
+def main(target: str, *words: str) -> None:
     """Draw the validation kNN accuracy of each run over its epochs."""
     series = []
     for place, (label, _, run) in enumerate(word.partition("=") for word in words):
@@ -25,8 +23,8 @@ def main(words: list[str]) -> None:
         series.append(figures.Series(label, x, y, place))
     picture = figures.chart(figures.Chart("record", "kNN accuracy on validation images, %", series))
     with Image.open(io.BytesIO(picture.light)) as image:
-        image.convert("RGB").save(TARGET, optimize=True)
+        image.convert("RGB").save(target, optimize=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])
