@@ -25,7 +25,8 @@ class Undo:
         norms = [norm for encoder in encoders for norm in batch_norms(encoder)]
         owned = [(norm, name) for norm in norms for name in ("group_mean", "group_var")]
         each = [getattr(norm, name).flatten() for norm, name in owned]
-        self._live = torch.cat(each) if each else torch.empty(0)  # no BatchNorm, no statistics
+        # Without BatchNorm there are no statistics, and none of another device.
+        self._live = torch.cat(each) if each else next(encoders[0].parameters()).new_empty(0)
         self._kept = self._live.clone()
         offset = 0
         for norm, name in owned:
