@@ -98,6 +98,7 @@ class Parts(Hooks):
         stream = torch.cuda.Stream(trainer.device)
         torch.cuda.synchronize(trainer.device)
         gc.collect()
+        torch.cuda.empty_cache()
         try:
             trainer.clock = self.clock
             trainer.contrast = trainer.mechanism(self.encode)
