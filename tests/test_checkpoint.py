@@ -85,6 +85,27 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     assert str(path.parent) in str(error.value)
 
 
+def test_a_checkpoint_that_can_not_be_read_now_keeps_its_name(tmp_path: Path) -> None:
+    """As one on a server that is away for a moment; reading the memory of a process fails so."""
+    write(tmp_path, 10, 20)
+    file = tmp_path / "checkpoints" / "step_00000020" / "state.json"
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    found = checkpoint.newest(tmp_path, set_aside=True)
+    assert found is not None
+    assert found.step == 10
+    shutil.rmtree(found.path)
+    with pytest.raises(DataError, match="has no whole checkpoint, only step_00000020;") as error:
+        checkpoint.newest(tmp_path, set_aside=True)
+    assert error.value.again
+    with pytest.raises(DataError, match=r"step_00000020: can't be read \(Input/output error\)"):
+        checkpoint.read(file.parent)
+    file.unlink()
+    file.write_bytes(content)
+    assert newest(tmp_path).step == 20
+
+
 def test_a_half_written_folder_is_no_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 10)
     (tmp_path / "checkpoints" / ".step_00000020.123.tmp").mkdir()

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moco_dist.config.encoder import BACKBONES, EncoderConfig
 from moco_dist.errors import ConfigError
@@ -208,6 +209,19 @@ def test_a_model_of_timm_without_batchnorm_has_no_statistics() -> None:
     assert batch_norm.group_statistics(encoder) == {}
     batch_norm.average_statistics(encoder)
     assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128)
+    # On a device, where a CUDA graph has the numbers of a step found good.
+    undo = batch_norm.Undo(encoder.to("meta"))
+    undo.restore_unless(torch.ones((), dtype=torch.bool, device="meta"))
+
+
+def test_the_kernels_of_a_gpu_get_no_group_that_their_offsets_do_not_reach() -> None:
+    """Offsets have 32 bits; PyTorch's own BatchNorm takes larger groups."""
+    norm = GroupedBatchNorm(64, rows_per_group=2**13, groups=2)
+    with FakeTensorMode():
+        largest = torch.empty(2**14, 64, 63, 64, device="cuda")
+        larger = torch.empty(2**14, 64, 64, 64, device="cuda")
+    assert norm.fuses(largest)
+    assert not norm.fuses(larger)
 
 
 @pytest.mark.parametrize(

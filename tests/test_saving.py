@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from moco_dist.config.running import CheckpointConfig
 from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.distributed import comms
-from moco_dist.errors import DataError, NumbersError
+from moco_dist.errors import DataError, NumbersError, OutputError
 from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import checkpoint, saving, session, status
@@ -93,6 +94,25 @@ def test_leftovers_of_killed_saves_go_and_other_folders_stay(tmp_path: Path) -> 
     saving.clean(tmp_path)
     left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert left == {"step_00000005", "mine", ".hidden"}
+
+
+def test_a_checkpoint_whose_new_copy_did_not_come_is_the_old_one_again(tmp_path: Path) -> None:
+    """As after a kill, or an error of the file system, between the two renames of a replacement."""
+    saving.write(tmp_path, 5, MODEL, {}, {})
+    folder = tmp_path / "checkpoints"
+
+    def vanish() -> None:
+        """Remove the new copy just before it is put in its place."""
+        shutil.rmtree(next(folder.glob(".step_*.tmp")))
+
+    with pytest.raises(OutputError):
+        saving.write(tmp_path, 5, {"weight": torch.ones(1)}, {}, {}, vanish)
+    assert steps(tmp_path) == []
+    saving.clean(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["step_00000005"]
+    found = checkpoint.newest(tmp_path, set_aside=True)
+    assert found is not None
+    assert found.model["weight"].equal(MODEL["weight"])
 
 
 def test_a_run_with_damaged_checkpoints_only_does_not_start_from_nothing(tmp_path: Path) -> None:

@@ -106,6 +106,21 @@ def test_streamed_squares_give_the_views_of_memory_up_to_eight_bits(
     close(from_disk)
 
 
+def test_workers_are_told_numbers_and_no_tensor_of_a_device(squares: Path, tmp_path: Path) -> None:
+    """One of several processes has the rows and the epoch of a captured step on its GPU."""
+    splits = datasets.load(streamed(squares, tmp_path))
+    assert isinstance(splits.train, StreamedImages)
+    asked = [ViewsConfig(size=24)], 0
+    orders = [
+        splits.train.order_crops(*asked, epoch, torch.arange(5), (0,))
+        for epoch in (torch.tensor(3), 3)
+    ]
+    assert [type(order.draw.epoch) for order in orders] == [int, int]
+    first, second = (order.collect(torch.device("cpu")) for order in orders)
+    assert first.equal(second)
+    close(splits)
+
+
 def test_a_whole_crop_is_changed_by_its_flip_alone(squares: Path, tmp_path: Path) -> None:
     """The trainer applies all stages but the crop, as for images in memory."""
     whole = ["views.size=32", "views.scale_min=1", "views.ratio_min=1", "views.ratio_max=1"]

@@ -29,7 +29,7 @@ class Draw(NamedTuple):
     """What the images that stand in for unreadable ones depend on, besides the image itself."""
 
     seed: int = 0
-    epoch: Key = 0
+    epoch: int = 0
 
 
 FIXED = Draw()
@@ -168,7 +168,7 @@ class StreamedImages:
         row = int(self.rows[number])
         for candidates in (self.rows[labels == labels[number]], self.rows):
             attempts = torch.arange(ATTEMPTS)
-            drawn = uniform(draw.seed, Purpose.STAND_IN, int(draw.epoch), row, attempts)
+            drawn = uniform(draw.seed, Purpose.STAND_IN, draw.epoch, row, attempts)
             first: list[int] = candidates[(drawn * len(candidates)).long()].tolist()
             for other in (*first, *map(int, candidates)):
                 if other not in self.aside.rows:
@@ -186,8 +186,11 @@ class StreamedImages:
         samples: Tensor,
         wanted: tuple[int, ...],
     ) -> Order:
-        """Order the crops of views `wanted` of the images `samples`, int64 (n,)."""
-        samples, shared = samples.cpu(), recipes[0]
+        """Order the crops of views `wanted` of the images `samples`, int64 (n,).
+
+        Samples and epoch may be on a device, for which it is waited then.
+        """
+        samples, epoch, shared = samples.cpu(), int(epoch), recipes[0]
         numbers = [
             views.crop_numbers(views.recipe(recipes, view), seed, epoch, samples, view)
             for view in (0, 1)

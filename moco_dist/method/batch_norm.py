@@ -25,7 +25,8 @@ class Undo:
         norms = [norm for encoder in encoders for norm in batch_norms(encoder)]
         owned = [(norm, name) for norm in norms for name in ("group_mean", "group_var")]
         each = [getattr(norm, name).flatten() for norm, name in owned]
-        self._live = torch.cat(each) if each else torch.empty(0)  # no BatchNorm, no statistics
+        # Without BatchNorm there are no statistics, and none of another device.
+        self._live = torch.cat(each) if each else next(encoders[0].parameters()).new_empty(0)
         self._kept = self._live.clone()
         offset = 0
         for norm, name in owned:
@@ -92,7 +93,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         assert len(x) % rows == 0, f"{len(x)} rows are not whole groups of {rows}"
         if self.leaves_seen and torch.compiler.is_compiling():
             return self._by_formula(x)
-        if x.is_cuda and NormalizeGroups is not None:
+        if self._has_kernels(x):
             return self._by_kernels(x)
         first, count = self.next_group, len(x) // rows
         self.next_group = (first + count) % groups
@@ -109,10 +110,14 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         normalized = _NormalizeGroups.apply(x, *affine, mean, var, *rates)
         return normalized
 
+    def _has_kernels(self, x: Tensor) -> bool:
+        """Return whether `x` is on a GPU, and a group is not too large for offsets of 32 bits."""
+        there = x.is_cuda and NormalizeGroups is not None
+        return there and x.numel() // len(x) * self.rows_per_group < 2**31
+
     def fuses(self, x: Tensor) -> bool:
         """Return whether `rectified` can be called, and is faster than other operations are."""
-        here = self.training and x.is_cuda and NormalizeGroups is not None
-        return here and not torch.compiler.is_compiling()
+        return self.training and self._has_kernels(x) and not torch.compiler.is_compiling()
 
     def rectified(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Return the ReLU of the normalised `x`, plus `shortcut`, in one pass over their memory."""

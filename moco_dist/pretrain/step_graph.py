@@ -167,6 +167,8 @@ class Stepper:
         trainer.source.stay()
         torch.cuda.synchronize(device)
         gc.collect()
+        # A graph has memory of its own, for which that of eager steps is not given up by itself.
+        torch.cuda.empty_cache()
         stream = torch.cuda.Stream(device)
         self._open = self.first
         try:

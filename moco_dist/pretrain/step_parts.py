@@ -93,11 +93,18 @@ class Parts(Hooks):
         with suppress(_Found):
             trainer.train_step(eager)
         self.expected: Tensor | None = eager.joined
+        # With three processes or more the layout of a message decides in which order numbers are
+        # added. That of DistributedDataParallel gives the bits of the eager steps before a capture,
+        # which a run that resumes takes where another one repeats graphs.
+        buckets = trainer.query.reducer._get_zeros_like_grad_buckets()
+        self.buckets: list[list[Tensor]] = [bucket.parameters() for bucket in buckets]
+        del buckets
         trainer.source.stay()
         step, clock, contrast = trainer.step, trainer.clock, trainer.contrast
         stream = torch.cuda.Stream(trainer.device)
         torch.cuda.synchronize(trainer.device)
         gc.collect()
+        torch.cuda.empty_cache()
         try:
             trainer.clock = self.clock
             trainer.contrast = trainer.mechanism(self.encode)
@@ -159,21 +166,26 @@ class Parts(Hooks):
     def before_update(self, made: list[Tensor], losses: Tensor) -> None:
         self.made = sum(map(len, made))
         pairs = zip(self.hooks.parameters, self.leaves.values(), strict=True)
-        used = [(parameter, leaf.grad) for parameter, leaf in pairs]
-        gradients = [flat(gradient) for _, gradient in used if gradient is not None]
-        joined = torch.cat(gradients) / comms.world_size()
-        if self.trainer.config.runtime.gradients == "bf16":
-            joined = joined.bfloat16()
-        self.cut(lambda: comms.add_up(joined))
-        torch._foreach_copy_(gradients, list(joined.split([len(each) for each in gradients])))
+        used: dict[Tensor, Tensor] = {p: leaf.grad for p, leaf in pairs if leaf.grad is not None}
+        buckets = [[flat(used[p]) for p in bucket if p in used] for bucket in self.buckets]
+        messages = list(map(self._message, buckets))
+
+        def add_up() -> None:
+            for message in messages:
+                comms.add_up(message)
+
+        self.cut(add_up)
+        for gradients, message in zip(buckets, messages, strict=True):
+            sizes = [len(each) for each in gradients]
+            torch._foreach_copy_(gradients, list(message.split(sizes)))
 
         def attach() -> None:
-            for parameter, gradient in used:
+            for parameter, gradient in used.items():
                 parameter.grad = gradient
 
         def check() -> None:
             if self.expected is not None:
-                self._compare(joined)
+                self._compare(torch.cat([flat(gradient) for gradient in used.values()]))
             attach()
             self.hooks.before_update(made, losses)
 
@@ -182,6 +194,13 @@ class Parts(Hooks):
 
     def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
         self.cut(lambda: self.hooks.before_enqueue(queries, positives))
+
+    def _message(self, gradients: list[Tensor]) -> Tensor:
+        """Return the share of a mean over the processes as DistributedDataParallel sends it."""
+        joined = torch.cat(gradients)
+        if self.trainer.config.runtime.gradients == "bf16":
+            return joined.bfloat16() / comms.world_size()
+        return joined * (1 / comms.world_size())
 
     def _compare(self, joined: Tensor) -> None:
         """Raise OtherGradients, on all processes, unless these are those of the eager step."""

@@ -39,6 +39,12 @@ class OtherFormatError(DataError):
     """A checkpoint of another version of this program; it is not damaged."""
 
 
+class UnreadableError(DataError):
+    """A checkpoint that the file system does not give now; it may be whole."""
+
+    again = True
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The content of a checkpoint folder."""
@@ -76,8 +82,9 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run, or None; log and skip damaged ones.
 
     A collective: the first process chooses. With `set_aside`, for the writer of the run only,
-    damaged ones are renamed to damaged_step_... Raises DataError if all are damaged: whether to
-    start from nothing is for the user to decide.
+    damaged ones are renamed to damaged_step_..., but not those that the file system does not give,
+    as a server that is away for a moment. Raises DataError if none is whole: whether to start from
+    nothing is for the user to decide.
     """
     folder = peers.from_main(lambda: _newest_whole(run, set_aside))
     found = peers.together(lambda: None if folder is None else read(folder))
@@ -167,7 +174,7 @@ def restore_momentum(
 
 
 def _newest_whole(run: Path, set_aside: bool) -> Path | None:
-    damaged: list[str] = []
+    damaged, again = list[str](), False
     for _, folder in reversed(step_folders(run)):
         try:
             _verified_state(folder)
@@ -175,15 +182,19 @@ def _newest_whole(run: Path, set_aside: bool) -> Path | None:
             raise
         except (DataError, MissingError) as error:
             logger.warning("%s; going back to the previous checkpoint", error)
-            damaged.append(_set_aside(folder) if set_aside else folder.name)
+            again = again or error.again
+            keeps_name = error.again or not set_aside
+            damaged.append(folder.name if keeps_name else _set_aside(folder))
         else:
             return folder
     damaged += sorted(folder.name for folder in (run / "checkpoints").glob("damaged_step_*"))
     if damaged:
-        raise DataError(
+        none = DataError(
             f"{run}: has no whole checkpoint, only {', '.join(dict.fromkeys(damaged))}; bring one "
             "back, remove these folders to start from nothing, or choose name=... for a new run"
         )
+        none.again = again
+        raise none
     return None
 
 
@@ -235,6 +246,11 @@ def _verified_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if machine_error(error):
             raise
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise UnreadableError(
+                f"{path}: can't be read ({reason}); try again, or use another one"
+            ) from error
         raise DataError(f"{path}: damaged checkpoint ({error!r}); use another one") from error
     return state
 

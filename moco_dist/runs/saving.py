@@ -222,8 +222,16 @@ def prune(run: Path, settings: CheckpointConfig, best: int | None) -> None:
 
 
 def clean(run: Path) -> None:
-    """Remove what killed saves have left; call it as the only writer of the run."""
-    for pattern in (".step_*.tmp", ".step_*.old"):
+    """Remove what killed saves have left, but not the only copy of a checkpoint.
+
+    Call it as the only writer of the run.
+    """
+    for left in (run / "checkpoints").glob(".step_*.replaced"):
+        path = left.with_name(left.name.split(".")[1])
+        if not path.exists():  # the new one was not put in its place
+            with output_errors(path):
+                left.rename(path)
+    for pattern in (".step_*.tmp", ".step_*.old", ".step_*.replaced"):
         for left in (run / "checkpoints").glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -269,8 +277,9 @@ def _write_flushed(path: Path, parts: Iterable[bytes | memoryview]) -> str:
 
 
 def _commit(temporary: Path, path: Path) -> None:
-    # An earlier launch may have saved the same step without this one resuming from it.
-    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+    # An evaluation after the last save has it written again, and an earlier launch may have saved
+    # the same step without this one resuming from it.
+    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.replaced")
     if path.exists():
         path.rename(old)
     temporary.rename(path)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 
 from moco_dist.config.recipe import PretrainConfig
@@ -45,8 +46,9 @@ def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
     """Return what a step with a full queue takes, as medians of some steps.
 
     `words` are a configuration file and overrides. `launches` are all that is put on a stream;
-    `waits` the synchronisations, with `where` they come from; `cpu_ms` is process time. `captured`
-    counts a step that is repeated as a CUDA graph, as `runtime.cuda_graph` says.
+    `waits` the synchronisations, with `where` they come from; `cpu_ms` is process time; `held` the
+    memory that PyTorch holds, as a share of what it held after three eager steps. `captured` counts
+    a step that is repeated as a CUDA graph, as `runtime.cuda_graph` says.
     """
     trainer = built(words)
     trainer.step = 1  # the first one measures health
@@ -59,8 +61,10 @@ def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
         else:
             trainer.train_step(hooks)
 
+    held = []
     for _ in range(5):
         step()
+        held.append(torch.cuda.memory_reserved())
     assert stepper.captured == captured, "the step was not captured"
     found, times = [], []
     for _ in range(STEPS):
@@ -72,7 +76,8 @@ def measure(words: list[str], captured: bool = False) -> dict[str, Any]:
     with counters.watched() as where:
         step()
     middle = {name: int(statistics.median(each[name] for each in found)) for name in found[0]}
-    return middle | {"cpu_ms": statistics.median(times), "where": where, "step": trainer.step}
+    others = {"where": where, "step": trainer.step, "held": held[-1] / held[2]}
+    return middle | {"cpu_ms": statistics.median(times)} | others
 
 
 def table(words: list[str], found: dict[str, Any]) -> str:

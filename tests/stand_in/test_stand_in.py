@@ -81,6 +81,8 @@ def test_a_captured_step_is_a_few_launches_without_a_wait(images: list[str]) -> 
     # Streamed crops are put in order outside of the graphs.
     assert max(found["launches"] for found in (memory, *others)) <= 3
     assert memory["cpu_ms"] < 1
+    # What eager steps held is given up for the graph, which holds as much.
+    assert memory["held"] < 1.5
 
 
 def test_a_captured_step_with_a_bad_number_is_refused_one_step_later_as_if_it_never_was() -> None:
