@@ -31,6 +31,8 @@ SMALL = [
     *("checkpoint.every_epochs=0", "runtime.device=cpu"),
     *("tracking.every_steps=2", "tracking.health_every_steps=5"),
 ]
+# The one alarm that others who use the machine of the test can set off, after 90 lines.
+BUSY = "throughput halved"
 FIX = re.compile(r"\b(use|train again|check|look at) ")
 
 
@@ -58,7 +60,8 @@ def of_folder(folder: Path) -> list[str]:
 
 
 def test_a_healthy_run_has_no_alarm(tmp_path: Path) -> None:
-    healthy = ["optim.lr=0.03", "moco.temperature=0.2", "stop_at_step=150", "epochs=20"]
+    # These are 85 lines.
+    healthy = ["optim.lr=0.03", "moco.temperature=0.2", "stop_at_step=140", "epochs=20"]
     healthy += ["moco.momentum=0.99", "batch_size=32", "bn_groups=4", "views.scale_min=0.5"]
     result = python("pretrain", *SMALL, *healthy, f"output={tmp_path}", "name=ok")
     assert (result.returncode, result.stderr) == (0, "")
@@ -168,7 +171,7 @@ def slowed(output: str) -> None:
 def test_half_the_throughput_is_told_of_and_evaluations_and_saves_are_not(tmp_path: Path) -> None:
     processes.run(slowed, 1, str(tmp_path))
     ((step, name),) = alarms(tmp_path / "slow")
-    assert name == "throughput halved"
+    assert name == BUSY
     assert 80 <= step <= 105
 
 
@@ -202,7 +205,8 @@ def test_one_batchnorm_group_leaks_and_alarm_and_doctor_find_it(
     leaks = python("pretrain", *run, "bn_groups=1", "name=leaks")
     assert leaks.returncode == 0, leaks.stderr
     assert leaks.stderr.count("WARNING: BatchNorm leak at step ") == 1
-    assert [name for _, name in alarms(tmp_path / "leaks")] == ["BatchNorm leak"]
+    told = [name for _, name in alarms(tmp_path / "leaks")]
+    assert [name for name in told if name != BUSY] == ["BatchNorm leak"]
     sick = python("doctor", str(tmp_path / "leaks"), "--bn-leak")
     assert sick.returncode == 78
     assert sick.stderr.startswith("error: BatchNorm leak: under bn_groups=1, ")
@@ -254,5 +258,4 @@ def test_the_demo_has_no_alarm(tmp_path: Path) -> None:
     command = ["bash", "launch/demo.sh", f"output={tmp_path}", "name=demo"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    # Others may use the machine of the test.
-    assert {name for _, name in alarms(tmp_path / "demo")} <= {"throughput halved"}
+    assert {name for _, name in alarms(tmp_path / "demo")} <= {BUSY}
