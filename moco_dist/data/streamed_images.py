@@ -188,7 +188,7 @@ class StreamedImages:
     ) -> Order:
         """Order the crops of views `wanted` of the images `samples`, int64 (n,).
 
-        Samples and epoch may be on a device, for which it is waited then.
+        Waits for the device if samples or epoch are on one.
         """
         samples, epoch, shared = samples.cpu(), int(epoch), recipes[0]
         numbers = [

@@ -167,7 +167,7 @@ class Stepper:
         trainer.source.stay()
         torch.cuda.synchronize(device)
         gc.collect()
-        # A graph has memory of its own, for which that of eager steps is not given up by itself.
+        # A graph has its own memory pool; the allocator would keep what eager steps used besides.
         torch.cuda.empty_cache()
         stream = torch.cuda.Stream(device)
         self._open = self.first

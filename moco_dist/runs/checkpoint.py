@@ -40,7 +40,7 @@ class OtherFormatError(DataError):
 
 
 class UnreadableError(DataError):
-    """A checkpoint that the file system does not give now; it may be whole."""
+    """A checkpoint that can't be read at the moment; it may be whole."""
 
     again = True
 
@@ -82,9 +82,9 @@ def newest(run: Path, set_aside: bool = False) -> Checkpoint | None:
     """Return the newest whole checkpoint of a run, or None; log and skip damaged ones.
 
     A collective: the first process chooses. With `set_aside`, for the writer of the run only,
-    damaged ones are renamed to damaged_step_..., but not those that the file system does not give,
-    as a server that is away for a moment. Raises DataError if none is whole: whether to start from
-    nothing is for the user to decide.
+    damaged ones are renamed to damaged_step_..., but not those that can't be read at the moment,
+    for example because a file server is down. Raises DataError if none is whole: whether to start
+    from nothing is for the user to decide.
     """
     folder = peers.from_main(lambda: _newest_whole(run, set_aside))
     found = peers.together(lambda: None if folder is None else read(folder))

@@ -81,9 +81,8 @@ class Feed:
             peers.me.mark(peers.me.step, f"finishing {self.service.name}")
         if self._thread.is_alive():
             self._fail("does not finish")
-            atexit.register(
-                command.leave, status
-            )  # runs before the handlers of the service, which wait
+            # Runs before the handlers of the service, which wait.
+            atexit.register(command.leave, status)
 
     def _run(self) -> None:
         try:
