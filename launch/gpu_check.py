@@ -1,9 +1,16 @@
-"""The checks of launch/gpu_check.sh: python launch/gpu_check.py FILE.
+"""Check that a GPU trains as the CPU does, and measure its speed; launch/gpu_check.sh runs this.
 
-Compares a GPU with the CPU in float64 and float32, the captured step with the eager one, a resumed
-run with one that was not interrupted, what either does with numbers that are not finite, and two
-processes with one where there are two GPUs. Then it measures paper.yaml and cifar10.yaml.
-Exits with status 1 if a comparison fails.
+  python launch/gpu_check.py FILE      writes all figures to FILE
+
+It compares
+
+- losses on the GPU with those on the CPU, in float64 and in float32;
+- the training step as a CUDA graph ("captured") with the ordinary ("eager") step;
+- a run that was stopped and resumed with one that was not;
+- the errors of the captured and of the eager step when numbers overflow;
+- two processes with one, if there are two GPUs.
+
+Then it measures the speed of paper.yaml and cifar10.yaml. It exits with status 1 if anything fails.
 """
 
 from __future__ import annotations
@@ -51,7 +58,7 @@ def load(*words: str) -> PretrainConfig:
 
 
 def losses(*words: str) -> tuple[list[float], str, bool]:
-    """Return the losses of STEPS steps, the SHA-256 of all weights and keys, and if captured."""
+    """Return STEPS losses, the SHA-256 of all weights and keys, and whether steps were captured."""
     config = load(*words)
     PartialState._reset_state()
     trainer = Trainer(config, join(config), datasets.load(config.data, config.encoder.channels))
@@ -106,7 +113,7 @@ def resumed(*words: str) -> dict[str, Any]:
 
 
 def refused(*words: str) -> dict[str, Any]:
-    """Compare what the captured and the eager step say of a rate with which numbers overflow."""
+    """Compare the errors of the captured and the eager step when a learning rate is too high."""
     said = []
     for graph in ("true", "false"):
         config = load("optim.lr=0.01", f"runtime.cuda_graph={graph}", *words)
@@ -185,6 +192,10 @@ def main() -> None:
         "bench cifar10.yaml": lambda: bench("cifar10.yaml", "precision=bf16"),
     }
     only = os.environ.get("GPU_CHECK_ONLY", "")
+    if not any(only in name for name in checks):
+        names = ", ".join(checks)
+        print(f"error: GPU_CHECK_ONLY={only} is in no name of a check: {names}", file=sys.stderr)
+        sys.exit(78)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else DEVICE,
         "torch": torch.__version__,

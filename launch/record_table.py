@@ -2,7 +2,8 @@
 
   python launch/record_table.py runs/record [--json]
 
-The table has means over seeds, with the standard deviation after +- if there are several.
+The table has means over seeds, with the standard deviation after +- if there are several. Seeds of
+one name with other settings get a row of their own, and are named on standard error.
 Accuracies are from the test images, except in the column for choosing recipes. Minutes cover all
 pieces of a run, with evaluations and saves. --json prints one line for each finished run, with its
 commit, hardware, versions and speed. Unfinished runs are named on standard error.
@@ -10,6 +11,7 @@ commit, hardware, versions and speed. Unfinished runs are named on standard erro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import sys
@@ -17,6 +19,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import FREE_ON_RESUME, PretrainConfig
+from moco_dist.config.yaml_files import flat, to_dict
 from moco_dist.runs.record import Record, number, read, read_object
 
 COLUMNS = (
@@ -56,6 +61,21 @@ def pieces(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def settings(record: Record) -> str:
+    """Return a short hash of all that seeds of one recipe share: not of paths, nor of the machine.
+
+    A key that an older version did not have counts as its default.
+    """
+    defaults = flat(to_dict(PretrainConfig() if record.kind == "pretrain" else ProbeConfig()))
+    free = {"seed", *FREE_ON_RESUME} - {"epochs", "stop_at_step", "knn."}
+    shared = {
+        key: value
+        for key, value in (defaults | record.config).items()
+        if key not in free and f"{key.partition('.')[0]}." not in free
+    }
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def row(pretraining: Record, probe: Record, noted: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures of a pretraining and its probe under plain names."""
     run = pretraining.directory.name
@@ -69,6 +89,7 @@ def row(pretraining: Record, probe: Record, noted: list[dict[str, Any]]) -> dict
         "run": run,
         "recipe": run.rpartition("-")[0],
         "seed": pretraining.config["seed"],
+        "settings": f"{settings(pretraining)}-{settings(probe)}",
         "epochs": pretraining.config["epochs"],
         "batch_size": pretraining.config["batch_size"],
         **{
@@ -97,7 +118,7 @@ def spread(values: Iterable[Any], scale: float = 1.0, digits: int = 1) -> str:
 def table(found: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table, one row per recipe, and a line about the machine."""
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    for name, each in recipes(found).items():
+    for name, each in recipes(found):
         minutes = [row["pretraining_minutes"] + row["probe_minutes"] for row in each]
         controls = [
             spread((row[f"control_{key}"] for row in each), 100) for key in ("knn_top1", "top1")
@@ -123,7 +144,7 @@ def headers(found: list[dict[str, Any]]) -> list[str]:
         f"kNN {spread((row['probe_knn_top1'] for row in each), 100)}, "
         f"linear {spread((row['probe_top1'] for row in each), 100)} on the test images, "
         f"{spread(row['pretraining_minutes'] for row in each)} minutes. {made(each)}"
-        for name, each in recipes(found).items()
+        for name, each in recipes(found)
     ]
 
 
@@ -135,13 +156,14 @@ def made(found: list[dict[str, Any]]) -> str:
     return f"{', '.join(devices)}; {', '.join(versions)}; commit {', '.join(commits)}."
 
 
-def recipes(found: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each recipe, ordered by seed."""
-    names = dict.fromkeys(row["recipe"] for row in found)
-    return {
-        name: sorted((row for row in found if row["recipe"] == name), key=lambda row: row["seed"])
-        for name in names
-    }
+def recipes(found: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return each recipe's name and its rows of equal settings, ordered by seed."""
+    ordered = sorted(found, key=lambda row: row["seed"])
+    kinds = dict.fromkeys((row["recipe"], row["settings"]) for row in found)
+    return [
+        (kind[0], [row for row in ordered if (row["recipe"], row["settings"]) == kind])
+        for kind in kinds
+    ]
 
 
 def main(arguments: list[str]) -> int:
@@ -153,7 +175,11 @@ def main(arguments: list[str]) -> int:
     found = rows(Path(folders[0]))
     if "--json" in arguments:
         print("\n".join(json.dumps(row) for row in found))
-    elif found:
+        return 0
+    names = [name for name, _ in recipes(found)]
+    if several := sorted({name for name in names if names.count(name) > 1}):
+        print(f"seeds with other settings, not averaged: {', '.join(several)}", file=sys.stderr)
+    if found:
         print("\n".join([*table(found), "", *headers(found)]))
     return 0
 

@@ -33,8 +33,9 @@ def run_probe(config: ProbeConfig) -> dict[str, Any]:
     `moco_dist.errors.UserError`.
     """
     _run(probe_run.run, config)
-    path = Path(config.output).expanduser() / config.run_name() / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    run = Path(config.output).expanduser() / config.run_name()
+    done = (run / "DONE").exists()  # else the results are those of a shorter probe
+    results: dict[str, Any] = json.loads((run / "results.json").read_text()) if done else {}
     return results
 
 

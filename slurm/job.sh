@@ -7,6 +7,8 @@ run_on_all_nodes() {
     shift
     [[ "${SLURM_JOB_ID:-}" ]] || fail 78 \
         "this is no Slurm job; submit the script with sbatch slurm/$kind.sbatch, or without Slurm run python -m moco_dist.$kind"
+    local job="$SLURM_JOB_ID" # the last task of an array has the number of the whole array
+    [[ "$job" != "${SLURM_ARRAY_JOB_ID:-}" ]] || job+="_$SLURM_ARRAY_TASK_ID"
     run="$(run_directory "$kind" "$@")" || exit
     PROCESSES="${SLURM_NTASKS_PER_NODE:-1}" device=cpu # on GPUs, one per GPU
     if ((gpus)); then
@@ -19,7 +21,7 @@ run_on_all_nodes() {
     fi
     MOCO_DIST_OUTCOME="$(mktemp)" MOCO_DIST_LOGS="$run/logs"
     # The run saves at the latest half a minute before the end, so that the job can still be requeued.
-    local end="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s || true)}"
+    local end="${SLURM_JOB_END_TIME:-$(date -d "$(squeue -h -j "$job" -o %e)" +%s || true)}"
     SLURM_JOB_END_TIME="$((end - 30))" # without an end from Slurm the run ignores it
     export PROCESSES MOCO_DIST_OUTCOME MOCO_DIST_LOGS SLURM_JOB_END_TIME RUN_IN
     # When a process is gone the others save and exit by themselves; Slurm kills only after a minute.
@@ -30,11 +32,11 @@ run_on_all_nodes() {
     trap 'kill -USR1 "$srun" 2>/dev/null || true' USR1 TERM # a signal sent to this script alone
     until wait "$srun" || ! kill -0 "$srun" 2>/dev/null; do ((++waits)); done
     local state status=0 refused
-    state="$(squeue -h -j "$SLURM_JOB_ID" -o %T)"
+    state="$(squeue -h -j "$job" -o %T)"
     "${in_environment[@]}" python -m moco_dist.runs.slurm_job end "$run" "$MOCO_DIST_OUTCOME" "$state" || status="$?"
     rm -f "$MOCO_DIST_OUTCOME"
     if ((status == 200)); then
-        refused="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)" || fail 75 \
+        refused="$(scontrol requeue "$job" 2>&1)" || fail 75 \
             "not requeued ($refused): submit the same command again to resume from the last checkpoint"
         status=75
     fi

@@ -92,6 +92,28 @@ def test_too_little_disk_and_memory_are_found(
         assert bool(finding.fault) == fault
 
 
+def test_the_disk_must_hold_the_checkpoints_that_are_kept_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common, usage = [*SMALL, f"output={tmp_path}", "epochs=9"], shutil.disk_usage(tmp_path)
+
+    def needed(*words: str) -> int:
+        """Return the least free bytes with which there is no fault."""
+        config, low, high = load(PretrainConfig, [*common, *words]), 0, 2**32
+        while low < high:
+            middle = (low + high) // 2
+            monkeypatch.setattr(
+                shutil, "disk_usage", lambda _, free=middle: usage._replace(free=free)
+            )
+            (finding,) = checks.disk(config, 100)
+            low, high = (middle + 1, high) if finding.fault else (low, middle)
+        return low
+
+    steps = 100 // load(PretrainConfig, common).batch_size * 9
+    one = needed("checkpoint.keep_last=3") - needed()
+    assert needed("checkpoint.keep_every=2") - needed() == steps // 2 * one > 0
+
+
 def test_the_estimate_grows_with_the_rows_of_a_process() -> None:
     """By what one more row keeps: the outputs of all layers, which two batches tell."""
     config = load(PretrainConfig, [*SMALL, "moco.queue_size=64"])

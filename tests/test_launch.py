@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -185,6 +186,14 @@ def test_help_shows_the_commands_and_every_default(module: str) -> None:
     pretrain = "accelerate launch -m moco_dist.pretrain"
     for text in (pretrain, "moco_dist.probe", "temperature: 0.1", "lr: "):
         assert text in result.stdout
+
+
+@pytest.mark.parametrize("module", ["doctor", "bench"])
+def test_help_of_other_commands_shows_theirs_alone(module: str) -> None:
+    text = python(module, "--help").stdout
+    assert set(re.findall(r"moco_dist\.(\w+)", text)) == {module}
+    assert "each key" in text
+    assert "temperature: 0.1" in text
 
 
 def test_a_mistake_is_one_sentence_and_exit_status_78() -> None:

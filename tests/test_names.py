@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 import os
 import subprocess
 from collections.abc import Iterator
@@ -97,7 +97,17 @@ def test_a_locale_of_one_byte_a_letter_changes_no_file(images: Path, tmp_path: P
     table = next((tmp_path / "run-probe" / "media").rglob("confusion.csv"))
     # That locale takes each byte of a name for a letter.
     names = sorted(name.decode("latin-1") for name in CLASSES)
-    assert json.loads(f"[{table.read_text('ascii').splitlines()[0]}]")[1:] == names
+    with table.open(encoding="utf-8", newline="") as file:
+        assert next(csv.reader(file))[1:] == names
+
+
+def test_a_confusion_table_has_the_names_of_its_classes(tmp_path: Path) -> None:
+    names = ['a "good" one', "comma, and\nline", "größe", "猫"]
+    media.Album(tmp_path).confusion(5, torch.arange(16).view(4, 4), names)
+    with (tmp_path / "step_00000005" / "confusion.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["", *names]
+    assert rows == [[name, *map(str, range(4 * i, 4 * i + 4))] for i, name in enumerate(names)]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -168,6 +169,41 @@ def test_an_interrupted_probe_gives_the_same_bits(
     assert straight[1].keys() == parts[1].keys()
     for name, tensor in straight[1].items():
         assert tensor.equal(parts[1][name]), name
+
+
+def test_a_finished_probe_that_is_run_again_loses_nothing(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick, folder = ["augment=false"], tmp_path / "tiny-probe"
+    run(pretrained, tmp_path, *quick)
+
+    def kept() -> list[tuple[bytes, int]]:
+        paths = [folder / name for name in ("DONE", "results.json", "config.yaml")]
+        return [(path.read_bytes(), path.stat().st_ino) for path in paths]
+
+    first = kept()
+    for others in ([], ["epochs=2"], ["stop_at_step=3"], ["knn.every_epochs=7"]):
+        run(pretrained, tmp_path, *quick, *others)
+        assert kept() == first, others
+    # With another kNN, or without its results, it is measured again.
+    (folder / "results.json").unlink()
+    run(pretrained, tmp_path, *quick)
+    assert [content for content, _ in kept()] == [content for content, _ in first]
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(probe_run, "conclude", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(pretrained, tmp_path, *quick, "knn.k=1")
+    assert (folder / "results.json").read_bytes() == first[1][0]
+    done = run(pretrained, tmp_path, *quick, "knn.k=1")
+    before = json.loads(first[0][0])
+    assert done["probe"]["test"]["top1"] == before["probe"]["test"]["top1"]
+    assert done["probe"]["test"]["knn_top1"] != before["probe"]["test"]["knn_top1"]
+    again = results(folder)["encoders"]["probe"]["test"]["knn_top1"]
+    assert again == done["probe"]["test"]["knn_top1"]
 
 
 def test_its_checkpoint_is_the_trained_classifier(pretrained: Path, tmp_path: Path) -> None:

@@ -275,6 +275,16 @@ def test_what_can_not_be_chosen_fairly_is_refused(pretrained: Path, tmp_path: Pa
     assert message("label_fraction=1.5").startswith("label_fraction=1.5 is out of range")
     fault = ["data.validation=0", "data.name=folder"]
     assert load(ProbeConfig, [*fault, "grid.lr=[2]"]).grid.lr == [2.0]
+    # A share of 150 images that is none of them.
+    none = ["augment=false", "data.validation=0.003"]
+    for choice in ("grid.lr=[0.1,1]", "grid.around=[1,2]", "grid.weight_decay=[0,1]"):
+        with pytest.raises(DataError) as error:
+            run(pretrained, tmp_path, *none, choice)
+        assert str(error.value) == (
+            "data.validation=0.003 holds none of 150 out, so no images can choose among the 2 "
+            "settings of the grid; give data.validation=0.1"
+        )
+    assert set(run(pretrained, tmp_path, *none, "grid.lr=[1]")["probe"]) == {"test"}
 
 
 def test_a_bad_step_that_is_found_later_has_changed_nothing(

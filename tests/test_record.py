@@ -114,6 +114,28 @@ def test_the_record_is_made_in_pieces_and_its_table_is_arithmetic(
     assert cells[2] == f"{sum(last) / 2:.1f} +- {statistics.stdev(last):.1f}"
     assert "# tiny, seeds 0, 1: kNN " in shown
 
+    # Seeds that were trained with other settings are no mean; other machines are no other settings.
+    config = tmp_path / "record" / "tiny-1" / "config.yaml"
+    text = config.read_text()
+    for old, new, count in (
+        ("\n  device: cpu", "\n  device: auto", 1),
+        ("\nepochs: 2", "\nepochs: 9", 2),
+    ):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        mixed = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        found = [line for line in mixed.stdout.splitlines() if line.startswith("| tiny (")]
+        assert len(found) == count
+        other = "seeds with other settings, not averaged: tiny\n"
+        assert mixed.stderr == (other if count == 2 else "")
+    assert [line.split(" | ")[0:2] for line in found] == [
+        ["| tiny (2 epochs, batch 16)", "0"],
+        ["| tiny (9 epochs, batch 16)", "1"],
+    ]
+    config.write_text(text)
+
     # A line that was cut short, and a run whose probe is not done, are named; the rest stands.
     with (tmp_path / "record" / "pieces.jsonl").open("a") as noted:
         noted.write('{"run": "tiny-1", "sec')

@@ -8,6 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 
 from moco_dist.distributed.machine import BOOT
 from moco_dist.report.run import run as report
+from moco_dist.report.table import standing
 from moco_dist.report.table import table as table_of
 from moco_dist.runs.lock import RunLock
 from moco_dist.runs.record import read
@@ -220,6 +222,23 @@ def test_a_run_without_an_owner_is_gone_and_one_with_an_owner_runs(
         text = told(run)
         assert "was killed or lost its machine after step 10 of 10: process" in text
         assert "the same command resumes from step 10" in text
+
+
+def test_the_time_left_is_told_by_the_newest_launch_alone(tmp_path: Path, told: Text) -> None:
+    """Ten steps in ten seconds, three days without the machine, and ten steps in twenty seconds."""
+    days, began = 3 * 86400, 1_700_000_000
+    times = [(step, began + step) for step in range(1, 11)]
+    times += [(step, began + days + 2 * step) for step in range(11, 21)]
+    lines = [{"step": n, "epoch": n / 5, "time": at, "train/loss": 1.0} for n, at in times]
+    started = datetime.fromtimestamp(began + days, timezone(timedelta(hours=-3)))
+    environment = {"started": started.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    run = write(tmp_path / "run", status={"state": "running"}, environment=environment)
+    (run / "config.yaml").write_text("epochs: 10\nmoco:\n  queue_size: 8\n")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    claim(run)
+    found = read(run)
+    assert found.state == "running"
+    assert ", about 1m00s left" in standing("run", found)  # 30 steps
 
 
 def test_an_owner_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from matplotlib.colors import to_rgb
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
+from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import DataConfig
+from moco_dist.config.yaml_files import from_dict, to_yaml
 from moco_dist.data.datasets import Images
 from moco_dist.errors import MissingError
 from moco_dist.report import curves, table
@@ -298,6 +302,20 @@ def test_a_pretraining_and_its_probe_find_each_other(runs: Path, tmp_path: Path)
     for start in (pretraining, probe):
         found = with_partners([start])
         assert [record.directory.name for record in found] == ["real", "real-probe"]
+    # YAML folds a path with spaces after 80 letters.
+    far = tmp_path / "a folder whose name has several words" / "and one more of that kind"
+    for name in ("real", "real-probe"):
+        shutil.copytree(runs / name, far / name)
+    path = far / "real-probe" / "config.yaml"
+    settings = from_dict(ProbeConfig, yaml.safe_load(path.read_text()))
+    path.write_text(to_yaml(replace(settings, encoder=str(far / "real"))))
+    found = with_partners([read(far / "real")])
+    assert [record.directory.name for record in found] == ["real", "real-probe"]
+    # A run whose name begins as that of a checkpoint.
+    (far / "real").rename(far / "step_1")
+    path.write_text(to_yaml(replace(settings, encoder=str(far / "step_1"))))
+    found = with_partners([read(far / "step_1")])
+    assert [record.directory.name for record in found] == ["step_1", "real-probe"]
     shutil.copytree(runs / "real-probe", tmp_path / "alone")
     path = tmp_path / "alone" / "config.yaml"
     path.write_text(path.read_text().replace(f"encoder: {runs / 'real'}", "encoder: runs/absent"))

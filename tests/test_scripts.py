@@ -152,6 +152,20 @@ def test_missing_venv_module_is_one_sentence(checkout: Checkout, module: str) ->
     assert not (checkout.root / ".venv").exists()
 
 
+def test_a_gpu_check_of_no_such_name_is_no_success(tmp_path: Path) -> None:
+    own = {"GPU_CHECK_PYTHON": sys.executable, "GPU_CHECK_ONLY": "grahp"}
+    done = subprocess.run(
+        [BASH, str(ROOT / "launch" / "gpu_check.sh"), str(tmp_path / "file.json")],
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 78
+    assert done.stderr.startswith(
+        "error: GPU_CHECK_ONLY=grahp is in no name of a check: GPU against"
+    )
+
+
 def test_environment_is_made_once_for_each_state_of_the_project(checkout: Checkout) -> None:
     checkout.add_python(FAKE_PYTHON.format(bash=BASH))
     first = checkout.prepare()

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(name, default="")
     asked, rest = parser.parse_known_args(arguments)
     asked.arguments = rest
-    command.main(PretrainConfig, partial(run, asked=asked), __doc__, rest)
+    command.main(PretrainConfig, partial(run, asked=asked), __doc__, rest, commands="")
 
 
 def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -> None:

@@ -190,8 +190,10 @@ def disk(config: PretrainConfig, images: int) -> Iterator[Finding]:
     copies = 4 if config.optim.name == "adamw" else 3
     one = copies * sum(tensor.numel() for tensor in state.values()) * size
     one += config.moco.kept(images) * (config.encoder.numbers * size + 8)
-    # The newest ones, the best one, and one that is being written.
-    needed = one * (keep.keep_last + keep.keep_best + 1)
+    # The newest ones, the best one, one that is being written, and those kept for good.
+    steps = images // config.batch_size * config.epochs
+    for_good = steps // keep.keep_every if keep.keep_every else 0
+    needed = one * (keep.keep_last + keep.keep_best + 1 + for_good)
     folder = Path(config.output).expanduser().absolute()
     while not folder.exists():
         folder = folder.parent

@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
 
     rest = [part for argument in arguments if argument not in flags for part in _of_run(argument)]
-    command.main(PretrainConfig, run, __doc__, rest)
+    command.main(PretrainConfig, run, __doc__, rest, commands="")
 
 
 def _of_run(argument: str) -> list[str]:

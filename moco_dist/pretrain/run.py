@@ -18,8 +18,7 @@ from moco_dist.pretrain.loop import loop, owes, save
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import saving, session
 from moco_dist.runs.session import Session
-from moco_dist.tracking import start, terminal
-from moco_dist.tracking.start import console
+from moco_dist.tracking import start
 
 
 def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
@@ -32,10 +31,7 @@ def run(config: PretrainConfig, stop: StopRequests | None = None) -> None:
     announce(trainer, opened, can_classify)
     done = trainer.step == trainer.total_steps
     if trainer.step >= total and (opened.finished or not owes(trainer, total, can_classify)):
-        if comms.is_main():
-            place = f"step {trainer.step:,} of {total:,}"
-            text = f"{opened.directory} is at {place}: nothing is left to do."
-            terminal.write_line(console, text)
+        start.nothing_left(opened, trainer.step, total)
         if done and not opened.finished:
             # The launch before this one ended between its last two files.
             session.finish(opened, {})

@@ -8,6 +8,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+from moco_dist.config import yaml_files
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.data import datasets, run_lists
 from moco_dist.data.image_file import MODES
@@ -24,9 +25,9 @@ from moco_dist.probe.linear_probe import LinearProbe
 from moco_dist.probe.loop import conclude, loop, write
 from moco_dist.probe.results import brief, grid_rows, summary_rows
 from moco_dist.probe.verdict import Results
-from moco_dist.runs import session
+from moco_dist.runs import record, session
 from moco_dist.runs.identity import group
-from moco_dist.runs.session import logger
+from moco_dist.runs.session import Session, logger
 from moco_dist.tracking import start, terminal
 from moco_dist.tracking.start import console
 
@@ -54,10 +55,12 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
     del splits  # whose images would stay in the host's memory when they are on a GPU
     announce(probe, source)
     total = min(probe.total_steps, config.stop_at_step or probe.total_steps)
+    results_file = opened.directory / "results.json"
+    if probe.step >= total and (probe.step != probe.total_steps or is_measured(opened, config)):
+        start.nothing_left(opened, probe.step, total)
+        return
     session.begin(opened, partial(rate, probe))
     peers.from_main(lambda: datasets.note_left_out(opened.directory, probe.splits))
-    results_file = opened.directory / "results.json"
-    peers.from_main(lambda: results_file.unlink(missing_ok=True))
     family = group(config.pretraining(), source.checkpoint.state)
     with start.tracker(opened, total, "probe", family) as tracker, faults.agreeing():
         try:
@@ -77,6 +80,18 @@ def run(config: ProbeConfig, stop: StopRequests | None = None) -> None:
         peers.from_main(lambda: write(results_file, results))
         session.finish(opened, brief(results))
         summarize(probe, results)
+
+
+def is_measured(opened: Session, config: ProbeConfig) -> bool:
+    """Return whether the results of the finished probe are there, with this kNN; a collective."""
+    run, wanted = opened.directory, (config.knn.k, config.knn.temperature)
+
+    def there() -> bool:
+        before = yaml_files.stored(run / "config.yaml")
+        same = wanted == (before.get("knn.k"), before.get("knn.temperature"))
+        return same and all(map(record.read_object, (run / "results.json", run / "DONE")))
+
+    return peers.from_main(there)
 
 
 def rate(probe: LinearProbe, epochs: int, step: int) -> dict[str, float]:
@@ -116,14 +131,18 @@ def labelled(splits: datasets.Splits, config: ProbeConfig) -> datasets.Splits:
             f"top_k={config.top_k} is more than the {classes} classes of {config.data.name}; "
             f"use {classes} or less"
         )
-    if not len(splits.validation) and not len(splits.test):
+    points = len(config.rates()) * max(1, len(config.grid.weight_decay))
+    if not len(splits.validation) and (points > 1 or not len(splits.test)):
         count = len(splits.train.labelled())
         # The smallest share, in whole percent, that is one image.
         fix = f"give data.validation={max(0.1, math.ceil(100 / count) / 100):g}"
+        other, lack = "", f"no images can choose among the {points} settings of the grid"
+        if not len(splits.test):
+            other = f"data.name={config.data.name} has no test images and "
+            lack = "there is nothing to evaluate on"
         raise DataError(
-            f"data.name={config.data.name} has no test images and data.validation="
-            f"{config.data.validation} holds none of {count} out, so there is nothing to evaluate "
-            f"on; {fix if count > 1 else 'give more images'}"
+            f"{other}data.validation={config.data.validation} holds none of {count} out, so "
+            f"{lack}; {fix if count > 1 else 'give more images'}"
         )
     splits = dataclasses.replace(splits, train=splits.train.labelled())
     require_classes(splits.train)

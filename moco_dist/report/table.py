@@ -11,7 +11,7 @@ from moco_dist.config.moco import MocoConfig
 from moco_dist.errors import counted, shown
 from moco_dist.report.results import TITLES, results
 from moco_dist.runs.partners import labels
-from moco_dist.runs.record import CONTROL, Metric, Record, number, text_of
+from moco_dist.runs.record import CONTROL, Metric, Record, began, number, text_of
 from moco_dist.tracking.progress import RunProgress, duration, moment
 from moco_dist.tracking.terminal import layout, loss
 
@@ -125,6 +125,7 @@ def standing(name: str, record: Record) -> str:
     if record.state == "running":
         every = number(record.config.get("knn.every_epochs")) or 0
         progress = RunProgress(total, knn_every=int(min(every, 1e6)))
+        progress.began = began(record.directory)
         for line in record.lines:
             progress.add(line)
         left = progress.seconds_left()

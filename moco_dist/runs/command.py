@@ -38,8 +38,11 @@ COMMANDS = """\
   accelerate launch -m moco_dist.probe configs/probe/cifar10.yaml encoder=runs/cifar10 [...]
 
 For one process, replace "accelerate launch" by "python". For several on CPUs, replace it by
-"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2". moco_dist/config explains
-each key. Files and overrides apply from left to right to these defaults:
+"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2".
+
+"""
+KEYS = """\
+moco_dist/config explains each key. Files and overrides apply from left to right to these defaults:
 """
 
 OTHERS_SECONDS = 5.0  # in which a launcher ends the others when the first process has failed
@@ -53,12 +56,17 @@ def main(
     run: Callable[[Schema, StopRequests], None],
     purpose: str | None,
     arguments: list[str] | None = None,
+    commands: str = COMMANDS,
 ) -> None:
-    """Load the configuration from `arguments`, call `run`, and exit with its status."""
+    """Load the configuration from `arguments`, call `run`, and exit with its status.
+
+    With --help, print the `purpose`, the `commands` and all keys instead.
+    """
     escape_output()
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
-        print(f"{purpose}\n\n{COMMANDS}\n{yaml_files.to_yaml(schema())}", end="")
+        about = f"{str(purpose).strip()}\n\n{commands}{KEYS}"
+        print(f"{about}\n{yaml_files.to_yaml(schema())}", end="")
         return
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.captureWarnings(True)

@@ -63,7 +63,7 @@ def encoder_places(probe: Record) -> list[Path]:
     The path may name a checkpoint, and may be relative to an unknown folder.
     """
     source = Path(text_of(probe.config.get("encoder") or "")).expanduser()
-    if source.name.startswith("step_"):
+    if source.parent.name == "checkpoints":
         source = source.parent.parent
     if not source.name:
         return []
@@ -81,7 +81,8 @@ def _probes_near(record: Record) -> Iterator[Path]:
             with suppress(OSError, ValueError):
                 with (place / "config.yaml").open("rb") as file:
                     text = file.read(MOST_BYTES).decode()
-                line = re.search(r"^encoder: (.*)$", text, re.MULTILINE)
+                # YAML folds a long path with spaces into several lines.
+                line = re.search(r"^encoder: (.*(?:\n .*)*)$", text, re.MULTILINE)
                 if line and own.name in line[1]:
                     yield place
 

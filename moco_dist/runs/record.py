@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,14 @@ def steps_per_epoch(line: Line) -> int:
 def text_of(value: object) -> str:
     """Return a text from a file on one line, whole and printable."""
     return shown(" ".join(str(value).split()), limit=10_000)
+
+
+def began(directory: Path) -> float:
+    """Return when the newest launch of a run began, in seconds since 1970; 0 if unknown."""
+    with suppress(ValueError, OverflowError):
+        text = str(read_object(directory / "environment.json").get("started"))
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    return 0.0
 
 
 def standing(directory: Path) -> tuple[str, str]:

@@ -6,8 +6,6 @@ import itertools
 import operator
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -102,14 +100,12 @@ class Watch:
         """Add lines to the progress; return those that are news, for a person to read."""
         if not lines:
             return []
-        progress, began = self._progress, self._began()
-        config = stored(self._directory / "config.yaml")
+        progress, config = self._progress, stored(self._directory / "config.yaml")
+        progress.began = record.began(self._directory)
         progress.knn_every = int(number(config.get("knn.every_epochs")) or 0)
         progress.total = record.total_steps(config, lines) or progress.total
         texts = []
         for line in lines:
-            if progress.moment < began <= (number(line.get("time")) or 0.0):
-                progress.begin_again()
             progress.add(line)
             if text := self._text(line):
                 texts.append(text)
@@ -120,14 +116,6 @@ class Watch:
             text = text_of(line.get("text") or "")
             return f"{self._place()} ALARM {text_of(line['alarm'])}: {text}"
         return terminal.plain(line, self._progress, results_only=self._live)
-
-    def _began(self) -> float:
-        """Return when the newest launch of the run began; earlier ones don't tell its pace."""
-        environment = record.read_object(self._directory / "environment.json")
-        with suppress(ValueError, OverflowError):
-            text = str(environment.get("started"))
-            return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-        return 0.0
 
     def _place(self) -> str:
         progress = self._progress

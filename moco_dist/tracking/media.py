@@ -5,6 +5,8 @@ Process 0 makes them without the others; W&B, TensorBoard and the report show th
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -73,8 +75,9 @@ class Album:
     def confusion(self, step: int, counts: Tensor, classes: Sequence[str]) -> None:
         """Save confusion.png and .csv: `counts` is int64 (true class, predicted class)."""
         rows = [["", *classes], *([n, *c] for n, c in zip(classes, counts.tolist(), strict=True))]
-        text = "".join(",".join(json.dumps(cell) for cell in row) + "\n" for row in rows)
-        self._save(step, "confusion.csv", lambda path: path.write_bytes(text.encode()))
+        csv.writer(text := io.StringIO(), "unix", quoting=csv.QUOTE_NONNUMERIC).writerows(rows)
+        content = text.getvalue().encode(errors="backslashreplace")
+        self._save(step, "confusion.csv", lambda path: path.write_bytes(content))
         self._save(step, "confusion.png", lambda path: _matrix(counts, classes).save(path))
 
     def _save(self, step: int, name: str, write: Callable[[Path], object]) -> None:

@@ -66,6 +66,8 @@ class RunProgress:
         self.alarms: list[str] = []
         self.running = True
         self.moment = 0.0  # of the newest line
+        # When the newest launch began: lines of earlier ones don't tell its pace.
+        self.began = 0.0
         self._filled = False
         # Time, step and seconds of evaluation up to then, at lines about training.
         self._pace: deque[tuple[float, int, float]] = deque(maxlen=WINDOW)
@@ -76,6 +78,8 @@ class RunProgress:
         """Add a line of metrics, with "step" and "time", or an alarm."""
         step, before = line["step"], self.moment
         self.moment = now = number(line.get("time")) or before
+        if before < self.began <= now:
+            self.begin_again()
         if isinstance(line.get("alarm"), str):
             alarm = f"ALARM at step {step}: {text_of(line.get('text') or line['alarm'])}"
             self.alarms, self.step = [*self.alarms, alarm], max(self.step, step)

@@ -74,3 +74,10 @@ def banner(session: Session, title: str, rows: dict[str, str]) -> None:
     if session.resumed:
         all_rows["resumed"] = f"at step {session.resumed.step:,}, from {session.resumed.path.name}"
     terminal.banner(console, f"moco_dist {title}", all_rows)
+
+
+def nothing_left(session: Session, step: int, total: int) -> None:
+    """Print, on the first process, that a run is at its last step already."""
+    if comms.is_main():
+        place = f"step {step:,} of {total:,}"
+        terminal.write_line(console, f"{session.directory} is at {place}: nothing is left to do.")
