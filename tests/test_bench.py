@@ -27,6 +27,7 @@ from moco_dist.errors import ConfigError
 from moco_dist.method.convolutions import SmallMapConv
 from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
+from moco_dist.runs import environment
 from tests import processes
 from tests.test_trainer import TINY, build
 
@@ -190,11 +191,15 @@ def test_precisions_are_swept(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     AcceleratorState._reset_state()  # of other tests of this process
     words = [*TINY, "tracking.wandb=disabled"]
+    earlier = bytearray(10**9)  # of an earlier configuration
+    del earlier
+    peak = environment.memory_gb(torch.device("cpu"))
     options = {"against": "", "sweep": "precision=fp32,bf16", "workers": "", "arguments": words}
     once = dict.fromkeys(("repeats", "steps", "warm_up"), "1")
     run.run(load(PretrainConfig, words), StopRequests(), Namespace(**options, **once))
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [each["precision"] for each in found] == ["fp32", "bf16"]
+    assert max(each["memory_gb"] for each in found) < peak - 0.5
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_processes(

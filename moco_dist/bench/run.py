@@ -40,7 +40,7 @@ from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError
 from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.trainer import Trainer
-from moco_dist.runs import command
+from moco_dist.runs import command, environment
 from moco_dist.runs.session import join
 from moco_dist.tracking import terminal
 from moco_dist.tracking.start import console
@@ -72,6 +72,7 @@ def run(config: PretrainConfig, stop: StopRequests, asked: argparse.Namespace) -
         )
     found = []
     for each in configs:
+        environment.forget_peak_memory()
         accelerator = join(each)
         # Without a name for the splits, whose images would stay in the host's memory.
         trainer = Trainer(each, accelerator, datasets.load(each.data, each.encoder.channels))

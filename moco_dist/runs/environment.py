@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import resource
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -48,6 +51,14 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes in what getrusage counts
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def forget_peak_memory() -> None:
+    """Let `memory_gb` of a CPU tell only of what comes, where Linux and glibc allow that."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that glibc keeps
+        Path("/proc/self/clear_refs").write_bytes(b"5")
 
 
 def keep_freed_memory() -> None:
