@@ -410,21 +410,27 @@ def test_a_sweep_over_the_mechanisms_ends_with_a_table_of_all_four(
 def test_the_last_task_of_an_array_is_requeued_and_no_other(
     slurm: Slurm, runs: Path, undisturbed: dict[int, Path], tmp_path: Path
 ) -> None:
-    """Its number is that of the whole array."""
-    (tmp_path / "pair.txt").write_text("seed=1\nseed=0\n")
-    arguments = [str(tmp_path / "pair.txt"), *SHORT, f"output={runs}"]
+    """Its number is that of the whole array; the list has no suffix, and the output a space."""
+    (tmp_path / "lists.d").mkdir()
+    (tmp_path / "lists.d" / "pair").write_text("seed=1\nseed=0\n")
+    arguments = [str(tmp_path / "lists.d" / "pair"), *SHORT, f"output={runs}/two words"]
     array = slurm.submit("--array=1-2", *CPUS, "slurm/sweep.sbatch", *arguments)
     tasks = [f"{array}_{number}" for number in (1, 2)]
     for number, task in enumerate(tasks, 1):
-        slurm.wait(task, slurm.trains(f"pair/task_{number}"))
+        slurm.wait(task, slurm.trains(f"two words/pair/task_{number}"))
     assert slurm.facts(tasks[1])["JobId"] == array
     slurm.cluster.run("scancel", "--signal=USR1", tasks[1])
+    listed = slurm.cluster.run("squeue", "-h", "-o", "%j %i").splitlines()
+    (report,) = [line.split()[1] for line in listed if line.startswith("report ")]
     for task, restarts in zip(tasks, ("0", "1"), strict=True):
         slurm.wait(task)
         facts = slurm.facts(task)
         found = facts["JobState"], facts["Restarts"]
         assert found == ("COMPLETED", restarts), slurm.text(facts["JobId"])
-    assert tensors(runs / "pair" / "task_2") == tensors(undisturbed[1])
+    assert tensors(runs / "two words" / "pair" / "task_2") == tensors(undisturbed[1])
+    slurm.wait(report)
+    assert slurm.facts(report)["JobState"] == "COMPLETED", slurm.text(report)
+    assert re.search(r"task_1 +pretrain +done", slurm.text(report))
 
 
 def test_two_jobs_on_one_node_do_not_disturb_one_another(
