@@ -198,12 +198,16 @@ def test_a_finished_probe_that_is_run_again_loses_nothing(
         with pytest.raises(KeyboardInterrupt):
             run(pretrained, tmp_path, *quick, "knn.k=1")
     assert (folder / "results.json").read_bytes() == first[1][0]
-    done = run(pretrained, tmp_path, *quick, "knn.k=1")
-    before = json.loads(first[0][0])
-    assert done["probe"]["test"]["top1"] == before["probe"]["test"]["top1"]
-    assert done["probe"]["test"]["knn_top1"] != before["probe"]["test"]["knn_top1"]
-    again = results(folder)["encoders"]["probe"]["test"]["knn_top1"]
-    assert again == done["probe"]["test"]["knn_top1"]
+    done, before = run(pretrained, tmp_path, *quick, "knn.k=1"), json.loads(first[0][0])
+
+    def figures_of(content: dict[str, Any], name: str) -> list[Any]:
+        places = [(each, part) for each in ("probe", "control") for part in ("validation", "test")]
+        return [content[each][part][name] for each, part in places]
+
+    assert figures_of(done, "top1") == figures_of(before, "top1")
+    assert figures_of(done, "knn_top1") != figures_of(before, "knn_top1")
+    written = results(folder)["encoders"]
+    assert figures_of(written, "knn_top1") == figures_of(done, "knn_top1")
 
 
 def test_its_checkpoint_is_the_trained_classifier(pretrained: Path, tmp_path: Path) -> None:
