@@ -197,10 +197,11 @@ def test_rates_around_one_need_images_to_choose_by() -> None:
     assert len(load(ProbeConfig, ["probe/cifar10"]).rates()) == 6
 
 
-@pytest.mark.parametrize("run", ["step_1", "cifar10"])
-def test_the_name_of_a_probe_is_that_of_the_run(tmp_path: Path, run: str) -> None:
-    for path in (tmp_path / run, tmp_path / run / "checkpoints" / "step_00000005"):
-        assert load(ProbeConfig, [f"encoder={path}"]).run_name() == f"{run}-probe"
+def test_the_name_of_a_probe_is_that_of_the_run(tmp_path: Path) -> None:
+    for place in ("runs/step_1", "runs/cifar10", "checkpoints/cifar10"):
+        for path in (tmp_path / place, tmp_path / place / "checkpoints" / "step_00000005"):
+            name = load(ProbeConfig, [f"encoder={path}"]).run_name()
+            assert name == f"{Path(place).name}-probe"
 
 
 def test_one_step_of_descent_is_the_best_along_its_line() -> None:

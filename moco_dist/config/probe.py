@@ -141,7 +141,7 @@ class ProbeConfig:
         source = Path(os.path.abspath(Path(self.encoder).expanduser()))
         if source.suffix in FOREIGN:
             return source.stem
-        in_run = source.parent.name == "checkpoints"
+        in_run = source.match("checkpoints/step_*")
         return source.parent.parent.name if in_run else source.resolve().name
 
     def run_name(self) -> str:

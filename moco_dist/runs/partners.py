@@ -63,7 +63,7 @@ def encoder_places(probe: Record) -> list[Path]:
     The path may name a checkpoint, and may be relative to an unknown folder.
     """
     source = Path(text_of(probe.config.get("encoder") or "")).expanduser()
-    if source.parent.name == "checkpoints":
+    if source.match("checkpoints/step_*"):
         source = source.parent.parent
     if not source.name:
         return []
