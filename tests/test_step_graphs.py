@@ -28,6 +28,7 @@ from tests import processes
 from tests.recorded_graph import recording
 from tests.test_mechanisms import BANK, CMC, SIMCLR, V3
 from tests.test_one_run_any_machine import SMALL
+from tests.test_trainer import build
 
 # Numbers that an operation on a CPU reads are those of the captured step in every later one.
 CONSTANT = ["optim.schedule=constant", "optim.lr=0.125", "tracking.wandb=disabled"]
@@ -148,3 +149,16 @@ def test_a_step_by_graphs_has_the_bits_of_the_eager_step(kind: str, world: int, 
         assert len(set(losses)) == STEPS
         assert torch.tensor(losses).isfinite().all()
         assert all(other[name].equal(value) for name, value in state.items())
+
+
+def test_a_clock_on_the_device_keeps_the_schedule_and_stays_at_its_end() -> None:
+    """A bench may take more steps than the run has."""
+    words = ["epochs=2", "optim.warmup_epochs=1", "moco.momentum_schedule=cosine"]
+    trainer = build(*words)
+    clock, last = DeviceClock(trainer), trainer.total_steps - 1
+    for step in (last + 1000, last + 1, last, trainer.steps_per_epoch, 1, 0):
+        trainer.step = step
+        clock.set()
+        trainer.step = min(step, last)
+        assert float(clock.rate()) == pytest.approx(trainer.clock.rate(), rel=1e-7)
+        assert float(clock.momentum()) == pytest.approx(trainer.clock.momentum(), rel=1e-15)

@@ -57,8 +57,9 @@ class DeviceClock:
         return step
 
     def _now(self, steps: Tensor) -> Tensor:
-        """Return the element of this step; an index would be read by the host."""
-        return steps.index_select(0, self.step[None]).squeeze(0)
+        """Return the element of this step, or the last; an index would be read by the host."""
+        # A bench may take more steps than the run has.
+        return steps.index_select(0, self.step[None].clamp(max=len(steps) - 1)).squeeze(0)
 
     def rate(self) -> Tensor:
         """Return the learning rate, float32 ()."""
