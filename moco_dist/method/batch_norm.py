@@ -111,8 +111,12 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         return normalized
 
     def _has_kernels(self, x: Tensor) -> bool:
-        """Return whether `x` is on a GPU, and a group is not too large for offsets of 32 bits."""
+        """Return whether `x` is on a GPU, and no group is too large for offsets of 32 bits.
+
+        Nor may there be more groups than statistics, in which the kernels don't go round.
+        """
         there = x.is_cuda and NormalizeGroups is not None
+        there = there and len(x) <= self.rows_per_group * len(self.group_mean)
         return there and x.numel() // len(x) * self.rows_per_group < 2**31
 
     def fuses(self, x: Tensor) -> bool:

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from moco_dist.method import schedule
 from moco_dist.method.plan import Step
-from moco_dist.pretrain.trainer import Trainer
+from moco_dist.pretrain.trainer import Clock, Trainer
 
 
-class DeviceClock:
+class DeviceClock(Clock):
     """What a step depends on besides the state, as tensors that a graph reads and advances."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+        super().__init__(trainer)
         config, total = trainer.config, trainer.total_steps
         rates = [
             schedule.learning_rate(config.optim, step, trainer.steps_per_epoch, total)

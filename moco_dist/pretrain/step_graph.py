@@ -22,10 +22,9 @@ from moco_dist.errors import shown
 from moco_dist.method.plan import Step
 from moco_dist.pretrain import figures, finite
 from moco_dist.pretrain.device_clock import DeviceClock
-from moco_dist.pretrain.graphs import Graphs
 from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.mechanisms import Hooks
-from moco_dist.pretrain.step_parts import OtherGradients, Parts
+from moco_dist.pretrain.step_parts import Graphs, OtherGradients, Parts
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.record import Metric
 from moco_dist.runs.session import Session
@@ -66,8 +65,8 @@ def why_not(trainer: Trainer) -> str:
 class _Guard(Hooks):
     """Lets nothing enter the state that is not finite, without asking the host."""
 
-    def __init__(self, stepper: Stepper, clock: DeviceClock) -> None:
-        self.stepper, self.clock = stepper, clock
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper, self.clock = stepper, stepper.clock
 
     def begin(self, step: int, rows: Step) -> None:
         self.stepper.trainer.undo.keep()
@@ -159,7 +158,7 @@ class Stepper:
     def _capture_whole(self) -> None:
         """Capture the step of a process alone; RuntimeError if it can't be."""
         trainer, shape = self.trainer, (_KEPT, len(_NAMES))
-        self.guard, self.graphs = _Guard(self, self.clock), Graphs()
+        self.guard, self.graphs = _Guard(self), Graphs()
         self.ring = torch.zeros(shape, dtype=torch.float64, device=trainer.device)
         self.read = torch.zeros(shape, dtype=torch.float64, pin_memory=True)
         self.events = [torch.cuda.Event() for _ in range(_KEPT)]
