@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from moco_dist.config.optim import OptimConfig
     from moco_dist.config.probe import GridConfig, ProbeConfig
     from moco_dist.config.recipe import DataConfig, PretrainConfig, ViewsConfig
-    from moco_dist.config.running import CheckpointConfig, KnnConfig, RuntimeConfig, TrackingConfig
+    from moco_dist.config.running import (
+        CheckpointConfig,
+        KnnConfig,
+        MonitorConfig,
+        RuntimeConfig,
+        TrackingConfig,
+    )
     from moco_dist.data.shapes import draw as draw_shapes
     from moco_dist.encoders.features import predict as knn_predict
     from moco_dist.encoders.load import load_encoder
@@ -39,10 +45,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointConfig", "DataConfig", "EncoderConfig", "GridConfig", "KnnConfig", "MoCo",
-    "MocoConfig", "OptimConfig", "Plan", "PretrainConfig", "ProbeConfig", "RuntimeConfig",
-    "TrackingConfig", "ViewsConfig", "average_statistics", "build_encoder", "center_view",
-    "draw_shapes", "info_nce", "knn_predict", "load_encoder", "make_views", "run_pretrain",
-    "run_probe", "shuffled_keys",
+    "MocoConfig", "MonitorConfig", "OptimConfig", "Plan", "PretrainConfig", "ProbeConfig",
+    "RuntimeConfig", "TrackingConfig", "ViewsConfig", "average_statistics", "build_encoder",
+    "center_view", "draw_shapes", "info_nce", "knn_predict", "load_encoder", "make_views",
+    "run_pretrain", "run_probe", "shuffled_keys",
 ]  # fmt: skip
 
 # Where each public name is defined, and under which name if that is another one.
@@ -51,7 +57,7 @@ _PLACES = {
     "config.moco": "MocoConfig",
     "config.optim": "OptimConfig",
     "config.recipe": "DataConfig PretrainConfig ViewsConfig",
-    "config.running": "CheckpointConfig KnnConfig RuntimeConfig TrackingConfig",
+    "config.running": "CheckpointConfig KnnConfig MonitorConfig RuntimeConfig TrackingConfig",
     "config.probe": "GridConfig ProbeConfig",
     "data.shapes": "draw_shapes=draw",
     "encoders.features": "knn_predict=predict",

@@ -63,9 +63,6 @@ class RecordedGraph(TorchDispatchMode):
         self.operations.append(again)
         return made
 
-    def pool(self) -> None:
-        """Say nothing of memory: all that was recorded is kept."""
-
     @torch.no_grad()
     def replay(self) -> None:
         """Do again what was recorded."""

@@ -224,6 +224,15 @@ def test_the_kernels_of_a_gpu_get_no_group_that_their_offsets_do_not_reach() -> 
     assert not norm.fuses(larger)
 
 
+def test_the_kernels_of_a_gpu_get_no_more_groups_than_have_statistics() -> None:
+    """As of a loaded encoder in training, whose only group has one row: they would be one group."""
+    norm = GroupedBatchNorm(4, rows_per_group=1, groups=1)
+    with FakeTensorMode():
+        row, rows = (torch.empty(number, 4, 8, 8, device="cuda") for number in (1, 6))
+    assert norm.fuses(row)
+    assert not norm.fuses(rows)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

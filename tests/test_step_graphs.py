@@ -14,12 +14,13 @@ from moco_dist.config.yaml_files import load
 from moco_dist.data import datasets
 from moco_dist.distributed import comms
 from moco_dist.errors import NumbersError
+from moco_dist.method import batch_norm
+from moco_dist.method.loss import info_nce
 from moco_dist.method.moco import MoCo
-from moco_dist.pretrain import step_graph
+from moco_dist.pretrain import mechanisms, step_graph
 from moco_dist.pretrain.device_clock import DeviceClock
 from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.step_graph import Stepper
-from moco_dist.pretrain.step_parts import Parts
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs import session
 from moco_dist.runs.record import Metric
@@ -27,6 +28,7 @@ from tests import processes
 from tests.recorded_graph import recording
 from tests.test_mechanisms import BANK, CMC, SIMCLR, V3
 from tests.test_one_run_any_machine import SMALL
+from tests.test_trainer import build
 
 # Numbers that an operation on a CPU reads are those of the captured step in every later one.
 CONSTANT = ["optim.schedule=constant", "optim.lr=0.125", "tracking.wandb=disabled"]
@@ -41,6 +43,7 @@ KINDS = {
     "bf16": ["runtime.gradients=bf16", "precision=fp32"],
 }
 STEPS, EAGER, BAD = 16, 5, 9
+BUCKET_MB = 0.05
 
 
 class SetClock(DeviceClock):
@@ -51,39 +54,51 @@ class SetClock(DeviceClock):
         self.set()
 
 
-def captured(take: Stepper) -> None:
-    """Capture the step, with all memory as before: a GPU does nothing in a capture."""
+def captured(take: Stepper, fails: bool) -> None:
+    """Capture the step, with all memory as before: a GPU does nothing in a capture.
+
+    If it `fails`, the last process has no memory for the loss of its first micro-batch.
+    """
     trainer = take.trainer
     buffers = [each for state in trainer.optimizer.state.values() for each in state.values()]
-    tensors = [*trainer.moco.state_dict().values(), *buffers]
+    tensors = [*trainer.moco.state_dict().values(), *buffers, trainer.undo._live]
     kept = [each.clone() for each in tensors]
-    clock: DeviceClock = SetClock(trainer)
-    if comms.world_size() > 1:
-        take.parts = Parts(trainer, take.hooks, clock)
-        assert take.parts.capture() == ""
-        assert len(take.parts.acts) > 10
-    else:
-        with mock.patch.object(step_graph, "DeviceClock", SetClock):
-            take._capture()
-        assert take.captured
-        clock = take.clock
-        clock.good.fill_(True)
-        clock.count.zero_()
-    clock._place = clock._epoch = -1
+
+    def loss(*arguments: Any) -> Any:
+        if fails and trainer.clock is take.clock and comms.rank() == comms.world_size() - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return info_nce(*arguments)
+
+    with (
+        mock.patch.object(step_graph, "DeviceClock", SetClock),
+        mock.patch.object(mechanisms, "info_nce", loss),
+    ):
+        take._capture()
+    if take.parts:
+        assert len(take.parts.graphs.acts) > 10
+    if take.captured:
+        take.clock.good.fill_(True)
+        take.clock.count.zero_()
+    take.clock._place = take.clock._epoch = -1
     with torch.no_grad():
         for tensor, value in zip(tensors, kept, strict=True):
             tensor.copy_(value)
 
 
-def trained(words: list[str], graphs: bool, wrong: bool) -> tuple[list[float], dict[str, Any]]:
+def trained(words: list[str], graphs: bool, fault: str) -> tuple[list[float], dict[str, Any]]:
     """Return the losses and the state after some steps, of which one is first refused."""
     config = load(PretrainConfig, [*SMALL, *CONSTANT, *words])
-    trainer = Trainer(config, session.join(config), datasets.load(config.data))
+    accelerator = session.join(config)
+    if accelerator.ddp_handler:  # this small encoder would be one bucket
+        accelerator.ddp_handler.bucket_cap_mb = BUCKET_MB
+    trainer = Trainer(config, accelerator, datasets.load(config.data))
     take, losses = Stepper(trainer, RunHooks(trainer)), []
     while trainer.step < STEPS:
         if graphs and trainer.step == EAGER:
-            captured(take)
-            if wrong:
+            captured(take, fault == "memory")
+            if take.parts:
+                assert len(take.parts.buckets) > 1
+            if fault == "gradients":
                 assert take.parts is not None
                 assert take.parts.expected is not None
                 take.parts.expected *= 1.03
@@ -98,15 +113,18 @@ def trained(words: list[str], graphs: bool, wrong: bool) -> tuple[list[float], d
             if take.captured:
                 take.clock.good.fill_(True)  # a run ends there
         losses.append(take().figures()[Metric.LOSS])
-    assert (take.parts is not None or take.captured) == (graphs and not wrong)
+    assert (take.parts is not None or take.captured) == (graphs and not fault)
     state = {name: value.clone() for name, value in trainer.moco.state_dict().items()}
     for number, buffers in enumerate(trainer.optimizer.state.values()):
         state |= {f"{name} {number}": value.clone() for name, value in buffers.items()}
+    for name, encoder in trainer.moco.encoders.items():
+        groups = batch_norm.group_statistics(encoder)
+        state |= {f"{name} {key}": value for key, value in groups.items()}
     state["counts"] = torch.tensor([trainer.step, trainer.moco.remembered])
     return losses, state
 
 
-def both(words: list[str], wrong: bool) -> list[tuple[list[float], dict[str, Any]]]:
+def both(words: list[str], fault: str) -> list[tuple[list[float], dict[str, Any]]]:
     """Train eagerly, and by graphs; the key encoder moves as on a GPU."""
     move = MoCo.update_key_encoder
 
@@ -114,21 +132,33 @@ def both(words: list[str], wrong: bool) -> list[tuple[list[float], dict[str, Any
         move(self, torch.as_tensor(momentum, dtype=torch.float64))
 
     with recording(), mock.patch.object(MoCo, "update_key_encoder", moved):
-        return [trained(words, graphs, wrong) for graphs in (False, True)]
+        return [trained(words, graphs, fault) for graphs in (False, True)]
 
 
 # What four processes sum has an order.
-CASES = [(kind, 4 if kind == "queue" else 2, False) for kind in KINDS]
-CASES += [(kind, 1, False) for kind in KINDS][:-1]
+CASES = [(kind, 4 if kind == "queue" else 2, "") for kind in KINDS]
+CASES += [(kind, 1, "") for kind in KINDS][:-1]
+CASES += [("queue", 2, "gradients"), ("symmetric", 2, "memory"), ("symmetric", 1, "memory")]
 
 
-@pytest.mark.parametrize(("kind", "world", "wrong"), [*CASES, ("queue", 2, True)])
-def test_a_step_by_graphs_has_the_bits_of_the_eager_step(
-    kind: str, world: int, wrong: bool
-) -> None:
-    """Also if its gradients are 3% off the eager ones, after which steps are eager."""
-    for (losses, state), (by_graphs, other) in processes.run(both, world, KINDS[kind], wrong):
+@pytest.mark.parametrize(("kind", "world", "fault"), CASES)
+def test_a_step_by_graphs_has_the_bits_of_the_eager_step(kind: str, world: int, fault: str) -> None:
+    """Also if its gradients are 3% off, or a capture fails, after which steps are eager."""
+    for (losses, state), (by_graphs, other) in processes.run(both, world, KINDS[kind], fault):
         assert by_graphs == losses
         assert len(set(losses)) == STEPS
         assert torch.tensor(losses).isfinite().all()
         assert all(other[name].equal(value) for name, value in state.items())
+
+
+def test_a_clock_on_the_device_keeps_the_schedule_and_stays_at_its_end() -> None:
+    """A bench may take more steps than the run has."""
+    words = ["epochs=2", "optim.warmup_epochs=1", "moco.momentum_schedule=cosine"]
+    trainer = build(*words)
+    clock, last = DeviceClock(trainer), trainer.total_steps - 1
+    for step in (last + 1000, last + 1, last, trainer.steps_per_epoch, 1, 0):
+        trainer.step = step
+        clock.set()
+        trainer.step = min(step, last)
+        assert float(clock.rate()) == pytest.approx(trainer.clock.rate(), rel=1e-7)
+        assert float(clock.momentum()) == pytest.approx(trainer.clock.momentum(), rel=1e-15)

@@ -152,9 +152,8 @@ class Peers:
     def speaks(self) -> bool:
         """Return whether this is the first of the remaining processes, which tells the user."""
         before = [rank for rank in range(comms.rank()) if rank != self._blamed]
-        gone = {rank: self._gone(self._read_beat(rank)) for rank in before}
-        here = any(self._has_left(rank) or gone[rank] is None for rank in before)
-        return not here and not self._told
+        here = (self._has_left(r) or self._gone(self._read_beat(r)) is None for r in before)
+        return not any(here) and not self._told
 
     def _known_fault(self, rank: int, beat: Any) -> str | None:
         if reason := self._posted(f"fault/{rank}"):
@@ -233,12 +232,9 @@ class Peers:
             silent = time.monotonic() - beats[rank][1]
             if silent > self.timeout:
                 raise PeerError(self._sentence(rank, beat, "has given no sign of life"))
-            if (silent > SILENT_SECONDS or beat is None) and rank != comms.rank():
-                sentence = self._known_fault(rank, beat)
-                if sentence and "SIGSTOP" not in sentence:
-                    raise PeerError(sentence)
-            elif self._posted(f"fault/{rank}"):
-                raise PeerError(self._known_fault(rank, beat) or RESUMES)
+            died = silent > SILENT_SECONDS and self._gone(beat) == "died"
+            if sentence := self._known_fault(rank, beat if died else None):
+                raise PeerError(sentence)
 
     def _posted(self, key: str) -> str | None:
         with suppress(RuntimeError):

@@ -111,8 +111,12 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         return normalized
 
     def _has_kernels(self, x: Tensor) -> bool:
-        """Return whether `x` is on a GPU, and a group is not too large for offsets of 32 bits."""
+        """Return whether `x` is on a GPU, and no group is too large for offsets of 32 bits.
+
+        Nor may there be more groups than statistics, in which the kernels don't go round.
+        """
         there = x.is_cuda and NormalizeGroups is not None
+        there = there and len(x) <= self.rows_per_group * len(self.group_mean)
         return there and x.numel() // len(x) * self.rows_per_group < 2**31
 
     def fuses(self, x: Tensor) -> bool:
@@ -281,9 +285,12 @@ def average_statistics(encoder: nn.Module) -> None:
 
 
 @torch.no_grad()
-def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
-    """Return the running statistics of all groups of all processes, float (bn_groups, channels)."""
-    local = _local_statistics(encoder)
+def group_statistics(encoder: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Return the running statistics of all groups of all processes, float (bn_groups, channels).
+
+    Their names are those of the layers, in order, behind `prefix`.
+    """
+    local = _local_statistics(encoder, prefix)
     if not local:  # a backbone without BatchNorm
         return {}
     gathered = comms.all_gather(torch.cat([each.flatten() for each in local.values()])[None])
@@ -295,9 +302,9 @@ def group_statistics(encoder: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _local_statistics(encoder: nn.Module) -> dict[str, Tensor]:
+def _local_statistics(encoder: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {
-        f"{number}.{name}": getattr(norm, name)
+        f"{prefix}{number}.{name}": getattr(norm, name)
         for number, norm in enumerate(batch_norms(encoder))
         for name in ("group_mean", "group_var")
     }
@@ -307,15 +314,17 @@ def _span(encoder: nn.Module) -> int:
     return batch_norms(encoder)[0].span
 
 
-def statistics_shapes(encoder: nn.Module, groups: int) -> dict[str, torch.Size]:
+def statistics_shapes(encoder: nn.Module, groups: int, prefix: str = "") -> dict[str, torch.Size]:
     """Return the shapes of what `group_statistics` returns for `groups` groups in all."""
-    local = _local_statistics(encoder)
+    local = _local_statistics(encoder, prefix)
     return {name: torch.Size([groups, mine.shape[1]]) for name, mine in local.items()}
 
 
 @torch.no_grad()
-def restore_group_statistics(encoder: nn.Module, statistics: dict[str, Tensor]) -> None:
+def restore_group_statistics(
+    encoder: nn.Module, statistics: dict[str, Tensor], prefix: str = ""
+) -> None:
     """Restore this process's share of what any number of processes saved."""
-    for name, mine in _local_statistics(encoder).items():
+    for name, mine in _local_statistics(encoder, prefix).items():
         first = comms.rank() // _span(encoder) * len(mine)
         mine.copy_(statistics[name][first:][: len(mine)])

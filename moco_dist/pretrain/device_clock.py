@@ -7,14 +7,14 @@ from torch import Tensor
 
 from moco_dist.method import schedule
 from moco_dist.method.plan import Step
-from moco_dist.pretrain.trainer import Trainer
+from moco_dist.pretrain.trainer import Clock, Trainer
 
 
-class DeviceClock:
+class DeviceClock(Clock):
     """What a step depends on besides the state, as tensors that a graph reads and advances."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+        super().__init__(trainer)
         config, total = trainer.config, trainer.total_steps
         rates = [
             schedule.learning_rate(config.optim, step, trainer.steps_per_epoch, total)
@@ -57,8 +57,9 @@ class DeviceClock:
         return step
 
     def _now(self, steps: Tensor) -> Tensor:
-        """Return the element of this step; an index would be read by the host."""
-        return steps.index_select(0, self.step[None]).squeeze(0)
+        """Return the element of this step, or the last; an index would be read by the host."""
+        # A bench may take more steps than the run has.
+        return steps.index_select(0, self.step[None].clamp(max=len(steps) - 1)).squeeze(0)
 
     def rate(self) -> Tensor:
         """Return the learning rate, float32 ()."""

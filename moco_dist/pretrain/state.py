@@ -21,8 +21,7 @@ def tensors(
     training: dict[str, Tensor] = checkpoint.momentum_buffers(optimizer, network.query_encoder)
     for name, encoder in network.encoders.items():
         batch_norm.average_statistics(encoder)
-        groups = batch_norm.group_statistics(encoder)
-        training |= {f"statistics.{name}.{key}": value for key, value in groups.items()}
+        training |= batch_norm.group_statistics(encoder, f"statistics.{name}.")
     return network.state_dict(), training
 
 
@@ -35,19 +34,12 @@ def restore(
     """
     expected = checkpoint.momentum_shapes(optimizer, network.query_encoder)
     for name, encoder in network.encoders.items():
-        shapes = batch_norm.statistics_shapes(encoder, bn_groups)
-        expected |= {f"statistics.{name}.{key}": shape for key, shape in shapes.items()}
+        expected |= batch_norm.statistics_shapes(encoder, bn_groups, f"statistics.{name}.")
     # Earlier versions also saved a linear classifier that learned in each step.
     found = {k: each for k, each in saved.optimizer.items() if not k.startswith("online.")}
     checkpoint.check_tensors(expected, found, saved.path)
     checkpoint.load_tensors(network, saved.model, saved.path)
     for name, encoder in network.encoders.items():
-        prefix = f"statistics.{name}."
-        own = {
-            key.removeprefix(prefix): value
-            for key, value in saved.optimizer.items()
-            if key.startswith(prefix)
-        }
-        batch_norm.restore_group_statistics(encoder, own)
+        batch_norm.restore_group_statistics(encoder, saved.optimizer, f"statistics.{name}.")
     checkpoint.restore_momentum(optimizer, network.query_encoder, saved)
     network.remembered = saved.piece(REMEMBERED)

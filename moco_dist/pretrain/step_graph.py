@@ -8,10 +8,8 @@ raised in that step. Health is measured between the two graphs, in the steps in 
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -26,7 +24,7 @@ from moco_dist.pretrain import figures, finite
 from moco_dist.pretrain.device_clock import DeviceClock
 from moco_dist.pretrain.hooks import RunHooks
 from moco_dist.pretrain.mechanisms import Hooks
-from moco_dist.pretrain.step_parts import OtherGradients, Parts
+from moco_dist.pretrain.step_parts import Graphs, OtherGradients, Parts
 from moco_dist.pretrain.trainer import Trainer
 from moco_dist.runs.record import Metric
 from moco_dist.runs.session import Session
@@ -67,8 +65,8 @@ def why_not(trainer: Trainer) -> str:
 class _Guard(Hooks):
     """Lets nothing enter the state that is not finite, without asking the host."""
 
-    def __init__(self, stepper: Stepper, clock: DeviceClock) -> None:
-        self.stepper, self.clock = stepper, clock
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper, self.clock = stepper, stepper.clock
 
     def begin(self, step: int, rows: Step) -> None:
         self.stepper.trainer.undo.keep()
@@ -83,8 +81,8 @@ class _Guard(Hooks):
         self.stepper.trainer.optimizer.found_inf = good.logical_not().float()  # type: ignore[attr-defined]
 
     def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
-        self.queries, self.positives = queries, positives
-        self.stepper.begin_second()
+        measure = self.stepper.hooks.before_enqueue
+        self.stepper.graphs.cut(partial(measure, queries, positives))
 
 
 def _warn(reason: str) -> None:
@@ -113,7 +111,7 @@ class Stepper:
         """Take a step; what it raises leaves the state as it was before the step that it names."""
         if self.captures and self.eager_steps >= _WARM_UP and self.trainer.moco.fill in (None, 1):
             self.captures = False
-            self._capture() if comms.world_size() == 1 else self._capture_parts()
+            self._capture()
         if self.captured:
             return self._replay()
         loss, logits = self._by_parts() or self.trainer.train_step(self.hooks)
@@ -143,60 +141,32 @@ class Stepper:
             _warn(str(error))
             return None
 
-    def _capture_parts(self) -> None:
-        """Capture the step between what processes exchange, on all of them or on none."""
-        parts = Parts(self.trainer, self.hooks, DeviceClock(self.trainer))
-        faults = comms.gather_objects(parts.capture())
-        if fault := next(filter(None, faults), ""):
+    def _capture(self) -> None:
+        """Capture the step on all processes; if one can't, say so and take eager steps on."""
+        self.clock, fault = DeviceClock(self.trainer), ""
+        several = comms.world_size() > 1
+        parts = Parts(self.trainer, self.hooks, self.clock) if several else None
+        try:
+            parts.capture() if parts else self._capture_whole()
+        except RuntimeError as error:
+            fault = str(error) or type(error).__name__
+        if fault := next(filter(None, comms.gather_objects(fault)), ""):
             _warn(fault)
         else:
-            self.parts = parts
+            self.parts, self.captured = parts, parts is None
 
-    def _capture(self) -> None:
-        """Capture the step; if that fails, say so and take eager steps as before."""
-        trainer = self.trainer
-        device, step, host = trainer.device, trainer.step, trainer.clock
-        self.clock = DeviceClock(trainer)
-        self.guard = _Guard(self, self.clock)
-        self.first, self.second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        shape = _KEPT, len(_NAMES)
-        self.ring = torch.zeros(shape, dtype=torch.float64, device=device)
+    def _capture_whole(self) -> None:
+        """Capture the step of a process alone; RuntimeError if it can't be."""
+        trainer, shape = self.trainer, (_KEPT, len(_NAMES))
+        self.guard, self.graphs = _Guard(self), Graphs()
+        self.ring = torch.zeros(shape, dtype=torch.float64, device=trainer.device)
         self.read = torch.zeros(shape, dtype=torch.float64, pin_memory=True)
         self.events = [torch.cuda.Event() for _ in range(_KEPT)]
-        trainer.source.begin(step)
-        trainer.source.stay()
-        torch.cuda.synchronize(device)
-        gc.collect()
-        # A graph has its own memory pool; the allocator would keep what eager steps used besides.
-        torch.cuda.empty_cache()
-        stream = torch.cuda.Stream(device)
-        self._open = self.first
-        try:
-            trainer.clock = self.clock
-            with torch.cuda.stream(stream):
-                self.first.capture_begin(capture_error_mode="thread_local")
-                try:
-                    loss, self.logits = trainer.train_step(self.guard)
-                    self._keep_figures(loss)
-                except BaseException:
-                    with suppress(RuntimeError):
-                        self._open.capture_end()
-                    raise
-                self._open.capture_end()
-            self.captured, self.count, self.checked = True, 0, -1
-        except RuntimeError as error:
-            _warn(str(error))
-        finally:
-            trainer.clock, trainer.step = host, step
-            trainer.optimizer.zero_grad()
-            vars(trainer.optimizer).pop("found_inf", None)
-            torch.cuda.current_stream(device).wait_stream(stream)
-
-    def begin_second(self) -> None:
-        """End the first graph and begin the second one."""
-        self.first.capture_end()
-        self._open = self.second
-        self.second.capture_begin(pool=self.first.pool(), capture_error_mode="thread_local")
+        self.count, self.checked = 0, -1
+        trainer.source.begin(trainer.step)
+        with self.graphs.capture(trainer, self.clock):
+            loss, self.logits = trainer.train_step(self.guard)
+            self._keep_figures(loss)
 
     def _keep_figures(self, loss: Tensor) -> None:
         temperature = self.trainer.config.moco.temperature
@@ -216,10 +186,8 @@ class Stepper:
             self.session.saver.copied()
         hooks.agreed = Agreement(stop=0, save=hooks.wants_save)
         self.clock.set()
-        self.first.replay()
         hooks.step, hooks.rows = step, self.guard.rows
-        hooks.before_enqueue(self.guard.queries, self.guard.positives)
-        self.second.replay()
+        self.graphs.replay()
         number = self.count
         self.events[number % _KEPT].record()
         self.count += 1

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from moco_dist.distributed import comms
+from moco_dist.method.batch_norm import batch_norms
 from moco_dist.method.plan import Step
 from moco_dist.pretrain.device_clock import DeviceClock
 from moco_dist.pretrain.finite import flat
@@ -50,16 +51,76 @@ class _Gradients(Hooks):
         raise _Found
 
 
+class Graphs:
+    """The graphs of a step, and what is called between them."""
+
+    def __init__(self) -> None:
+        self.acts: list[Callable[[], Any]] = []
+
+    @contextmanager
+    def capture(self, trainer: Trainer, clock: DeviceClock) -> Iterator[None]:
+        """Capture what the block puts on the GPU, in which the trainer goes by `clock`.
+
+        Nothing is computed, and the trainer is left as it was, also if the block fails.
+        """
+        step, host, contrast = trainer.step, trainer.clock, trainer.contrast
+        trainer.source.stay()
+        torch.cuda.synchronize(trainer.device)
+        gc.collect()
+        # Graphs have their own memory pool; the allocator would keep what eager steps used besides.
+        torch.cuda.empty_cache()
+        stream = torch.cuda.Stream(trainer.device)
+        self._pool = torch.cuda.graph_pool_handle()
+        try:
+            trainer.clock = clock
+            with torch.cuda.stream(stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
+                self._open()
+                try:
+                    yield
+                except BaseException:
+                    with suppress(RuntimeError):
+                        self._graph.capture_end()
+                    raise
+                self._close()
+        finally:
+            trainer.step, trainer.clock, trainer.contrast = step, host, contrast
+            for norm in batch_norms(trainer.moco):  # it may have failed between micro-batches
+                norm.next_group = 0
+            trainer.optimizer.zero_grad()
+            vars(trainer.optimizer).pop("found_inf", None)
+            torch.cuda.current_stream(trainer.device).wait_stream(stream)
+
+    def cut(self, act: Callable[[], Any]) -> None:
+        """End a graph, after which each step calls `act`, and begin the next one."""
+        self._close()
+        self.acts.append(act)
+        self._open()
+
+    def replay(self) -> None:
+        """Do again what was captured, and call what is called in between."""
+        for act in self.acts:
+            act()
+
+    def _open(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _close(self) -> None:
+        self._graph.capture_end()
+        self.acts.append(self._graph.replay)
+
+
 class Parts(Hooks):
     """A step's graphs, and what is done between them. Called to take a step as `train_step` does.
 
     As the hooks of the step that is captured, it ends a graph where `hooks` are to be called, and
-    begins the next one.
+    begins the next one. To make it is a collective: its first step is compared with an eager one.
     """
 
     def __init__(self, trainer: Trainer, hooks: RunHooks, clock: DeviceClock) -> None:
         self.trainer, self.hooks, self.clock = trainer, hooks, clock
-        self.acts: list[Callable[[], Any]] = []
+        self.graphs = Graphs()
         # The weights as other leaves of autograd: those of DistributedDataParallel are of another
         # stream, and it would sum their gradients.
         self.leaves = {
@@ -67,29 +128,7 @@ class Parts(Hooks):
             for name, parameter in trainer.moco.query_encoder.named_parameters()
             if parameter.requires_grad
         }
-
-    def __call__(self) -> tuple[Tensor, list[Tensor]]:
-        """Take a step; its loss and logits stay as they are until the next one.
-
-        Raises what `train_step` raises, and OtherGradients in the first step.
-        """
-        trainer = self.trainer
-        trainer.source.begin(trainer.step)
-        self.clock.set()
-        for act in self.acts:
-            act()
-        trainer.optimizer.zero_grad()
-        trainer.step += 1
-        trainer.moco.remembered += self.made
-        return self.loss, self.logits
-
-    def capture(self) -> str:
-        """Capture the trainer's step, which changes nothing; return why it can't be, if so.
-
-        A collective: the first step by parts is compared with the eager one.
-        """
-        trainer = self.trainer
-        eager = _Gradients(self.hooks)
+        eager = _Gradients(hooks)
         with suppress(_Found):
             trainer.train_step(eager)
         self.expected: Tensor | None = eager.joined
@@ -99,34 +138,27 @@ class Parts(Hooks):
         buckets = trainer.query.reducer._get_zeros_like_grad_buckets()
         self.buckets: list[list[Tensor]] = [bucket.parameters() for bucket in buckets]
         del buckets
-        trainer.source.stay()
-        step, clock, contrast = trainer.step, trainer.clock, trainer.contrast
-        stream = torch.cuda.Stream(trainer.device)
-        torch.cuda.synchronize(trainer.device)
-        gc.collect()
-        torch.cuda.empty_cache()
-        try:
-            trainer.clock = self.clock
-            trainer.contrast = trainer.mechanism(self.encode)
-            with torch.cuda.stream(stream), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
-                self.pool = torch.cuda.graph_pool_handle()
-                self._open()
-                try:
-                    loss, self.logits = trainer.train_step(self)
-                    self.loss = loss.clone()
-                except BaseException:
-                    with suppress(RuntimeError):
-                        self.graph.capture_end()
-                    raise
-                self._close()
-        except RuntimeError as error:
-            return str(error) or type(error).__name__
-        finally:
-            trainer.step, trainer.clock, trainer.contrast = step, clock, contrast
-            trainer.optimizer.zero_grad()
-            torch.cuda.current_stream(trainer.device).wait_stream(stream)
-        return ""
+
+    def __call__(self) -> tuple[Tensor, list[Tensor]]:
+        """Take a step; its loss and logits stay as they are until the next one.
+
+        Raises what `train_step` raises, and OtherGradients in the first step.
+        """
+        trainer = self.trainer
+        trainer.source.begin(trainer.step)
+        self.clock.set()
+        self.graphs.replay()
+        trainer.optimizer.zero_grad()
+        trainer.step += 1
+        trainer.moco.remembered += self.made
+        return self.loss, self.logits
+
+    def capture(self) -> None:
+        """Capture the trainer's step, which changes nothing; RuntimeError if it can't be."""
+        with self.graphs.capture(self.trainer, self.clock):
+            self.trainer.contrast = self.trainer.mechanism(self.encode)
+            loss, self.logits = self.trainer.train_step(self)
+            self.loss = loss.clone()
 
     def encode(self, views: Tensor) -> Tensor:
         """Return the queries of views, float (rows, dim)."""
@@ -134,31 +166,17 @@ class Parts(Hooks):
         queries: Tensor = functional_call(encoder, self.leaves, views)
         return queries
 
-    def _open(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-
-    def _close(self) -> None:
-        self.graph.capture_end()
-        self.acts.append(self.graph.replay)
-
-    def cut(self, act: Callable[[], Any]) -> None:
-        """End a graph, after which each step calls `act`, and begin the next one."""
-        self._close()
-        self.acts.append(act)
-        self._open()
-
     def begin(self, step: int, rows: Step) -> None:
-        self.cut(lambda: self.hooks.begin(self.trainer.step, rows))
+        self.graphs.cut(lambda: self.hooks.begin(self.trainer.step, rows))
 
     def gather(self, keys: Tensor) -> Callable[[], Tensor]:
         whole = keys.new_empty(comms.world_size() * len(keys), *keys.shape[1:])
         begun: list[Callable[[], Tensor]] = []
-        self.cut(lambda: begun.append(self.hooks.gather(keys)))
+        self.graphs.cut(lambda: begun.append(self.hooks.gather(keys)))
 
         @cache
         def gathered() -> Tensor:
-            self.cut(lambda: whole.copy_(begun.pop()()))
+            self.graphs.cut(lambda: whole.copy_(begun.pop()()))
             return whole
 
         return gathered
@@ -174,7 +192,7 @@ class Parts(Hooks):
             for message in messages:
                 comms.add_up(message)
 
-        self.cut(add_up)
+        self.graphs.cut(add_up)
         for gradients, message in zip(buckets, messages, strict=True):
             sizes = [len(each) for each in gradients]
             torch._foreach_copy_(gradients, list(message.split(sizes)))
@@ -189,11 +207,11 @@ class Parts(Hooks):
             attach()
             self.hooks.before_update(made, losses)
 
-        self.cut(check)
+        self.graphs.cut(check)
         attach()  # for the optimizer's step
 
     def before_enqueue(self, queries: Tensor, positives: list[Tensor]) -> None:
-        self.cut(lambda: self.hooks.before_enqueue(queries, positives))
+        self.graphs.cut(lambda: self.hooks.before_enqueue(queries, positives))
 
     def _message(self, gradients: list[Tensor]) -> Tensor:
         """Return the share of a mean over the processes as DistributedDataParallel sends it."""

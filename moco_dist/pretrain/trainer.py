@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -35,8 +34,8 @@ from moco_dist.tracking.start import console
 GATHER_ONLY = mechanisms.Hooks()
 
 
-class HostClock:
-    """What a step depends on besides the state, as numbers that the host knows."""
+class Clock:
+    """What a step depends on besides the state, here as numbers that the host knows."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -48,11 +47,11 @@ class HostClock:
         return trainer.plan.step(trainer.step, len(trainer.config.moco.passes))
 
     @property
-    def now(self) -> int:
+    def now(self) -> Key:
         """The step, counted from 0."""
         return self.trainer.step
 
-    def rate(self) -> float:
+    def rate(self) -> float | Tensor:
         """Return the learning rate."""
         trainer = self.trainer
         times = trainer.step, trainer.steps_per_epoch, trainer.total_steps
@@ -60,7 +59,7 @@ class HostClock:
         # A CUDA graph reads it as float32.
         return float(torch.tensor(rate)) if trainer.device.type == "cuda" else rate
 
-    def momentum(self) -> float:
+    def momentum(self) -> float | Tensor:
         """Return the share of the key encoder that stays."""
         trainer = self.trainer
         return schedule.key_momentum(trainer.config.moco, trainer.step, trainer.total_steps)
@@ -68,17 +67,6 @@ class HostClock:
     def remember(self, vectors: Tensor, samples: Tensor) -> None:
         """Put vectors into the memory, if there is one."""
         self.trainer.moco.remember(vectors, samples)
-
-
-class Clock(Protocol):
-    """What a step depends on besides the state."""
-
-    @property
-    def now(self) -> Key: ...
-    def rows(self) -> Step: ...
-    def rate(self) -> float | Tensor: ...
-    def momentum(self) -> float | Tensor: ...
-    def remember(self, vectors: Tensor, samples: Tensor) -> None: ...
 
 
 class Trainer:
@@ -125,7 +113,7 @@ class Trainer:
         weights = fingerprint.of_module(self.moco)
         peers.same_everywhere("the fingerprint of the new model", weights)
         self.step = 0
-        self.clock: Clock = HostClock(self)
+        self.clock = Clock(self)
         # The step that was evaluated last, and step and accuracy of the best one.
         self.evaluated = -1
         self.best: dict[str, float] | None = None
