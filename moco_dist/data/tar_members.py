@@ -158,7 +158,7 @@ def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Me
                     known = samples.labels[sample]
                     if label is not None and (name.ending == ".cls" or name.stem not in known):
                         known[name.stem] = label
-            _require_end(path, file, tar.offset, end, notes)
+            notes.tars += require_end(path, file, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{shown(path, 4096)}: not a readable tar ({shown(error)}); data.name=shards needs "
@@ -175,10 +175,11 @@ def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Me
     ]
 
 
-def _require_end(path: Path, file: IO[bytes], offset: int, end: int, notes: Notes) -> None:
-    """Raise ReadError unless zeros, and nothing else, stand after the last member.
+def require_end(path: Path, file: IO[bytes], offset: int) -> list[str]:
+    """Return a sentence if many zeros stand from `offset` on, where tarfile took a tar for ended.
 
-    tarfile takes a damaged header, and a missing one, for the end.
+    Raises ReadError unless zeros, and nothing else, stand there: tarfile takes a damaged header,
+    and a missing one, for the end.
     """
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
@@ -191,11 +192,10 @@ def _require_end(path: Path, file: IO[bytes], offset: int, end: int, notes: Note
             raise tarfile.ReadError(
                 f"it goes on after its end mark at byte {offset:,}, as tars that are joined do"
             )
-    if end - offset > MOST_ZEROS:
-        notes.tars.append(
-            f"{shown(path, 4096)}: {end - offset:,} bytes of zeros stand at its end; make sure "
-            "that it was copied whole"
-        )
+    if (zeros := file.tell() - offset) <= MOST_ZEROS:
+        return []
+    said = f"{shown(path, 4096)}: {zeros:,} bytes of zeros stand at its end"
+    return [f"{said}; make sure that it was copied whole"]
 
 
 def _chosen(samples: _Samples, path: Path, notes: Notes) -> list[tuple[int, Name, Member]]:
