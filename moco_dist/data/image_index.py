@@ -32,8 +32,8 @@ from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
 
-# Version of a cached list's layout.
-VERSION = 2
+# Version of a cached list, which changes with its layout and with the rules of what it holds.
+VERSION = 3
 # A folder that changed so recently may change again without another modification time.
 SETTLED_SECONDS = 10.0
 

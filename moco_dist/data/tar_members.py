@@ -125,7 +125,9 @@ class _Samples:
 
 
 def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Member, str | None]]:
-    """Return the images of a tar, in order, with their labels; add to `notes` what is left out.
+    """Return the images of a tar, in order, each with the label in its sample, if there is one.
+
+    What is left out is added to `notes`.
 
     Raises DataError for a tar that is damaged or incomplete, and for a label that can't be read.
     """
@@ -170,7 +172,7 @@ def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Me
             "are read as samples of their own; make sure that they are not the same images"
         )
     return [
-        (member, _label_of(name, samples.labels[sample]) if labelled else None)
+        (member, _label_of(name, samples.labels[sample]))
         for sample, name, member in _chosen(samples, path, notes)
     ]
 
@@ -219,11 +221,9 @@ def _chosen(samples: _Samples, path: Path, notes: Notes) -> list[tuple[int, Name
 
 
 def _label_of(name: Name, known: dict[str, str]) -> str | None:
-    """Return the label of the same name, of the sample, the only one there is, or the folder."""
-    for stem in (name.stem, "", *(known if len(known) == 1 else ())):
-        if stem in known:
-            return known[stem]
-    return name.key.partition("/")[0] if "/" in name.key else None
+    """Return the label of the same name, of the sample, or the only one there is."""
+    stems = (name.stem, "", *(known if len(known) == 1 else ()))
+    return next((known[stem] for stem in stems if stem in known), None)
 
 
 def _label(ending: str, content: bytes, path: Path, member: tarfile.TarInfo) -> str | None:
