@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from moco_dist import notebook
@@ -25,7 +26,7 @@ from moco_dist.config.yaml_files import load
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, DataError, MachineError, machine_error
 from moco_dist.method.plan import check_images
-from moco_dist.runs import checkpoint, launch, memory
+from moco_dist.runs import checkpoint, launch, memory, session
 from moco_dist.runs.memory import available
 from tests.test_launch import BIN, ROOT, TINY, free_port, python
 from tests.test_launch import launch as started
@@ -96,6 +97,18 @@ def test_what_is_left_of_a_launch_is_named(environment: dict[str, str], said: st
 def test_what_accelerate_config_cannot_mean_here_is_refused_by_name(name: str, answer: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}=true: {answer}, an answer of `accelerate conf"):
         launch.check({name: "true"})
+
+
+@pytest.mark.parametrize("gpus", [True, False])
+@pytest.mark.parametrize("word", ["maybe", ""])
+def test_a_word_that_is_no_truth_value_has_a_sentence_with_gpus_and_without(
+    bare: pytest.MonkeyPatch, tmp_path: Path, word: str, gpus: bool
+) -> None:
+    bare.setenv("ACCELERATE_USE_CPU", word)
+    bare.setattr(torch.cuda, "is_available", lambda: gpus)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ConfigError, match=f"ACCELERATE_USE_CPU={word}"):
+        session.join(tiny(tmp_path, "runtime.device=auto"))
 
 
 def test_a_refusal_is_printed_whatever_rank_is_left_over(tmp_path: Path) -> None:
