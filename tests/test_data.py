@@ -256,7 +256,8 @@ def test_cifar10_is_read_from_its_archive_format(
     for resize, said in (("bicubic", 1), ("bilinear", 0)):
         caplog.clear()
         config = DataConfig(name="cifar10", root=str(tmp_path), size=16, resize=resize)
-        assert held(data_datasets.load(config).test).equal(small)
+        found = held(data_datasets.load(config).test)
+        assert (found.int() - small.int()).abs().max() <= 1
         assert caplog.text.count(f"to data.size=16 bilinearly, and data.resize={resize}") == said
 
 
