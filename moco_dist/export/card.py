@@ -252,4 +252,5 @@ def description(found: Found, which: str, target: str) -> dict[str, Any]:
         "encoder": to_dict(found.architecture),
         "views": to_dict(found.views) if found.views else None,
         "resize": found.resize,
+        "filter": found.filter,
     }
