@@ -420,6 +420,26 @@ def test_a_folder_of_others_is_left_and_an_older_export_is_replaced(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
+def test_exports_of_files_that_differ_behind_a_dot_stay_apart(tmp_path: Path) -> None:
+    tensors = torchvision.models.resnet18().state_dict()
+    made = {}
+    for name in (
+        "epoch=9-loss=0.12.ckpt",
+        "epoch=9-loss=0.15.ckpt",
+        "m.v1.pth.tar",
+        "m.v2.pth.tar",
+    ):
+        bias = torch.full((64,), float(len(made) + 1))
+        torch.save({"state_dict": tensors | {"bn1.bias": bias}}, tmp_path / name)
+        made[export(tmp_path / name, "torchvision")] = bias
+    assert [folder.name for folder in made] == [
+        *("epoch=9-loss=0.12-torchvision", "epoch=9-loss=0.15-torchvision"),
+        *("m.v1-torchvision", "m.v2-torchvision"),
+    ]
+    for folder, bias in made.items():
+        assert load_file(folder / "model.safetensors")["bn1.bias"].equal(bias)
+
+
 def test_the_key_encoder_is_read_or_missed(imagenet: Path) -> None:
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     query, key = (moco_dist.load_encoder(imagenet, which)(images) for which in ("query", "key"))
