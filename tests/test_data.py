@@ -253,7 +253,9 @@ def test_cifar10_is_read_from_its_archive_format(
     assert splits.train.classes == tuple("abcdefghij")
     # Images of another size are resized by torchvision's filter for tensors.
     small = transforms.Resize([16, 16])(torch.from_numpy(pixels))
-    for resize, said in (("bicubic", 1), ("bilinear", 0)):
+    filters: tuple[tuple[Literal["bicubic", "bilinear"], int], ...]
+    filters = (("bicubic", 1), ("bilinear", 0))
+    for resize, said in filters:
         caplog.clear()
         config = DataConfig(name="cifar10", root=str(tmp_path), size=16, resize=resize)
         found = held(data_datasets.load(config).test)

@@ -422,7 +422,7 @@ def test_a_folder_of_others_is_left_and_an_older_export_is_replaced(
 
 def test_exports_of_files_that_differ_behind_a_dot_stay_apart(tmp_path: Path) -> None:
     tensors = torchvision.models.resnet18().state_dict()
-    made = {}
+    made: dict[Path, Tensor] = {}
     for name in (
         "epoch=9-loss=0.12.ckpt",
         "epoch=9-loss=0.15.ckpt",

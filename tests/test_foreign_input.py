@@ -16,6 +16,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,11 @@ from moco_dist.doctor import images
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
 
 EIGHT = Recipe(8)
-COMPRESSORS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
 
 

@@ -22,7 +22,7 @@ VIT = ["encoder.backbone=timm/idle_vit", "encoder.stem=imagenet", "encoder.width
 IDLE = "backbone.mask_token"
 
 
-class IdleVisionTransformer(VisionTransformer):  # type: ignore[misc]
+class IdleVisionTransformer(VisionTransformer):
     """A Vision Transformer with the mask of a pretraining that it doesn't have."""
 
     def __init__(self, **options: Any) -> None:
@@ -30,7 +30,7 @@ class IdleVisionTransformer(VisionTransformer):  # type: ignore[misc]
         self.mask_token = nn.Parameter(torch.full((1, 1, self.embed_dim), 0.5))
 
 
-@register_model  # type: ignore[untyped-decorator]
+@register_model
 def idle_vit(pretrained: bool = False, **options: Any) -> nn.Module:
     own = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
     known = ("num_classes", "in_chans", "dynamic_img_size")

@@ -95,7 +95,8 @@ def test_what_is_named_has_no_effect_on_drawn_shapes() -> None:
 
 def test_milestones_behind_the_end_are_named() -> None:
     words = ["optim.schedule=step", "optim.milestones=[120,160]"]
-    for schema in (PretrainConfig, ProbeConfig):
+    schemas: list[type[Any]] = [PretrainConfig, ProbeConfig]
+    for schema in schemas:
         found = load(schema, [*words, "epochs=150"]).unused
         assert found == ["optim.milestones=[160] of 150 epochs"]
         assert load(schema, [*words, "epochs=161"]).unused == []

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 # What reading a damaged archive raises, besides an OSError without a number.
 DAMAGES = (
-    *(tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError),
-    RuntimeError,
+    *(tarfile.TarError, zipfile.BadZipFile, RuntimeError),
+    *(EOFError, zlib.error, lzma.LZMAError),
 )
 # Bytes of an archive up to which its names are listed in a moment.
 MOST_LISTED = 2**31

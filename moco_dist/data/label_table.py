@@ -145,8 +145,8 @@ def _rows(
                         f"{counted(len(row), 'column')} and needs {max(columns) + 1}; "
                         "give a file and a label in each line"
                     )
-                name, label, file = (row[number].strip() for number in columns)
-                yield lines.line_num, name, label or None, file
+                name, label, also = (row[number].strip() for number in columns)
+                yield lines.line_num, name, label or None, also
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
             f"{shown(path)}: can't be read ({shown(error)}); save it as CSV in UTF-8, with the "

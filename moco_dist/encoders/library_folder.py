@@ -22,7 +22,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _FREE = ("num_classes", "in_chans", "global_pool", "dynamic_img_size")
 _SIDES = "img_size", "patch_size"
 # Filters that images are resized with, by the numbers that transformers and PIL give them.
-_RESAMPLE = {2: "bilinear", 3: BICUBIC}
+_RESAMPLE: dict[Any, str] = {2: "bilinear", 3: BICUBIC}
 FILTERS = {name: name for name in _RESAMPLE.values()}
 # Settings of transformers' ResNet that change its features and not its tensors.
 _RESNET = {

@@ -35,8 +35,8 @@ class FineTuning:
     ) -> None:
         self.optim = optim
         self.encoders = nn.ModuleDict(dict(backbones)).requires_grad_(True)
-        for each in backbones.values():
-            freeze_unused(each, example)
+        for backbone in backbones.values():
+            freeze_unused(backbone, example)
         self.optimizer = torch.optim.SGD(
             self.encoders.parameters(),
             lr=optim.lr,
