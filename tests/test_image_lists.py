@@ -224,8 +224,8 @@ def test_labels_are_those_of_the_sample_and_extensions_begin_at_the_first_dot(
     assert [p.name for p in places] == ["a/1.jpg", "a/2.JPEG", f"{long}.webp", "c/4.png"]
     content = (tmp_path / "a.tar").read_bytes()
     assert [content[p.offset :][: p.size] for p in places] == [b"one", b"two", b"three", b"four!"]
-    named = [found.classes[label] for label in found.labels]
-    assert named == ["2", "a", "0", "1"]  # without a label, the first folder is the class
+    assert found.classes == ("0", "1", "2")
+    assert found.labels.tolist() == [2, -1, 0, 1]  # "a" is the label of no image
     assert tar_shards.read(tmp_path, ["a.tar"], False, None).classes == ()
 
 

@@ -93,6 +93,15 @@ def test_a_folder_is_no_class_next_to_the_labels_of_other_samples(
     (said,) = found.warnings
     assert "10 of 20 images have no label in their tar, as others have, and no class" in said
     assert tar_shards.read(tmp_path, tars, False, None).warnings == ()
+    # Where the labels are folders, it is one.
+    samples = [
+        {"__key__": f"{'ab'[n % 2]}/{n}", "jpg": image(n), "cls": "ab"[n % 2]} for n in range(8)
+    ]
+    for sample in samples[::3]:
+        sample.pop("cls")
+    found = tar_shards.read(tmp_path / "b", written(tmp_path / "b", samples), True, None)
+    assert names(found) == [*"abababab"]
+    assert found.warnings == ()
 
 
 def test_where_no_image_has_a_bare_suffix_each_is_read(tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ def read(
     """Return the images in the tar files `tars` of `root`, in order.
 
     An image's class is in KEY.cls (a number or a name), or in KEY.json under "cls", "label" or
-    "class"; where no sample has either, it is the first folder of KEY. With `classes`, images of
-    others have no class. Raises DataError for a damaged tar and MissingError for tars without
-    images.
+    "class"; without either it is the first folder of KEY, if no image has a label or some have that
+    one. With `classes`, images of others have no class. Raises DataError for a damaged tar and
+    MissingError for tars without images.
     """
     notes = tar_members.Notes()
     found = [
@@ -103,8 +103,9 @@ def read(
     if labelled:
         folders = [_first_folder(member) for member in members]
         bare = [number for number, label in enumerate(labels) if label is None]
-        if len(bare) == len(labels):
-            labels = folders
+        if len(bare) == len(labels) or {folders[number] for number in bare} <= {*labels}:
+            pairs = zip(labels, folders, strict=True)
+            labels = [folder if label is None else label for label, folder in pairs]
         elif any(folders[number] for number in bare):
             said += (
                 f"{shown(root)}: {len(bare):,} of {len(labels):,} images have no label in their "
