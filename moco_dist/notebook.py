@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.distributed.stopping import StopRequests
-from moco_dist.errors import UserError
+from moco_dist.errors import InterruptedRunError, UserError, machine_error
 from moco_dist.pretrain import run as pretrain_run
 from moco_dist.probe import run as probe_run
 
@@ -47,8 +47,11 @@ def _run(run: Callable[[Config, StopRequests], None], config: Config) -> None:
         run(config, stop)
     except BaseException as error:
         status, text = UserError.exit_status, f"{type(error).__name__}: {error}"
-        if isinstance(error, UserError):
-            status, text, again = error.exit_status, str(error), error.again
+        known = error if isinstance(error, UserError) else machine_error(error)
+        if isinstance(error, KeyboardInterrupt):
+            known = InterruptedRunError("stopped by Ctrl-C; the last checkpoint stands")
+        if known:
+            status, text, again = known.exit_status, str(known), known.again
         stop.flush()
         raise
     finally:

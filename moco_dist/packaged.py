@@ -19,8 +19,8 @@ FOLDERS = ("configs", "launch", "slurm")
 def root() -> Path:
     """Return the folder that holds `FOLDERS`."""
     package = Path(__file__).resolve().parent
-    clone = package.parent
-    return clone if (clone / "configs" / "pretrain").is_dir() else package / "packaged_files"
+    installed = package / "packaged_files"  # next to the package may be configs of another one
+    return installed if installed.is_dir() else package.parent
 
 
 def config(name: str) -> Path | None:

@@ -24,9 +24,11 @@ def test_nouns_agree_with_their_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     # 150 images without 15 for validation are a batch of 134 and one image.
     words = [*PRETRAIN, f"output={tmp_path}", "name=one", "bn_groups=1", "batch_size=134"]
     words += ["moco.queue_size=134", "epochs=1", "tracking.wandb=disabled", "knn.every_epochs=1"]
+    words += ["optim.milestones=[9]"]
     pretrain.run(load(PretrainConfig, words))
     measure = [*PROBE, f"output={tmp_path}", "name=measure", f"encoder={tmp_path}/one", "epochs=1"]
     measure += ["augment=false", "control=false", "grid.around=[]", "tracking.wandb=disabled"]
+    measure += ["optim.milestones=[9]"]
     probe.run(load(ProbeConfig, measure))
     doctor.examine(load(PretrainConfig, words))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -39,6 +41,7 @@ def test_nouns_agree_with_their_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     ):
         assert sentence in text, text
     assert [line for line in lines if re.search(WRONG, line)] == []
+    assert len(re.findall(r"no effect (?:warn )?optim.milestones=\[9\]\n", text)) == 3
 
 
 def test_the_doctor_names_what_is_missing_once(

@@ -71,13 +71,17 @@ def test_the_split_is_a_function_of_its_seed(labelled: Path, tmp_path: Path) -> 
 
 
 def test_a_limit_takes_fewer_training_images_and_the_same_validation(
-    labelled: Path, tmp_path: Path
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = data_datasets.load(folder(labelled, tmp_path / "cache"))
     few = data_datasets.load(folder(labelled, tmp_path / "cache", limit=5))
     assert len(few.train) == 5
     assert held(few.validation).equal(held(whole.validation))
     assert few.fingerprint == whole.fingerprint
+    assert "data.limit" not in caplog.text
+    all_of_them = data_datasets.load(folder(labelled, tmp_path / "cache", limit=5000))
+    assert len(all_of_them.train) == len(whole.train)
+    assert f"data.limit=5000 is above the {len(whole.train)} training images" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -232,7 +236,7 @@ def test_a_download_that_fails_has_its_sentence(
 
 
 def test_cifar10_is_read_from_its_archive_format(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = tmp_path / datasets.CIFAR10.base_folder
     base.mkdir()
@@ -247,6 +251,16 @@ def test_cifar10_is_read_from_its_archive_format(
     assert splits.test.labels.tolist() == batch["labels"]
     assert (len(splits.train), len(splits.validation)) == (90, 10)
     assert splits.train.classes == tuple("abcdefghij")
+    # Images of another size are resized by torchvision's filter for tensors.
+    small = transforms.Resize([16, 16])(torch.from_numpy(pixels))
+    filters: tuple[tuple[Literal["bicubic", "bilinear"], int], ...]
+    filters = (("bicubic", 1), ("bilinear", 0))
+    for resize, said in filters:
+        caplog.clear()
+        config = DataConfig(name="cifar10", root=str(tmp_path), size=16, resize=resize)
+        found = held(data_datasets.load(config).test)
+        assert (found.int() - small.int()).abs().max() <= 1
+        assert caplog.text.count(f"to data.size=16 bilinearly, and data.resize={resize}") == said
 
 
 def own_images(folder: Path) -> list[str]:

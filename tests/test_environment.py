@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from moco_dist import notebook
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import PretrainConfig
 from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.errors import ConfigError, DataError, MachineError, machine_error
 from moco_dist.method.plan import check_images
-from moco_dist.runs import checkpoint, launch, memory
+from moco_dist.runs import checkpoint, launch, memory, session
 from moco_dist.runs.memory import available
 from tests.test_launch import BIN, ROOT, TINY, free_port, python
 from tests.test_launch import launch as started
@@ -98,6 +104,18 @@ def test_what_accelerate_config_cannot_mean_here_is_refused_by_name(name: str, a
         launch.check({name: "true"})
 
 
+@pytest.mark.parametrize("gpus", [True, False])
+@pytest.mark.parametrize("word", ["maybe", ""])
+def test_a_word_that_is_no_truth_value_has_a_sentence_with_gpus_and_without(
+    bare: pytest.MonkeyPatch, tmp_path: Path, word: str, gpus: bool
+) -> None:
+    bare.setenv("ACCELERATE_USE_CPU", word)
+    bare.setattr(torch.cuda, "is_available", lambda: gpus)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ConfigError, match=f"ACCELERATE_USE_CPU={word}"):
+        session.join(tiny(tmp_path, "runtime.device=auto"))
+
+
 def test_a_refusal_is_printed_whatever_rank_is_left_over(tmp_path: Path) -> None:
     for argument, said in (("nonsense=1", "error: nonsense=1: there is no key"), ("seed=1", LEFT)):
         result = python("pretrain", *BARE, f"output={tmp_path}", argument, RANK="1")
@@ -162,6 +180,42 @@ def test_a_second_run_in_one_python_may_have_another_precision(
         notebook.run_pretrain(run)
     dtypes = {name: weights(tmp_path / name)["queue.keys"].dtype for name in ("fp32", "fp64")}
     assert dtypes == {"fp32": torch.float32, "fp64": torch.float64}
+
+
+def test_ctrl_c_in_a_notebook_interrupts_a_run_that_the_same_call_resumes(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "epochs=200", "checkpoint.every_steps=2", "tracking.every_steps=1")
+    run = tmp_path / config.name
+
+    def press() -> None:
+        while not checkpoint.step_folders(run):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        notebook.run_pretrain(config)
+    thread.join()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_status"], status["again"]) == ("interrupted", 130, False)
+    assert status["reason"] == "stopped by Ctrl-C; the last checkpoint stands"
+    saved = checkpoint.newest(run)
+    assert saved is not None
+    notebook.run_pretrain(replace(config, stop_at_step=saved.step + 1))
+    assert json.loads((run / "status.json").read_text())["step"] == saved.step + 1
+
+
+def test_a_limit_of_the_machine_is_recorded_by_its_name_in_a_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(datasets, "load", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        notebook.run_pretrain(tiny(tmp_path))
+    status = json.loads((tmp_path / tiny(tmp_path).name / "status.json").read_text())
+    assert (status["state"], status["exit_status"], status["again"]) == ("machine", 71, True)
 
 
 def test_a_device_of_the_environment_is_no_surprise(

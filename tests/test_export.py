@@ -6,7 +6,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import moco_dist
 from moco_dist.config.encoder import EncoderConfig
 from moco_dist.config.moco import MocoConfig
-from moco_dist.config.recipe import PretrainConfig, ViewsConfig
+from moco_dist.config.recipe import DataConfig, PretrainConfig, ViewsConfig
 from moco_dist.config.yaml_files import to_dict
 from moco_dist.distributed import fingerprint
 from moco_dist.encoders import original
@@ -34,10 +34,17 @@ from moco_dist.method.moco import build as method
 from moco_dist.runs import saving
 from moco_dist.runs.record import CONTROL, TRAINED
 
+DATA = DataConfig()
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def written(run: Path, enqueued: int = 50, init_from: str = "", **encoder: Any) -> Path:
+def written(
+    run: Path,
+    enqueued: int = 50,
+    init_from: str = "",
+    data: DataConfig = DATA,
+    **encoder: Any,
+) -> Path:
     """Write a checkpoint with statistics as after training, and a queue of 40."""
     config = EncoderConfig(dim=8, **encoder)
     torch.manual_seed(3)
@@ -50,7 +57,7 @@ def written(run: Path, enqueued: int = 50, init_from: str = "", **encoder: Any) 
     network.queue.keys[: min(enqueued, 40)] = torch.randn(min(enqueued, 40), 8)
     other = ViewsConfig(mean=[0.5] * config.channels, std=[0.25] * config.channels)
     views = ViewsConfig() if config.channels == 3 else other
-    settings = to_dict(PretrainConfig(encoder=config, views=views, init_from=init_from))
+    settings = to_dict(PretrainConfig(encoder=config, views=views, init_from=init_from, data=data))
     state = {"config": settings, "epoch": 2.5, "enqueued": enqueued, "data": "0123", "run_id": "a"}
     saving.write(run, 7, network.state_dict(), {}, state)
     return run
@@ -165,14 +172,59 @@ def test_timm_gives_the_folder_a_new_classifier_or_gray_images(
     assert (data["crop_pct"], data["input_size"]) == (1.0, [3, 32, 32])
 
 
-def test_the_pipeline_of_transformers_gives_the_features_of_load_encoder(tmp_path: Path) -> None:
+def by_pipeline(folder: Path, pixels: Tensor) -> Tensor:
     from transformers import pipeline
 
+    extractor: Any = pipeline("image-feature-extraction", model=str(folder))
+    return torch.tensor(extractor(to_pil_image(pixels), pool=True)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+        {"resample": 2},
+    ],
+)
+def test_images_are_fed_as_transformers_feeds_them(
+    imagenet: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    folder = export(imagenet, "huggingface", tmp_path / "changed")
+    (folder / "moco_dist.json").unlink()  # as of a stranger
+    pixels = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    before = moco_dist.load_encoder(folder)(pixels[None])
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    theirs, ours = by_pipeline(folder, pixels), moco_dist.load_encoder(folder)(pixels[None])
+    assert float((theirs - ours).abs().max()) < 1e-5 * float(ours.abs().max())
+    assert float((before - ours).abs().max()) > 1e-3 * float(ours.abs().max())
+
+
+@pytest.mark.parametrize("resize", ["bicubic", "bilinear"])
+def test_the_filter_of_a_run_is_that_of_its_encoder_and_of_its_exports(
+    tmp_path: Path, resize: Literal["bicubic", "bilinear"]
+) -> None:
+    run = written(tmp_path / "r", stem="imagenet", data=DataConfig(resize=resize))
+    pixels = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
+    ours = moco_dist.load_encoder(run)(pixels[None])
+    folders = [export(run, target) for target in ("huggingface", "timm", "moco")]
+    theirs = by_pipeline(folders[0], pixels)
+    assert float((theirs - ours).abs().max()) < 1e-5 * float(ours.abs().max())
+    described = json.loads((folders[1] / "config.json").read_text())
+    assert described["pretrained_cfg"]["interpolation"] == resize
+    for folder in folders:
+        assert moco_dist.load_encoder(folder)(pixels[None]).equal(ours)
+    for folder in folders[:2]:
+        (folder / "moco_dist.json").unlink()
+        assert moco_dist.load_encoder(folder)(pixels[None]).equal(ours)
+
+
+def test_the_pipeline_of_transformers_gives_the_features_of_load_encoder(tmp_path: Path) -> None:
     folder = export(written(tmp_path / "r", stem="imagenet"), "huggingface")
     pixels = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
-    extractor: Any = pipeline("image-feature-extraction", model=str(folder))
-    theirs = torch.tensor(extractor(to_pil_image(pixels), pool=True)).flatten(1)
-    ours = moco_dist.load_encoder(folder)(pixels[None])
+    theirs, ours = by_pipeline(folder, pixels), moco_dist.load_encoder(folder)(pixels[None])
     assert float((theirs - ours).abs().max()) < 1e-5 * float(ours.abs().max())
     (folder / "moco_dist.json").unlink()  # as of a stranger
     again = moco_dist.load_encoder(folder)
@@ -366,6 +418,26 @@ def test_a_folder_of_others_is_left_and_an_older_export_is_replaced(
     for _ in range(2):
         export(imagenet, "torchvision", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_exports_of_files_that_differ_behind_a_dot_stay_apart(tmp_path: Path) -> None:
+    tensors = torchvision.models.resnet18().state_dict()
+    made: dict[Path, Tensor] = {}
+    for name in (
+        "epoch=9-loss=0.12.ckpt",
+        "epoch=9-loss=0.15.ckpt",
+        "m.v1.pth.tar",
+        "m.v2.pth.tar",
+    ):
+        bias = torch.full((64,), float(len(made) + 1))
+        torch.save({"state_dict": tensors | {"bn1.bias": bias}}, tmp_path / name)
+        made[export(tmp_path / name, "torchvision")] = bias
+    assert [folder.name for folder in made] == [
+        *("epoch=9-loss=0.12-torchvision", "epoch=9-loss=0.15-torchvision"),
+        *("m.v1-torchvision", "m.v2-torchvision"),
+    ]
+    for folder, bias in made.items():
+        assert load_file(folder / "model.safetensors")["bn1.bias"].equal(bias)
 
 
 def test_the_key_encoder_is_read_or_missed(imagenet: Path) -> None:

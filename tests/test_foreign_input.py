@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import bz2
+import gzip
 import io
+import lzma
 import os
 import pickle
 import shutil
@@ -13,6 +16,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +31,15 @@ from moco_dist.data import datasets, image_file, image_folder
 from moco_dist.data.image_file import Recipe
 from moco_dist.data.image_folder import Seen
 from moco_dist.distributed import fingerprint
+from moco_dist.doctor import images
 from moco_dist.errors import ConfigError, DataError, MissingError, shown
 
 EIGHT = Recipe(8)
+COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 PACKAGE = Path(__file__).parent.parent / "moco_dist"
 
 
@@ -310,6 +320,36 @@ def test_a_cut_archive_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="can't be unpacked"):
         datasets.load(DataConfig(name="folder", root=str(archive), cache=str(tmp_path / "cache")))
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.usefixtures("python")
+@pytest.mark.parametrize("damage", ["cut", "cut in a header", "header", "joined", *COMPRESSORS])
+def test_an_archive_that_unpacks_in_part_is_refused(tmp_path: Path, damage: str) -> None:
+    """Python's tarfile says nothing of the first four, and reads no checksum of the others."""
+    for number in range(8):
+        write_image(tmp_path / "set" / "ab"[number % 2] / f"{number}.png", (number, 2, 3))
+    archive = packed(tmp_path / "set", tmp_path / "whole", "tar", False)
+    content = archive.read_bytes()
+    with tarfile.open(archive) as tar:
+        files = [entry for entry in tar if entry.isfile()]
+    last = files[-1].offset
+    torn = bytearray(content)
+    torn[last + 150] ^= 1  # in the checksum
+    kinds = {"cut": content[:last], "cut in a header": content[: last + 99], "joined": content * 2}
+    if damage in COMPRESSORS:
+        torn = bytearray(COMPRESSORS[damage](content))
+        torn[-6] ^= 1  # the sum over all that was compressed, or its length
+    broken = tmp_path / f"broken.tar{damage if damage in COMPRESSORS else ''}"
+    broken.write_bytes(kinds.get(damage, bytes(torn)))
+    with tarfile.open(broken) as tar:
+        assert len([entry for entry in tar if entry.isfile()]) in (7, 8)
+    cache = tmp_path / "cache"
+    config = DataConfig(name="folder", root=str(broken), cache=str(cache))
+    with pytest.raises(DataError, match=f"^data.root={broken}: can't be unpacked"):
+        datasets.load(config)
+    assert list(cache.iterdir()) == []
+    (found,), _ = images.data(config, 3)
+    assert f"data.root={broken}: can't be unpacked" in found.fault
 
 
 class Planted:

@@ -82,6 +82,31 @@ def test_a_list_is_made_once_and_again_when_a_folder_changes(
     assert walks == [train] * 3
 
 
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_list_without_what_was_out_of_reach_is_not_kept(
+    folder: Path, tmp_path: Path, walks: list[Path], is_folder: bool
+) -> None:
+    """As where another disk is mounted later: no folder of the set changes."""
+    root, disk = folder / "train", image_sets.write_folder(tmp_path / "disk", 3, side=16)
+    number, more = (len(list(each.rglob("*.jpg"))) for each in (root, disk))
+    part = next(path for path in sorted(root.iterdir()) if path.is_dir())
+    (part / "more.jpg").symlink_to(disk if is_folder else next(disk.rglob("*.jpg")))
+    (part / "again").symlink_to(root)
+    settle(tmp_path)
+    disk.rename(tmp_path / "away")
+    first = listed(root, tmp_path / "cache")
+    assert len(first) == number
+    assert "left out 1 links to nothing" in " ".join(first.warnings)
+    (tmp_path / "away").rename(disk)
+    found = listed(root, tmp_path / "cache")
+    assert len(found) == number + (more if is_folder else 1)
+    # What is left out for good is no reason to list the folder again.
+    (said,) = found.warnings
+    assert "links to folders that are read already" in said
+    assert len(listed(root, tmp_path / "cache")) == len(found)
+    assert len(walks) == 2
+
+
 def test_a_list_names_the_files_as_the_folder_does(folder: Path, tmp_path: Path) -> None:
     odd = folder / "train" / "class_0" / "ünï cödé\n.jpg"
     odd.write_bytes(b"")
@@ -199,8 +224,8 @@ def test_labels_are_those_of_the_sample_and_extensions_begin_at_the_first_dot(
     assert [p.name for p in places] == ["a/1.jpg", "a/2.JPEG", f"{long}.webp", "c/4.png"]
     content = (tmp_path / "a.tar").read_bytes()
     assert [content[p.offset :][: p.size] for p in places] == [b"one", b"two", b"three", b"four!"]
-    named = [found.classes[label] for label in found.labels]
-    assert named == ["2", "a", "0", "1"]  # without a label, the first folder is the class
+    assert found.classes == ("0", "1", "2")
+    assert found.labels.tolist() == [2, -1, 0, 1]  # "a" is the label of no image
     assert tar_shards.read(tmp_path, ["a.tar"], False, None).classes == ()
 
 

@@ -117,6 +117,50 @@ def test_names_alone_are_enough_and_the_table_may_lie_in_the_folder(
     assert any("1 of 24 rows name no image" in finding.warning for finding in findings)
 
 
+@pytest.mark.parametrize("column", ["id", "image_id", "Name"])
+def test_a_running_number_is_no_file_of_that_number(
+    labelled: Path, tmp_path: Path, column: str
+) -> None:
+    """Files with numbers for names, and rows that are numbered in another order."""
+    classes = {Path(f).stem: c for f, c in flattened(labelled, tmp_path / "flat").items()}
+    stems = [str(int(stem)) for stem in classes]
+    for file in (tmp_path / "flat").rglob("*.jpg"):
+        file.rename(file.with_name(f"{int(file.stem)}.jpg"))
+    order = [stems[(7 * number) % len(stems)] for number in range(len(stems))]
+    names = {str(int(stem)): c for stem, c in classes.items()}
+    rows = [[str(n), f"some/{stem}.jpg", names[stem]] for n, stem in enumerate(order)]
+    table = str(write(tmp_path / "l.csv", [[column, "filename", "label"], *rows]))
+    with pytest.raises(ConfigError, match=r"its row \d+ is about \d+ by one column and about \d+"):
+        load(tmp_path / "flat", labels=table)
+    plain = [[file.removeprefix("some/"), label] for _, file, label in rows]
+    expected = load(tmp_path / "flat", labels=str(write(tmp_path / "m.csv", plain)), validation=0.0)
+    rows = [[str(n), file, label] for n, (file, label) in enumerate(plain)]
+    write(tmp_path / "l.csv", [[column, "filename", "label"], *rows])
+    found = load(tmp_path / "flat", labels=table, image_column="filename", validation=0.0)
+    assert by_content(found.train) == by_content(expected.train)
+    # A second column that agrees, or says something else, is no reason to refuse.
+    for second in ({s: f"/there/{s}.png" for s in stems}, dict.fromkeys(stems, "a dog")):
+        same = [[stem, second[stem], label] for stem, label in names.items()]
+        write(tmp_path / "l.csv", [[column, "path", "label"], *same])
+        found = load(tmp_path / "flat", labels=table, validation=0.0)
+        assert by_content(found.train) == by_content(expected.train)
+
+
+def test_the_column_of_the_labels_is_named_where_several_could_be_it(
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classes = flattened(labelled, tmp_path / "flat")
+    rows = [[f, "ab"[c == "class_0"], c] for f, c in classes.items()]
+    table = str(write(tmp_path / "l.csv", [["file", "category", "Label"], *rows]))
+    said = f"{table}: the labels are those of the column category, not of Label; data.label_column"
+    assert load(tmp_path / "flat", labels=table).train.classes == ("a", "b")
+    assert sum(message.startswith(said) for message in caplog.messages) == 1
+    caplog.clear()
+    named = load(tmp_path / "flat", labels=table, label_column="Label")
+    assert named.train.classes == ("class_0", "class_1", "class_2")
+    assert not caplog.messages
+
+
 def test_numbers_are_classes_in_their_order(labelled: Path, tmp_path: Path) -> None:
     files = [str(f.relative_to(labelled)) for f in sorted(labelled.rglob("train/*/*.jpg"))]
     rows = [[file, str(10 - number % 3)] for number, file in enumerate(files)]

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from moco_dist.config.recipe import PretrainConfig
+from moco_dist.config.probe import ProbeConfig
+from moco_dist.config.recipe import DataConfig, PretrainConfig
 from moco_dist.config.yaml_files import load
+from moco_dist.data import datasets
 from tests.test_launch import ROOT, lines
 
 PRESETS = Path(__file__).parent.parent / "configs/pretrain"
@@ -39,7 +41,7 @@ def test_a_preset_compares_with_as_many_as_published(
     assert config.moco.negatives == negatives
     assert config.moco.candidates(config.batch_size, 50_000) == candidates
     assert config.optim.name == optimizer
-    assert not config.moco.unused
+    assert not config.unused
 
 
 @pytest.mark.parametrize(("draws", "words"), [(0, "89 of a"), (4096, "4,096 draws from a")])
@@ -49,9 +51,55 @@ def test_a_bank_may_be_smaller_than_its_draws(draws: int, words: str) -> None:
     assert described == f"{words} bank's 90 vectors, one for each image"
 
 
-def test_keys_without_effect_are_named() -> None:
-    words = ["moco.negatives=batch", "moco.keys=gradient", "moco.queue_size=900"]
-    assert load(PretrainConfig, words).moco.unused == ["moco.queue_size=900"]
+TABLE = "data.labels=l.csv"
+
+
+@pytest.mark.parametrize("schema", [PretrainConfig, ProbeConfig])
+@pytest.mark.parametrize(
+    ("effective", "words"),
+    [
+        (["moco.negatives=batch", "moco.keys=gradient"], ["moco.queue_size=900"]),
+        ([], ["optim.milestones=[3]", "optim.gamma=0.2"]),
+        (["optim.schedule=step", "optim.gamma=0.2", "optim.milestones=[3]"], []),
+        ([], ["data.root=d", "data.resize=bilinear", "data.labels=none", "data.split=a"]),
+        (
+            ["data.shapes_train=10", "data.shapes_test=10", "data.size=9"],
+            ["data.background=[0,0,0]"],
+        ),
+        (["data.name=cifar10", "data.root=d"], ["data.labels=none", "data.shapes_train=10"]),
+        (["data.name=stl10", "data.resize=bilinear"], ["data.skip_unreadable=True"]),
+        (["data.name=folder", "data.labels=none"], ["data.image_column=a", "data.label_column=b"]),
+        (["data.name=folder", TABLE, "data.image_column=a", "data.label_column=b"], []),
+        (["data.name=shards", "data.background=[0,0,0]", "data.limit=5"], ["data.split=a"]),
+        (["data.name=arrays", "data.label_column=b", "data.resize=bilinear"], ["data.split=a"]),
+        (["data.name=huggingface", "data.split=a", "data.image_column=b"], ["data.shapes_test=10"]),
+    ],
+)
+def test_keys_without_effect_are_named(
+    schema: type[Any], effective: list[str], words: list[str]
+) -> None:
+    if schema is ProbeConfig and "moco.keys=gradient" in effective:
+        return
+    found = load(schema, [*effective, *words]).unused
+    assert sorted(found) == sorted(word.replace("0,0,0", "0, 0, 0") for word in words)
+
+
+def test_what_is_named_has_no_effect_on_drawn_shapes() -> None:
+    few = DataConfig(shapes_train=30, shapes_test=10)
+    texts: Any = {"root": "d", "resize": "bilinear", "labels": "none", "split": "a"}
+    rest: Any = {"background": [0, 0, 0], "skip_unreadable": True, "image_column": "a"}
+    other = dataclasses.replace(few, **texts, **rest)
+    assert len(other.unused) == 7
+    assert datasets.load(other).fingerprint == datasets.load(few).fingerprint
+
+
+def test_milestones_behind_the_end_are_named() -> None:
+    words = ["optim.schedule=step", "optim.milestones=[120,160]"]
+    schemas: list[type[Any]] = [PretrainConfig, ProbeConfig]
+    for schema in schemas:
+        found = load(schema, [*words, "epochs=150"]).unused
+        assert found == ["optim.milestones=[160] of 150 epochs"]
+        assert load(schema, [*words, "epochs=161"]).unused == []
 
 
 # As configs/pretrain/demo.yaml: a crop shows some of the nine copies of a shape, and half of the

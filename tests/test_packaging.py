@@ -43,6 +43,22 @@ def test_a_file_here_comes_before_the_packages(
     assert load(PretrainConfig, ["configs/pretrain/demo.yaml"]).epochs == 3
 
 
+def test_configurations_that_another_package_installs_are_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in site-packages, where many a project leaves a folder `configs`."""
+    own = tmp_path / "moco_dist" / "packaged_files" / "configs" / "pretrain" / "a.yaml"
+    other = tmp_path / "configs" / "pretrain" / "a.yaml"
+    for file, seed in ((own, 1), (other, 2)):
+        file.parent.mkdir(parents=True)
+        file.write_text(f"seed: {seed}\n")
+    monkeypatch.setattr(packaged, "__file__", str(tmp_path / "moco_dist" / "packaged.py"))
+    assert load(PretrainConfig, ["pretrain/a"]).seed == 1
+    assert packaged.files() == ["configs/pretrain/a.yaml"]
+    own.parents[2].rename(tmp_path / "gone")  # as in a clone
+    assert load(PretrainConfig, ["pretrain/a"]).seed == 2
+
+
 def test_the_place_of_each_file_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert packaged.run(["launch/two_cpus.yaml"]) == 0
     assert capsys.readouterr().out == f"{ROOT / 'launch/two_cpus.yaml'}\n"

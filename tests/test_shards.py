@@ -78,6 +78,32 @@ def test_samples_are_those_that_the_library_reads(tmp_path: Path, label: str) ->
     )
 
 
+@pytest.mark.parametrize("missing", [None, b""])
+def test_a_folder_is_no_class_next_to_the_labels_of_other_samples(
+    tmp_path: Path, missing: bytes | None
+) -> None:
+    samples = [{"__key__": f"photos/{n:03}", "jpg": image(n), "cls": n % 3} for n in range(20)]
+    for sample in samples[1::2]:
+        sample.pop("cls") if missing is None else sample.update(cls=missing)
+    tars = written(tmp_path, samples)
+    found = tar_shards.read(tmp_path, tars, True, None)
+    theirs = [sample.get("cls", b"").decode() or None for sample in library(tmp_path, tars)]
+    assert names(found) == theirs
+    assert found.classes == ("0", "1", "2")
+    (said,) = found.warnings
+    assert "10 of 20 images have no label in their tar, as others have, and no class" in said
+    assert tar_shards.read(tmp_path, tars, False, None).warnings == ()
+    # Where the labels are folders, it is one.
+    samples = [
+        {"__key__": f"{'ab'[n % 2]}/{n}", "jpg": image(n), "cls": "ab"[n % 2]} for n in range(8)
+    ]
+    for sample in samples[::3]:
+        sample.pop("cls")
+    found = tar_shards.read(tmp_path / "b", written(tmp_path / "b", samples), True, None)
+    assert names(found) == [*"abababab"]
+    assert found.warnings == ()
+
+
 def test_where_no_image_has_a_bare_suffix_each_is_read(tmp_path: Path) -> None:
     single = [
         {"__key__": f"{number}", "image.jpg": image(number), "label.cls": number % 2}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moco_dist.config.rules import OWN, check, check_momentum, check_positive, require
+from moco_dist.config.rules import OWN, check, check_momentum, check_positive, given, require
 from moco_dist.errors import ConfigError, counted
 
 # The queue that MoCo uses for the 1.28 million images of ImageNet.
@@ -156,11 +156,8 @@ class MocoConfig:
     @property
     def unused(self) -> list[str]:
         """Those given keys that have no effect with these negatives and keys, KEY=VALUE."""
-        return [
-            f"moco.{each.name}={getattr(self, each.name)}"
-            for each in dataclasses.fields(self)
-            if each.name not in self.settings and getattr(self, each.name) != each.default
-        ]
+        names = (each.name for each in dataclasses.fields(self))
+        return given("moco.", self, *(name for name in names if name not in self.settings))
 
     @property
     def settings(self) -> dict[str, Any]:

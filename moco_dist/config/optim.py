@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from moco_dist.config.rules import OWN, check, check_momentum, check_positive, require
+from moco_dist.config.rules import OWN, check, check_momentum, check_positive, given, require
 
 # Keys of one optimizer that another doesn't read.
 _UNUSED = {
@@ -66,3 +66,10 @@ class OptimConfig:
             self.schedule != "step" or bool(self.milestones),
             "optim.schedule=step has no milestones; give epochs, as optim.milestones=[120,160]",
         )
+
+    def unused(self, epochs: int) -> list[str]:
+        """Return those given keys that have no effect in so many epochs, KEY=VALUE."""
+        if self.schedule != "step":
+            return given("optim.", self, "milestones", "gamma")
+        late = [milestone for milestone in self.milestones if milestone >= epochs]
+        return [f"optim.milestones={late} of {epochs} epochs"] if late else []

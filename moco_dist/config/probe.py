@@ -130,6 +130,11 @@ class ProbeConfig:
             "must not be used for that; give data.validation=0.1",
         )
 
+    @property
+    def unused(self) -> list[str]:
+        """Those given keys that have no effect with the others, KEY=VALUE."""
+        return [*self.data.unused, *self.optim.unused(self.epochs)]
+
     def rates(self) -> list[float]:
         """Return the learning rates to try, in order."""
         near = self.grid.around if self.protocol == "linear" and self.data.validation else []

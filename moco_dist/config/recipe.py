@@ -13,6 +13,7 @@ from moco_dist.config.rules import (
     OWN,
     check,
     check_name,
+    given,
     require,
 )
 from moco_dist.config.running import (
@@ -99,6 +100,18 @@ class DataConfig:
         colour = len(self.background) == 3 and all(0 <= part <= 255 for part in self.background)
         rule = "it must be three numbers from 0 to 255"
         require(colour, f"data.background={self.background} is no colour; {rule}")
+
+    @property
+    def unused(self) -> list[str]:
+        """Those given keys that have no effect with this kind of data set, KEY=VALUE."""
+        files, shapes = self.name in ("folder", "shards", "huggingface"), self.name == "shapes"
+        columns = self.name in ("huggingface", "arrays") or self._labels_are_a_table
+        found = [] if shapes else ["shapes_train", "shapes_test"]
+        found += ["root", "resize"] if shapes else []
+        found += [] if files else ["background"]
+        found += [] if files or self.name == "arrays" else ["labels", "skip_unreadable"]
+        found += [] if self.name == "huggingface" else ["split"]
+        return given("data.", self, *found, *([] if columns else ["image_column", "label_column"]))
 
     @property
     def _labels_are_a_table(self) -> bool:
@@ -283,6 +296,11 @@ class PretrainConfig:
             "monitor.linear=true is measured with each kNN evaluation, and knn.every_epochs=0 is "
             "never; use knn.every_epochs=1 or more",
         )
+
+    @property
+    def unused(self) -> list[str]:
+        """Those given keys that have no effect with the others, KEY=VALUE."""
+        return [*self.moco.unused, *self.data.unused, *self.optim.unused(self.epochs)]
 
     def negatives(self, images: int) -> str:
         """Return what the negatives of a query are, in words."""

@@ -54,6 +54,12 @@ def check(group: str, config: Any, **ranges: Range) -> None:
                 require(low <= number <= high, f"{given} is out of range; {rule}")
 
 
+def given(group: str, config: Any, *names: str) -> list[str]:
+    """Return those of some keys of a group that don't have their defaults, KEY=VALUE."""
+    usual, values = type(config)(), {name: getattr(config, name) for name in names}
+    return [f"{group}{name}={v}" for name, v in values.items() if v != getattr(usual, name)]
+
+
 def check_positive(group: str, config: Any, **hints: str) -> None:
     """Raise ConfigError, with the hint, unless each value is above 0."""
     for name, hint in hints.items():

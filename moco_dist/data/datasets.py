@@ -259,6 +259,8 @@ def _split(images: AnyImages, config: DataConfig) -> tuple[AnyImages, AnyImages]
     kept = torch.ones(len(images), dtype=torch.bool)
     kept[held_out] = False
     train = order[kept[order]]
+    if config.limit > len(train):
+        logger.warning("data.limit=%s is above the %s training images", config.limit, len(train))
     train = train[: config.limit or None].sort().values
     if len(train) == 0:
         raise DataError(

@@ -17,6 +17,8 @@ JUNK = (
     *("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"),
     *("lost+found", "__pycache__"),
 )
+# Why a folder is left out whose images are there all the same.
+AGAIN = "links to folders that are read already"
 # Files without a suffix of images whose first bytes are looked at.
 LOOKED_INTO = 200
 
@@ -47,6 +49,11 @@ class Walk:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     # Files that look like images and are not read: by first-level folder ("" for none) and suffix.
     unread: dict[tuple[str, str], _Others] = field(default_factory=dict)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the same would be found until a folder changes: nothing was out of reach."""
+        return not self.left_out.keys() - {AGAIN}
 
     def sentences(self) -> list[str]:
         """Return a sentence for each reason why something was left out."""
@@ -88,8 +95,7 @@ def walk(root: Path) -> Walk:
         try:
             stat = os.stat(folder)
             if (stat.st_dev, stat.st_ino) in seen:
-                again = "links to folders that are read already"
-                found.left_out.setdefault(again, []).append(folder)
+                found.left_out.setdefault(AGAIN, []).append(folder)
                 continue
             seen.add((stat.st_dev, stat.st_ino))
             found.folders.append(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import lzma
 import os
 import shutil
 import socket
@@ -12,11 +13,18 @@ import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, cast
 
+from moco_dist.data import tar_members
 from moco_dist.errors import DataError, OutputError, shown
 
 logger = logging.getLogger(__name__)
 
+# What reading a damaged archive raises, besides an OSError without a number.
+DAMAGES = (
+    *(tarfile.TarError, zipfile.BadZipFile, RuntimeError),
+    *(EOFError, zlib.error, lzma.LZMAError),
+)
 # Bytes of an archive up to which its names are listed in a moment.
 MOST_LISTED = 2**31
 
@@ -25,15 +33,14 @@ def is_archive(path: Path) -> bool:
     """Return whether a file's content is a tar (compressed or not) or a zip."""
     try:
         return tarfile.is_tarfile(path) or zipfile.is_zipfile(path)
-    except (EOFError, OSError, zlib.error):
+    except (*DAMAGES, OSError):
         return True  # compressed and damaged, which `unpack` reports
 
 
 def _extract(tar: tarfile.TarFile, folder: Path) -> None:
     """Unpack a tar into `folder`; TarError for an entry that would leave it."""
     if hasattr(tarfile, "data_filter"):
-        tar.extractall(folder, filter="data")
-        return
+        return tar.extractall(folder, filter="data")
     # Before Python 3.11.4 tarfile has no filters, so links are refused.
     for entry in tar:
         place = Path(os.path.normpath(folder / entry.name))
@@ -43,6 +50,13 @@ def _extract(tar: tarfile.TarFile, folder: Path) -> None:
         if (content := tar.extractfile(entry)) is not None:
             with content, place.open("xb") as file:
                 shutil.copyfileobj(content, file)
+
+
+def _finish(archive: Path, tar: tarfile.TarFile) -> None:
+    """Raise what `tar_members.require_end` does, and what a compressed file's checksum shows."""
+    assert tar.fileobj, "an open tar"
+    for sentence in tar_members.require_end(archive, cast(IO[bytes], tar.fileobj), tar.offset):
+        logger.warning(sentence)
 
 
 def _entries(unzipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
@@ -65,10 +79,11 @@ def outline(archive: Path, folder: Path) -> bool:
         if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tar:
                 names = [entry.name for entry in tar if entry.isfile()]
+                _finish(archive, tar)
         else:
             with zipfile.ZipFile(archive) as unzipped:
                 names = [entry.filename for entry in _entries(unzipped) if not entry.is_dir()]
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError) as error:
+    except (*DAMAGES, OSError) as error:
         raise _damaged(archive, error) from error
     for name in names:
         file = Path(os.path.normpath(folder / name.lstrip("/")))
@@ -101,6 +116,7 @@ def unpack(archive: Path, cache: Path) -> Path:
         if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as tar:
                 _extract(tar, part)
+                _finish(archive, tar)
         else:
             with zipfile.ZipFile(archive) as unzipped:
                 for entry in _entries(unzipped):
@@ -110,9 +126,11 @@ def unpack(archive: Path, cache: Path) -> Path:
         except OSError:
             if not folder.is_dir():  # or else another machine that shares the cache was faster
                 raise
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:
+    except DAMAGES as error:
         raise _damaged(archive, error) from error
     except OSError as error:
+        if error.errno is None:  # of gzip or bzip2
+            raise _damaged(archive, error) from error
         raise OutputError(
             f"{shown(cache)}: {shown(archive)} can't be unpacked there "
             f"({shown(error.strerror or error)}); free it, or choose data.cache=FOLDER"

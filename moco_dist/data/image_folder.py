@@ -81,7 +81,7 @@ def scan(root: Path, labelled: bool, classes: tuple[str, ...] | None = None) -> 
             f"next to the {len(names)} folders; the first is {shown(files[0], 4096)}"
         )
     index = image_index.of_members(root, members, named)
-    return replace(index, warnings=tuple(said), read=tuple(found.folders))
+    return replace(index, warnings=tuple(said), read=tuple(found.folders) if found.lasts else ())
 
 
 def _no_images(found: folder_walk.Walk, empty: set[str]) -> str:

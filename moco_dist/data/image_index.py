@@ -32,8 +32,8 @@ from moco_dist.runs.status import written_whole
 
 logger = logging.getLogger(__name__)
 
-# Version of a cached list's layout.
-VERSION = 2
+# Version of a cached list, which changes with its layout and with the rules of what it holds.
+VERSION = 3
 # A folder that changed so recently may change again without another modification time.
 SETTLED_SECONDS = 10.0
 
@@ -65,7 +65,8 @@ class ImageIndex:
     rows: bool = False
     # What stands before the pixels of each image (`Place.head`).
     head: str = ""
-    # Folders or tars that were read for the list, and with which it changes.
+    # Folders or tars that were read for the list, and with which it changes; none if it may change
+    # without them.
     read: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -165,7 +166,7 @@ def kept(cache: Path | None, read: Callable[..., ImageIndex], root: Path, *rest:
     index = read(root, *rest)
     states = _states(index.read)
     settled = all(changed + SETTLED_SECONDS < began for _, changed in states.values())
-    if settled and len(states) == len(index.read):
+    if states and settled and len(states) == len(index.read):
         noted = {"seen": states, "classes": index.classes, "tars": index.tars}
         noted |= {"warnings": index.warnings, "unknown": index.unknown}
         texts = {name: json.dumps(note) for name, note in noted.items()}

@@ -125,7 +125,9 @@ class _Samples:
 
 
 def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Member, str | None]]:
-    """Return the images of a tar, in order, with their labels; add to `notes` what is left out.
+    """Return the images of a tar, in order, each with the label in its sample, if there is one.
+
+    What is left out is added to `notes`.
 
     Raises DataError for a tar that is damaged or incomplete, and for a label that can't be read.
     """
@@ -158,7 +160,7 @@ def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Me
                     known = samples.labels[sample]
                     if label is not None and (name.ending == ".cls" or name.stem not in known):
                         known[name.stem] = label
-            _require_end(path, file, tar.offset, end, notes)
+            notes.tars += require_end(path, file, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{shown(path, 4096)}: not a readable tar ({shown(error)}); data.name=shards needs "
@@ -170,15 +172,16 @@ def read(path: Path, number: int, labelled: bool, notes: Notes) -> list[tuple[Me
             "are read as samples of their own; make sure that they are not the same images"
         )
     return [
-        (member, _label_of(name, samples.labels[sample]) if labelled else None)
+        (member, _label_of(name, samples.labels[sample]))
         for sample, name, member in _chosen(samples, path, notes)
     ]
 
 
-def _require_end(path: Path, file: IO[bytes], offset: int, end: int, notes: Notes) -> None:
-    """Raise ReadError unless zeros, and nothing else, stand after the last member.
+def require_end(path: Path, file: IO[bytes], offset: int) -> list[str]:
+    """Return a sentence if many zeros stand from `offset` on, where tarfile took a tar for ended.
 
-    tarfile takes a damaged header, and a missing one, for the end.
+    Raises ReadError unless zeros, and nothing else, stand there: tarfile takes a damaged header,
+    and a missing one, for the end.
     """
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
@@ -191,11 +194,10 @@ def _require_end(path: Path, file: IO[bytes], offset: int, end: int, notes: Note
             raise tarfile.ReadError(
                 f"it goes on after its end mark at byte {offset:,}, as tars that are joined do"
             )
-    if end - offset > MOST_ZEROS:
-        notes.tars.append(
-            f"{shown(path, 4096)}: {end - offset:,} bytes of zeros stand at its end; make sure "
-            "that it was copied whole"
-        )
+    if (zeros := file.tell() - offset) <= MOST_ZEROS:
+        return []
+    said = f"{shown(path, 4096)}: {zeros:,} bytes of zeros stand at its end"
+    return [f"{said}; make sure that it was copied whole"]
 
 
 def _chosen(samples: _Samples, path: Path, notes: Notes) -> list[tuple[int, Name, Member]]:
@@ -219,11 +221,9 @@ def _chosen(samples: _Samples, path: Path, notes: Notes) -> list[tuple[int, Name
 
 
 def _label_of(name: Name, known: dict[str, str]) -> str | None:
-    """Return the label of the same name, of the sample, the only one there is, or the folder."""
-    for stem in (name.stem, "", *(known if len(known) == 1 else ())):
-        if stem in known:
-            return known[stem]
-    return name.key.partition("/")[0] if "/" in name.key else None
+    """Return the label of the same name, of the sample, or the only one there is."""
+    stems = (name.stem, "", *(known if len(known) == 1 else ()))
+    return next((known[stem] for stem in stems if stem in known), None)
 
 
 def _label(ending: str, content: bytes, path: Path, member: tarfile.TarInfo) -> str | None:

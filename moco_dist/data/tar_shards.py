@@ -16,6 +16,7 @@ from moco_dist.data.folder_walk import ignored
 from moco_dist.data.image_file import EXTENSIONS
 from moco_dist.data.image_index import ImageIndex
 from moco_dist.data.parts import part_of
+from moco_dist.data.tar_members import Member
 from moco_dist.errors import MissingError, counted, shown
 
 # Endings of tars that are compressed.
@@ -71,14 +72,20 @@ def _tars(folder: Path, endings: tuple[str, ...]) -> list[str]:
     return sorted(name for name in names if name.lower().endswith(endings))
 
 
+def _first_folder(member: Member) -> str | None:
+    folder, slash, _ = tar_members.split(member.name).key.partition("/")
+    return folder if slash else None
+
+
 def read(
     root: Path, tars: list[str], labelled: bool, classes: tuple[str, ...] | None
 ) -> ImageIndex:
     """Return the images in the tar files `tars` of `root`, in order.
 
     An image's class is in KEY.cls (a number or a name), or in KEY.json under "cls", "label" or
-    "class"; without either it is the first folder of KEY. With `classes`, images of others have no
-    class. Raises DataError for a damaged tar and MissingError for tars without images.
+    "class"; without either it is the first folder of KEY, if no image has a label or some have that
+    one. With `classes`, images of others have no class. Raises DataError for a damaged tar and
+    MissingError for tars without images.
     """
     notes = tar_members.Notes()
     found = [
@@ -93,6 +100,17 @@ def read(
             f"{shown(root)}: no images in {len(tars)} tar files; data.name=shards needs members "
             f"that end in {', '.join(EXTENSIONS)}{'; ' if said else ''}{'; '.join(said)}"
         )
+    if labelled:
+        folders = [_first_folder(member) for member in members]
+        bare = [number for number, label in enumerate(labels) if label is None]
+        if len(bare) == len(labels) or {folders[number] for number in bare} <= {*labels}:
+            pairs = zip(labels, folders, strict=True)
+            labels = [folder if label is None else label for label, folder in pairs]
+        elif any(folders[number] for number in bare):
+            said += (
+                f"{shown(root)}: {len(bare):,} of {len(labels):,} images have no label in their "
+                f"tar, as others have, and no class; the first is {shown(members[bare[0]].name)}",
+            )
     named = class_names.numbered(labels, classes)
     index = image_index.of_members(root, members, named, tuple(tars))
     return replace(index, warnings=said, read=tuple(str(root / tar) for tar in tars))

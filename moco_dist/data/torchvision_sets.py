@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torchvision.transforms.v2 import functional as F
 
 from moco_dist.config.recipe import DataConfig
 from moco_dist.errors import DataError, MissingError, shown
+
+logger = logging.getLogger(__name__)
 
 # Seconds without data after which a download fails; the system's own limit is minutes, or none.
 SILENCE = 20.0
@@ -61,6 +64,12 @@ def read(config: DataConfig, given: Path) -> list[tuple[Tensor, Tensor, tuple[st
         ) from error
     finally:
         socket.setdefaulttimeout(patience)
+    if arrays[0][0].shape[-1] != config.size and config.resize != "bilinear":
+        logger.warning(
+            "data.name=%s: its images are resized to data.size=%s bilinearly, and data.resize=%s "
+            "has no effect",
+            *(config.name, config.size, config.resize),
+        )
     # STL-10's file of class names has no MD5 sum.
     classes = getattr(parts[0], "classes", None) or ()
     if len(classes) <= max(int(max(labels)) for _, labels in arrays):

@@ -22,8 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.profiler import record_function
 
 from moco_dist.distributed.machine import BOOT
-from moco_dist.errors import ConfigError
+from moco_dist.errors import ConfigError, shown
 
+_USE_CPU = "ACCELERATE_USE_CPU"
 # Collectives that this process has entered: the process with the fewest keeps the others waiting.
 calls = 0
 # Bytes of tensors that this process has sent in all-gathers, to N - 1 others; as many are received.
@@ -58,8 +59,14 @@ def shutdown() -> None:
 
 
 def uses_gpus(cpu: bool) -> bool:
-    """Return whether Accelerate will use GPUs, unless `cpu` is asked for."""
-    return torch.cuda.is_available() and not (cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    """Return whether Accelerate will use GPUs, if not asked for a `cpu`; ConfigError if unclear."""
+    try:
+        return torch.cuda.is_available() and not (cpu or parse_flag_from_env(_USE_CPU))
+    except ValueError as error:
+        raise ConfigError(
+            f"{_USE_CPU}={shown(os.environ[_USE_CPU])} in the environment is neither true nor "
+            "false; correct it, or unset it"
+        ) from error
 
 
 def require_own_gpu(timeout: timedelta) -> None:

@@ -27,6 +27,7 @@ from moco_dist.distributed import comms, peers
 from moco_dist.distributed.stopping import StopRequests
 from moco_dist.doctor import checks, images
 from moco_dist.doctor.bn_leak import bn_leak
+from moco_dist.doctor.finding import Finding
 from moco_dist.errors import ConfigError, FaultsError, UnavailableError
 from moco_dist.runs import command, launch
 from moco_dist.tracking import terminal
@@ -67,6 +68,8 @@ def examine(config: PretrainConfig, seconds: float = images.SECONDS) -> None:
         *peers.from_main(lambda: list(checks.disk(config, count))),
         peers.from_main(lambda: checks.wandb(config)),
     ]
+    if unused := ", ".join(config.unused):
+        findings.append(Finding("no effect", unused, warning=f"{unused}: has no effect here"))
     if comms.is_main():
         marks = ["FAIL" if f.fault else "warn" if f.warning else "ok" for f in findings]
         rows = [(f.about, mark, f.found) for mark, f in zip(marks, findings, strict=True)]

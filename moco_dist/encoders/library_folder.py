@@ -15,11 +15,15 @@ from moco_dist.errors import ConfigError, DataError, MissingError, shown
 from moco_dist.method import timm_backbone
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+BICUBIC = "bicubic"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # What a model of timm may be built with and still give the features that it gives here; the first
 # two show in its tensors, and the third is compared.
 _FREE = ("num_classes", "in_chans", "global_pool", "dynamic_img_size")
 _SIDES = "img_size", "patch_size"
+# Filters that images are resized with, by the numbers that transformers and PIL give them.
+_RESAMPLE: dict[Any, str] = {2: "bilinear", 3: BICUBIC}
+FILTERS = {name: name for name in _RESAMPLE.values()}
 # Settings of transformers' ResNet that change its features and not its tensors.
 _RESNET = {
     "hidden_act": "relu",
@@ -39,8 +43,9 @@ class Folder:
     options: list[str]
     # How images are fed to it; None if the folder doesn't tell.
     views: ViewsConfig | None
-    # Pixels to which the shorter side of an image is resized.
+    # Pixels to which the shorter side of an image is resized, and the filter.
     resize: int
+    filter: str
 
 
 def read(folder: Path) -> Folder:
@@ -68,7 +73,8 @@ def read(folder: Path) -> Folder:
         views = from_dict(ViewsConfig, fed[0]) if fed else None
     except ConfigError as error:
         raise DataError(f"{folder}: {error}") from error
-    return Folder(weights, backbone, options, views, fed[1] if fed else 0)
+    _, resize, how = fed or ({}, 0, BICUBIC)
+    return Folder(weights, backbone, options, views, resize, how)
 
 
 def _timm(folder: Path, described: dict[str, Any]) -> tuple[str, list[str]]:
@@ -102,8 +108,8 @@ def _refuse(folder: Path, strange: dict[str, Any]) -> None:
         )
 
 
-# The settings of the views, and the pixels to which images are resized.
-Fed = tuple[dict[str, Any], int]
+# The settings of the views, the pixels to which images are resized, and the filter.
+Fed = tuple[dict[str, Any], int, str]
 
 
 def _of_timm(settings: Any) -> Fed | None:
@@ -115,7 +121,10 @@ def _of_timm(settings: Any) -> Fed | None:
         return None
     if height != width or not 0 < share <= 1:
         return None
-    return {"size": height, "mean": list(mean), "std": list(std)}, math.floor(height / share)
+    resize = math.floor(height / share)
+    how = settings.get("interpolation")
+    how = how if how in FILTERS else BICUBIC
+    return {"size": height, "mean": list(mean), "std": list(std)}, resize, how
 
 
 def _of_transformers(folder: Path) -> Fed | None:
@@ -125,13 +134,24 @@ def _of_transformers(folder: Path) -> Fed | None:
     settings = _object(folder / PROCESSOR)
     try:
         edge, share = int(settings["size"]["shortest_edge"]), settings.get("crop_pct")
-        mean, std = list(settings["image_mean"]), list(settings["image_std"])
+        how = _RESAMPLE.get(settings.get("resample"), BICUBIC)
+        unit = 255 * settings.get("rescale_factor", 1 / 255) if _does(settings, "rescale") else 255
+        mean, std = settings["image_mean"], settings["image_std"]
+        mean, std = (
+            (mean, std) if _does(settings, "normalize") else ([0] * len(mean), [1] * len(std))
+        )
+        if not math.isclose(unit, 1):  # pixels are at most `unit`, and 1 here
+            mean, std = ([each / unit for each in both] for both in (mean, std))
         crop = int(settings["crop_size"]["height"]) if "crop_size" in settings else edge
     except (KeyError, TypeError, ValueError):
         return None
     # ConvNextImageProcessor resizes to the edge divided by its share, and below 384 pixels only.
     resize = int(edge / share) if share and edge < 384 else edge
-    return {"size": min(crop, resize), "mean": mean, "std": std}, resize
+    return {"size": min(crop, resize), "mean": list(mean), "std": list(std)}, resize, how
+
+
+def _does(settings: dict[str, Any], what: str) -> bool:
+    return settings.get(f"do_{what}") is not False
 
 
 def _object(path: Path) -> dict[str, Any]:

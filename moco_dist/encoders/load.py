@@ -21,6 +21,7 @@ from moco_dist.config.encoder import EncoderConfig
 from moco_dist.config.recipe import ViewsConfig
 from moco_dist.config.yaml_files import from_dict, to_dict
 from moco_dist.encoders import library_folder, names, original, recognise, state_dict
+from moco_dist.encoders.library_folder import BICUBIC, FILTERS
 from moco_dist.errors import ConfigError, DataError, MissingError, output_errors, shown
 from moco_dist.method import views
 from moco_dist.method.batch_norm import batch_norms
@@ -58,6 +59,8 @@ class Found:
     checkpoint: Checkpoint
     # Names of tensors in the file that are not the backbone's.
     left: tuple[str, ...] = ()
+    # The filter of that resizing.
+    filter: str = BICUBIC
 
     @property
     def identity(self) -> str:
@@ -157,7 +160,8 @@ def of_checkpoint(saved: Checkpoint, which: Which = "query") -> Found:
         config = from_dict(EncoderConfig, settings["encoder"])
         view = from_dict(ViewsConfig, settings["views"])
         # RUN/encoder lacks the configuration of the data.
-        resize = int(settings["data"]["size"]) if "data" in settings else view.size
+        data = settings.get("data") or {"size": view.size}
+        resize, how = int(data["size"]), FILTERS[data.get("resize", BICUBIC)]
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise DataError(f"{path}: not readable by this version ({reason})") from error
@@ -166,7 +170,8 @@ def of_checkpoint(saved: Checkpoint, which: Which = "query") -> Found:
     prefix = "backbone."
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     backbone = state_dict.filled(config, own, path)
-    return Found(backbone, config, view, max(resize, view.size), str(path), saved)
+    size = max(resize, view.size)
+    return Found(backbone, config, view, size, str(path), saved, filter=how)
 
 
 def _no_key_encoder(path: Path) -> DataError:
@@ -181,14 +186,14 @@ def _export(folder: Path, which: Which, file: Path | None) -> Found:
         target, holds = str(described["target"]), described["which"]
         config = from_dict(EncoderConfig, described["encoder"])
         view = from_dict(ViewsConfig, described["views"]) if described["views"] else None
-        resize = int(described["resize"])
+        resize, how = int(described["resize"]), FILTERS[described.get("filter", BICUBIC)]
         origin = {str(k): str(v) for k, v in described.get("origin", {}).items()}
     except (OSError, *_BROKEN) as error:
         raise DataError(f"{source}: can't be read ({error!r}); export it again") from error
     if target == "moco":  # the file itself has no views
         found = _file(file or folder / _EXPORTED[1], which)
         found.checkpoint.state["origin"] = origin
-        return replace(found, views=view, resize=resize)
+        return replace(found, views=view, resize=resize, filter=how)
     if target not in names.READABLE:
         raise DataError(
             f"{folder}: an export for {shown(target)} can't be read back; give its run, or an "
@@ -204,7 +209,8 @@ def _export(folder: Path, which: Which, file: Path | None) -> Found:
     saved = _alone(folder, tensors, config, sha256)
     saved.state["origin"] = origin
     backbone = state_dict.filled(config, tensors, folder)
-    return Found(backbone, config, view, resize, f"{folder} (export for {target})", saved)
+    place = f"{folder} (export for {target})"
+    return Found(backbone, config, view, resize, place, saved, filter=how)
 
 
 def _library(folder: Path, which: Which, backbone: str) -> Found:
@@ -213,7 +219,7 @@ def _library(folder: Path, which: Which, backbone: str) -> Found:
     found = _file(read.weights, which, backbone, read.backbone, read.options)
     if read.views is None or len(read.views.mean) != found.architecture.channels:
         return found
-    return replace(found, views=read.views, resize=read.resize)
+    return replace(found, views=read.views, resize=read.resize, filter=read.filter)
 
 
 def _file(
@@ -248,11 +254,17 @@ class TrainedEncoder(nn.Module):
     """A frozen backbone behind the evaluation view that it was trained for."""
 
     def __init__(
-        self, backbone: nn.Module, config: EncoderConfig, view: ViewsConfig, resize: int
+        self,
+        backbone: nn.Module,
+        config: EncoderConfig,
+        view: ViewsConfig,
+        resize: int,
+        filter: str = BICUBIC,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.config, self.view, self.resize = config, view, resize
+        self.filter = functional.InterpolationMode(filter)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -262,8 +274,7 @@ class TrainedEncoder(nn.Module):
         """
         assert images.dtype == torch.uint8, f"images are uint8 in [0, 255], not {images.dtype}"
         if min(images.shape[2:]) != self.resize:
-            bicubic = functional.InterpolationMode.BICUBIC
-            images = functional.resize(images, [self.resize], bicubic, antialias=True)
+            images = functional.resize(images, [self.resize], self.filter, antialias=True)
         features: Tensor = self.backbone(views.center(images, self.view))
         return features
 
@@ -279,7 +290,7 @@ def load_encoder(path: str | Path, encoder: Which = "query", backbone: str = "")
     if found.views is None:
         text = "%s: doesn't tell how images were fed to it; size %s, mean %s and std %s are used"
         logger.warning(text, found.place, fed.size, fed.mean, fed.std)
-    return TrainedEncoder(found.backbone, found.architecture, fed, found.resize)
+    return TrainedEncoder(found.backbone, found.architecture, fed, found.resize, found.filter)
 
 
 def start_from(encoder: Encoder, path: Path) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from moco_dist.config.moco import MocoConfig
 from moco_dist.config.yaml_files import flat, to_dict
 from moco_dist.distributed import fingerprint
 from moco_dist.encoders.load import Found
+from moco_dist.encoders.state_dict import SUFFIXES
 from moco_dist.errors import UserError, shown
 from moco_dist.runs.checkpoint import Checkpoint, newest
 from moco_dist.runs.record import CONTROL, PARTS, TRAINED, Metric, read, read_object
@@ -25,7 +26,7 @@ _SETTINGS = (
 def text(found: Found, which: str, target: str, lines: str, folder: Path | str) -> str:
     """Return the card of an encoder for `target`, exported to `folder` or to a name on the hub."""
     run = run_directory(found.checkpoint)
-    name = run.resolve().name if run else found.checkpoint.path.name.partition(".")[0]
+    name = run.resolve().name if run else named(found.checkpoint.path)
     views, channels = found.fed, found.architecture.channels
     kind = {1: "gray", 3: "RGB"}.get(channels, f"of {channels} channels")
     usual = " (the defaults, because the exported file doesn't contain its own)"
@@ -221,6 +222,12 @@ def run_directory(found: Checkpoint) -> Path | None:
     return found.path.parent.parent if inside else None
 
 
+def named(source: Path) -> str:
+    """Return the name of an encoder outside of a run: that of its folder or file."""
+    file = source.with_name(source.name.removesuffix(".tar"))
+    return file.stem if file.suffix in SUFFIXES and not source.is_dir() else file.name
+
+
 def detectron2_config(found: Found, folder: Path | str) -> str:
     """Return the part of a detectron2 configuration that matches the weights."""
     config, views = found.architecture, found.fed
@@ -252,4 +259,5 @@ def description(found: Found, which: str, target: str) -> dict[str, Any]:
         "encoder": to_dict(found.architecture),
         "views": to_dict(found.views) if found.views else None,
         "resize": found.resize,
+        "filter": found.filter,
     }

@@ -51,7 +51,7 @@ from moco_dist.errors import (
     shown,
 )
 from moco_dist.export import hub
-from moco_dist.export.card import description, run_directory, text
+from moco_dist.export.card import description, named, run_directory, text
 from moco_dist.export.targets import HALVES, TARGETS, refuse, run_lines, same
 from moco_dist.method import views
 
@@ -85,7 +85,7 @@ def export(
     if folder is None:
         name = target if which == "query" else f"{target}-key"
         run, source = run_directory(found.checkpoint), found.checkpoint.path
-        sibling = source.with_name(f"{source.name.split('.')[0]}-{name}")
+        sibling = source.with_name(f"{named(source)}-{name}")
         folder = run / "export" / name if run else sibling
     if folder.exists() and not (folder / DESCRIPTION).is_file():
         raise OutputError(f"{folder}: exists and is no export of ours; give another --output DIR")

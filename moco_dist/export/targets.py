@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -103,7 +104,7 @@ def timm(found: Found, folder: Path) -> str:
             "mean": list(views.mean),
             "std": list(views.std),
             "crop_pct": views.size / max(found.resize, views.size),
-            "interpolation": "bicubic",
+            "interpolation": found.filter,
             "fixed_input_size": False,
             "num_classes": 0,
             # Where timm puts a new classifier, and the layer that it adapts to other channels.
@@ -150,7 +151,7 @@ def huggingface(found: Found, folder: Path) -> str:
         "do_convert_rgb": config.channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": max(found.resize, fed.size)},
-        "resample": 3,  # bicubic
+        "resample": Image.Resampling[found.filter.upper()].value,
         "do_center_crop": True,
         "crop_size": {"height": fed.size, "width": fed.size},
         "do_rescale": True,

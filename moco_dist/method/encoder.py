@@ -187,6 +187,20 @@ def build_encoder(
         return Encoder(config, rows_per_group, groups, span)
 
 
+def freeze_unused(backbone: nn.Module, images: Tensor) -> None:
+    """Freeze the parameters that the features of `images` (rows, c, height, width) don't depend on.
+
+    They get no gradients, for which DistributedDataParallel would wait, and no momentum, which a
+    run that resumes would miss. Nothing changes on a process alone.
+    """
+    training, trained = backbone.training, [p for p in backbone.parameters() if p.requires_grad]
+    features = backbone.eval()(images)
+    found = torch.autograd.grad(features.sum(), trained, allow_unused=True)
+    for parameter, gradient in zip(trained, found, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    backbone.train(training)
+
+
 def check(config: EncoderConfig, size: int) -> None:
     """Raise ConfigError unless the encoder can be built and takes views of `size` pixels.
 

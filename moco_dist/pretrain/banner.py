@@ -54,8 +54,8 @@ def announce(trainer: Trainer, session: Session, can_classify: bool) -> None:
         f"others each epoch), {trainer.total_steps:,} in {counted(config.epochs, 'epoch')}",
         "kNN": monitor if can_classify else "never (needs labels and validation images)",
     }
-    if config.moco.unused:
-        rows["no effect"] = ", ".join(config.moco.unused)
+    if config.unused:
+        rows["no effect"] = ", ".join(config.unused)
     if trainer.device.type == "cuda":
         why = why_not(trainer)
         one = "each step is one" if processes == 1 else "each step is several, cut at collectives,"

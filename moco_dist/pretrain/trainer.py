@@ -22,7 +22,7 @@ from moco_dist.encoders import features, load
 from moco_dist.errors import ConfigError
 from moco_dist.method import batch_norm, moco, optimizers, schedule
 from moco_dist.method.compilation import compile_errors
-from moco_dist.method.encoder import build_encoder
+from moco_dist.method.encoder import build_encoder, freeze_unused
 from moco_dist.method.plan import Plan, Step, check_batch, check_groups, check_images, group_share
 from moco_dist.pretrain import mechanisms, state
 from moco_dist.randomness import Key
@@ -104,6 +104,9 @@ class Trainer:
         if config.init_from and not saved:
             path = Path(config.init_from).expanduser()
             self.initial = peers.together(lambda: load.start_from(encoder, path))
+        if config.encoder.is_timm:
+            side = config.views.size
+            freeze_unused(encoder.backbone, torch.zeros(1, config.encoder.channels, side, side))
         images = len(self.splits.train)
         network = moco.build(encoder, config.moco, config.seed, images)
         self.moco = network.to(self.device, self.dtype)

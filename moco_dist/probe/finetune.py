@@ -16,7 +16,7 @@ from moco_dist.config.optim import OptimConfig
 from moco_dist.distributed import comms
 from moco_dist.method import schedule
 from moco_dist.method.batch_norm import batch_norms
-from moco_dist.method.encoder import Backbone
+from moco_dist.method.encoder import Backbone, freeze_unused
 from moco_dist.runs import checkpoint
 
 # Images from which a random encoder gets BatchNorm statistics before it is fine-tuned.
@@ -35,6 +35,8 @@ class FineTuning:
     ) -> None:
         self.optim = optim
         self.encoders = nn.ModuleDict(dict(backbones)).requires_grad_(True)
+        for backbone in backbones.values():
+            freeze_unused(backbone, example)
         self.optimizer = torch.optim.SGD(
             self.encoders.parameters(),
             lr=optim.lr,

@@ -207,6 +207,8 @@ def announce(probe: LinearProbe, source: Found) -> None:
         "steps": f"{probe.steps_per_epoch:,} an epoch, "
         f"{probe.total_steps:,} in {counted(config.epochs, 'epoch')}",
     }
+    if config.unused:
+        rows["no effect"] = ", ".join(config.unused)
     if splits.parts:
         rows["parts"] = splits.parts
     start.banner(probe.session, "probe", rows)
