@@ -191,11 +191,16 @@ def test_ctrl_c_in_a_notebook_interrupts_a_run_that_the_same_call_resumes(tmp_pa
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell's job in the background ignores SIGINT, and so do the tests in it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=press)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        notebook.run_pretrain(config)
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            notebook.run_pretrain(config)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["exit_status"], status["again"]) == ("interrupted", 130, False)
     assert status["reason"] == "stopped by Ctrl-C; the last checkpoint stands"
