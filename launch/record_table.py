@@ -21,7 +21,7 @@ from typing import Any
 
 from moco_dist.config.probe import ProbeConfig
 from moco_dist.config.recipe import FREE_ON_RESUME, PretrainConfig
-from moco_dist.config.yaml_files import flat, to_dict
+from moco_dist.config.yaml_files import flat, is_among, to_dict
 from moco_dist.runs.record import Record, number, read, read_object
 
 COLUMNS = (
@@ -68,11 +68,8 @@ def settings(record: Record) -> str:
     """
     defaults = flat(to_dict(PretrainConfig() if record.kind == "pretrain" else ProbeConfig()))
     free = {"seed", *FREE_ON_RESUME} - {"epochs", "stop_at_step", "knn."}
-    shared = {
-        key: value
-        for key, value in (defaults | record.config).items()
-        if key not in free and f"{key.partition('.')[0]}." not in free
-    }
+    every = defaults | record.config
+    shared = {key: value for key, value in every.items() if not is_among(key, free)}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]
 
 

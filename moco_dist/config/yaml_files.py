@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -99,10 +99,13 @@ def changed_keys(old: dict[str, Any], new: Any) -> list[str]:
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and key not in FREE_ON_RESUME
-        and not key.startswith(tuple(group for group in FREE_ON_RESUME if group.endswith(".")))
+        if before.get(key) != after.get(key) and not is_among(key, FREE_ON_RESUME)
     ]
+
+
+def is_among(key: str, keys: Collection[str]) -> bool:
+    """Return whether a dotted key is one of `keys`, or in one of those groups that end in a dot."""
+    return key in keys or key.startswith(tuple(each for each in keys if each.endswith(".")))
 
 
 def load(schema: type[Schema], arguments: list[str]) -> Schema:

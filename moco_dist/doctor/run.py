@@ -69,7 +69,7 @@ def examine(config: PretrainConfig, seconds: float = images.SECONDS) -> None:
         peers.from_main(lambda: checks.wandb(config)),
     ]
     if unused := ", ".join(config.unused):
-        findings.append(Finding("no effect", unused, warning=f"{unused}: has no effect here"))
+        findings.append(Finding("no effect", unused, warning=f"without effect here: {unused}"))
     if comms.is_main():
         marks = ["FAIL" if f.fault else "warn" if f.warning else "ok" for f in findings]
         rows = [(f.about, mark, f.found) for mark, f in zip(marks, findings, strict=True)]
